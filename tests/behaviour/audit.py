@@ -51,8 +51,8 @@ async def _submission_keys(valkey: Valkey) -> list[str]:
     names, connections = Keys("gw"), connect(valkey.url, timeout=5)
     client: Any = connections.commands
     try:
-        found = sorted([key.decode() async for key in client.scan_iter(count=1_000)])
+        stored = sorted([key.decode() async for key in client.scan_iter(count=1_000)])
     finally:
         await connections.aclose()
     prefixes = names.reservation(""), names.task(""), f"{names.tenant_tasks(0)[:-1]}", names.leases, names.poll_due
-    return [key for key in found if key.startswith(prefixes)]
+    return [key for key in stored if key.startswith(prefixes)]

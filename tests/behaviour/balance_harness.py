@@ -54,8 +54,8 @@ class BalanceHarness:
         return balance.count, balance.money
 
     async def get_account(self, name: str = "main") -> dict[str, Any]:
-        shown: dict[str, Any] = (await self.gateway.call_admin("GET", f"/accounts/{name}")).json()
-        return shown
+        account: dict[str, Any] = (await self.gateway.call_admin("GET", f"/accounts/{name}")).json()
+        return account
 
     async def shown_balance(self, name: str = "main") -> tuple[float | None, float | None]:
         """Return the balance that the gateway reports; None for a part it does not know."""
@@ -107,8 +107,8 @@ class BalanceHarness:
         """Advance the time and run the balance checks of two processes; return the number of upstream checks."""
         before = await self.sandbox.count_checks()
         await self.gateway.advance(seconds)
-        looks = self.gateway.services.balance_refresher
-        await asyncio.gather(looks.refresh_due(), looks.refresh_due())
+        refresher = self.gateway.services.balance_refresher
+        await asyncio.gather(refresher.refresh_due(), refresher.refresh_due())
         return await self.sandbox.count_checks() - before
 
     async def expect_refused_locally(self, *, token: str | None = None) -> Response:

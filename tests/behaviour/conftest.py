@@ -14,8 +14,8 @@ from tests.support.valkey import Valkey
 async def gateway(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[RunningGateway]:
     """Run a gateway twice: over in-memory ports, and over a real Valkey and the sandbox."""
     if request.param == "fakes":
-        async with run_fake_gateway() as (found, _, _):
-            yield found
+        async with run_fake_gateway() as (running_gateway, _, _):
+            yield running_gateway
     else:
-        async with run_real_gateway(valkey) as found:
-            yield found
+        async with run_real_gateway(valkey) as running_gateway:
+            yield running_gateway

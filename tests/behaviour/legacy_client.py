@@ -53,10 +53,10 @@ class LegacyClient:
 
     async def wait_for_end(self, task_id: str, pause: Callable[[], Awaitable[None]]) -> dict[str, Any]:
         for _ in range(20):
-            told = await self.check(task_id)
-            assert told["err_code"] == 0, told
-            if told["status"] in FINAL_STATUSES:
-                return told
+            status = await self.check(task_id)
+            assert status["err_code"] == 0, status
+            if status["status"] in FINAL_STATUSES:
+                return status
             await pause()
         raise AssertionError("it is still running")
 

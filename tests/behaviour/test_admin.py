@@ -20,15 +20,15 @@ DEFAULTS = {"floor_count": 0, "floor_money": 0, "max_price": {}, "base_url": Non
 async def get_json(gateway: RunningGateway, path: str) -> dict[str, Any]:
     response = await gateway.call_admin("GET", path)
     assert response.status_code == 200, response.text
-    shown: dict[str, Any] = response.json()
-    return shown
+    content: dict[str, Any] = response.json()
+    return content
 
 
 async def put_json(gateway: RunningGateway, path: str, **body: Any) -> dict[str, Any]:
     response = await gateway.call_admin("PUT", path, json=body)
     assert response.status_code == 200, response.text
-    shown: dict[str, Any] = response.json()
-    return shown
+    content: dict[str, Any] = response.json()
+    return content
 
 
 async def test_account_shows_balance_and_state_without_its_key(gateway: RunningGateway) -> None:
@@ -44,11 +44,11 @@ async def test_account_shows_balance_and_state_without_its_key(gateway: RunningG
     }
     await gateway.upstream.keep_running()
     task = (await gateway.submit()).json()
-    found = await get_json(gateway, "/accounts/main")
-    assert found["in_flight"] == 1
-    assert (found["remaining_count"]["value"], found["remaining_money"]["value"]) == (9, 300)
-    assert found["remaining_count"]["seen_at"] >= task["created_at"]
-    assert (await get_json(gateway, "/accounts"))["items"] == [found]
+    account = await get_json(gateway, "/accounts/main")
+    assert account["in_flight"] == 1
+    assert (account["remaining_count"]["value"], account["remaining_money"]["value"]) == (9, 300)
+    assert account["remaining_count"]["seen_at"] >= task["created_at"]
+    assert (await get_json(gateway, "/accounts"))["items"] == [account]
 
 
 async def test_put_replaces_an_account(gateway: RunningGateway) -> None:
@@ -60,8 +60,8 @@ async def test_put_replaces_an_account(gateway: RunningGateway) -> None:
 
 
 async def test_account_with_its_own_base_url(gateway: RunningGateway) -> None:
-    for given in ("http://127.0.0.1:9/", "https://[::1]:8443/api/v2//", "http://upstream.example/a%20b"):
-        assert (await put_json(gateway, "/accounts/main", base_url=given))["base_url"] == given.rstrip("/")
+    for url in ("http://127.0.0.1:9/", "https://[::1]:8443/api/v2//", "http://upstream.example/a%20b"):
+        assert (await put_json(gateway, "/accounts/main", base_url=url))["base_url"] == url.rstrip("/")
 
 
 async def test_put_replaces_a_tenant(gateway: RunningGateway) -> None:
@@ -73,11 +73,11 @@ async def test_put_replaces_a_tenant(gateway: RunningGateway) -> None:
         "kinds": ["upscale"],
         "disabled": True,
     }
-    shown = await put_json(gateway, "/tenants/shop", accounts=["main"], **full)
-    assert full.items() <= shown.items()
-    used = {policy["policy"]: policy["used"] for policy in shown["policies"]}
+    tenant = await put_json(gateway, "/tenants/shop", accounts=["main"], **full)
+    assert full.items() <= tenant.items()
+    used = {policy["policy"]: policy["used"] for policy in tenant["policies"]}
     assert used["day-tasks"] == 1
-    shown = await put_json(gateway, "/tenants/shop", accounts=["main"])
+    tenant = await put_json(gateway, "/tenants/shop", accounts=["main"])
     defaults: dict[str, Any] = {
         "limits": [],
         "max_active": None,
@@ -85,7 +85,7 @@ async def test_put_replaces_a_tenant(gateway: RunningGateway) -> None:
         "kinds": None,
         "disabled": False,
     }
-    assert defaults.items() <= shown.items()
+    assert defaults.items() <= tenant.items()
     assert (await gateway.submit()).status_code == 201
 
 
@@ -120,9 +120,9 @@ async def test_lowered_floor_reopens_the_account(gateway: RunningGateway) -> Non
 
 async def test_identical_put_keeps_the_balance(gateway: RunningGateway) -> None:
     await gateway.submit()
-    seen = await get_json(gateway, "/accounts/main")
-    assert seen["remaining_count"]
-    assert await put_json(gateway, "/accounts/main", user_key=USER_KEY) == seen
+    account = await get_json(gateway, "/accounts/main")
+    assert account["remaining_count"]
+    assert await put_json(gateway, "/accounts/main", user_key=USER_KEY) == account
 
 
 async def test_concurrent_changes_are_all_applied(gateway: RunningGateway) -> None:
@@ -201,9 +201,9 @@ async def test_reopened_account_is_tried_at_once(gateway: RunningGateway) -> Non
     await gateway.upstream.set_balance(count=1, money=0)
     assert (await gateway.submit()).status_code == 201
     expect_problem(await gateway.submit(), 402, "balance-exhausted")
-    shown = await get_json(gateway, "/accounts/main")
-    assert shown["state"] == "exhausted"
-    assert shown["look_again_at"]
+    account = await get_json(gateway, "/accounts/main")
+    assert account["state"] == "exhausted"
+    assert account["look_again_at"]
     await gateway.upstream.set_balance(count=5, money=0)
     response = await gateway.call_admin("POST", "/accounts/main/reopen")
     assert (response.status_code, response.json()["state"], response.json()["look_again_at"]) == (200, "open", None)

@@ -63,9 +63,9 @@ async def test_conflicting_change_is_retried(valkey: Valkey, monkeypatch: pytest
 
         monkeypatch.setattr(one._updater._store, "write", forestalled)
         await one.put_tenant(make_tenant("ours"))
-        found = await one.list_tenants()
-        assert {item.name for item in found} == {"shop", "theirs", "ours"}
-        assert len({item.id for item in found}) == 3
+        tenants = await one.list_tenants()
+        assert {item.name for item in tenants} == {"shop", "theirs", "ours"}
+        assert len({item.id for item in tenants}) == 3
 
 
 async def test_changes_are_visible_in_other_processes(valkey: Valkey) -> None:
@@ -82,11 +82,11 @@ async def test_recreated_tenant_is_not_deleted(monkeypatch: pytest.MonkeyPatch) 
     async with run_fake_gateway() as (gateway, ledger, _):
         counters = ledger.tenant_snapshot
 
-        async def meanwhile(found: int) -> Any:
+        async def meanwhile(tenant_id: int) -> Any:
             monkeypatch.undo()
             await gateway.call_admin("DELETE", "/tenants/shop")
             await gateway.put_tenant()
-            return await counters(found)
+            return await counters(tenant_id)
 
         monkeypatch.setattr(ledger, "tenant_snapshot", meanwhile)
         expect_problem(await gateway.call_admin("DELETE", "/tenants/shop"), 409, "conflict")

@@ -79,8 +79,8 @@ INVALID_TOKENS: Mapping[str, Sequence[Any]] = {
 
 async def read_state(gateway: RunningGateway) -> list[Any]:
     """Return everything that operators see, and the registry version."""
-    shown = [(await gateway.call_admin("GET", path)).json() for path in ("/accounts", "/tenants")]
-    return [*shown, gateway.services.registry.current.version]
+    content = [(await gateway.call_admin("GET", path)).json() for path in ("/accounts", "/tenants")]
+    return [*content, gateway.services.registry.current.version]
 
 
 def assert_own_wording(document: Mapping[str, Any]) -> None:

@@ -40,9 +40,9 @@ async def test_token_is_shown_once(gateway: RunningGateway) -> None:
     assert made.keys() == {"id", "token", "expires_at"}
     assert made["expires_at"] == "2999-12-31T15:30:00Z"
     assert await is_token_valid(gateway, made["token"])
-    shown = {token["id"]: token for token in await list_tokens(gateway)}[made["id"]]
-    assert shown.keys() == {"id", "label", "created_at", "expires_at"}
-    assert (shown["label"], shown["expires_at"]) == ("生产", made["expires_at"])
+    listed = {token["id"]: token for token in await list_tokens(gateway)}[made["id"]]
+    assert listed.keys() == {"id", "label", "created_at", "expires_at"}
+    assert (listed["label"], listed["expires_at"]) == ("生产", made["expires_at"])
 
 
 async def test_token_without_a_body(gateway: RunningGateway) -> None:
@@ -73,9 +73,9 @@ async def test_revoked_with_grace(gateway: RunningGateway) -> None:
     response = await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{made['id']}?grace=3600")
     assert response.status_code == 204
     assert await is_token_valid(gateway, made["token"])
-    shown = {token["id"]: token for token in await list_tokens(gateway)}[made["id"]]
-    left = datetime.fromisoformat(shown["expires_at"]) - datetime.fromisoformat(shown["created_at"])
-    assert timedelta(minutes=60) <= left < timedelta(minutes=61)
+    listed = {token["id"]: token for token in await list_tokens(gateway)}[made["id"]]
+    lifetime = datetime.fromisoformat(listed["expires_at"]) - datetime.fromisoformat(listed["created_at"])
+    assert timedelta(minutes=60) <= lifetime < timedelta(minutes=61)
 
 
 async def test_grace_runs_out() -> None:

@@ -21,15 +21,15 @@ from tests.support.valkey import Valkey
 
 @pytest.fixture
 async def gateway(valkey: Valkey) -> AsyncIterator[RunningGateway]:
-    async with run_real_gateway(valkey) as found:
-        yield found
+    async with run_real_gateway(valkey) as running_gateway:
+        yield running_gateway
 
 
 @pytest.fixture
 async def href(gateway: RunningGateway) -> str:
     task = await gateway.wait_for_task((await gateway.submit(image=make_png(200, 200))).json()["id"])
-    found: str = task["artifacts"][0]["href"]
-    return found
+    path: str = task["artifacts"][0]["href"]
+    return path
 
 
 async def fetch_artifact(gateway: RunningGateway, href: str, **headers: str) -> Response:
@@ -40,13 +40,13 @@ async def test_ranges_add_up_to_the_whole(gateway: RunningGateway, href: str) ->
     whole = await fetch_artifact(gateway, href)
     size = len(whole.content)
     assert whole.headers["accept-ranges"] == "bytes"
-    for asked, first, last in (
+    for value, first, last in (
         ("0-9", 0, 9),
         ("10-", 10, size - 1),
         ("-5", size - 5, size - 1),
         ("0-99999999", 0, size - 1),
     ):
-        part = await fetch_artifact(gateway, href, Range=f"bytes={asked}")
+        part = await fetch_artifact(gateway, href, Range=f"bytes={value}")
         assert (part.status_code, part.headers["content-range"]) == (206, f"bytes {first}-{last}/{size}")
         assert part.content == whole.content[first : last + 1]
         assert part.headers["content-length"] == str(last + 1 - first)
@@ -63,11 +63,11 @@ async def test_document_lists_headers_and_types(gateway: RunningGateway, href: s
         (416, {"Range": "bytes=999999-"}),
     ):
         response = await fetch_artifact(gateway, href, **headers)
-        told = operation["responses"][str(status)]
+        documented = operation["responses"][str(status)]
         assert response.status_code == status
-        assert response.headers["content-type"] in told["content"]
+        assert response.headers["content-type"] in documented["content"]
         # The sandbox does not tell when it made a result, which another server may.
-        assert {name.lower() for name in told["headers"]} - {"last-modified"} <= {*response.headers}
+        assert {name.lower() for name in documented["headers"]} - {"last-modified"} <= {*response.headers}
     assert operation["responses"]["304"]["headers"].keys() >= {"ETag", "Cache-Control"}
 
 
@@ -80,8 +80,8 @@ async def test_unsatisfiable_range_reports_the_size(gateway: RunningGateway, hre
 
 async def test_multiple_ranges_return_the_whole(gateway: RunningGateway, href: str) -> None:
     whole = await fetch_artifact(gateway, href)
-    for asked in ("bytes=0-1,4-5", "lines=0-1", "bytes=-", "bytes=x-"):
-        response = await fetch_artifact(gateway, href, Range=asked)
+    for value in ("bytes=0-1,4-5", "lines=0-1", "bytes=-", "bytes=x-"):
+        response = await fetch_artifact(gateway, href, Range=value)
         assert (response.status_code, response.content) == (200, whole.content)
     head = await gateway.call("HEAD", href, headers={"Range": "bytes=0-1"})
     assert (head.status_code, head.headers["content-length"]) == (200, str(len(whole.content)))

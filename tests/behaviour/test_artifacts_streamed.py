@@ -96,45 +96,45 @@ async def test_large_artifact_is_streamed_with_backpressure() -> None:
                 stalled.set()
             await draining
 
-    async with asyncio.timeout(120), run_artifact_setup(serve) as found, found.open_download() as (reader, response):
+    async with asyncio.timeout(120), run_artifact_setup(serve) as setup, setup.open_download() as (reader, response):
         assert f"content-length: {LARGE}\r\n".encode() in response
         await stalled.wait()
         assert sent < LARGE / 4
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        received, came = 0, hashlib.sha256()
+        received, received_digest = 0, hashlib.sha256()
         while received < LARGE:
             chunk = await reader.read(MIB)
             received += len(chunk)
-            came.update(chunk)
-        assert came.digest() == digest.digest()
+            received_digest.update(chunk)
+        assert received_digest.digest() == digest.digest()
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024  # KiB on Linux
 
 
 async def test_client_disconnect_ends_the_fetch() -> None:
-    left = asyncio.Event()
-    serve = send_and_hold(response_head(Content_Length="1000"), PNG_IMAGE, disconnected=left)
+    disconnected = asyncio.Event()
+    serve = send_and_hold(response_head(Content_Length="1000"), PNG_IMAGE, disconnected=disconnected)
     with capture_logs() as logs:
-        async with asyncio.timeout(10), run_artifact_setup(serve) as found:
-            async with found.open_download() as (reader, _):
+        async with asyncio.timeout(10), run_artifact_setup(serve) as setup:
+            async with setup.open_download() as (reader, _):
                 assert await reader.readexactly(len(PNG_IMAGE)) == PNG_IMAGE
-            await left.wait()
-    assert found.outcomes == [FetchOutcome.CANCELLED]
+            await disconnected.wait()
+    assert setup.outcomes == [FetchOutcome.CANCELLED]
     assert artifact_log_fields(logs) == (200, "client-disconnected")
 
 
 async def test_disconnect_before_the_first_byte_ends_the_fetch() -> None:
-    left = asyncio.Event()
-    async with asyncio.timeout(10), run_artifact_setup(send_and_hold(disconnected=left)) as found:
-        waiting = asyncio.create_task(found.gateway.call("GET", found.href))
-        await found.artifact_server.request_received.wait()
+    disconnected = asyncio.Event()
+    async with asyncio.timeout(10), run_artifact_setup(send_and_hold(disconnected=disconnected)) as setup:
+        waiting = asyncio.create_task(setup.gateway.call("GET", setup.href))
+        await setup.artifact_server.request_received.wait()
         waiting.cancel()
-        await left.wait()
-    assert found.outcomes == [FetchOutcome.CANCELLED]
+        await disconnected.wait()
+    assert setup.outcomes == [FetchOutcome.CANCELLED]
 
 
 async def test_stalled_client_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifacts, "READER_TIMEOUT_SECONDS", 0.1)
-    left = asyncio.Event()
+    disconnected = asyncio.Event()
 
     async def serve(connection: Connection) -> None:
         await read_request(connection)
@@ -143,27 +143,27 @@ async def test_stalled_client_is_disconnected(monkeypatch: pytest.MonkeyPatch) -
             while True:
                 await connection.send(PNG_IMAGE.ljust(MIB))
         except OSError:
-            left.set()
+            disconnected.set()
 
     with capture_logs() as logs:
-        async with asyncio.timeout(10), run_artifact_setup(serve) as found, found.open_download():
-            await left.wait()
-    assert found.outcomes == [FetchOutcome.CANCELLED]
+        async with asyncio.timeout(10), run_artifact_setup(serve) as setup, setup.open_download():
+            await disconnected.wait()
+    assert setup.outcomes == [FetchOutcome.CANCELLED]
     assert artifact_log_fields(logs) == (200, "client-too-slow")
 
 
 async def test_head_ends_the_fetch_after_the_headers() -> None:
-    left = asyncio.Event()
-    serve = send_and_hold(response_head(Content_Length="1000", ETag='"v1"'), PNG_IMAGE, disconnected=left)
+    disconnected = asyncio.Event()
+    serve = send_and_hold(response_head(Content_Length="1000", ETag='"v1"'), PNG_IMAGE, disconnected=disconnected)
     with capture_logs() as logs:
         async with (
             asyncio.timeout(10),
-            run_artifact_setup(serve) as found,
-            found.open_download("HEAD") as (_, response),
+            run_artifact_setup(serve) as setup,
+            setup.open_download("HEAD") as (_, response),
         ):
             assert response.startswith(b"HTTP/1.1 200")
             assert b"content-length: 1000\r\n" in response.lower()
-            await left.wait()
+            await disconnected.wait()
     assert artifact_log_fields(logs) == (200, "answered")
 
 
@@ -179,13 +179,13 @@ async def test_truncation_is_visible_to_the_client(pieces: tuple[bytes, ...]) ->
     with capture_logs() as logs:
         async with (
             asyncio.timeout(10),
-            run_artifact_setup(send_pieces(*pieces)) as found,
-            found.open_download() as (reader, response),
+            run_artifact_setup(send_pieces(*pieces)) as setup,
+            setup.open_download() as (reader, response),
         ):
             body = await reader.read()
             assert PNG_IMAGE in body
             assert b"content-length: 1000" in response.lower() or not body.endswith(b"0\r\n\r\n")
-    assert found.outcomes == [FetchOutcome.ABORTED]
+    assert setup.outcomes == [FetchOutcome.ABORTED]
     assert artifact_log_fields(logs) == (200, "transfer-aborted")
 
 
@@ -194,19 +194,19 @@ async def test_stalled_server_is_disconnected() -> None:
     patience = FetchTimeouts(idle_seconds=0.1)
     async with (
         asyncio.timeout(10),
-        run_artifact_setup(serve, timeouts=patience) as found,
-        found.open_download() as (reader, _),
+        run_artifact_setup(serve, timeouts=patience) as setup,
+        setup.open_download() as (reader, _),
     ):
         assert await reader.read() == PNG_IMAGE
 
 
 async def test_unchanged_artifact_is_304() -> None:
-    async with run_artifact_setup(send_pieces(response_head(304, ETag='"v1"', Content_Length="5"))) as found:
-        response = await found.gateway.call("GET", found.href, headers={"If-None-Match": '"v0", W/"v1"'})
+    async with run_artifact_setup(send_pieces(response_head(304, ETag='"v1"', Content_Length="5"))) as setup:
+        response = await setup.gateway.call("GET", setup.href, headers={"If-None-Match": '"v0", W/"v1"'})
         assert (response.status_code, response.content, response.headers["etag"]) == (304, b"", '"v1"')
         assert response.headers["cache-control"] == "private, no-cache"
         assert "content-type" not in response.headers
-        assert b'\r\nif-none-match: "v0", w/"v1"\r\n' in found.artifact_server.requests[0][0].lower()
+        assert b'\r\nif-none-match: "v0", w/"v1"\r\n' in setup.artifact_server.requests[0][0].lower()
 
 
 async def test_server_headers_are_not_passed_on() -> None:
@@ -218,8 +218,8 @@ async def test_server_headers_are_not_passed_on() -> None:
         Content_Security_Policy="default-src *",
         Refresh="0; url=http://x",
     )
-    async with run_artifact_setup(send_pieces(response)) as found:
-        answered = await found.gateway.call("GET", found.href)
+    async with run_artifact_setup(send_pieces(response)) as setup:
+        answered = await setup.gateway.call("GET", setup.href)
         assert answered.content == PNG_IMAGE
         assert {"set-cookie", "etag", "link", "refresh"}.isdisjoint(answered.headers)
         assert "exe" not in answered.headers["content-disposition"]
@@ -227,14 +227,14 @@ async def test_server_headers_are_not_passed_on() -> None:
 
 
 async def test_token_is_not_sent_to_the_artifact_server() -> None:
-    async with run_artifact_setup(send_pieces(file_response())) as found:
-        await found.gateway.call("GET", found.href, headers={"Cookie": "a=b", "X-Forwarded-For": "10.0.0.1"})
-        ((sent, _),) = found.artifact_server.requests
+    async with run_artifact_setup(send_pieces(file_response())) as setup:
+        await setup.gateway.call("GET", setup.href, headers={"Cookie": "a=b", "X-Forwarded-For": "10.0.0.1"})
+        ((sent, _),) = setup.artifact_server.requests
         names = {line.partition(b":")[0].lower() for line in sent.split(b"\r\n")[1:-2]}
         assert names == {b"host", b"user-agent", b"accept", b"accept-encoding", b"connection"}
 
 
 async def test_html_is_rejected() -> None:
-    for said in ("text/html", "application/octet-stream", ""):
-        async with run_artifact_setup(send_pieces(file_response(b"<html><script>", Content_Type=said))) as found:
-            expect_problem(await found.gateway.call("GET", found.href), 502, "upstream-invalid-response")
+    for media_type in ("text/html", "application/octet-stream", ""):
+        async with run_artifact_setup(send_pieces(file_response(b"<html><script>", Content_Type=media_type))) as setup:
+            expect_problem(await setup.gateway.call("GET", setup.href), 502, "upstream-invalid-response")

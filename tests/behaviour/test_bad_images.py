@@ -51,8 +51,8 @@ async def test_unsupported_type_is_415(guarded_gateway: RunningGateway) -> None:
         "a PNG after a space": b" " + make_png(),
     }
     for name, image in files.items():
-        found = expect_problem(await guarded_gateway.submit(image=image), 415, "unsupported-media-type")
-        assert "PNG, JPEG or WebP" in found["detail"], name
+        problem = expect_problem(await guarded_gateway.submit(image=image), 415, "unsupported-media-type")
+        assert "PNG, JPEG or WebP" in problem["detail"], name
 
 
 async def test_broken_image_is_422(guarded_gateway: RunningGateway) -> None:
@@ -70,14 +70,14 @@ async def test_broken_image_is_422(guarded_gateway: RunningGateway) -> None:
         "a PNG of no size": make_decompression_bomb(0, 0),
     }
     for name, image in files.items():
-        found = expect_problem(await guarded_gateway.submit(image=image), 422, "invalid-image")
-        assert "image" in found["detail"], name
+        problem = expect_problem(await guarded_gateway.submit(image=image), 422, "invalid-image")
+        assert "image" in problem["detail"], name
 
 
 async def test_too_many_bytes_is_413(guarded_gateway: RunningGateway) -> None:
     image = make_png() + b"\0" * (MAX_BYTES + 1 - len(make_png()))
-    found = expect_problem(await guarded_gateway.submit(image=image), 413, "image-too-large")
-    assert str(MAX_BYTES) in found["detail"]
+    problem = expect_problem(await guarded_gateway.submit(image=image), 413, "image-too-large")
+    assert str(MAX_BYTES) in problem["detail"]
     expect_problem(await guarded_gateway.submit(image=image + b"\0" * MAX_BYTES), 413, "image-too-large")
 
     head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
@@ -101,8 +101,8 @@ async def test_too_many_pixels_is_413(guarded_gateway: RunningGateway) -> None:
             header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
             image = image[:12] + header + struct.pack(">I", zlib.crc32(header)) + image[33:]
         assert len(image) < 200_000
-        found = expect_problem(await guarded_gateway.submit(image=image), 413, "image-too-large")
-        assert f"{width} x {height}" in found["detail"]
+        problem = expect_problem(await guarded_gateway.submit(image=image), 413, "image-too-large")
+        assert f"{width} x {height}" in problem["detail"]
 
 
 async def test_image_at_the_limits_is_accepted(gateway: RunningGateway) -> None:

@@ -125,8 +125,8 @@ async def test_non_form_body_is_415(gateway: RunningGateway) -> None:
         "nonsense": {"content": b"x", "headers": {"Content-Type": ";;;=,"}},
     }
     for name, request in cases.items():
-        found = expect_problem(await gateway.call("POST", UPSCALE, **request), 415, "unsupported-media-type")
-        assert multipart in found["detail"], name
+        problem = expect_problem(await gateway.call("POST", UPSCALE, **request), 415, "unsupported-media-type")
+        assert multipart in problem["detail"], name
 
 
 async def test_malformed_form_is_400(gateway: RunningGateway) -> None:
@@ -148,8 +148,8 @@ async def test_exactly_one_image_part_is_required(gateway: RunningGateway) -> No
         "a file as an option": ([("image", FILE), ("prompt", ("prompt.txt", b"a cat"))], "prompt"),
     }
     for name, (parts, field) in cases.items():
-        found = expect_problem(await gateway.call("POST", UPSCALE, files=parts), 422, "invalid-options")
-        assert [error["field"] for error in found["errors"]] == [field], name
+        problem = expect_problem(await gateway.call("POST", UPSCALE, files=parts), 422, "invalid-options")
+        assert [error["field"] for error in problem["errors"]] == [field], name
 
 
 async def test_undecodable_field_is_422(gateway: RunningGateway) -> None:
@@ -160,8 +160,8 @@ async def test_undecodable_field_is_422(gateway: RunningGateway) -> None:
     ):
         prompt = (None, value, media_type) if media_type else (None, value)
         parts: list[tuple[str, Any]] = [("image", FILE), ("prompt", prompt)]
-        found = expect_problem(await gateway.call("POST", UPSCALE, files=parts), 422, "invalid-options")
-        assert [error["field"] for error in found["errors"]] == ["prompt"]
+        problem = expect_problem(await gateway.call("POST", UPSCALE, files=parts), 422, "invalid-options")
+        assert [error["field"] for error in problem["errors"]] == ["prompt"]
     response = await gateway.call("POST", UPSCALE, files=[("image", (None, "an image in words"))])
     expect_problem(response, 415, "unsupported-media-type")
 
@@ -188,8 +188,8 @@ async def test_invalid_option_is_422(gateway: RunningGateway) -> None:
                 if not option:
                     expect_problem(await gateway.submit(kind, {option: value}), 400, "malformed-request")
                     continue
-                found = expect_problem(await gateway.submit(kind, {option: value}), 422, "invalid-options")
-                (error,) = found["errors"]
+                problem = expect_problem(await gateway.submit(kind, {option: value}), 422, "invalid-options")
+                (error,) = problem["errors"]
                 assert error["field"] == option, (kind, option, value)
                 assert error["detail"].startswith(("must be ", "is not an option; ")), error
                 assert "nan" not in error["detail"], error
@@ -198,8 +198,8 @@ async def test_invalid_option_is_422(gateway: RunningGateway) -> None:
 async def test_all_invalid_fields_are_listed(gateway: RunningGateway) -> None:
     parts = [("image", FILE), *((name, (None, "99")) for name in ("scale", "colors", "vector", "fit", "fit"))]
     parts += [("steps", (None, "30")), ("steps", (None, "30"))]
-    found = expect_problem(await gateway.call("POST", UPSCALE, files=parts), 422, "invalid-options")
-    details = [(error["field"], error["detail"]) for error in found["errors"]]
+    problem = expect_problem(await gateway.call("POST", UPSCALE, files=parts), 422, "invalid-options")
+    details = [(error["field"], error["detail"]) for error in problem["errors"]]
     assert [field for field, _ in details] == ["scale", "colors", "vector", "fit", "fit", "steps"]
     assert details[0][1] == "must be a number from 1 to 8"
     assert details[1][1] == "must be a whole number from 2 to 16"
@@ -209,11 +209,11 @@ async def test_all_invalid_fields_are_listed(gateway: RunningGateway) -> None:
 
 async def test_invalid_metadata_is_422(gateway: RunningGateway) -> None:
     for name, value in FAULTY_METADATA.items():
-        found = expect_problem(await gateway.submit("face-enhance", {"metadata": value}), 422, "invalid-options")
-        assert [error["field"] for error in found["errors"]] == ["metadata"], name
+        problem = expect_problem(await gateway.submit("face-enhance", {"metadata": value}), 422, "invalid-options")
+        assert [error["field"] for error in problem["errors"]] == ["metadata"], name
     parts = [("image", FILE), ("metadata", (None, "{}")), ("metadata", (None, "{}"))]
-    found = expect_problem(await gateway.call("POST", UPSCALE, files=parts), 422, "invalid-options")
-    assert found["errors"] == [{"field": "metadata", "detail": "is given more than once"}]
+    problem = expect_problem(await gateway.call("POST", UPSCALE, files=parts), 422, "invalid-options")
+    assert problem["errors"] == [{"field": "metadata", "detail": "is given more than once"}]
 
 
 async def test_excessive_form_fields_are_refused(gateway: RunningGateway) -> None:
@@ -222,8 +222,8 @@ async def test_excessive_form_fields_are_refused(gateway: RunningGateway) -> Non
     expect_problem(
         await gateway.call("POST", UPSCALE, files=[("image", FILE), ("x" * 200, (None, "x"))]), 400, "malformed-request"
     )
-    found = expect_problem(await gateway.submit("upscale", {"prompt": "x" * 100_000}), 422, "invalid-options")
-    assert found["errors"][0]["field"] == "prompt"
+    problem = expect_problem(await gateway.submit("upscale", {"prompt": "x" * 100_000}), 422, "invalid-options")
+    assert problem["errors"][0]["field"] == "prompt"
 
 
 async def test_unknown_path_is_404_and_method_405(gateway: RunningGateway) -> None:
@@ -269,10 +269,10 @@ async def test_invalid_query_parameter_is_named(gateway: RunningGateway) -> None
     for parameter, values in cases.items():
         for value in values:
             response = await gateway.call("GET", f"/v1/tasks?{parameter}={value}")
-            found = expect_problem(response, 422, "invalid-options")
-            assert [error["field"] for error in found["errors"]] == [parameter], value
-            assert found["errors"][0]["detail"].startswith(("must ", "is ")), found
-            assert "`" not in found["detail"], found
+            problem = expect_problem(response, 422, "invalid-options")
+            assert [error["field"] for error in problem["errors"]] == [parameter], value
+            assert problem["errors"][0]["detail"].startswith(("must ", "is ")), problem
+            assert "`" not in problem["detail"], problem
     for cursor in ("x", "%00", "AAAA", "x" * 30_000, "%F0%9F%99%82"):
         expect_problem(await gateway.call("GET", f"/v1/tasks?cursor={cursor}"), 400, "malformed-request")
 

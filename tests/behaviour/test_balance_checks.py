@@ -17,8 +17,8 @@ from tests.support.valkey import Valkey
 @pytest.fixture(params=["submit", "end"])
 async def harness(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[BalanceHarness]:
     """Yield gateways over upstreams whose checks report the current balance."""
-    async with open_balance_harness(valkey, charge=request.param, checked_balance="now") as found:
-        yield found
+    async with open_balance_harness(valkey, charge=request.param, checked_balance="now") as opened_harness:
+        yield opened_harness
 
 
 @pytest.fixture
@@ -42,26 +42,26 @@ async def exhaust_account(harness: BalanceHarness) -> None:
 
 async def test_top_up_is_found_by_a_balance_check(harness: BalanceHarness) -> None:
     await exhaust_account(harness)
-    asked = await harness.sandbox.count_submits()
+    submits_before = await harness.sandbox.count_submits()
     await harness.set_balance(3, 0)
     assert await harness.run_balance_checks(50) == 0
     assert await harness.run_balance_checks(10) == 1
     account = await harness.get_account()
     assert (account["state"], account["live_balance_checks"]) == ("open", True)
     assert await harness.shown_balance() == (3, 0)
-    assert await harness.sandbox.count_submits() == asked
+    assert await harness.sandbox.count_submits() == submits_before
     await harness.run_task()
 
 
 async def test_one_balance_check_per_minute(detected_harness: BalanceHarness) -> None:
-    asked = await detected_harness.sandbox.count_submits()
+    submits_before = await detected_harness.sandbox.count_submits()
     for _ in range(3):
         assert await detected_harness.run_balance_checks(60) == 1
         for _ in range(5):
             assert await detected_harness.run_balance_checks(11) == 0
             await detected_harness.expect_refused_locally()
         await detected_harness.gateway.advance(5)
-    assert await detected_harness.sandbox.count_submits() == asked
+    assert await detected_harness.sandbox.count_submits() == submits_before
     assert (await detected_harness.get_account())["state"] == "exhausted"
 
 
@@ -83,12 +83,12 @@ async def test_top_up_of_uses_serves_prepaid_only_tenants(harness: BalanceHarnes
     await harness.set_balance(2, 50)
     for _ in range(2):
         await harness.run_task()
-    asked = await harness.sandbox.count_submits()
+    submits_before = await harness.sandbox.count_submits()
     assert await harness.run_balance_checks() == 1
     await harness.expect_refused_locally()
     await harness.set_balance(2, 50)
     assert await harness.run_balance_checks() == 1
-    assert await harness.sandbox.count_submits() == asked
+    assert await harness.sandbox.count_submits() == submits_before
     for _ in range(2):
         await harness.run_task()
     assert await harness.upstream_balance() == (0, 50)
@@ -110,20 +110,20 @@ async def test_account_near_its_floor_is_checked(harness: BalanceHarness) -> Non
     assert await harness.upstream_balance() == (0, 3 * PRICE_YUAN)
 
 
-@pytest.mark.parametrize("gone", ["upstream", "store"])
+@pytest.mark.parametrize("lost_by", ["upstream", "store"])
 async def test_lost_task_is_checked_once_then_probes_resume(
-    detected_harness: BalanceHarness, valkey: Valkey, gone: str
+    detected_harness: BalanceHarness, valkey: Valkey, lost_by: str
 ) -> None:
-    if gone == "upstream":
+    if lost_by == "upstream":
         await detected_harness.set_behaviour(faults=(Fault(on="check", refuse="任务未找到或状态未知"),))
     else:
         await forget_tasks(valkey)
-    assert await detected_harness.run_balance_checks() == (1 if gone == "upstream" else 0)
+    assert await detected_harness.run_balance_checks() == (1 if lost_by == "upstream" else 0)
     assert await detected_harness.run_balance_checks() == 0
     await detected_harness.set_behaviour(faults=())
-    asked = await detected_harness.sandbox.count_submits()
+    submits_before = await detected_harness.sandbox.count_submits()
     expect_problem(await detected_harness.submit(), 402, "balance-exhausted")
-    assert await detected_harness.sandbox.count_submits() == asked + 1
+    assert await detected_harness.sandbox.count_submits() == submits_before + 1
 
 
 async def forget_tasks(valkey: Valkey) -> None:
@@ -164,9 +164,9 @@ async def test_probes_resume_after_repeated_failures(detected_harness: BalanceHa
         await detected_harness.expect_refused_locally()
         await detected_harness.run_balance_checks()
     await detected_harness.gateway.advance(60)
-    asked = await detected_harness.sandbox.count_submits()
+    submits_before = await detected_harness.sandbox.count_submits()
     expect_problem(await detected_harness.submit(), 402, "balance-exhausted")
-    assert await detected_harness.sandbox.count_submits() == asked + 1
+    assert await detected_harness.sandbox.count_submits() == submits_before + 1
     await detected_harness.expect_refused_locally()
     await detected_harness.set_behaviour(faults=())
     await detected_harness.set_balance(1, 0)
@@ -188,8 +188,8 @@ async def test_balance_check_while_tasks_run(harness: BalanceHarness) -> None:
     await harness.set_balance(3, 0)
     await harness.run_balance_checks()
     await harness.set_behaviour(seconds=3_600)
-    taken = [await harness.submit() for _ in range(4)]
-    assert [item.status_code for item in taken] == [201, 201, 201, 402]
+    responses = [await harness.submit() for _ in range(4)]
+    assert [item.status_code for item in responses] == [201, 201, 201, 402]
     for _ in range(3):
         await harness.run_balance_checks()
         await harness.expect_refused_locally()

@@ -21,11 +21,11 @@ MAX_MONEY_YUAN = 2**53 // 100
 @pytest.fixture
 async def harness(valkey: Valkey) -> AsyncIterator[BalanceHarness]:
     """Yield a gateway that knows 20 uses and 50 yuan."""
-    async with open_balance_harness(valkey) as found:
-        await found.set_balance(21, 50)
-        await found.run_task()
-        assert await found.shown_balance() == (20, 50)
-        yield found
+    async with open_balance_harness(valkey) as opened_harness:
+        await opened_harness.set_balance(21, 50)
+        await opened_harness.run_task()
+        assert await opened_harness.shown_balance() == (20, 50)
+        yield opened_harness
 
 
 async def corrupt_balances(
@@ -150,9 +150,9 @@ async def test_random_balances(harness: BalanceHarness, seed: int) -> None:
     tasks: list[dict[str, Any]] = []
     for _ in range(8):
         await randomize_upstream(harness, chance)
-        found, refused = await harness.submit_concurrently(chance.randrange(1, 4))
+        accepted, refused = await harness.submit_concurrently(chance.randrange(1, 4))
         assert set(refused) <= {402}
-        tasks += found
+        tasks += accepted
         await harness.gateway.advance(chance.choice((1, 61)))
         await harness.gateway.poll_due_tasks()
     ended = [await harness.gateway.wait_for_task(task["id"]) for task in tasks]

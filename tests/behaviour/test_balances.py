@@ -22,8 +22,8 @@ COST_IN_MONEY = {"count": 0, "money": PRICE_YUAN}
 @pytest.fixture(params=product(("submit", "end"), ("now", "then")), ids="-".join)
 async def harness(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[BalanceHarness]:
     charge, checked_balance = request.param
-    async with open_balance_harness(valkey, charge=charge, checked_balance=checked_balance) as found:
-        yield found
+    async with open_balance_harness(valkey, charge=charge, checked_balance=checked_balance) as opened_harness:
+        yield opened_harness
 
 
 async def assert_balances_match(harness: BalanceHarness, costs: list[dict[str, Any]]) -> None:
@@ -43,10 +43,10 @@ async def test_sequential_tasks_cost_the_balance_drop(harness: BalanceHarness) -
     observed = {"basis": "observed"}
     assert costs[1:] == [COST_OF_USE | observed] * 2 + [COST_IN_MONEY | observed] * 2
     await assert_balances_match(harness, costs)
-    asked = await harness.sandbox.count_submits()
+    submits_before = await harness.sandbox.count_submits()
     refused = await harness.submit()
     assert (refused.status_code, refused.headers["retry-after"]) == (402, "60"), refused.text
-    assert await harness.sandbox.count_submits() == asked + 1
+    assert await harness.sandbox.count_submits() == submits_before + 1
     await harness.expect_refused_locally()
     assert (await harness.get_account())["state"] == "exhausted"
     await assert_balances_match(harness, costs)
@@ -91,10 +91,10 @@ async def test_overlapping_tasks_have_no_observed_cost(harness: BalanceHarness) 
 async def test_concurrent_submits_for_the_last_uses(harness: BalanceHarness) -> None:
     await harness.set_balance(5, 0)
     costs = [await harness.run_task() for _ in range(2)]
-    asked = await harness.sandbox.count_submits()
+    submits_before = await harness.sandbox.count_submits()
     tasks, refused = await harness.submit_concurrently(8)
     assert (len(tasks), refused) == (3, {402: 5})
-    assert await harness.sandbox.count_submits() == asked + 3
+    assert await harness.sandbox.count_submits() == submits_before + 3
     costs += [await harness.wait_for_cost(task) for task in tasks]
     await harness.expect_refused_locally()
     await assert_balances_match(harness, costs)
@@ -103,32 +103,32 @@ async def test_concurrent_submits_for_the_last_uses(harness: BalanceHarness) -> 
 async def test_concurrent_submits_for_the_last_money(harness: BalanceHarness) -> None:
     await harness.set_balance(0, 5 * PRICE_YUAN)
     costs = [await harness.run_task() for _ in range(2)]
-    asked = await harness.sandbox.count_submits()
+    submits_before = await harness.sandbox.count_submits()
     tasks, refused = await harness.submit_concurrently(8)
     assert (len(tasks), refused) == (3, {402: 5})
-    assert await harness.sandbox.count_submits() == asked + 3
+    assert await harness.sandbox.count_submits() == submits_before + 3
     costs += [await harness.wait_for_cost(task) for task in tasks]
     await harness.expect_refused_locally()
     await assert_balances_match(harness, costs)
 
 
 @pytest.mark.parametrize(
-    ("floors", "given", "left"),
+    ("floors", "balance", "remaining"),
     [
         ({"floor_count": 3}, (8, 50), (3, 50)),
         ({"floor_money": 3 * PRICE_YUAN}, (0, 8 * PRICE_YUAN), (0, 3 * PRICE_YUAN)),
     ],
 )
 async def test_floors_hold_under_concurrent_submits(
-    harness: BalanceHarness, floors: dict[str, int], given: tuple[int, int], left: tuple[int, int]
+    harness: BalanceHarness, floors: dict[str, int], balance: tuple[int, int], remaining: tuple[int, int]
 ) -> None:
     await harness.gateway.call_admin("PUT", "/accounts/main", json=floors)
-    await harness.set_balance(*given)
+    await harness.set_balance(*balance)
     costs = [await harness.run_task() for _ in range(2)]
     tasks, refused = await harness.submit_concurrently(6)
     assert (len(tasks), refused) == (3, {402: 3})
     costs += [await harness.wait_for_cost(task) for task in tasks]
-    assert await harness.upstream_balance() == left
+    assert await harness.upstream_balance() == remaining
     await assert_balances_match(harness, costs)
     for _ in range(2):
         await harness.gateway.advance(3_600)
@@ -136,13 +136,13 @@ async def test_floors_hold_under_concurrent_submits(
 
 
 @pytest.mark.parametrize(
-    ("floors", "given"), [({"floor_count": 3}, (8, 50)), ({"floor_money": 3 * PRICE_YUAN}, (0, 8 * PRICE_YUAN))]
+    ("floors", "balance"), [({"floor_count": 3}, (8, 50)), ({"floor_money": 3 * PRICE_YUAN}, (0, 8 * PRICE_YUAN))]
 )
 async def test_floors_include_running_tasks(
-    harness: BalanceHarness, floors: dict[str, int], given: tuple[int, int]
+    harness: BalanceHarness, floors: dict[str, int], balance: tuple[int, int]
 ) -> None:
     await harness.gateway.call_admin("PUT", "/accounts/main", json=floors)
-    await harness.set_balance(*given)
+    await harness.set_balance(*balance)
     for _ in range(2):
         await harness.run_task()
     await harness.set_behaviour(seconds=3_600)

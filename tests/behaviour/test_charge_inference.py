@@ -18,19 +18,19 @@ REQUEST_LOST = Fault(on="submit", times=1, reply="reset", when="before")
 
 @pytest.fixture
 async def submit_charging(valkey: Valkey) -> AsyncIterator[BalanceHarness]:
-    async with open_balance_harness(valkey, charge="submit", checked_balance="then") as found:
-        yield found
+    async with open_balance_harness(valkey, charge="submit", checked_balance="then") as opened_harness:
+        yield opened_harness
 
 
 @pytest.fixture
 async def end_charging(valkey: Valkey) -> AsyncIterator[BalanceHarness]:
-    async with open_balance_harness(valkey, charge="end", checked_balance="then") as found:
-        yield found
+    async with open_balance_harness(valkey, charge="end", checked_balance="then") as opened_harness:
+        yield opened_harness
 
 
-async def submit_with_unknown_outcome(harness: BalanceHarness, given: tuple[int, int], fault: Fault) -> str:
+async def submit_with_unknown_outcome(harness: BalanceHarness, balance: tuple[int, int], fault: Fault) -> str:
     """Let the ledger learn charge timing and price, then lose a submit response; return the submission id."""
-    await harness.set_balance(*given)
+    await harness.set_balance(*balance)
     for _ in range(2):
         await harness.run_task()
     await harness.set_behaviour(faults=(fault,))
@@ -46,31 +46,31 @@ async def read_suggestion(harness: BalanceHarness, name: str) -> str:
     return str((await read_submission(harness.gateway, name))["balance_suggests"])
 
 
-each_balance_kind = pytest.mark.parametrize("given", [(9, 50), (0, 50)], ids=["uses", "money"])
+each_balance_kind = pytest.mark.parametrize("balance", [(9, 50), (0, 50)], ids=["uses", "money"])
 
 
 @each_balance_kind
 @pytest.mark.parametrize(("fault", "suggests"), [(RESPONSE_LOST, "charged"), (REQUEST_LOST, "not-charged")])
 async def test_inference_where_submits_are_charged(
-    submit_charging: BalanceHarness, given: tuple[int, int], fault: Fault, suggests: str
+    submit_charging: BalanceHarness, balance: tuple[int, int], fault: Fault, suggests: str
 ) -> None:
-    name = await submit_with_unknown_outcome(submit_charging, given, fault)
+    name = await submit_with_unknown_outcome(submit_charging, balance, fault)
     await submit_charging.expect_accepted()
     assert await read_suggestion(submit_charging, name) == suggests
 
 
 @each_balance_kind
-async def test_inference_where_completions_are_charged(end_charging: BalanceHarness, given: tuple[int, int]) -> None:
-    name = await submit_with_unknown_outcome(end_charging, given, RESPONSE_LOST)
+async def test_inference_where_completions_are_charged(end_charging: BalanceHarness, balance: tuple[int, int]) -> None:
+    name = await submit_with_unknown_outcome(end_charging, balance, RESPONSE_LOST)
     await end_charging.expect_accepted()
     assert await read_suggestion(end_charging, name) == "charged"
 
 
 @each_balance_kind
 async def test_unchanged_balance_is_inconclusive_before_the_end(
-    end_charging: BalanceHarness, given: tuple[int, int]
+    end_charging: BalanceHarness, balance: tuple[int, int]
 ) -> None:
-    name = await submit_with_unknown_outcome(end_charging, given, REQUEST_LOST)
+    name = await submit_with_unknown_outcome(end_charging, balance, REQUEST_LOST)
     await end_charging.run_task()
     await end_charging.run_task()
     assert await read_suggestion(end_charging, name) == "cannot-tell"
@@ -96,8 +96,8 @@ async def test_no_inference_from_an_excessive_drop(submit_charging: BalanceHarne
 
 
 @pytest.mark.parametrize("charge", ["submit", "end"])
-@pytest.mark.parametrize(("fault", "told"), [(RESPONSE_LOST, "charged"), (REQUEST_LOST, "not-charged")])
-async def test_balance_check_infers_the_charge(valkey: Valkey, charge: str, fault: Fault, told: str) -> None:
+@pytest.mark.parametrize(("fault", "expected"), [(RESPONSE_LOST, "charged"), (REQUEST_LOST, "not-charged")])
+async def test_balance_check_infers_the_charge(valkey: Valkey, charge: str, fault: Fault, expected: str) -> None:
     """Where completions are charged, only after the task has ended."""
     async with open_balance_harness(valkey, charge=charge, checked_balance="now") as harness:
         await harness.set_balance(1, 0)
@@ -106,19 +106,19 @@ async def test_balance_check_infers_the_charge(valkey: Valkey, charge: str, faul
         await harness.set_balance(2, 0)
         assert await harness.run_balance_checks() == 1
         name = await submit_with_unknown_outcome(harness, (4, 0), fault)
-        asked = await harness.sandbox.count_submits()
+        submits_before = await harness.sandbox.count_submits()
         assert await harness.run_balance_checks() == 1
-        assert await harness.sandbox.count_submits() == asked
+        assert await harness.sandbox.count_submits() == submits_before
         assert await read_suggestion(harness, name) == (
-            told if charge == "submit" or told == "charged" else "cannot-tell"
+            expected if charge == "submit" or expected == "charged" else "cannot-tell"
         )
 
 
 async def test_one_submission_per_minute_tries_the_last_use(submit_charging: BalanceHarness) -> None:
     await submit_with_unknown_outcome(submit_charging, (3, 0), RESPONSE_LOST)
-    asked = await submit_charging.sandbox.count_submits()
+    submits_before = await submit_charging.sandbox.count_submits()
     expect_problem(await submit_charging.submit(), 402, "balance-exhausted")
-    assert await submit_charging.sandbox.count_submits() == asked + 1
+    assert await submit_charging.sandbox.count_submits() == submits_before + 1
     await submit_charging.expect_refused_locally()
     await submit_charging.set_balance(2, 0)
     await submit_charging.gateway.advance(60)

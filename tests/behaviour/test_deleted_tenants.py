@@ -47,42 +47,42 @@ async def test_restored_store_keeps_the_deletion(valkey: Valkey, *, anew: bool) 
             await run_task(gateway)
         expected = [("shop", 1), ("shop", 1)] if anew else [("shop", 1)]
         assert await read_spending_tenants(gateway) == expected
-        known = gateway.services.registry.current
+        registry = gateway.services.registry.current
         await client.restore(KEYS.registry, 0, before, replace=True)
         assert await read_spending_tenants(gateway) == expected
-        assert gateway.services.registry.current.deleted_tenant_names == known.deleted_tenant_names
-        assert gateway.services.registry.current.tenants == known.tenants
+        assert gateway.services.registry.current.deleted_tenant_names == registry.deleted_tenant_names
+        assert gateway.services.registry.current.tenants == registry.tenants
 
 
 async def test_rewritten_registry_includes_deleted_tenants(valkey: Valkey) -> None:
     async with gateway_with_deleted_tenant(valkey) as (gateway, client, _):
-        known = gateway.services.registry.current
+        registry = gateway.services.registry.current
         await client.delete(KEYS.registry)
         assert await read_spending_tenants(gateway) == [("shop", 1)]
         stored = await RedisRegistry(RedisScripts(client), KEYS).load()
         assert (
             stored.deleted_tenant_names
-            == known.deleted_tenant_names
-            == {next(iter(known.deleted_tenant_names)): "shop"}
+            == registry.deleted_tenant_names
+            == {next(iter(registry.deleted_tenant_names)): "shop"}
         )
 
 
 async def test_tenant_created_after_a_loss_keeps_its_name(valkey: Valkey) -> None:
     async with gateway_with_deleted_tenant(valkey) as (gateway, client, before):
         await gateway.put_tenant("shop")
-        known = gateway.services.registry.current
+        registry = gateway.services.registry.current
         await client.restore(KEYS.registry, 0, before, replace=True)
         store = RedisRegistry(RedisScripts(client), KEYS)
         old = await store.load()
         (shop,) = old.tenants.values()
-        others = {"shop": known.next_id + 1, "late": known.next_id + 2}
+        others = {"shop": registry.next_id + 1, "late": registry.next_id + 2}
         made = tuple(type(shop)(id=number, name=name, accounts=("main",)) for name, number in others.items())
-        assert await store.write(RegistryChange(version=old.version, next_id=known.next_id + 3, tenants=made))
+        assert await store.write(RegistryChange(version=old.version, next_id=registry.next_id + 3, tenants=made))
         await gateway.services.registry.refresh()
         now = gateway.services.registry.current
-        assert now.tenants == known.tenants
+        assert now.tenants == registry.tenants
         assert now.deleted_tenant_names == {
-            **known.deleted_tenant_names,
+            **registry.deleted_tenant_names,
             others["shop"]: "shop",
             others["late"]: "late",
         }

@@ -25,8 +25,8 @@ async def task(gateway: RunningGateway) -> dict[str, Any]:
 
 
 async def read_task(gateway: RunningGateway, task: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = (await gateway.call("GET", task["links"]["self"])).json()
-    return found
+    content: dict[str, Any] = (await gateway.call("GET", task["links"]["self"])).json()
+    return content
 
 
 @pytest.mark.parametrize("ended", [SUCCEEDED, FAILED])
@@ -38,14 +38,14 @@ async def test_stream_sends_each_change_until_the_end(
         first = await stream.next_event()
         assert first
         assert (first.name, first.id, first.task) == ("state", "1-queued", task)
-        told = []
+        events = []
         for answered in (RUNNING, ended):
             await poll_with_outcomes(gateway, answered)
             event = await stream.next_event()
             assert event
             assert event.task == await read_task(gateway, task)
-            told.append((event.name, event.id))
-        assert told == [("state", "2-running"), ("state", f"3-{ended}")]
+            events.append((event.name, event.id))
+        assert events == [("state", "2-running"), ("state", f"3-{ended}")]
         assert await stream.next_event() is None
     assert gateway.services.task_cache.subscription_count == 0
 
@@ -124,11 +124,11 @@ async def test_stream_ends_at_its_maximum_duration(
 
 
 async def test_streams_end_at_shutdown(gateway: RunningGateway, task: dict[str, Any]) -> None:
-    async with open_event_stream(gateway, task) as early, open_event_stream(gateway, task, "1-queued") as known:
+    async with open_event_stream(gateway, task) as early, open_event_stream(gateway, task, "1-queued") as resumed:
         assert await early.next_event()
-        await known.wait_for_comment()
+        await resumed.wait_for_comment()
         gateway.services.lifecycle.start_draining()
-        assert await early.read_remaining() == await known.read_remaining() == []
+        assert await early.read_remaining() == await resumed.read_remaining() == []
     async with open_event_stream(gateway, task) as late:
         assert [event.id for event in await late.read_remaining()] == ["1-queued"]
     assert gateway.services.task_cache.subscription_count == 0
@@ -192,9 +192,9 @@ async def test_stream_is_logged_once_at_its_end(gateway: RunningGateway, task: d
         async with open_event_stream(gateway, {"links": {"events": task["links"]["events"]}}) as stream:
             await stream.read_remaining()
         await wait_until(lambda: len([line for line in lines if line["event"] == "request.ended"]) == 2)
-    told = [line for line in lines if line["event"] == "request.ended"]
+    ended_requests = [line for line in lines if line["event"] == "request.ended"]
     route = "/v1/tasks/{task_id}/events"
-    assert {(line["route"], line["status"], line["outcome"]) for line in told} == {(route, 200, "answered")}
+    assert {(line["route"], line["status"], line["outcome"]) for line in ended_requests} == {(route, 200, "answered")}
     metrics = (await gateway.http.get(f"{gateway.ops_url}/metrics")).text
     labels = f'{{method="GET",port="tenants",route="{route}"}}'
     assert f"gateway_http_stream_duration_seconds_count{labels} 2.0" in metrics

@@ -22,8 +22,8 @@ ImportModule = Callable[[str], ModuleType]
 
 @pytest.fixture
 async def gateway(valkey: Valkey) -> AsyncIterator[RunningGateway]:
-    async with run_real_gateway(valkey) as found:
-        yield found
+    async with run_real_gateway(valkey) as running_gateway:
+        yield running_gateway
 
 
 def generate_client(document: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ImportModule:

@@ -153,9 +153,9 @@ async def submit_and_check(gateway: RunningGateway, expected: tuple[int, str | N
     if code is None:
         assert (response.status_code, response.json()["state"]) == (status, "queued"), (name, response.text)
     else:
-        found = expect_problem(response, status, code)
-        assert ("submission_id" in found) == (expected == UNKNOWN)
-        assert ("upstream_reason" in found) == (expected == REJECTED)
+        problem = expect_problem(response, status, code)
+        assert ("submission_id" in problem) == (expected == UNKNOWN)
+        assert ("upstream_reason" in problem) == (expected == REJECTED)
         assert ("retry-after" in response.headers) == (expected == BUSY)
     charged = expected in {ACCEPTED, UNKNOWN}
     assert await read_counts(gateway) == (used + charged, 0, active + (expected == ACCEPTED)), name

@@ -40,8 +40,8 @@ async def test_replay_returns_the_first_response(gateway: RunningGateway) -> Non
     for _ in range(2):
         again = await submit_with_key(gateway)
         assert expect_replayed(again, task) == task
-        told = {"etag", "location", "retry-after", "ratelimit", "ratelimit-policy", "cache-control"}
-        assert {name: again.headers[name] for name in told} == {name: first.headers[name] for name in told}
+        names = {"etag", "location", "retry-after", "ratelimit", "ratelimit-policy", "cache-control"}
+        assert {name: again.headers[name] for name in names} == {name: first.headers[name] for name in names}
     assert first.headers["ratelimit"] == '"total-tasks";r=99'
     assert await gateway.upstream.count_submits() == 1
     assert await read_counts(gateway) == (1, 0, 1)
@@ -188,12 +188,12 @@ async def slow_gateway() -> AsyncIterator[tuple[RunningGateway, FakeUpstream, as
         async with run_fake_gateway() as (gateway, _, upstream):
             go, submit = asyncio.Event(), upstream.submit
 
-            async def held(*arguments: Any, **more: Any) -> SubmitResult:
+            async def delayed_submit(*arguments: Any, **more: Any) -> SubmitResult:
                 response = await submit(*arguments, **more)
                 await go.wait()
                 return response
 
-            patch.setattr(upstream, "submit", held)
+            patch.setattr(upstream, "submit", delayed_submit)
             try:
                 yield gateway, upstream, go
             finally:

@@ -56,13 +56,13 @@ def encode_secret(secret: str) -> Mapping[str, str]:
 
 def make_exceptions(token: str) -> list[Exception]:
     """Make exceptions that contain secrets and user content."""
-    told: list[Exception] = []
+    errors: list[Exception] = []
     for secret in (USER_KEY, OTHER_KEY, token, ADMIN_TOKEN, HOOK_SECRET):
-        told += [RuntimeError(f"can't use <{item}> or {item.encode()!r}") for item in encode_secret(secret)]
+        errors += [RuntimeError(f"can't use <{item}> or {item.encode()!r}") for item in encode_secret(secret)]
     form = f'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n{PROMPT}\r\n--x--\r\n'
     options = {"kind": "upscale", "prompt": PROMPT, "negative_prompt": PROMPT}
     return [
-        *told,
+        *errors,
         ValueError(f"no options: {options}"),
         ValueError(f"no options: {json.dumps(options)}", json.dumps({"inner": json.dumps(options)})),
         ValueError(f"no form: {form}", form.encode()),
@@ -76,13 +76,13 @@ def make_exceptions(token: str) -> list[Exception]:
     ]
 
 
-def raise_all(told: list[Exception]) -> NoReturn:
+def raise_all(errors: list[Exception]) -> NoReturn:
     """Raise all errors: as a group, as its cause, and in its notes."""
     prompt, metadata, secret = PROMPT, METADATA, PASSWORD  # a traceback with its variables would tell them
-    error = ExceptionGroup(f"a crash of {len(prompt) + len(metadata) + len(secret)}", told)
-    for item in told:
+    error = ExceptionGroup(f"a crash of {len(prompt) + len(metadata) + len(secret)}", errors)
+    for item in errors:
         error.add_note(str(item))
-    raise error from told[-1]
+    raise error from errors[-1]
 
 
 @pytest.fixture
@@ -94,14 +94,14 @@ def log() -> Iterator[CapturedLog]:
 @pytest.fixture
 async def gateway(valkey: Valkey, log: CapturedLog) -> AsyncIterator[RunningGateway]:
     log.redactor.register_secrets(ADMIN_TOKEN, ENCODED_SECRET_KEY)
-    async with run_real_gateway(valkey, register_secret=log.redactor.register_secrets) as found:
-        yield found
+    async with run_real_gateway(valkey, register_secret=log.redactor.register_secrets) as running_gateway:
+        yield running_gateway
 
 
 @pytest.fixture
 async def receiver() -> AsyncIterator[WebhookReceiver]:
-    async with run_receiver() as found:
-        yield found
+    async with run_receiver() as webhook_receiver:
+        yield webhook_receiver
 
 
 async def call_as_operator(gateway: RunningGateway) -> None:
@@ -170,20 +170,20 @@ async def deliver_due(gateway: RunningGateway) -> None:
 
 
 async def provoke_crashes(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = make_exceptions(gateway.token)
+    errors = make_exceptions(gateway.token)
 
     async def failing(*_: Any, **__: Any) -> NoReturn:
-        raise_all(told)
+        raise_all(errors)
 
     await gateway.put_tenant(webhook={"url": f"https://h.example/?{QUERY}", "secret": HOOK_SECRET})
     task = (await gateway.submit()).json()["id"]
-    monkeypatch.setattr(vendor_api, "parse_check_response", lambda *_: raise_all(told))
+    monkeypatch.setattr(vendor_api, "parse_check_response", lambda *_: raise_all(errors))
     await gateway.upstream.wait_until_idle()
     await gateway.advance(60)
     await gateway.services.task_poller.start_due()
     await gateway.services.task_poller.wait_idle()
     monkeypatch.undo()
-    monkeypatch.setattr(WebhookClient, "_create_client", lambda *_: raise_all(told))
+    monkeypatch.setattr(WebhookClient, "_create_client", lambda *_: raise_all(errors))
     await gateway.advance(60)
     await gateway.wait_for_task(task)
     await deliver_due(gateway)
@@ -191,7 +191,9 @@ async def provoke_crashes(gateway: RunningGateway, monkeypatch: pytest.MonkeyPat
     await gateway.submit("upscale", {"prompt": PROMPT})
     monkeypatch.setattr(QuotaReports, "for_tenant", failing)
     await gateway.call("GET", "/v1/quota")
-    asyncio.get_running_loop().call_exception_handler({"message": f"lost {told}", "exception": told[0], "task": told})
+    asyncio.get_running_loop().call_exception_handler(
+        {"message": f"lost {errors}", "exception": errors[0], "task": errors}
+    )
 
 
 async def test_no_secret_is_logged(

@@ -31,7 +31,7 @@ def client(gateway: RunningGateway) -> LegacyClient:
 
 async def test_every_kind_completes(gateway: RunningGateway, client: LegacyClient) -> None:
     await gateway.upstream.set_balance(10, 300)
-    for left, (call, fields) in zip((9, 8, 7, 6), SUBMIT_FIELDS.items(), strict=True):
+    for remaining, (call, fields) in zip((9, 8, 7, 6), SUBMIT_FIELDS.items(), strict=True):
         accepted = await client.submit(call)
         assert field_types(accepted) == {
             "err_code": "int",
@@ -39,12 +39,12 @@ async def test_every_kind_completes(gateway: RunningGateway, client: LegacyClien
             "remaining_money": "int",
             "task_id": "str",
         }
-        assert (accepted["err_code"], accepted["remaining_count"], accepted["remaining_money"]) == (0, left, 300)
+        assert (accepted["err_code"], accepted["remaining_count"], accepted["remaining_money"]) == (0, remaining, 300)
         assert (await client.check(accepted["task_id"])) == {"err_code": 0, "status": "Queued"}
-        told = await client.wait_for_end(accepted["task_id"], gateway.poll_due_tasks)
-        assert (told["err_code"], told["status"]) == (0, "Completed")
-        assert (told["remaining_count"], told["remaining_money"]) == (left, 300)
-        assert told["images_url"].startswith("http://")
+        status = await client.wait_for_end(accepted["task_id"], gateway.poll_due_tasks)
+        assert (status["err_code"], status["status"]) == (0, "Completed")
+        assert (status["remaining_count"], status["remaining_money"]) == (remaining, 300)
+        assert status["images_url"].startswith("http://")
         task = (await gateway.call("GET", f"/v1/tasks/{accepted['task_id']}")).json()
         assert task["state"] == "succeeded"
         assert len(task["options"]) == len(fields)
@@ -54,8 +54,8 @@ async def test_every_kind_completes(gateway: RunningGateway, client: LegacyClien
 async def test_failed_task(gateway: RunningGateway, client: LegacyClient) -> None:
     await gateway.upstream.fail_next_task()
     accepted = await client.submit("submit_face_enhance_task")
-    told = await client.wait_for_end(accepted["task_id"], gateway.poll_due_tasks)
-    assert told == {"err_code": 0, "status": "Failed"}
+    status = await client.wait_for_end(accepted["task_id"], gateway.poll_due_tasks)
+    assert status == {"err_code": 0, "status": "Failed"}
 
 
 async def test_spellings_of_values(gateway: RunningGateway, client: LegacyClient) -> None:
@@ -95,11 +95,11 @@ async def test_spellings_of_values(gateway: RunningGateway, client: LegacyClient
     names |= {"strong_inpaint_intensity": "inpaint_strength"}
     await gateway.upstream.set_balance(100, 0)
     for field, spellings in cases.items():
-        for sent, meant in spellings:
+        for sent, expected in spellings:
             accepted = await client.submit("submit_task", dict(SUBMIT_FIELDS["submit_task"]) | {field: sent})
             assert accepted["err_code"] == 0, accepted
             task = (await gateway.call("GET", f"/v1/tasks/{accepted['task_id']}")).json()
-            assert task["options"][names.get(field, field)] == meant
+            assert task["options"][names.get(field, field)] == expected
 
 
 async def test_missing_unknown_and_repeated_fields(gateway: RunningGateway, client: LegacyClient) -> None:
@@ -204,8 +204,8 @@ async def test_unknown_task(gateway: RunningGateway, client: LegacyClient) -> No
     task_id = (await client.submit("submit_face_enhance_task"))["task_id"]
     await gateway.put_tenant("other")
     other = LegacyClient(gateway.http, gateway.url, await gateway.new_token("other"))
-    for asking, asked in ((other, task_id), (client, task_id[:-1]), (client, ""), (client, "x" * 1_000)):
-        assert await asking.check(asked) == {"err_code": 1, "err_msg": NOT_FOUND}
+    for asking, requested_id in ((other, task_id), (client, task_id[:-1]), (client, ""), (client, "x" * 1_000)):
+        assert await asking.check(requested_id) == {"err_code": 1, "err_msg": NOT_FOUND}
     nothing = await client.post("check_task_status", data={"user_key": gateway.token})
     assert nothing == {"err_code": 1, "err_msg": NOT_FOUND}
 
@@ -218,8 +218,8 @@ async def test_remaining_balance_is_the_least_of_all_policies(gateway: RunningGa
     await gateway.put_tenant(limits=limits)
     accepted = await client.submit("submit_face_enhance_task")
     assert (accepted["remaining_count"], accepted["remaining_money"]) == (3, 9)
-    told = await client.wait_for_end(accepted["task_id"], gateway.poll_due_tasks)
-    assert (told["remaining_count"], told["remaining_money"]) == (3, 9)
+    status = await client.wait_for_end(accepted["task_id"], gateway.poll_due_tasks)
+    assert (status["remaining_count"], status["remaining_money"]) == (3, 9)
 
 
 @pytest.fixture
@@ -230,18 +230,18 @@ async def vendor() -> AsyncIterator[RunningSandbox]:
 
 async def test_responses_have_the_vendors_shape(vendor: RunningSandbox, valkey: Valkey) -> None:
     async def errand(client: LegacyClient, between: Any) -> list[Any]:
-        told: list[Any] = []
+        responses: list[Any] = []
         for call in SUBMIT_FIELDS:
             accepted = await client.submit(call)
-            told += [field_types(accepted), accepted["remaining_count"], accepted["remaining_money"]]
+            responses += [field_types(accepted), accepted["remaining_count"], accepted["remaining_money"]]
             ended = await client.wait_for_end(accepted["task_id"], between)
-            told += [field_types(ended), ended["status"], ended["remaining_count"], ended["remaining_money"]]
+            responses += [field_types(ended), ended["status"], ended["remaining_count"], ended["remaining_money"]]
             bad = await client.submit(call, dict.fromkeys(("color_count", "fit"), "bad"), files=None)
-            told += [field_types(bad), bad["err_msg"].partition(":")[0]]
+            responses += [field_types(bad), bad["err_msg"].partition(":")[0]]
         stranger = LegacyClient(client.http, client.base, "nobody")
-        told += [await stranger.submit("submit_face_enhance_task"), await stranger.check("x")]
-        told += [await client.check("x"), await client.check("")]
-        return told
+        responses += [await stranger.submit("submit_face_enhance_task"), await stranger.check("x")]
+        responses += [await client.check("x"), await client.check("")]
+        return responses
 
     async def spent(client: LegacyClient, control: Any, key: str) -> dict[str, Any]:
         await control.set_account(key, AccountBalance(count=0, money=0))

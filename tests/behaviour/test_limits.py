@@ -53,17 +53,17 @@ async def test_largest_limits_are_exact(gateway: RunningGateway) -> None:
     assert response.headers["ratelimit"].startswith(
         f'"total-tasks";r={MAX_COUNT - 1}, "month-tasks";r={MAX_COUNT - 2};'
     )
-    found = await read_policies(gateway)
-    assert {name: item["limit"] - item["remaining"] for name, item in found.items() if "tasks" in name} == {
+    policies = await read_policies(gateway)
+    assert {name: item["limit"] - item["remaining"] for name, item in policies.items() if "tasks" in name} == {
         "total-tasks": 1,
         "month-tasks": 1,
     }
-    assert (found["max-active"]["limit"], found["max-active"]["remaining"]) == (MAX_COUNT, MAX_COUNT - 1)
-    assert (found["total-money"]["limit"], found["month-money"]["limit"]) == (MAX_YUAN, MAX_YUAN - 0.01)
+    assert (policies["max-active"]["limit"], policies["max-active"]["remaining"]) == (MAX_COUNT, MAX_COUNT - 1)
+    assert (policies["total-money"]["limit"], policies["month-money"]["limit"]) == (MAX_YUAN, MAX_YUAN - 0.01)
     await gateway.wait_for_task(response.json()["id"])
     assert (await gateway.submit()).status_code == 201
-    found = await read_policies(gateway)
-    assert (found["total-tasks"]["remaining"], found["total-money"]["reserved"]) == (MAX_COUNT - 2, 0)
+    policies = await read_policies(gateway)
+    assert (policies["total-tasks"]["remaining"], policies["total-money"]["reserved"]) == (MAX_COUNT - 2, 0)
 
 
 async def test_lowered_and_raised_limit(gateway: RunningGateway) -> None:
@@ -125,8 +125,8 @@ async def test_limit_changed_during_concurrent_submits(gateway: RunningGateway) 
         for limit in (1, 4, 0, 3, 5, 2):
             await gateway.put_tenant(limits=[{"window": "day", "tasks": limit}])
 
-    found, _ = await asyncio.gather(submit_concurrently(gateway, 20), change())
+    statuses, _ = await asyncio.gather(submit_concurrently(gateway, 20), change())
     day = (await read_policies(gateway))["day-tasks"]
-    assert set(found) <= {201, 429}
-    assert found[201] == day["used"] == await gateway.upstream.count_submits() <= 5
-    assert (day["reserved"], day["remaining"]) == (0, max(2 - found[201], 0))
+    assert set(statuses) <= {201, 429}
+    assert statuses[201] == day["used"] == await gateway.upstream.count_submits() <= 5
+    assert (day["reserved"], day["remaining"]) == (0, max(2 - statuses[201], 0))

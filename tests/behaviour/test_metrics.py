@@ -32,12 +32,12 @@ class Scrape:
 
     def get_sample(self, name: str, **labels: str) -> float | None:
         """Return the sum of the samples with these labels, or None without any."""
-        found = [
+        values = [
             value
-            for (sample, told), value in self._samples.items()
-            if sample == f"gateway_{name}" and labels.items() <= dict(told).items()
+            for (sample, sample_labels), value in self._samples.items()
+            if sample == f"gateway_{name}" and labels.items() <= dict(sample_labels).items()
         ]
-        return sum(found) if found else None
+        return sum(values) if values else None
 
 
 async def scrape_metrics(gateway: RunningGateway, http: AsyncClient | None = None) -> Scrape:
@@ -52,13 +52,13 @@ async def fake_gateway() -> AsyncIterator[tuple[RunningGateway, FakeLedger]]:
 
 async def test_idle_tenant_shows_its_limits(gateway: RunningGateway) -> None:
     await gateway.put_tenant("idle", limits=[{"window": "month", "tasks": 7, "money": 2.5}], max_active=4)
-    seen = await scrape_metrics(gateway)
+    scrape = await scrape_metrics(gateway)
     for policy, unit, limit in (("month-tasks", "tasks", 7), ("month-money", "yuan", 2.5), ("max-active", "active", 4)):
         of = {"tenant": "idle", "policy": policy, "unit": unit}
-        shown = [seen.get_sample(f"quota_{name}", **of) for name in ("limit", "used", "reserved")]
-        assert shown == [limit, 0, 0]
-    assert seen.get_sample("tasks_active", tenant="idle", kind="upscale") == 0
-    assert (seen["redis_up"], seen["tenants"]) == (1, 2)
+        values = [scrape.get_sample(f"quota_{name}", **of) for name in ("limit", "used", "reserved")]
+        assert values == [limit, 0, 0]
+    assert scrape.get_sample("tasks_active", tenant="idle", kind="upscale") == 0
+    assert (scrape["redis_up"], scrape["tenants"]) == (1, 2)
 
 
 async def test_task_moves_through_the_gauges(gateway: RunningGateway) -> None:
@@ -93,13 +93,13 @@ async def test_spent_money_is_shown_in_yuan(gateway: RunningGateway) -> None:
     quota = (await gateway.call("GET", "/v1/quota")).json()
     (used,) = (policy["used"] for policy in quota["policies"] if policy["policy"] == "day-money")
     assert used > 0
-    seen = await scrape_metrics(gateway)
-    assert seen.get_sample("quota_used", tenant="shop", policy="day-money", unit="yuan") == used
-    assert seen.get_sample("tenant_spent_yuan", tenant="shop", window="day") == used
-    assert seen.get_sample("tenant_spent_yuan", tenant="shop", window="month") == used
-    assert seen.get_sample("spent_yuan_total", tenant="shop", kind="face-enhance") == used
-    assert seen.get_sample("account_spent_yuan_total", account="main") == used
-    assert seen.get_sample("account_remaining_yuan", account="main") == 300 - 2 * used
+    scrape = await scrape_metrics(gateway)
+    assert scrape.get_sample("quota_used", tenant="shop", policy="day-money", unit="yuan") == used
+    assert scrape.get_sample("tenant_spent_yuan", tenant="shop", window="day") == used
+    assert scrape.get_sample("tenant_spent_yuan", tenant="shop", window="month") == used
+    assert scrape.get_sample("spent_yuan_total", tenant="shop", kind="face-enhance") == used
+    assert scrape.get_sample("account_spent_yuan_total", account="main") == used
+    assert scrape.get_sample("account_remaining_yuan", account="main") == 300 - 2 * used
 
 
 async def test_refusals_by_tenant_and_policy(gateway: RunningGateway) -> None:
@@ -110,18 +110,18 @@ async def test_refusals_by_tenant_and_policy(gateway: RunningGateway) -> None:
     await gateway.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
     assert (await gateway.submit()).status_code == 402
     assert (await gateway.submit()).status_code == 402
-    seen = await scrape_metrics(gateway)
-    assert seen.get_sample("quota_denials_total", tenant="shop", policy="day-tasks") == 1
-    assert seen.get_sample("balance_denials_total", tenant="shop") == 2
-    assert seen.get_sample("account_state", account="main", state="exhausted") == 1
+    scrape = await scrape_metrics(gateway)
+    assert scrape.get_sample("quota_denials_total", tenant="shop", policy="day-tasks") == 1
+    assert scrape.get_sample("balance_denials_total", tenant="shop") == 2
+    assert scrape.get_sample("account_state", account="main", state="exhausted") == 1
 
 
 async def test_invalid_account_is_no_balance_denial(gateway: RunningGateway) -> None:
     await gateway.upstream.refuse_next(SubmitOutcome.INVALID_ACCOUNT)
     assert [(await gateway.submit()).status_code for _ in range(2)] == [503, 503]
-    seen = await scrape_metrics(gateway)
-    assert seen.get_sample("balance_denials_total", tenant="shop") == 0
-    assert seen.get_sample("account_state", account="main", state="invalid") == 1
+    scrape = await scrape_metrics(gateway)
+    assert scrape.get_sample("balance_denials_total", tenant="shop") == 0
+    assert scrape.get_sample("account_state", account="main", state="invalid") == 1
 
 
 async def test_reads_are_counted_by_source(gateway: RunningGateway) -> None:
@@ -143,11 +143,11 @@ async def test_ledger_metrics_disappear_without_the_store(fakes: tuple[RunningGa
     gateway, ledger = fakes
     assert (await scrape_metrics(gateway)).get_sample("quota_denials_total", tenant="shop") == 0
     ledger.is_unavailable = True
-    seen = await scrape_metrics(gateway)
-    assert seen["redis_up"] == 0
+    scrape = await scrape_metrics(gateway)
+    assert scrape["redis_up"] == 0
     for name in ("tenants", "tasks_active", "account_state", "poll_tasks", "webhooks_failed"):
-        assert seen.get_sample(name) is None
-    assert seen.get_sample("tasks_submitted_total", tenant="shop") == 0
+        assert scrape.get_sample(name) is None
+    assert scrape.get_sample("tasks_submitted_total", tenant="shop") == 0
     ledger.is_unavailable = False
     assert (await scrape_metrics(gateway))["redis_up"] == 1
 
@@ -157,9 +157,9 @@ async def test_unresponsive_store_does_not_delay_scrapes(monkeypatch: pytest.Mon
     with run_valkey() as store:
         async with run_real_gateway(store) as gateway:
             store.suspend()
-            seen = await scrape_metrics(gateway)
-            assert seen["redis_up"] == 0
-            assert seen.get_sample("redis_calls_total", command="read", outcome="abandoned") == 1
+            scrape = await scrape_metrics(gateway)
+            assert scrape["redis_up"] == 0
+            assert scrape.get_sample("redis_calls_total", command="read", outcome="abandoned") == 1
             store.resume()
             assert (await scrape_metrics(gateway))["redis_up"] == 1
 
@@ -171,9 +171,9 @@ async def test_store_errors_are_counted(valkey: Valkey) -> None:
             assert (await gateway.submit()).status_code == 503
         finally:
             await store.config_set("min-replicas-to-write", 0)
-        seen = await scrape_metrics(gateway)
-        assert seen.get_sample("redis_calls_total", command="reserve", outcome="unavailable") == 1
-        assert seen.get_sample("redis_errors_total", error="response") == 1
+        scrape = await scrape_metrics(gateway)
+        assert scrape.get_sample("redis_calls_total", command="reserve", outcome="unavailable") == 1
+        assert scrape.get_sample("redis_errors_total", error="response") == 1
 
 
 async def test_store_calls_are_counted_by_script(valkey: Valkey) -> None:

@@ -16,9 +16,9 @@ from tests.support.valkey import Valkey
 @pytest.fixture
 async def harness(valkey: Valkey) -> AsyncIterator[BalanceHarness]:
     """Yield an account without prepaid uses and with enough money."""
-    async with open_balance_harness(valkey) as found:
-        await found.set_balance(0, 1_000)
-        yield found
+    async with open_balance_harness(valkey) as opened_harness:
+        await opened_harness.set_balance(0, 1_000)
+        yield opened_harness
 
 
 async def set_month_limit(harness: BalanceHarness, money: float) -> None:
@@ -73,8 +73,8 @@ async def test_unknown_price_holds_everything_left(harness: BalanceHarness) -> N
     tasks, refused = await harness.submit_concurrently(4)
     assert (len(tasks), refused) == (1, {429: 3})
     assert await read_month_money(harness) == (0, 100, 0)
-    (found,) = (await harness.submit()).json()["violated_policies"]
-    assert (found["policy"], found["limit"]) == ("month-money", 100)
+    (violation,) = (await harness.submit()).json()["violated_policies"]
+    assert (violation["policy"], violation["limit"]) == ("month-money", 100)
     await wait_for_costs(harness, tasks)
     assert (await read_month_money(harness))[1:] == (0, 100)
     assert (await harness.run_task())["money"] == PRICE_YUAN
@@ -121,8 +121,8 @@ async def test_refusal_frees_money_and_unknown_keeps_it(harness: BalanceHarness)
     assert (len(tasks), refused) == (1, {429: 2})
 
 
-@pytest.mark.parametrize(("charge", "taken"), [("submit", PRICE_YUAN), ("end", 0)])
-async def test_failed_task_stays_charged_until_refunded(harness: BalanceHarness, charge: str, taken: int) -> None:
+@pytest.mark.parametrize(("charge", "charged"), [("submit", PRICE_YUAN), ("end", 0)])
+async def test_failed_task_stays_charged_until_refunded(harness: BalanceHarness, charge: str, charged: int) -> None:
     await harness.set_behaviour(charge=charge)
     for _ in range(2):
         await harness.run_task()
@@ -130,7 +130,7 @@ async def test_failed_task_stays_charged_until_refunded(harness: BalanceHarness,
     await harness.set_behaviour(faults=(Fault(on="submit", times=1, fail="it could not be done"),))
     assert await harness.run_task() == {"count": 0, "money": PRICE_YUAN, "basis": "estimated"}
     assert await read_month_money(harness) == (2 * PRICE_YUAN, 0, 100 - 2 * PRICE_YUAN)
-    assert await harness.shown_balance() == await harness.upstream_balance() == (0, 1_000 - 2 * PRICE_YUAN - taken)
+    assert await harness.shown_balance() == await harness.upstream_balance() == (0, 1_000 - 2 * PRICE_YUAN - charged)
 
 
 @pytest.mark.parametrize("checked_balance", ["now", "then"])

@@ -27,8 +27,8 @@ async def document() -> dict[str, Any]:
     async with run_fake_gateway() as (gateway, _, _):
         response = await gateway.call("GET", "/openapi.json", token="")
         assert response.headers["content-type"] == "application/json"
-        found: dict[str, Any] = response.json()
-        return found
+        content: dict[str, Any] = response.json()
+        return content
 
 
 @pytest.fixture(params=["tenants", "operators"])
@@ -63,16 +63,16 @@ async def test_references_resolve(any_document: dict[str, Any]) -> None:
 
 
 async def test_operations_are_described(any_document: dict[str, Any]) -> None:
-    found = list(iter_operations(any_document))
-    ids = [operation["operationId"] for _, _, operation in found]
+    operations = list(iter_operations(any_document))
+    ids = [operation["operationId"] for _, _, operation in operations]
     assert len(set(ids)) == len(ids)
-    for path, _, operation in found:
+    for path, _, operation in operations:
         assert operation["summary"], path
         responses = operation["responses"]
         assert resolve_reference(any_document, responses["default"])["content"].keys() == {"application/problem+json"}
         assert any(status.startswith("2") for status in responses), path
-        for status, told in responses.items():
-            response = resolve_reference(any_document, told)
+        for status, documented in responses.items():
+            response = resolve_reference(any_document, documented)
             assert response["description"] not in {"", "Additional response"}
             assert not response["description"].endswith(" follows")
             if status >= "4" and path != "/readyz":
@@ -183,11 +183,11 @@ async def test_options_match_the_contract(document: dict[str, Any]) -> None:
         assert properties.pop("image")["contentMediaType"] == "application/octet-stream"
         assert properties.pop("metadata")["contentMediaType"] == "application/json"
         assert properties.pop("webhook_url")["format"] == "uri"
-        found = {
+        documented = {
             name: (item["type"], item.get("minimum"), item.get("maximum"), item["default"])
             for name, item in properties.items()
         }
-        assert found == options
+        assert documented == options
         assert set(options) == set(OPTIONS[Kind(kind)].__struct_fields__)
         for prompt in {"prompt", "negative_prompt"} & properties.keys():
             assert properties[prompt]["maxLength"] == 2_000
@@ -207,13 +207,13 @@ async def test_problems_have_codes_and_examples(document: dict[str, Any]) -> Non
                 assert example.keys() == {"value"}
                 assert (example["value"]["code"], example["value"]["status"]) == (code, int(status))
                 assert statuses[code] == int(status)
-    told = {
+    codes = {
         code
         for response in document["paths"]["/v1/tasks/upscale"]["post"]["responses"].values()
         for code in re.findall(r"^- `([^`]+)`", response.get("description", ""), re.MULTILINE)
     }
-    assert told >= {"balance-exhausted", "quota-exceeded", "upstream-rejected", "submission-unknown", "overloaded"}
-    assert "internal-error" not in told
+    assert codes >= {"balance-exhausted", "quota-exceeded", "upstream-rejected", "submission-unknown", "overloaded"}
+    assert "internal-error" not in codes
 
 
 async def test_examples_match_their_schemas(any_document: dict[str, Any]) -> None:
@@ -239,11 +239,13 @@ async def test_example_submission_is_accepted(gateway: RunningGateway, document:
 
 
 async def test_responses_match_the_document(gateway: RunningGateway, document: dict[str, Any]) -> None:
-    async def told(operation: str, method: str, path: str, expected: int, **request: Any) -> Any:
+    async def call_documented(operation: str, method: str, path: str, expected: int, **request: Any) -> Any:
         answer = await gateway.call(method, path, **request)
         assert answer.status_code == expected
-        (found,) = [item for _, _, item in iter_operations(document) if item["operationId"] == operation]
-        response = resolve_reference(document, found["responses"].get(str(expected), found["responses"]["default"]))
+        (documented,) = [item for _, _, item in iter_operations(document) if item["operationId"] == operation]
+        response = resolve_reference(
+            document, documented["responses"].get(str(expected), documented["responses"]["default"])
+        )
         (media_type, content) = next(iter(response.get("content", {"": {}}).items()))
         assert answer.headers.get("content-type", "") == media_type
         optional = {"retry-after", "ratelimit", "ratelimit-policy", "idempotent-replayed", "preference-applied"}
@@ -254,31 +256,35 @@ async def test_responses_match_the_document(gateway: RunningGateway, document: d
 
     files = {"image": ("a.png", make_png(), "image/png")}
     await gateway.put_tenant(limits=[{"window": "day", "tasks": 5, "money": 9.5}], max_active=3)
-    accepted = await told("submit-upscale", "POST", "/v1/tasks/upscale", 201, files=files, data={"scale": "3"})
-    await told("submit-upscale", "POST", "/v1/tasks/upscale", 422, files=files, data={"scale": "9"})
-    await told("submit-seamless", "POST", "/v1/tasks/seamless", 415, json={})
-    await told("submit-upscale", "POST", "/v1/tasks/upscale", 401, files=files, token="x")
+    accepted = await call_documented(
+        "submit-upscale", "POST", "/v1/tasks/upscale", 201, files=files, data={"scale": "3"}
+    )
+    await call_documented("submit-upscale", "POST", "/v1/tasks/upscale", 422, files=files, data={"scale": "9"})
+    await call_documented("submit-seamless", "POST", "/v1/tasks/seamless", 415, json={})
+    await call_documented("submit-upscale", "POST", "/v1/tasks/upscale", 401, files=files, token="x")
     path = accepted.headers["location"]
-    await told("read-task", "GET", path, 200)
+    await call_documented("read-task", "GET", path, 200)
     tag = accepted.headers["etag"]
-    await told("read-task", "GET", path, 304, headers={"If-None-Match": tag})
+    await call_documented("read-task", "GET", path, 304, headers={"If-None-Match": tag})
     await gateway.wait_for_task(accepted.json()["id"])
-    await told("read-task", "GET", path, 200)
-    await told("read-task", "GET", "/v1/tasks/x", 404)
-    await told("list-tasks", "GET", "/v1/tasks?limit=1", 200)
-    await told("list-tasks", "GET", "/v1/tasks?limit=0", 422)
-    await told("list-tasks", "GET", "/v1/tasks?cursor=x", 400)
-    await told("read-quota", "GET", "/v1/quota", 200)
-    await told("read-usage", "GET", "/v1/usage", 200)
-    await told("read-usage", "GET", "/v1/usage?from=x", 422)
+    await call_documented("read-task", "GET", path, 200)
+    await call_documented("read-task", "GET", "/v1/tasks/x", 404)
+    await call_documented("list-tasks", "GET", "/v1/tasks?limit=1", 200)
+    await call_documented("list-tasks", "GET", "/v1/tasks?limit=0", 422)
+    await call_documented("list-tasks", "GET", "/v1/tasks?cursor=x", 400)
+    await call_documented("read-quota", "GET", "/v1/quota", 200)
+    await call_documented("read-usage", "GET", "/v1/usage", 200)
+    await call_documented("read-usage", "GET", "/v1/usage?from=x", 422)
     name = gateway.services.submissions.submission_of_task(accepted.json()["id"])
-    await told("read-submission", "GET", f"/v1/submissions/{name}", 200)
-    await told("read-submission", "GET", "/v1/submissions/x", 404)
-    await told("legacy-check", "POST", "/api/check_task_status", 200, data={"user_key": "x", "task_id": "y"})
+    await call_documented("read-submission", "GET", f"/v1/submissions/{name}", 200)
+    await call_documented("read-submission", "GET", "/v1/submissions/x", 404)
+    await call_documented("legacy-check", "POST", "/api/check_task_status", 200, data={"user_key": "x", "task_id": "y"})
     old = {"input_image": ("a.png", make_png(), "image/png")}
-    await told("legacy-seamless", "POST", "/api/submit_seamless_task", 200, files=old, data={"user_key": gateway.token})
-    await told("healthz", "GET", "/healthz", 200)
-    await told("readyz", "GET", "/readyz", 200)
+    await call_documented(
+        "legacy-seamless", "POST", "/api/submit_seamless_task", 200, files=old, data={"user_key": gateway.token}
+    )
+    await call_documented("healthz", "GET", "/healthz", 200)
+    await call_documented("readyz", "GET", "/readyz", 200)
 
 
 async def test_docs_page_loads_nothing_external(document: dict[str, Any]) -> None:

@@ -45,21 +45,21 @@ async def test_refunded_task(gateway: RunningGateway) -> None:
     await gateway.put_tenant(**UNREACHABLE_POLICIES)
     task = await run_task(gateway)
     assert (await read_charged_today(gateway))[0] == 1
-    told = expect_json(await post_refund(gateway, task=task["id"], reason="It came out blank."), 201)
+    submission = expect_json(await post_refund(gateway, task=task["id"], reason="It came out blank."), 201)
     assert await read_charged_today(gateway) == (0, 0)
     assert set((await read_windows(gateway)).values()) == {(0, 0)}
-    given = told["refund"]
-    assert (given["count"], given["money"], given["reason"]) == (1, 0, "It came out blank.")
-    assert (told["tenant"], told["account"], told["task"]["id"]) == ("shop", "main", task["id"])
-    assert told["cost"] == task["cost"]
-    mine = await read_submission(gateway, told["id"])
-    assert mine == {name: value for name, value in told.items() if name not in {"tenant", "account"}}
-    found = await read_usage(gateway)
-    (listed,) = found["refunds"]
-    expected = {"submission": told["id"], "kind": "face-enhance", "day": task["created_at"][:10], **given}
+    refund = submission["refund"]
+    assert (refund["count"], refund["money"], refund["reason"]) == (1, 0, "It came out blank.")
+    assert (submission["tenant"], submission["account"], submission["task"]["id"]) == ("shop", "main", task["id"])
+    assert submission["cost"] == task["cost"]
+    mine = await read_submission(gateway, submission["id"])
+    assert mine == {name: value for name, value in submission.items() if name not in {"tenant", "account"}}
+    usage = await read_usage(gateway)
+    (listed,) = usage["refunds"]
+    expected = {"submission": submission["id"], "kind": "face-enhance", "day": task["created_at"][:10], **refund}
     assert listed == expected
-    assert found["total"]["tasks"]["succeeded"] == 1
-    assert found["total"]["refunded"] == {"tasks": 1, "count": 1, "money": 0}
+    assert usage["total"]["tasks"]["succeeded"] == 1
+    assert usage["total"]["refunded"] == {"tasks": 1, "count": 1, "money": 0}
     (listed,) = (await read_all_usage(gateway))["refunds"]
     assert listed == expected | {"tenant": "shop", "tenant_id": gateway.services.registry.current.tenants["shop"].id}
     assert (await gateway.call("GET", task["links"]["self"])).json() == task
@@ -99,16 +99,20 @@ async def test_refunded_unknown_outcome_stays_refunded(gateway: RunningGateway) 
     expect_json(await post_refund(gateway, submission=name, reason="nobody knows"), 201)
     assert await read_charged_today(gateway) == (0, 0)
     task_id = await recover_task(gateway, name)
-    told = await read_submission(gateway, name)
-    assert (told["outcome"], told["task"]["id"], told["refund"]["reason"]) == ("accepted", task_id, "nobody knows")
+    submission = await read_submission(gateway, name)
+    assert (submission["outcome"], submission["task"]["id"], submission["refund"]["reason"]) == (
+        "accepted",
+        task_id,
+        "nobody knows",
+    )
     assert await read_charged_today(gateway) == (0, 0)
     await gateway.wait_for_task(task_id)
     assert await read_charged_today(gateway) == (0, 0)
-    told = await read_submission(gateway, name)
-    assert (told["refund"]["count"], told["cost"]["count"]) == (1, 1)
-    found = (await read_usage(gateway))["total"]
-    assert (found["tasks"]["succeeded"], found["tasks"]["unknown"]) == (1, 0)
-    assert found["refunded"] == {"tasks": 1, "count": 1, "money": 0}
+    submission = await read_submission(gateway, name)
+    assert (submission["refund"]["count"], submission["cost"]["count"]) == (1, 1)
+    total = (await read_usage(gateway))["total"]
+    assert (total["tasks"]["succeeded"], total["tasks"]["unknown"]) == (1, 0)
+    assert total["refunded"] == {"tasks": 1, "count": 1, "money": 0}
     expect_problem(await post_refund(gateway, task=task_id, reason="once more"), 409, "conflict")
 
 
@@ -129,12 +133,12 @@ async def test_refund_goes_to_the_original_windows(gateway: RunningGateway) -> N
     await run_task(gateway)
     expect_json(await post_refund(gateway, task=task["id"], reason="late"), 201)
     assert await read_windows(gateway) == {"day": (1, 0), "month": (1, 0), "total": (1, 0)}
-    found = await read_usage(gateway)
-    assert [(item["period"], item["charged"]["tasks"]) for item in found["items"]] == [
+    usage = await read_usage(gateway)
+    assert [(item["period"], item["charged"]["tasks"]) for item in usage["items"]] == [
         (str(before), 0),
         (str(today), 1),
     ]
-    (listed,) = found["refunds"]
+    (listed,) = usage["refunds"]
     assert (listed["day"], listed["refunded_at"][:10]) == (str(before), str(today))
 
 
@@ -143,9 +147,10 @@ async def test_running_and_free_submissions_are_not_refundable(gateway: RunningG
     await gateway.upstream.keep_running()
     task = (await gateway.submit()).json()
     before = await read_charged_today(gateway), await read_usage(gateway)
-    for what in ({"task": task["id"]}, {"submission": submission_id_of(gateway, task)}):
+    for target in ({"task": task["id"]}, {"submission": submission_id_of(gateway, task)}):
         assert (
-            "has not ended" in expect_problem(await post_refund(gateway, **what, reason="x"), 409, "conflict")["detail"]
+            "has not ended"
+            in expect_problem(await post_refund(gateway, **target, reason="x"), 409, "conflict")["detail"]
         )
     await gateway.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
     with structlog.testing.capture_logs() as events:
@@ -196,10 +201,10 @@ async def test_lost_reservation() -> None:
 async def test_refunds_are_logged(gateway: RunningGateway) -> None:
     task = await run_task(gateway)
     with structlog.testing.capture_logs() as events:
-        told = expect_json(await post_refund(gateway, task=task["id"], reason="It came out blank."), 201)
+        submission = expect_json(await post_refund(gateway, task=task["id"], reason="It came out blank."), 201)
         expect_problem(await post_refund(gateway, task=task["id"], reason="again"), 409, "conflict")
     (event,) = [item for item in events if item["event"] == "submission.refunded"]
-    assert (event["tenant"], event["reservation"]) == ("shop", told["id"])
+    assert (event["tenant"], event["reservation"]) == ("shop", submission["id"])
     assert (event["kind"], event["reason"], event["uses"], event["yuan"]) == (
         "face-enhance",
         "It came out blank.",
@@ -211,10 +216,10 @@ async def test_refunds_are_logged(gateway: RunningGateway) -> None:
 async def test_refund_of_a_deleted_tenant(gateway: RunningGateway) -> None:
     task = await run_task(gateway)
     await gateway.call_admin("DELETE", "/tenants/shop")
-    told = expect_json(await post_refund(gateway, task=task["id"], reason="a farewell"), 201)
-    assert told["tenant"] == "shop"
-    found = await read_all_usage(gateway)
-    assert (found["total"]["charged"]["tasks"], found["refunds"][0]["tenant"]) == (0, "shop")
+    submission = expect_json(await post_refund(gateway, task=task["id"], reason="a farewell"), 201)
+    assert submission["tenant"] == "shop"
+    usage = await read_all_usage(gateway)
+    assert (usage["total"]["charged"]["tasks"], usage["refunds"][0]["tenant"]) == (0, "shop")
 
 
 async def test_money_is_refunded_to_the_fen(valkey: Valkey) -> None:
@@ -235,7 +240,7 @@ async def test_money_is_refunded_to_the_fen(valkey: Valkey) -> None:
         }
         expect_json(await post_refund(gateway, task=task["id"], reason="x"), 201)
         assert await read_charged_today(gateway) == (2, 2 * PRICE_YUAN)
-        told = expect_json(await post_refund(gateway, submission=unknown, reason="x"), 201)
-        assert (told["refund"]["count"], told["refund"]["money"]) == (0, PRICE_YUAN)
+        submission = expect_json(await post_refund(gateway, submission=unknown, reason="x"), 201)
+        assert (submission["refund"]["count"], submission["refund"]["money"]) == (0, PRICE_YUAN)
         assert await read_charged_today(gateway) == (1, PRICE_YUAN)
         assert (await read_usage(gateway))["total"]["refunded"] == {"tasks": 2, "count": 0, "money": 2 * PRICE_YUAN}

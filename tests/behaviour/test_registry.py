@@ -41,13 +41,13 @@ async def test_document_is_applied_in_one_version(gateway: RunningGateway) -> No
     after = gateway.services.registry.current
     assert after.version == before.version + 1
     assert after.accounts["main"].id == before.accounts["main"].id
-    told = (await get_registry(gateway)).json()
+    document = (await get_registry(gateway)).json()
     for token in before.tokens:  # stays, since nobody said `prune`
-        del told["tenants"]["shop"]["tokens"][token]
+        del document["tenants"]["shop"]["tokens"][token]
     for section in ("accounts", "tenants"):
         for name, sent in FULL_REGISTRY[section].items():
-            known = {key: item for key, item in told[section][name].items() if key in sent}
-            assert _without_secrets(known) == _without_secrets(sent)
+            sent_part = {key: item for key, item in document[section][name].items() if key in sent}
+            assert _without_secrets(sent_part) == _without_secrets(sent)
     listed = (await gateway.call_admin("GET", "/tenants/shop")).json()
     assert listed["accounts"] == ["spare", "main"]
     assert {item["id"] for item in listed["tokens"]} == {"0123456789ab", *before.tokens}
@@ -57,8 +57,8 @@ async def test_document_is_applied_in_one_version(gateway: RunningGateway) -> No
 async def test_reapplying_changes_nothing(gateway: RunningGateway) -> None:
     await apply_registry(gateway, FULL_REGISTRY)
     version = gateway.services.registry.current.version
-    told = (await get_registry(gateway)).json()
-    for document, query in ((FULL_REGISTRY, ""), (told, ""), (told, "?prune=true")):
+    current = (await get_registry(gateway)).json()
+    for document, query in ((FULL_REGISTRY, ""), (current, ""), (current, "?prune=true")):
         applied = await apply_registry(gateway, document, query)
         assert (applied["applied"], applied["differences"], applied["generated_secrets"]) == (False, [], {})
     assert gateway.services.registry.current.version == version
@@ -67,15 +67,15 @@ async def test_reapplying_changes_nothing(gateway: RunningGateway) -> None:
 async def test_dry_run_reports_every_difference(gateway: RunningGateway) -> None:
     await apply_registry(gateway, FULL_REGISTRY)
     version = gateway.services.registry.current.version
-    told = (await get_registry(gateway)).json()
-    told["accounts"]["main"]["floor_count"] = 3
-    told["accounts"]["main"]["user_key"]["value"] = "quite-another-key"
-    told["tenants"]["shop"] |= {"accounts": ["main"], "kinds": None}
-    told["tenants"]["press"] = {"accounts": ["main"], "webhook": {"url": "https://hooks.example/b"}}
-    del told["accounts"]["spare"]
-    found = await apply_registry(gateway, told, "?dry_run=true&prune=true")
+    document = (await get_registry(gateway)).json()
+    document["accounts"]["main"]["floor_count"] = 3
+    document["accounts"]["main"]["user_key"]["value"] = "quite-another-key"
+    document["tenants"]["shop"] |= {"accounts": ["main"], "kinds": None}
+    document["tenants"]["press"] = {"accounts": ["main"], "webhook": {"url": "https://hooks.example/b"}}
+    del document["accounts"]["spare"]
+    applied = await apply_registry(gateway, document, "?dry_run=true&prune=true")
     press = {"accounts": ["main"], "webhook": {"url": "https://hooks.example/b"}}
-    assert [list(difference.values()) for difference in found["differences"]] == [
+    assert [list(difference.values()) for difference in applied["differences"]] == [
         ["accounts.main.floor_count", "changed", 2, 3],
         ["accounts.main.user_key.value", "changed"],
         ["accounts.spare", "removed", {"id": _account_id(gateway, "spare"), "user_key": {"file": "spare.key"}}],
@@ -84,7 +84,7 @@ async def test_dry_run_reports_every_difference(gateway: RunningGateway) -> None
         ["tenants.shop.accounts", "changed", ["spare", "main"], ["main"]],
         ["tenants.shop.kinds", "removed", ["upscale"]],
     ]
-    assert (found["applied"], found["generated_secrets"], found["unmanaged"]) == (False, {}, [])
+    assert (applied["applied"], applied["secrets"], applied["kept"]) == (False, {}, [])
     assert gateway.services.registry.current.version == version
 
 
@@ -94,9 +94,9 @@ async def test_webhook_query_is_hidden_in_differences(gateway: RunningGateway) -
         gateway, {"accounts": {}, "tenants": {"press": {"accounts": ["main"], "webhook": hook}}}
     )
     assert added["differences"][0]["after"]["webhook"]["url"] == "https://hooks.example/a?…"
-    told = (await get_registry(gateway)).json()
-    told["tenants"]["press"]["webhook"]["url"] = "https://hooks.example/a?key=other-secret"
-    changed = await apply_registry(gateway, told)
+    document = (await get_registry(gateway)).json()
+    document["tenants"]["press"]["webhook"]["url"] = "https://hooks.example/a?key=other-secret"
+    changed = await apply_registry(gateway, document)
     (difference,) = changed["differences"]
     assert difference == {
         "path": "tenants.press.webhook.url",
@@ -104,7 +104,9 @@ async def test_webhook_query_is_hidden_in_differences(gateway: RunningGateway) -
         "before": "https://hooks.example/a?…",
         "after": "https://hooks.example/a?…",
     }
-    assert gateway.services.registry.current.tenants["press"].webhook.url == told["tenants"]["press"]["webhook"]["url"]
+    assert (
+        gateway.services.registry.current.tenants["press"].webhook.url == document["tenants"]["press"]["webhook"]["url"]
+    )
 
 
 async def test_unmanaged_objects_stay_without_prune(gateway: RunningGateway) -> None:
@@ -225,24 +227,24 @@ async def test_secret_reference_survives_while_the_secret_does(gateway: RunningG
     await apply_registry(gateway, FULL_REGISTRY)
     await gateway.call_admin("PUT", "/accounts/main", json={"floor_count": 1})
     await gateway.put_tenant(webhook={"url": "https://hooks.example/a"})
-    told = (await get_registry(gateway)).json()
-    assert told["accounts"]["main"]["user_key"] == {"env": "MAIN_KEY"}
-    assert told["tenants"]["shop"]["webhook"]["secret"] == {"env": "HOOK"}
+    document = (await get_registry(gateway)).json()
+    assert document["accounts"]["main"]["user_key"] == {"env": "MAIN_KEY"}
+    assert document["tenants"]["shop"]["webhook"]["secret"] == {"env": "HOOK"}
     await gateway.call_admin("PUT", "/accounts/main", json={"user_key": "of-a-command"})
     await gateway.call_admin("POST", "/tenants/shop/webhook-secret")
-    told = (await get_registry(gateway)).json()
-    assert "user_key" not in told["accounts"]["main"]
-    assert "secret" not in told["tenants"]["shop"]["webhook"]
+    document = (await get_registry(gateway)).json()
+    assert "user_key" not in document["accounts"]["main"]
+    assert "secret" not in document["tenants"]["shop"]["webhook"]
 
 
 async def test_changed_key_reopens_the_account(gateway: RunningGateway) -> None:
     await gateway.upstream.set_balance(count=1, money=0)
     await gateway.wait_for_task((await gateway.submit()).json()["id"])
-    spent = (await gateway.call_admin("GET", "/accounts/main")).json()["state"]
+    state_before = (await gateway.call_admin("GET", "/accounts/main")).json()["state"]
     await apply_registry(
         gateway, {"accounts": {"main": {"user_key": {"value": USER_KEY}, "max_price": {"upscale": 1}}}}
     )
-    assert (await gateway.call_admin("GET", "/accounts/main")).json()["state"] == spent == "exhausted"
+    assert (await gateway.call_admin("GET", "/accounts/main")).json()["state"] == state_before == "exhausted"
     await apply_registry(gateway, {"accounts": {"main": {"user_key": {"value": ACCOUNT_KEY}}}})
     assert (await gateway.call_admin("GET", "/accounts/main")).json()["state"] == "open"
 

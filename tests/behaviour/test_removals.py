@@ -34,8 +34,8 @@ async def remove_by_force(gateway: RunningGateway, path: str) -> None:
 async def read_task(gateway: RunningGateway, task: dict[str, Any]) -> dict[str, Any]:
     response = await gateway.call("GET", task["links"]["self"])
     assert response.status_code == 200, response.text
-    found: dict[str, Any] = response.json()
-    return found
+    content: dict[str, Any] = response.json()
+    return content
 
 
 async def test_account_removed_with_running_tasks(gateway: RunningGateway) -> None:
@@ -142,10 +142,10 @@ async def test_tenant_and_account_removed(gateway: RunningGateway) -> None:
 @pytest.mark.parametrize("path", ["/tenants/shop", "/accounts/main"])
 async def test_removed_while_sending(valkey: Valkey, path: str) -> None:
     async with open_balance_harness(valkey) as books:
-        asked = asyncio.create_task(books.submit_concurrently(1))
+        submission = asyncio.create_task(books.submit_concurrently(1))
         await books.control.wait_for_requests(lambda seen: any(item.operation == "submit" for item in seen))
         await remove_by_force(books.gateway, path)
-        (task,), _ = await asked
+        (task,), _ = await submission
         await books.gateway.advance(LOST_AFTER_SECONDS)
         with structlog.testing.capture_logs() as events:
             await books.gateway.poll_due_tasks()

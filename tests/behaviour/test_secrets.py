@@ -51,14 +51,14 @@ def encode_secret(secret: str) -> set[bytes]:
 async def test_no_response_or_log_contains_a_secret(gateway: RunningGateway) -> None:
     with structlog.testing.capture_logs() as events:
         responses = [item async for item in call_every_operation(gateway)]
-    told = [repr((dict(response.headers), response.content)).encode() for response in responses]
+    texts = [repr((dict(response.headers), response.content)).encode() for response in responses]
     assert {response.status_code for response in responses} >= {200, 201, 204, 400, 401, 404, 422}
     assert {"account.updated", "tenant.deleted", "account.deleted", "account.reopened"} <= {
         event["event"] for event in events
     }
     for secret in (*KEYS, gateway.token, ADMIN_TOKEN):
         for spelling in encode_secret(secret):
-            assert [text for text in told if spelling in text] == []
+            assert [text for text in texts if spelling in text] == []
             assert [event for event in events if spelling in repr(event).encode()] == []
 
 
@@ -97,12 +97,12 @@ async def test_redis_holds_no_secret(valkey: Valkey, moment: str) -> None:
         task = (await gateway.submit("upscale", {"prompt": "a prompt"})).json()
         if moment == "once it has ended":
             await gateway.wait_for_task(task["id"])
-        found = [dump_key async for dump_key in _dump_keys(valkey)]
-        assert any(b"spare" in item for item in found), "the registry was not looked at"
-        assert any(b"a prompt" in item for item in found), "the tasks were not looked at"
+        dumps = [dump_key async for dump_key in _dump_keys(valkey)]
+        assert any(b"spare" in item for item in dumps), "the registry was not looked at"
+        assert any(b"a prompt" in item for item in dumps), "the tasks were not looked at"
         for secret in (*KEYS, gateway.token, other, ADMIN_TOKEN):
             for spelling in encode_secret(secret):
-                assert [item for item in found if spelling in item] == []
+                assert [item for item in dumps if spelling in item] == []
 
 
 async def _dump_keys(valkey: Valkey) -> AsyncIterator[bytes]:

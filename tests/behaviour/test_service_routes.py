@@ -80,9 +80,9 @@ async def test_request_id_header(gateway: RunningGateway) -> None:
         ("POST", "/v1/tasks/upscale"),
     ]
     for method, path in calls:
-        for given in ("a", "Req-1_2.3", "x" * 128):
-            response = await gateway.call(method, path, headers={"X-Request-Id": given})
-            assert response.headers.get_list("x-request-id") == [given]
+        for value in ("a", "Req-1_2.3", "x" * 128):
+            response = await gateway.call(method, path, headers={"X-Request-Id": value})
+            assert response.headers.get_list("x-request-id") == [value]
         made = set()
         for refused in ("", "x" * 129, "a b", "a/b", "é".encode(), "a\tb"):
             response = await gateway.call(method, path, headers={"X-Request-Id": refused})
@@ -182,9 +182,9 @@ async def test_violated_money_limit_is_in_yuan(gateway: RunningGateway) -> None:
     await gateway.upstream.set_balance(0, 300)
     await gateway.put_tenant(limits=[{"window": "day", "money": 0.5}])
     await gateway.submit()
-    found = expect_problem(await gateway.submit(), 429, "quota-exceeded")
+    problem = expect_problem(await gateway.submit(), 429, "quota-exceeded")
     assert [
-        (violated_policy["policy"], violated_policy["limit"]) for violated_policy in found["violated_policies"]
+        (violated_policy["policy"], violated_policy["limit"]) for violated_policy in problem["violated_policies"]
     ] == [("day-money", 0.5)]
 
 

@@ -18,8 +18,8 @@ MISSING_BALANCES = Fault(wrong={"remaining_count": "missing", "remaining_money":
 @pytest.fixture(params=product(("submit", "end"), ("now", "then")), ids="-".join)
 async def harness(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[BalanceHarness]:
     charge, checked_balance = request.param
-    async with open_balance_harness(valkey, charge=charge, checked_balance=checked_balance) as found:
-        yield found
+    async with open_balance_harness(valkey, charge=charge, checked_balance=checked_balance) as opened_harness:
+        yield opened_harness
 
 
 async def test_configured_price_protects_the_floor(harness: BalanceHarness) -> None:
@@ -92,18 +92,20 @@ async def test_overtaken_prepaid_only_task_pays_no_money(harness: BalanceHarness
     await harness.set_balance(3, 50)
     for _ in range(2):
         await harness.run_task()
-    asked = await harness.sandbox.count_submits()
+    submits_before = await harness.sandbox.count_submits()
     await harness.set_behaviour(faults=(Fault(on="submit", times=1, latency=1.0),))
     slow = asyncio.create_task(harness.gateway.submit(KIND, token=thrifty))
-    await harness.control.wait_for_requests(lambda seen: sum(item.operation == "submit" for item in seen) == asked + 1)
+    await harness.control.wait_for_requests(
+        lambda seen: sum(item.operation == "submit" for item in seen) == submits_before + 1
+    )
     other = await harness.submit()
     thriftys = await slow
     assert thriftys.status_code == 201
     cost = await harness.wait_for_cost(thriftys.json(), token=thrifty)
-    spent = 50 - (await harness.upstream_balance())[1]
+    money_spent = 50 - (await harness.upstream_balance())[1]
     assert cost["money"] == 0
     assert other.status_code == 402
-    assert spent == 0
+    assert money_spent == 0
 
 
 async def check_out_of_order(harness: BalanceHarness, number: int) -> None:
@@ -156,7 +158,7 @@ async def test_running_tasks_count_against_the_floor(harness: BalanceHarness) ->
     await harness.set_behaviour(seconds=3_600)
     await harness.gateway.call_admin("PUT", "/accounts/main", json={"floor_count": 5})
     await harness.set_balance(8, 0)
-    taken = 0
+    accepted = 0
     for _ in range(8):
-        taken += (await harness.submit()).status_code == 201
-    assert taken == (3 if (await harness.control.get_behaviour()).charge == "end" else 2)
+        accepted += (await harness.submit()).status_code == 201
+    assert accepted == (3 if (await harness.control.get_behaviour()).charge == "end" else 2)

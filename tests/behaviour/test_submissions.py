@@ -37,8 +37,8 @@ async def test_accepted_submission_links_its_task(gateway: RunningGateway) -> No
     name = submission_id_of(gateway, task)
     response = await gateway.call("GET", f"/v1/submissions/{name}")
     assert response.headers["cache-control"] == "private, no-cache"
-    told = expect_json(response)
-    settled_at = told.pop("settled_at")
+    submission = expect_json(response)
+    settled_at = submission.pop("settled_at")
     assert settled_at >= task["created_at"]
     expected: dict[str, Any] = {
         "id": name,
@@ -50,7 +50,7 @@ async def test_accepted_submission_links_its_task(gateway: RunningGateway) -> No
         "balance_suggests": None,
         "refund": None,
     }
-    assert told == expected
+    assert submission == expected
     operators = expect_json(await gateway.call_admin("GET", f"/submissions/{name}"))
     assert operators == expected | {"settled_at": settled_at, "tenant": "shop", "account": "main"}
 
@@ -58,20 +58,20 @@ async def test_accepted_submission_links_its_task(gateway: RunningGateway) -> No
 async def test_finished_submission_shows_its_cost(gateway: RunningGateway) -> None:
     for _ in range(2):
         task = await gateway.wait_for_task((await gateway.submit()).json()["id"])
-        told = await read_submission(gateway, submission_id_of(gateway, task))
-        assert (told["task"]["state"], told["cost"]) == ("succeeded", task["cost"])
+        submission = await read_submission(gateway, submission_id_of(gateway, task))
+        assert (submission["task"]["state"], submission["cost"]) == ("succeeded", task["cost"])
 
 
 async def test_unknown_outcome(gateway: RunningGateway) -> None:
     name = await submit_and_lose_response(gateway)
-    told = await read_submission(gateway, name)
-    assert (told["outcome"], told["task"], told["refund"]) == ("unknown", None, None)
-    assert told["cost"] == {"count": 0, "money": 0, "basis": "unknown"}
-    assert told["balance_suggests"] == "cannot-tell"
+    submission = await read_submission(gateway, name)
+    assert (submission["outcome"], submission["task"], submission["refund"]) == ("unknown", None, None)
+    assert submission["cost"] == {"count": 0, "money": 0, "basis": "unknown"}
+    assert submission["balance_suggests"] == "cannot-tell"
     task_id = await recover_task(gateway, name)
-    told = await read_submission(gateway, name)
-    assert (told["outcome"], told["balance_suggests"]) == ("accepted", None)
-    assert told["task"] == {"id": task_id, "state": "succeeded", "link": f"/v1/tasks/{task_id}"}
+    submission = await read_submission(gateway, name)
+    assert (submission["outcome"], submission["balance_suggests"]) == ("accepted", None)
+    assert submission["task"] == {"id": task_id, "state": "succeeded", "link": f"/v1/tasks/{task_id}"}
 
 
 async def test_refused_submissions_are_free(gateway: RunningGateway) -> None:
@@ -83,9 +83,14 @@ async def test_refused_submissions_are_free(gateway: RunningGateway) -> None:
     await gateway.upstream.refuse_next(SubmitOutcome.NOT_SENT)
     not_sent = await submit_with_status(gateway, 503)
     for name, outcome in ((refused, "refused"), (not_sent, "not-sent")):
-        told = await read_submission(gateway, name)
-        assert (told["outcome"], told["task"], told["cost"], told["balance_suggests"]) == (outcome, None, None, None)
-        assert told["settled_at"] >= told["created_at"]
+        submission = await read_submission(gateway, name)
+        assert (submission["outcome"], submission["task"], submission["cost"], submission["balance_suggests"]) == (
+            outcome,
+            None,
+            None,
+            None,
+        )
+        assert submission["settled_at"] >= submission["created_at"]
     await gateway.put_tenant()
     await gateway.call_admin("DELETE", "/accounts/dead")
     assert expect_json(await gateway.call_admin("GET", f"/submissions/{not_sent}"))["account"] is None
@@ -105,8 +110,13 @@ async def test_tombstone_has_no_creation_time(gateway: RunningGateway) -> None:
             outcome=ReservationState.NOT_SENT,
         )
     )
-    told = await read_submission(gateway, name)
-    assert (told["outcome"], told["created_at"], told["settled_at"], told["cost"]) == ("not-sent", None, None, None)
+    submission = await read_submission(gateway, name)
+    assert (submission["outcome"], submission["created_at"], submission["settled_at"], submission["cost"]) == (
+        "not-sent",
+        None,
+        None,
+        None,
+    )
 
 
 async def test_balance_suggests_charged(valkey: Valkey) -> None:
@@ -141,8 +151,8 @@ async def test_not_found(gateway: RunningGateway, what: str) -> None:
         "malformed": ["x", name[:-1], f"{name}0", name.upper(), f"{name}%0A", f"%00{name}", "%E5%95%86", "*", "%2E%2E"],
     }
     for item in wrong[what]:
-        found = expect_problem(await gateway.call("GET", f"/v1/submissions/{item}", token=other), 404, "not-found")
-        assert found | {"instance": ""} == never | {"instance": ""}, item
+        problem = expect_problem(await gateway.call("GET", f"/v1/submissions/{item}", token=other), 404, "not-found")
+        assert problem | {"instance": ""} == never | {"instance": ""}, item
         if what != "another's":
             expect_problem(await gateway.call_admin("GET", f"/submissions/{item}"), 404, "not-found")
     assert expect_json(await gateway.call_admin("GET", f"/submissions/{name}"))["tenant"] == "shop"

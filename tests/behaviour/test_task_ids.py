@@ -31,8 +31,8 @@ async def test_altered_id_is_not_found(gateway: RunningGateway) -> None:
     assert (await gateway.call("GET", f"/v1/tasks/{task_id}")).status_code == 200
     never = expect_problem(await gateway.call("GET", "/v1/tasks/task_never"), 404, "not-found")
     for altered in iter_alterations(task_id):
-        found = expect_problem(await gateway.call("GET", f"/v1/tasks/{altered}"), 404, "not-found")
-        assert found | {"instance": ""} == never | {"instance": ""}, altered
+        problem = expect_problem(await gateway.call("GET", f"/v1/tasks/{altered}"), 404, "not-found")
+        assert problem | {"instance": ""} == never | {"instance": ""}, altered
     assert await gateway.upstream.count_checks() == 0
 
 

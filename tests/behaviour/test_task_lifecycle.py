@@ -174,18 +174,18 @@ async def test_tasks_are_listed_newest_first(gateway: RunningGateway) -> None:
     for kind in [*Kind, *Kind]:
         made.append((await gateway.submit(kind)).json()["id"])
         await gateway.advance(0.001)
-    seen: list[str] = []
+    listed_ids: list[str] = []
     cursor: str | None = None
     while True:
         params = {"limit": "3"} | ({"cursor": cursor} if cursor else {})
         page = (await gateway.call("GET", "/v1/tasks", params=params)).json()
-        seen += [task["id"] for task in page["items"]]
+        listed_ids += [task["id"] for task in page["items"]]
         cursor = page["next_cursor"]
         if cursor is None:
             break
         await gateway.advance(0.001)
         await gateway.submit()
-    assert seen == made[::-1]
+    assert listed_ids == made[::-1]
 
 
 async def test_list_filters(gateway: RunningGateway) -> None:
@@ -209,10 +209,10 @@ async def test_tenants_are_isolated(gateway: RunningGateway) -> None:
     await gateway.put_tenant("other")
     stranger = await gateway.new_token("other")
     task = (await gateway.submit()).json()
-    found = await gateway.call("GET", task["links"]["self"], token=stranger)
+    response = await gateway.call("GET", task["links"]["self"], token=stranger)
     never = await gateway.call("GET", "/v1/tasks/task_nonsense", token=stranger)
-    assert found.status_code == never.status_code == 404
-    assert {**found.json(), "instance": ""} == {**never.json(), "instance": ""}
+    assert response.status_code == never.status_code == 404
+    assert {**response.json(), "instance": ""} == {**never.json(), "instance": ""}
     assert (await gateway.call("GET", "/v1/tasks", token=stranger)).json() == {"items": [], "next_cursor": None}
 
 

@@ -23,11 +23,11 @@ async def harness(valkey: Valkey) -> AsyncIterator[BalanceHarness]:
 
     Checks report no current balance, so that only a submission can find a top-up.
     """
-    async with open_balance_harness(valkey, checked_balance="then") as found:
-        await found.set_balance(50, 0, SPARE_KEY)
-        response = await found.gateway.call_admin("PUT", "/accounts/spare", json={"user_key": SPARE_KEY})
+    async with open_balance_harness(valkey, checked_balance="then") as opened_harness:
+        await opened_harness.set_balance(50, 0, SPARE_KEY)
+        response = await opened_harness.gateway.call_admin("PUT", "/accounts/spare", json={"user_key": SPARE_KEY})
         assert response.status_code == 200, response.text
-        yield found
+        yield opened_harness
 
 
 async def read_submit_keys(harness: BalanceHarness) -> list[str]:
@@ -44,13 +44,13 @@ async def exhaust_main(harness: BalanceHarness) -> None:
 async def test_one_probe_per_minute(harness: BalanceHarness) -> None:
     await exhaust_main(harness)
     for _ in range(3):
-        asked = await harness.sandbox.count_submits()
+        submits_before = await harness.sandbox.count_submits()
         await harness.gateway.advance(50)
         await harness.expect_refused_locally()
         await harness.gateway.advance(10)
         tasks, refused = await harness.submit_concurrently(6)
         assert (tasks, refused) == ([], {402: 6})
-        assert await harness.sandbox.count_submits() == asked + 1
+        assert await harness.sandbox.count_submits() == submits_before + 1
         assert (await harness.get_account())["state"] == "exhausted"
     await harness.set_balance(5, 0)
     await harness.expect_refused_locally()
@@ -66,20 +66,20 @@ async def test_one_probe_for_all_tenants(harness: BalanceHarness) -> None:
     other = await harness.gateway.new_token("other")
     await exhaust_main(harness)
     await harness.gateway.advance(60)
-    asked = await harness.sandbox.count_submits()
+    submits_before = await harness.sandbox.count_submits()
     responses = await asyncio.gather(harness.gateway.submit(), harness.gateway.submit(token=other))
     assert [response.status_code for response in responses] == [402, 402]
-    assert await harness.sandbox.count_submits() == asked + 1
+    assert await harness.sandbox.count_submits() == submits_before + 1
 
 
 async def test_reopened_without_a_top_up(harness: BalanceHarness) -> None:
     await exhaust_main(harness)
     for _ in range(2):
-        asked = await harness.sandbox.count_submits()
+        submits_before = await harness.sandbox.count_submits()
         response = await harness.gateway.call_admin("POST", "/accounts/main/reopen")
         assert (response.json()["state"], response.json()["remaining_count"]) == ("open", None)
         expect_problem(await harness.submit(), 402, "balance-exhausted")
-        assert await harness.sandbox.count_submits() == asked + 1
+        assert await harness.sandbox.count_submits() == submits_before + 1
         await harness.expect_refused_locally()
     await harness.set_balance(2, 0)
     await harness.expect_refused_locally()

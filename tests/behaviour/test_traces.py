@@ -20,8 +20,8 @@ CALLER_TRACEPARENT = {"traceparent": f"00-{TRACE}-{SPAN}-01", "tracestate": "too
 
 @pytest.fixture
 def collector() -> Iterator[TraceCollector]:
-    with run_collector() as found:
-        yield found
+    with run_collector() as trace_collector:
+        yield trace_collector
 
 
 async def test_trace_from_submission_to_webhook(valkey: Valkey, collector: TraceCollector) -> None:
@@ -52,8 +52,8 @@ async def test_trace_from_submission_to_webhook(valkey: Valkey, collector: Trace
     delivery = collector.get_span("deliver webhook")
     assert delivery.links == [(TRACE, request.span_id)]
     (call,) = [span for span in collector.spans if span.parent_id == delivery.span_id]
-    (told,) = receiver.requests
-    assert told.headers["traceparent"].startswith(call.traceparent)
+    (webhook,) = receiver.requests
+    assert webhook.headers["traceparent"].startswith(call.traceparent)
     fetched = collector.get_span("GET /v1/tasks/{task_id}/artifacts/{name}")
     assert "GET" in [span.name for span in collector.spans if span.parent_id == fetched.span_id]
     assert [span for span in collector.spans if span.is_error] == []

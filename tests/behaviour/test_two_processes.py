@@ -37,13 +37,13 @@ class TwoProcesses:
 async def processes(valkey: Valkey) -> AsyncIterator[TwoProcesses]:
     async with AsyncExitStack() as stack:
         own = await stack.enter_async_context(run_real_gateway(valkey))
-        given = {
+        environment = {
             "GATEWAY_REDIS_URL": valkey.url,
             "GATEWAY_UPSTREAM_URL": "http://127.0.0.1:9",
             "GATEWAY_ROLE": "api",
             "GATEWAY_POLL_SECONDS": str(POLL_SECONDS),
         }
-        apart = await stack.enter_async_context(open_container(Settings.load(ENVIRONMENT | given)))
+        apart = await stack.enter_async_context(open_container(Settings.load(ENVIRONMENT | environment)))
         url = await stack.enter_async_context(serve_app(create_app(apart)))
         await stack.enter_async_context(apart.run_jobs())
         connections = connect(valkey.url, timeout=5)
@@ -76,9 +76,9 @@ async def test_change_recorded_elsewhere_updates_the_cache(processes: TwoProcess
     task = (await processes.poller.submit()).json()
     read = await processes.reader.call("GET", task["links"]["self"])
     assert read.json()["state"] == "queued"
-    board = processes.reader.services.task_cache
-    (reservation,) = board._tasks
+    cache = processes.reader.services.task_cache
+    (reservation,) = cache._tasks
     await processes.poller.poll_due_tasks()
-    await wait_until(lambda: board._tasks[reservation].task.state.is_final)
+    await wait_until(lambda: cache._tasks[reservation].task.state.is_final)
     assert (await processes.reader.call("GET", task["links"]["self"])).json()["state"] == "succeeded"
-    assert list(board.durations._seconds) == [Kind.FACE_ENHANCE]
+    assert list(cache.durations._seconds) == [Kind.FACE_ENHANCE]

@@ -21,20 +21,20 @@ FAILS = Fault(on="submit", times=1, fail="it could not be done")
 @pytest.fixture(params=product(("submit", "end"), ("now", "then")), ids="-".join)
 async def harness(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[BalanceHarness]:
     charge, checked_balance = request.param
-    async with open_balance_harness(valkey, charge=charge, checked_balance=checked_balance) as found:
-        yield found
+    async with open_balance_harness(valkey, charge=charge, checked_balance=checked_balance) as opened_harness:
+        yield opened_harness
 
 
 async def read_unexplained(harness: BalanceHarness) -> tuple[int, float]:
     """Return the unexplained uses and yuan of the account."""
-    found = (await harness.get_account())["unexplained"]
-    return found["count"], found["money"]
+    unexplained = (await harness.get_account())["unexplained"]
+    return unexplained["count"], unexplained["money"]
 
 
 async def spend_elsewhere(harness: BalanceHarness, count: int, money: int) -> None:
     """Spend from the upstream account without the gateway."""
-    held = await harness.upstream_balance()
-    await harness.set_balance(held[0] - count, held[1] - money)
+    balance = await harness.upstream_balance()
+    await harness.set_balance(balance[0] - count, balance[1] - money)
 
 
 async def test_spending_between_submissions_adds_up(harness: BalanceHarness) -> None:
@@ -102,10 +102,12 @@ async def test_response_older_than_a_top_up_is_explained(harness: BalanceHarness
     await harness.set_balance(5, 0)
     for _ in range(2):
         await harness.run_task()
-    asked = await harness.sandbox.count_submits()
+    submits_before = await harness.sandbox.count_submits()
     await harness.set_behaviour(faults=(Fault(on="submit", times=1, latency=1.0),))
     slow = asyncio.create_task(harness.submit())
-    await harness.control.wait_for_requests(lambda seen: sum(item.operation == "submit" for item in seen) == asked + 1)
+    await harness.control.wait_for_requests(
+        lambda seen: sum(item.operation == "submit" for item in seen) == submits_before + 1
+    )
     await harness.set_balance(9, 30)
     await harness.run_task()
     assert (await slow).status_code == 201

@@ -30,11 +30,11 @@ from tests.behaviour.usage_requests import (
 from tests.support.valkey import Valkey
 
 
-def count_outcomes(found: dict[str, Any]) -> dict[tuple[str, str], dict[str, int]]:
+def count_outcomes(report: dict[str, Any]) -> dict[tuple[str, str], dict[str, int]]:
     """Return non-zero submission counts by period, kind and outcome."""
     return {
         (item["period"], item["kind"]): {name: number for name, number in item["tasks"].items() if number}
-        for item in found["items"]
+        for item in report["items"]
     }
 
 
@@ -53,19 +53,19 @@ async def test_every_outcome_is_counted_once(gateway: RunningGateway) -> None:
     await gateway.put_tenant()
     name = await submit_and_lose_response(gateway, "vectorize")
     await gateway.submit()
-    found = await read_usage(gateway)
-    assert count_outcomes(found) == {
+    usage = await read_usage(gateway)
+    assert count_outcomes(usage) == {
         (today, "vectorize"): {"unknown": 1},
         (today, "face-enhance"): {"running": 1, "succeeded": 1, "failed": 1},
         (today, "seamless"): {"refused": 1, "not_sent": 1},
     }
-    assert found["total"]["tasks"] == dict.fromkeys(NO_SUBMISSIONS, 1)
-    assert found["total"]["charged"]["tasks"] == 4
-    assert found["unknown_submissions"] == [{"id": name, "kind": "vectorize", "day": today}]
+    assert usage["total"]["tasks"] == dict.fromkeys(NO_SUBMISSIONS, 1)
+    assert usage["total"]["charged"]["tasks"] == 4
+    assert usage["unknown_submissions"] == [{"id": name, "kind": "vectorize", "day": today}]
     await recover_task(gateway, name)
-    found = await read_usage(gateway)
-    assert count_outcomes(found)[today, "vectorize"] == {"succeeded": 1}
-    assert found["unknown_submissions"] == []
+    usage = await read_usage(gateway)
+    assert count_outcomes(usage)[today, "vectorize"] == {"succeeded": 1}
+    assert usage["unknown_submissions"] == []
 
 
 async def test_usage_equals_the_windows(gateway: RunningGateway) -> None:
@@ -99,9 +99,9 @@ async def test_uses_and_money_add_up(valkey: Valkey) -> None:
         await gateway.put_tenant(**UNREACHABLE_POLICIES)
         for _ in range(4):
             await books.run_task()
-        spent = (await read_usage(gateway))["total"]["spent"]
-        assert spent["observed"] == {"count": 1, "money": 2 * PRICE_YUAN}
-        assert spent["estimated"] == {"count": 1, "money": 0}
+        spending = (await read_usage(gateway))["total"]["spent"]
+        assert spending["observed"] == {"count": 1, "money": 2 * PRICE_YUAN}
+        assert spending["estimated"] == {"count": 1, "money": 0}
         count, money = await books.upstream_balance()
         assert (2 - count, 100 - money) == (2, 2 * PRICE_YUAN)
         assert await read_charged_today(gateway) == (4, 2 * PRICE_YUAN)
@@ -113,8 +113,8 @@ async def test_overrun_is_reported(valkey: Valkey) -> None:
         await books.set_balance(0, 100)
         await books.run_task()
         await books.run_task()
-        spent = (await read_usage(gateway))["total"]["charged"]["money"]
-        await gateway.put_tenant(limits=[{"window": "total", "money": spent + PRICE_YUAN + 0.99, "tasks": 9}])
+        charged_money = (await read_usage(gateway))["total"]["charged"]["money"]
+        await gateway.put_tenant(limits=[{"window": "total", "money": charged_money + PRICE_YUAN + 0.99, "tasks": 9}])
         await books.set_behaviour(prices={"vector": PRICE_YUAN + 1})
         await books.run_task()
         policies = expect_json(await gateway.call("GET", "/v1/quota"))["policies"]
@@ -166,8 +166,8 @@ async def test_months_and_totals(gateway: RunningGateway) -> None:
     in_its_month = await read_usage(gateway, f"to={second}")
     assert (in_its_month["from"], in_its_month["total"]["charged"]["tasks"]) == (str(first), 3)
     for query in (since, f"{since}&interval=month", f"{since}&interval=total", f"{since}&group_by=none"):
-        found = await read_usage(gateway, query)
-        assert sum(item["charged"]["tasks"] for item in found["items"]) == found["total"]["charged"]["tasks"] == 4
+        usage = await read_usage(gateway, query)
+        assert sum(item["charged"]["tasks"] for item in usage["items"]) == usage["total"]["charged"]["tasks"] == 4
     assert await read_windows(gateway) == {"day": (1, 0), "month": (1, 0), "total": (4, 0)}
 
 
@@ -177,10 +177,10 @@ async def test_submission_belongs_to_the_day_of_its_creation(gateway: RunningGat
     task = (await gateway.submit()).json()
     name = await submit_and_lose_response(gateway, "seamless")
     await advance_to_next_window(gateway)
-    found = await read_usage(gateway, f"from={before}")
+    usage = await read_usage(gateway, f"from={before}")
     expected = {(str(before), "face-enhance"): {"running": 1}, (str(before), "seamless"): {"unknown": 1}}
-    assert count_outcomes(found) == expected
-    assert found["unknown_submissions"][0] == {"id": name, "kind": "seamless", "day": str(before)}
+    assert count_outcomes(usage) == expected
+    assert usage["unknown_submissions"][0] == {"id": name, "kind": "seamless", "day": str(before)}
     assert task["created_at"][:10] == str(before)
 
 
@@ -190,20 +190,20 @@ async def test_usage_of_all_tenants(gateway: RunningGateway) -> None:
     await run_task(gateway)
     await run_task(gateway, token=other)
     await run_task(gateway, "seamless", token=other)
-    known = gateway.services.registry.current.tenants
-    found = (await read_all_usage(gateway))["items"]
-    assert [(item["tenant"], item["tenant_id"], item["kind"]) for item in found] == [
-        ("other", known["other"].id, "face-enhance"),
-        ("other", known["other"].id, "seamless"),
-        ("shop", known["shop"].id, "face-enhance"),
+    tenants = gateway.services.registry.current.tenants
+    usage = (await read_all_usage(gateway))["items"]
+    assert [(item["tenant"], item["tenant_id"], item["kind"]) for item in usage] == [
+        ("other", tenants["other"].id, "face-enhance"),
+        ("other", tenants["other"].id, "seamless"),
+        ("shop", tenants["shop"].id, "face-enhance"),
     ]
-    found = (await read_all_usage(gateway, "group_by=tenant"))["items"]
-    assert [(item["tenant"], item["kind"], item["charged"]["tasks"]) for item in found] == [
+    usage = (await read_all_usage(gateway, "group_by=tenant"))["items"]
+    assert [(item["tenant"], item["kind"], item["charged"]["tasks"]) for item in usage] == [
         ("other", None, 2),
         ("shop", None, 1),
     ]
-    found = (await read_all_usage(gateway, "group_by=kind"))["items"]
-    assert [(item["tenant_id"], item["kind"], item["charged"]["tasks"]) for item in found] == [
+    usage = (await read_all_usage(gateway, "group_by=kind"))["items"]
+    assert [(item["tenant_id"], item["kind"], item["charged"]["tasks"]) for item in usage] == [
         (None, "face-enhance", 2),
         (None, "seamless", 1),
     ]
@@ -235,10 +235,10 @@ async def test_usage_of_deleted_tenants(gateway: RunningGateway) -> None:
     assert (await read_usage(gateway))["total"]["charged"]["tasks"] == 0
     await run_task(gateway)
     new = gateway.services.registry.current.tenants["shop"].id
-    found = await read_all_usage(gateway, "tenant=shop")
-    assert [(item["tenant_id"], item["charged"]["tasks"]) for item in found["items"]] == [(old, 2), (new, 1)]
-    assert found["total"]["charged"]["tasks"] == 3
-    (unknown,) = found["unknown_submissions"]
+    usage = await read_all_usage(gateway, "tenant=shop")
+    assert [(item["tenant_id"], item["charged"]["tasks"]) for item in usage["items"]] == [(old, 2), (new, 1)]
+    assert usage["total"]["charged"]["tasks"] == 3
+    (unknown,) = usage["unknown_submissions"]
     assert (unknown["id"], unknown["tenant"], unknown["tenant_id"]) == (name, "shop", old)
 
 
@@ -248,16 +248,16 @@ async def test_usage_of_a_tenant_deleted_while_running(gateway: RunningGateway) 
     await gateway.poll_due_tasks()
     (row,) = (await read_all_usage(gateway))["items"]
     assert (row["tenant"], row["tasks"]["succeeded"]) == ("shop", 1)
-    told = expect_json(await gateway.call_admin("GET", f"/submissions/{submission_id_of(gateway, task)}"))
-    assert (told["tenant"], told["task"]["state"]) == ("shop", "succeeded")
+    submission = expect_json(await gateway.call_admin("GET", f"/submissions/{submission_id_of(gateway, task)}"))
+    assert (submission["tenant"], submission["task"]["state"]) == ("shop", "succeeded")
 
 
 async def test_kept_for_13_months(gateway: RunningGateway) -> None:
     day = await advance_to_next_window(gateway)
     await run_task(gateway)
     await gateway.advance(396 * 86_400)
-    found = await read_usage(gateway, f"from={day}&interval=total")
-    assert [item["charged"]["tasks"] for item in found["items"]] == [1]
+    usage = await read_usage(gateway, f"from={day}&interval=total")
+    assert [item["charged"]["tasks"] for item in usage["items"]] == [1]
 
 
 async def test_stored_for_13_months(valkey: Valkey) -> None:
@@ -268,7 +268,7 @@ async def test_stored_for_13_months(valkey: Valkey) -> None:
         connections = connect(valkey.url, timeout=5)
         try:
             client: Any = connections.commands
-            left = await client.pttl(Keys("gw").usage(tenant, today))
+            ttl_ms = await client.pttl(Keys("gw").usage(tenant, today))
         finally:
             await connections.aclose()
-        assert 396 * 86_400_000 < left <= 401 * 86_400_000
+        assert 396 * 86_400_000 < ttl_ms <= 401 * 86_400_000

@@ -37,9 +37,9 @@ async def test_csv_equals_json(gateway: RunningGateway) -> None:
             for interval in ("day", "month", "total"):
                 address = f"{path}?from={first}&interval={interval}&group_by={groups}"
                 items = expect_json(await request_media_type(gateway, address, "application/json"))["items"]
-                found = await read_csv_rows(gateway, address)
-                assert found == [flatten_item(item) for item in items]
-                heads.add((path, *found[0]))
+                rows = await read_csv_rows(gateway, address)
+                assert rows == [flatten_item(item) for item in items]
+                heads.add((path, *rows[0]))
     assert len(heads) == 2
     nothing = await request_media_type(gateway, f"{PATHS[0]}?to={first - timedelta(days=1)}", "text/csv")
     assert (PATHS[0], *nothing.text.removesuffix("\r\n").split(",")) in heads
@@ -112,16 +112,16 @@ async def test_invalid_query(gateway: RunningGateway, path: str) -> None:
 async def test_date_ranges(gateway: RunningGateway) -> None:
     today = date.fromisoformat((await read_usage(gateway))["to"])
 
-    async def asked(first: int, last: int) -> Any:
+    async def request_range(first: int, last: int) -> Any:
         days = {"from": today + timedelta(days=first), "to": today + timedelta(days=last)}
         return await gateway.call("GET", "/v1/usage", params={name: str(day) for name, day in days.items()})
 
     for first, last in ((0, 0), (-399, 0), (0, 399), (-200, 199), (5, 9)):
-        assert expect_json(await asked(first, last))["items"] == []
+        assert expect_json(await request_range(first, last))["items"] == []
     for first, last in ((0, -1), (-200, 200), (1, -399)):
-        document = expect_problem(await asked(first, last), 422, "invalid-options")
+        document = expect_problem(await request_range(first, last), 422, "invalid-options")
         assert [error["field"] for error in document["errors"]] == ["from"]
-    document = expect_problem(await asked(-400, 400), 422, "invalid-options")
+    document = expect_problem(await request_range(-400, 400), 422, "invalid-options")
     assert [error["field"] for error in document["errors"]] == ["from", "to"]
     assert str(today) in document["detail"]
 

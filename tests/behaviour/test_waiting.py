@@ -27,8 +27,8 @@ async def task(gateway: RunningGateway) -> dict[str, Any]:
 
 
 def task_path(task: dict[str, Any]) -> str:
-    found: str = task["links"]["self"]
-    return found
+    path: str = task["links"]["self"]
+    return path
 
 
 async def test_end_wakes_the_waiting_read(gateway: RunningGateway, task: dict[str, Any]) -> None:
@@ -205,8 +205,8 @@ async def test_lost_task_ends_the_wait() -> None:
     async with run_fake_gateway() as (gateway, ledger, _):
         task = (await gateway.submit()).json()
         reading = await start_waiting_read(gateway, task_path(task), 1)
-        board = gateway.services.task_cache
-        await wait_until(lambda: all(map(board.latest, board.subscribed_ids())))  # it has seen what is about to vanish
+        cache = gateway.services.task_cache
+        await wait_until(lambda: all(map(cache.latest, cache.subscribed_ids())))  # it has seen what is about to vanish
         for kept in (ledger.tasks, ledger.reservations, ledger.due_checks, ledger.tenants):
             kept.clear()
         response = await reading

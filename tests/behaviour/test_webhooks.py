@@ -24,8 +24,8 @@ SECRET = make_secret()
 
 @pytest.fixture
 async def receiver() -> AsyncIterator[WebhookReceiver]:
-    async with run_receiver() as found:
-        yield found
+    async with run_receiver() as webhook_receiver:
+        yield webhook_receiver
 
 
 async def set_webhook(gateway: RunningGateway, receiver: WebhookReceiver, *more: str, secret: str = SECRET) -> None:
@@ -51,12 +51,12 @@ async def test_webhook_is_sent_once_and_signed(gateway: RunningGateway, receiver
     await set_webhook(gateway, receiver)
     task_id = await finish_task(gateway)
     await deliver_due(gateway)
-    (told,) = receiver.requests
-    assert told.path == "/ended?key=hidden"
-    assert told.event["type"] == "task.succeeded"
-    assert told.event["data"] == (await gateway.call("GET", f"/v1/tasks/{task_id}")).json()
-    assert told.is_signed_with(SECRET)
-    assert not told.is_signed_with(make_secret(b"x"))
+    (webhook,) = receiver.requests
+    assert webhook.path == "/ended?key=hidden"
+    assert webhook.event["type"] == "task.succeeded"
+    assert webhook.event["data"] == (await gateway.call("GET", f"/v1/tasks/{task_id}")).json()
+    assert webhook.is_signed_with(SECRET)
+    assert not webhook.is_signed_with(make_secret(b"x"))
 
 
 async def test_webhook_matches_the_document(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
@@ -132,10 +132,10 @@ async def test_secret_is_shown_once(gateway: RunningGateway, receiver: WebhookRe
     body = {"accounts": ["main"], "webhook": {"url": receiver.url, "allow": ["127.0.0.0/8"]}}
     made = (await gateway.call_admin("PUT", "/tenants/shop", json=body)).json()["webhook"]["secret"]
     assert made.startswith("whsec_")
-    shown = {"url": receiver.url, "allow": ["127.0.0.0/8"], "disabled_urls": []}
-    assert (await gateway.call_admin("GET", "/tenants/shop")).json()["webhook"] == shown
+    expected = {"url": receiver.url, "allow": ["127.0.0.0/8"], "switched_off": []}
+    assert (await gateway.call_admin("GET", "/tenants/shop")).json()["webhook"] == expected
     assert (await gateway.call_admin("PUT", "/tenants/shop", json={"accounts": ["main"]})).json()["webhook"] is None
-    assert (await gateway.call_admin("PUT", "/tenants/shop", json=body)).json()["webhook"] == shown
+    assert (await gateway.call_admin("PUT", "/tenants/shop", json=body)).json()["webhook"] == expected
     await finish_task(gateway)
     assert receiver.requests[0].is_signed_with(made)
 
@@ -240,8 +240,8 @@ async def test_task_lost_by_the_store_uses_the_tenants_url(valkey: Valkey, recei
         await set_webhook(gateway, receiver)
         task_id = (await gateway.submit()).json()["id"]
         async with Redis.from_url(valkey.url) as client:
-            gone = [key async for key in client.scan_iter() if b":task" in key or b":reservation" in key]
-            await client.delete(*gone, Keys("gw").poll_due)
+            deleted_keys = [key async for key in client.scan_iter() if b":task" in key or b":reservation" in key]
+            await client.delete(*deleted_keys, Keys("gw").poll_due)
         await gateway.advance(0)
         await gateway.call("GET", f"/v1/tasks/{task_id}")
         await gateway.wait_for_task(task_id)

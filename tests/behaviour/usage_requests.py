@@ -90,10 +90,10 @@ async def read_charged_today(gateway: RunningGateway) -> tuple[float, float]:
         (await read_usage(gateway, query))["total"]["charged"]
         for query in (f"from={today}", f"from={today}&interval=total&group_by=none", "interval=month")
     ]
-    found = [(item["tasks"], item["money"]) for item in charged]
+    totals = [(item["tasks"], item["money"]) for item in charged]
     in_windows = await read_windows(gateway)
-    assert found == [in_windows["day"], in_windows["day"], in_windows["month"]]
-    return found[0]
+    assert totals == [in_windows["day"], in_windows["day"], in_windows["month"]]
+    return totals[0]
 
 
 async def advance_to_next_window(gateway: RunningGateway, window: str = "day") -> date:
@@ -117,16 +117,16 @@ async def submit_and_lose_response(gateway: RunningGateway, kind: str = "face-en
 
 async def recover_task(gateway: RunningGateway, name: str) -> str:
     """Read a task whose submit response was lost by its id; return the id."""
-    known = gateway.services.registry.current
-    tenant, account = known.tenants["shop"], known.accounts["main"]
-    told = await read_submission(gateway, name)
-    created = int(datetime.fromisoformat(told["created_at"]).timestamp() * 1000)
+    registry = gateway.services.registry.current
+    tenant, account = registry.tenants["shop"], registry.accounts["main"]
+    submission = await read_submission(gateway, name)
+    created = int(datetime.fromisoformat(submission["created_at"]).timestamp() * 1000)
     upstream_id = "up"
     if isinstance(gateway.upstream, SandboxUpstreamControl):
         upstream_id = [
             request.task_id for request in await gateway.upstream.control.list_requests() if request.task_id
         ][-1]
-    reference = TaskReference(tenant.id, account.id, Kind(told["kind"]), created, name, upstream_id)
+    reference = TaskReference(tenant.id, account.id, Kind(submission["kind"]), created, name, upstream_id)
     task_id = TaskIdCodec(Keyring([SECRET_KEY]).derive(TASK_ID_PURPOSE)).encode(reference)
     await gateway.upstream.wait_until_idle()
     expect_json(await gateway.call("GET", f"/v1/tasks/{task_id}"))

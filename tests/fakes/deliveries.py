@@ -24,45 +24,46 @@ class FakeDeliveryQueue:
 
     async def claim(self, limit: int) -> Sequence[ClaimedDelivery]:
         self.store._raise_if_unavailable()
-        held, now = self.store, self.store.clock.read_times().ledger_ms
+        store, now = self.store, self.store.clock.read_times().ledger_ms
         claimed: list[ClaimedDelivery] = []
-        for _, item in sorted((at, name) for name, at in held.receiver_turns.items() if at <= now)[:limit]:
-            for name in self._select_for_receiver(item, held.leased_deliveries):
-                if held.leased_deliveries[name] <= now:
-                    del held.leased_deliveries[name]
-                    held.queued_deliveries[name] = now
+        for _, item in sorted((at, name) for name, at in store.receiver_turns.items() if at <= now)[:limit]:
+            for name in self._select_for_receiver(item, store.leased_deliveries):
+                if store.leased_deliveries[name] <= now:
+                    del store.leased_deliveries[name]
+                    store.queued_deliveries[name] = now
             room = min(
-                self._max_parallel(item) - len(self._select_for_receiver(item, held.leased_deliveries)),
+                self._max_parallel(item) - len(self._select_for_receiver(item, store.leased_deliveries)),
                 limit - len(claimed),
             )
             waiting = sorted(
-                (held.queued_deliveries[name], name) for name in self._select_for_receiver(item, held.queued_deliveries)
+                (store.queued_deliveries[name], name)
+                for name in self._select_for_receiver(item, store.queued_deliveries)
             )
             for _, name in [pair for pair in waiting if pair[0] <= now][: max(room, 0)]:
-                del held.queued_deliveries[name]
-                held.leased_deliveries[name] = now + LEASE_MS
-                claimed.append(ClaimedDelivery(held.deliveries[name], now + LEASE_MS))
+                del store.queued_deliveries[name]
+                store.leased_deliveries[name] = now + LEASE_MS
+                claimed.append(ClaimedDelivery(store.deliveries[name], now + LEASE_MS))
             self._schedule_receiver(item)
         return claimed
 
     async def record_attempt(self, claimed: ClaimedDelivery, result: DeliveryResult) -> bool:
         self.store._raise_if_unavailable()
-        held, at, name = self.store, self.store.clock.read_times(), claimed.delivery.reservation
-        delivery = held.deliveries[name]
+        store, at, name = self.store, self.store.clock.read_times(), claimed.delivery.reservation
+        delivery = store.deliveries[name]
         if delivery.state is not DeliveryState.PENDING:
             return False
         delivered = result.state is DeliveryState.DELIVERED
-        if not delivered and held.leased_deliveries.get(name) != claimed.lease_expires_at:
+        if not delivered and store.leased_deliveries.get(name) != claimed.lease_expires_at:
             return False
-        held.leased_deliveries.pop(name, None)
-        held.queued_deliveries.pop(name, None)
+        store.leased_deliveries.pop(name, None)
+        store.queued_deliveries.pop(name, None)
         to = queue_name(delivery.tenant, delivery.url)
         if delivered:
-            held.failing_until.pop(to, None)
+            store.failing_until.pop(to, None)
         elif result.attempted:
-            held.failing_until[to] = at.ledger_ms + FAILING_MS
+            store.failing_until[to] = at.ledger_ms + FAILING_MS
         pending = result.state is DeliveryState.PENDING
-        held.deliveries[name] = replace(
+        store.deliveries[name] = replace(
             delivery,
             state=result.state,
             updated_at=at.server_ms,
@@ -73,12 +74,12 @@ class FakeDeliveryQueue:
             response_excerpt=result.response_excerpt,
         )
         if pending:
-            held.queued_deliveries[name] = at.ledger_ms + result.retry_delay_ms
+            store.queued_deliveries[name] = at.ledger_ms + result.retry_delay_ms
         elif not delivered:
-            held.failed_deliveries[name] = at.server_ms
-            held.failed_deliveries = {
+            store.failed_deliveries[name] = at.server_ms
+            store.failed_deliveries = {
                 failed_delivery: when
-                for failed_delivery, when in held.failed_deliveries.items()
+                for failed_delivery, when in store.failed_deliveries.items()
                 if when > at.server_ms - KEEP_MS
             }
         self._schedule_receiver(to)
@@ -103,34 +104,36 @@ class FakeDeliveryQueue:
         return self.store.deliveries.get(reservation)
 
     def enqueue(self, delivery: Delivery) -> None:
-        held, at = self.store, self.store.clock.read_times()
+        store, at = self.store, self.store.clock.read_times()
         name = delivery.reservation
-        held.deliveries[name] = replace(
+        store.deliveries[name] = replace(
             delivery, state=DeliveryState.PENDING, updated_at=at.server_ms, next_attempt_at=at.server_ms
         )
-        held.queued_deliveries[name] = at.ledger_ms
+        store.queued_deliveries[name] = at.ledger_ms
         self._schedule_receiver(queue_name(delivery.tenant, delivery.url))
 
     def _select_for_receiver(self, to: str, among: Mapping[str, int]) -> list[str]:
-        found = {name: self.store.deliveries[name] for name in among}
-        return [name for name, item in found.items() if queue_name(item.tenant, item.url) == to]
+        deliveries = {name: self.store.deliveries[name] for name in among}
+        return [name for name, item in deliveries.items() if queue_name(item.tenant, item.url) == to]
 
     def _max_parallel(self, to: str) -> int:
         return 1 if self.store.failing_until.get(to, 0) > self.store.clock.read_times().ledger_ms else MAX_CONCURRENT
 
     def _schedule_receiver(self, to: str) -> None:
-        held = self.store
-        leases = sorted(held.leased_deliveries[name] for name in self._select_for_receiver(to, held.leased_deliveries))
+        store = self.store
+        leases = sorted(
+            store.leased_deliveries[name] for name in self._select_for_receiver(to, store.leased_deliveries)
+        )
         waiting = (
             []
             if len(leases) >= self._max_parallel(to)
-            else [held.queued_deliveries[name] for name in self._select_for_receiver(to, held.queued_deliveries)]
+            else [store.queued_deliveries[name] for name in self._select_for_receiver(to, store.queued_deliveries)]
         )
         turns = leases[:1] + waiting
         if turns:
-            held.receiver_turns[to] = min(turns)
+            store.receiver_turns[to] = min(turns)
         else:
-            held.receiver_turns.pop(to, None)
+            store.receiver_turns.pop(to, None)
 
 
 @dataclass

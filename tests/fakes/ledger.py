@@ -44,9 +44,9 @@ class FakeLedger(FakeTaskStore):
         if request.tenant not in self.tenant_policies:
             raise LedgerUnavailable("gone", retry_after=2)
         ledger_model.roll_windows(tenant, now)
-        known = self.reservations.get(request.reservation)
-        if known:
-            return self._regrant(known), TenantSnapshot(copy.deepcopy(tenant), now)
+        reservation = self.reservations.get(request.reservation)
+        if reservation:
+            return self._regrant(reservation), TenantSnapshot(copy.deepcopy(tenant), now)
         replay = self._find_replay(request)
         if replay:
             return replay, TenantSnapshot(copy.deepcopy(tenant), now)
@@ -74,14 +74,14 @@ class FakeLedger(FakeTaskStore):
         if ask.idempotency is None:
             return None
         name, content, until = self.idempotency_keys.get((ask.tenant, ask.idempotency.key_digest), ("", "", 0))
-        known = self.reservations.get(name)
-        if known is None or until <= self.clock.now_ms:
+        reservation = self.reservations.get(name)
+        if reservation is None or until <= self.clock.now_ms:
             return None
         if content != ask.idempotency.content_digest:
             return KeyReuse(self.clock.now_ms)
-        if known.state is ReservationState.RESERVED:
+        if reservation.state is ReservationState.RESERVED:
             return InFlight(self.clock.now_ms)
-        return Replay(name, known.state, self.clock.now_ms)
+        return Replay(name, reservation.state, self.clock.now_ms)
 
     def _store_key(self, tenant: int, name: str, idempotency: Idempotency | None) -> None:
         if idempotency:
@@ -95,11 +95,11 @@ class FakeLedger(FakeTaskStore):
         self, request: ReserveRequest, previous: int, account_status: AccountStatus | None
     ) -> Verdict:
         self._raise_if_unavailable()
-        known = self.reservations.get(request.reservation)
-        if known is None or known.state is not ReservationState.RESERVED:
+        reservation = self.reservations.get(request.reservation)
+        if reservation is None or reservation.state is not ReservationState.RESERVED:
             raise LedgerUnavailable("given up")
-        if known.account != previous:
-            return self._regrant(known)
+        if reservation.account != previous:
+            return self._regrant(reservation)
         tenant = copy.deepcopy(self._tenant_state(request.tenant))
         verdict = ledger_model.change_account(
             tenant,
@@ -107,7 +107,7 @@ class FakeLedger(FakeTaskStore):
             self._candidate(previous),
             account_status,
             self._candidates(request.accounts),
-            known,
+            reservation,
             self.clock.read_times(),
         )
         if isinstance(verdict, Grant):
@@ -118,9 +118,9 @@ class FakeLedger(FakeTaskStore):
         self._raise_if_unavailable()
         at, name = self.clock.read_times(), settlement.reservation
         tenant = copy.deepcopy(self._tenant_state(settlement.tenant))
-        known = self.reservations.get(name)
-        if known is None:
-            known = self.reservations[name] = Reservation(
+        reservation = self.reservations.get(name)
+        if reservation is None:
+            reservation = self.reservations[name] = Reservation(
                 settlement.outcome,
                 settlement.tenant,
                 settlement.account,
@@ -131,56 +131,65 @@ class FakeLedger(FakeTaskStore):
             )
             if settlement.outcome in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
                 return True
-            self._restore_key(settlement, known)
+            self._restore_key(settlement, reservation)
             ledger_model.recreate_reservation(
-                tenant, self._account_state(settlement.account), name, known, self._usage_day(known), at
+                tenant, self._account_state(settlement.account), name, reservation, self._usage_day(reservation), at
             )
             if settlement.outcome is ReservationState.UNKNOWN:
                 self.tenants[settlement.tenant] = tenant
                 return True
-        if settlement.is_late and known.state is ReservationState.RESERVED and known.lease_expires_at > at.ledger_ms:
+        if (
+            settlement.is_late
+            and reservation.state is ReservationState.RESERVED
+            and reservation.lease_expires_at > at.ledger_ms
+        ):
             return False
-        account = self._candidate(known.account)
-        figures, closes, day = settlement.balance, settlement.account_status, self._usage_day(known)
-        if settlement.account != known.account:  # it was retargeted, and what is told is of the account it left
+        account = self._candidate(reservation.account)
+        figures, closes, day = settlement.balance, settlement.account_status, self._usage_day(reservation)
+        if (
+            settlement.account != reservation.account
+        ):  # the account was changed: the balance belongs to the previous one
             figures, closes = Balance(), None
         if not ledger_model.settle_reservation(
-            tenant, account, name, known, settlement.outcome, figures, closes, day, at
+            tenant, account, name, reservation, settlement.outcome, figures, closes, day, at
         ):
             return False
         self.tenants[settlement.tenant] = tenant
         self._store_inference(account)
         if settlement.outcome in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
-            self._free_key(name, known)
+            self._free_key(name, reservation)
         if settlement.outcome is ReservationState.ACCEPTED and settlement.new_task:
-            self._create_task(settlement, known)
+            self._create_task(settlement, reservation)
         return True
 
-    def _restore_key(self, settlement: Settlement, known: Reservation) -> None:
+    def _restore_key(self, settlement: Settlement, reservation: Reservation) -> None:
         idempotency = settlement.idempotency
         if idempotency is None:
             return
-        known.key_digest = idempotency.key_digest
-        _, _, until = self.idempotency_keys.get((known.tenant, idempotency.key_digest), ("", "", 0))
+        reservation.key_digest = idempotency.key_digest
+        _, _, until = self.idempotency_keys.get((reservation.tenant, idempotency.key_digest), ("", "", 0))
         if until <= self.clock.now_ms:
-            self._store_key(known.tenant, settlement.reservation, idempotency)
+            self._store_key(reservation.tenant, settlement.reservation, idempotency)
 
-    def _free_key(self, name: str, known: Reservation) -> None:
-        if known.key_digest and self.idempotency_keys.get((known.tenant, known.key_digest), ("",))[0] == name:
-            del self.idempotency_keys[known.tenant, known.key_digest]
+    def _free_key(self, name: str, reservation: Reservation) -> None:
+        if (
+            reservation.key_digest
+            and self.idempotency_keys.get((reservation.tenant, reservation.key_digest), ("",))[0] == name
+        ):
+            del self.idempotency_keys[reservation.tenant, reservation.key_digest]
 
-    def _create_task(self, settlement: Settlement, known: Reservation) -> None:
+    def _create_task(self, settlement: Settlement, reservation: Reservation) -> None:
         if settlement.new_task is None:
             return
         self.tasks[settlement.reservation] = Task(
             id=settlement.new_task.id,
             reservation=settlement.reservation,
-            tenant=known.tenant,
-            account=known.account,
-            kind=known.kind,
+            tenant=reservation.tenant,
+            account=reservation.account,
+            kind=reservation.kind,
             state=State.QUEUED,
-            created_at=known.created_at,
-            updated_at=known.created_at,
+            created_at=reservation.created_at,
+            updated_at=reservation.created_at,
             finished_at=None,
             options=settlement.new_task.options,
             metadata=settlement.new_task.metadata,
@@ -188,7 +197,7 @@ class FakeLedger(FakeTaskStore):
             error=None,
             cost=Cost(0, 0, CostBasis.UNKNOWN),
             version=1,
-            last_checked_at=known.created_at,
+            last_checked_at=reservation.created_at,
             webhook_url=settlement.new_task.webhook_url,
             trace_context=settlement.new_task.trace_context,
         )
@@ -290,19 +299,19 @@ class FakeLedger(FakeTaskStore):
 
     async def get_reservation(self, reservation: str) -> Reservation | None:
         self._raise_if_unavailable()
-        known, at = self.reservations.get(reservation), self.clock.read_times()
-        return copy.deepcopy(known).to_server_time(at.offset_ms) if known else None
+        stored, at = self.reservations.get(reservation), self.clock.read_times()
+        return copy.deepcopy(stored).to_server_time(at.offset_ms) if stored else None
 
     async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[RefundResult, Reservation] | None:
         self._raise_if_unavailable()
-        known = self.reservations.get(reservation)
-        if known is None or known.tenant != tenant:
+        stored = self.reservations.get(reservation)
+        if stored is None or stored.tenant != tenant:
             return None
         at, state = self.clock.read_times(), copy.deepcopy(self._tenant_state(tenant))
-        did = ledger_model.refund_reservation(state, reservation, known, reason, self._usage_day(known), at)
+        did = ledger_model.refund_reservation(state, reservation, stored, reason, self._usage_day(stored), at)
         if did is RefundResult.REFUNDED:
             self.tenants[tenant] = state
-        return did, copy.deepcopy(known).to_server_time(at.offset_ms)
+        return did, copy.deepcopy(stored).to_server_time(at.offset_ms)
 
     async def get_usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
         self._raise_if_unavailable()
@@ -312,8 +321,8 @@ class FakeLedger(FakeTaskStore):
         self._raise_if_unavailable()
         return self.clock.now_ms // DAY_MS
 
-    def _regrant(self, known: Reservation) -> Grant:
-        if known.state in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
+    def _regrant(self, reservation: Reservation) -> Grant:
+        if reservation.state in {ReservationState.REFUSED, ReservationState.NOT_SENT}:
             raise LedgerUnavailable("given up")
         at = self.clock.read_times()
-        return Grant(known.account, at.server_ms, to_server_time(at, known.lease_expires_at))
+        return Grant(reservation.account, at.server_ms, to_server_time(at, reservation.lease_expires_at))

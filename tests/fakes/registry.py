@@ -36,10 +36,10 @@ class FakeRegistry:
             del accounts[account.name]
         for token in change.drop_tokens:
             del tokens[token.id]
-        for gone in change.drop_tenants:
-            self.ledger.tenant_policies.pop(gone.id, None)
-        for left in change.drop_accounts:
-            self.ledger.account_policies.pop(left.id, None)
+        for deleted_tenant in change.drop_tenants:
+            self.ledger.tenant_policies.pop(deleted_tenant.id, None)
+        for deleted_account in change.drop_accounts:
+            self.ledger.account_policies.pop(deleted_account.id, None)
         self.ledger.tenant_policies |= {item.id: item.policy for item in change.tenants}
         self.ledger.account_policies |= {item.id: item.policy for item in change.accounts}
         names = {drop_tenant.id: drop_tenant.name for drop_tenant in change.drop_tenants}

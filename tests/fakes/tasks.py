@@ -42,7 +42,7 @@ class FakeTaskStore(InMemoryStore):
         self, tenant: int, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
     ) -> TaskPage:
         self._raise_if_unavailable()
-        found = sorted(
+        tasks = sorted(
             (
                 task
                 for task in self.tasks.values()
@@ -52,12 +52,12 @@ class FakeTaskStore(InMemoryStore):
             reverse=True,
         )
         if cursor:
-            position = next((index for index, task in enumerate(found) if task.reservation == cursor), None)
+            position = next((index for index, task in enumerate(tasks) if task.reservation == cursor), None)
             if position is None:
                 raise MalformedRequest("The cursor is none of this list.")
-            found = found[position + 1 :]
-        kept = tuple(found[:limit])
-        return TaskPage(kept, kept[-1].reservation if len(found) > limit else None)
+            tasks = tasks[position + 1 :]
+        kept = tuple(tasks[:limit])
+        return TaskPage(kept, kept[-1].reservation if len(tasks) > limit else None)
 
     async def claim_checks(self, limit: int) -> Sequence[ClaimedCheck]:
         self._raise_if_unavailable()

@@ -49,9 +49,9 @@ class RecordedSpan:
 
 
 def read_spans(request: ExportTraceServiceRequest) -> Iterator[RecordedSpan]:
-    for whose in request.resource_spans:
-        resource = _attribute_values(whose.resource.attributes)
-        for scope in whose.scope_spans:
+    for resource_spans in request.resource_spans:
+        resource = _attribute_values(resource_spans.resource.attributes)
+        for scope in resource_spans.scope_spans:
             for span in scope.spans:
                 yield RecordedSpan(
                     name=span.name,
@@ -115,11 +115,11 @@ class TraceCollector:
         return [span for span in self.spans if span.name == name]
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
+def wait_until(condition: Callable[[], bool], description: str) -> None:
     """Block until a condition holds, at most TIMEOUT_SECONDS."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come about"
+        assert time.monotonic() < deadline, f"{description} did not come about"
         time.sleep(0.01)
 
 

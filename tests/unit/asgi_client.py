@@ -51,10 +51,10 @@ def make_body_messages(chunks: Iterable[bytes]) -> list[Message]:
 
 def make_receive(messages: Iterable[Message], *, stay_open: bool = False) -> Any:
     """Make an ASGI `receive` that returns these messages, then disconnects or blocks."""
-    left = iter(messages)
+    remaining = iter(messages)
 
     async def receive() -> Message:
-        for message in left:
+        for message in remaining:
             return message
         if stay_open:
             await asyncio.get_running_loop().create_future()

@@ -120,8 +120,8 @@ class FakeGateway:
     def __init__(self, policy: TenantPolicy | None = None) -> None:
         self.ledger, self.upstream, self.background = FaultyLedger(), SlowUpstream(), TaskSupervisor()
         self.tenant = Tenant(id=1, name="shop", accounts=("main", "spare"), policy=policy or TenantPolicy())
-        known = Registry(version=1, next_id=4, tenants={"shop": self.tenant}, accounts=dict(ACCOUNTS), tokens={})
-        self.registry = FakeRegistry(self.ledger, known)
+        registry = Registry(version=1, next_id=4, tenants={"shop": self.tenant}, accounts=dict(ACCOUNTS), tokens={})
+        self.registry = FakeRegistry(self.ledger, registry)
         self.ledger.tenant_policies[1] = self.tenant.policy
         self.ledger.account_policies |= {account.id: account.policy for account in ACCOUNTS.values()}
         self.task_ids = TaskIdCodec(Keyring([b"k" * 32]).derive("task-id"))

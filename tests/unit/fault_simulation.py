@@ -200,17 +200,17 @@ class FaultyUpstream:
     def _check_send(self, caller: Caller, request: UpstreamRequest, seconds: float) -> None:
         """Check that the account is reserved until after the timeout and that nothing was charged before."""
         expect = self._store.check_rule
-        held = self._store.reservations.get(caller.reservation_ids[-1])
+        reservation = self._store.reservations.get(caller.reservation_ids[-1])
         expect(request.account not in [item.account for item in caller.requests], "an account was asked twice")
         expect(
             {item.outcome for item in caller.requests} <= FAILOVER_OUTCOMES,
             "sent again although it may have been charged",
         )
         if seconds > 0:
-            place = (held.state, held.account) if held else None
+            place = (reservation.state, reservation.account) if reservation else None
             expect(place == (ReservationState.RESERVED, request.account.id), f"sent with a place on {place}")
             latest = self._store.clock.now_ms + (seconds + LEASE_MARGIN_SECONDS) * 1000
-            expect(held is None or latest <= held.lease_expires_at + 1, "sending may outlast its lease")
+            expect(reservation is None or latest <= reservation.lease_expires_at + 1, "sending may outlast its lease")
 
     def _check_key(self, caller: Caller, request: UpstreamRequest) -> None:
         """Check that nothing is sent under a key after a possible charge while the key is kept."""

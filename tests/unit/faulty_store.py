@@ -68,11 +68,11 @@ class FaultyStore(FakeLedger):
     unknown_reservations: set[str] = field(default_factory=set)
 
     async def reserve(self, request: ReserveRequest) -> tuple[Verdict, TenantSnapshot]:
-        known, before = request.reservation in self.reservations, self._snapshot(request.tenant)
+        is_known, before = request.reservation in self.reservations, self._snapshot(request.tenant)
         verdict, snapshot = await super().reserve(request)
         if not isinstance(verdict, Grant):
             self.check_rule(self._snapshot(request.tenant) == before, "a refusal changed the books")
-        elif not known:
+        elif not is_known:
             self.check_rule(self._is_within_limits(request), "a place was granted past a limit")
         return verdict, snapshot
 
@@ -91,8 +91,8 @@ class FaultyStore(FakeLedger):
             self.violations.append(violation)
 
     def state_of(self, reservation: str) -> ReservationState | None:
-        known = self.reservations.get(reservation)
-        return known.state if known else None
+        stored = self.reservations.get(reservation)
+        return stored.state if stored else None
 
     def count_states(self, tenant: int, window: Window) -> Counter[ReservationState]:
         """Count the tenant's reservations of this window by state."""
@@ -126,8 +126,8 @@ class FaultyStore(FakeLedger):
             )
             if limit.tasks is not None and sum(outcomes[item] for item in COUNTED) > limit.tasks:
                 return False
-            spent = counter.money_fen + counter.money_reserved_fen
-            if limit.money_fen is not None and holds.get(limit.window) and spent > limit.money_fen:
+            money_fen = counter.money_fen + counter.money_reserved_fen
+            if limit.money_fen is not None and holds.get(limit.window) and money_fen > limit.money_fen:
                 return False
         return policy.max_active is None or self.count_active(ask.tenant) <= policy.max_active
 
@@ -156,27 +156,27 @@ class CallQueue:
         self.delayed: list[PendingCall] = []
         self.next_outcomes: list[CallOutcome] = []
 
-    async def resolve(self, letter: PendingCall, fate: CallOutcome) -> None:
-        self.pending.remove(letter)
+    async def resolve(self, call: PendingCall, outcome: CallOutcome) -> None:
+        self.pending.remove(call)
         try:
-            if fate in {CallOutcome.LOST, CallOutcome.LATE}:
+            if outcome in {CallOutcome.LOST, CallOutcome.LATE}:
                 raise LedgerUnavailable("no connection", retry_after=1)
-            result = await letter.execute()
-            if fate is CallOutcome.REPEATED:
-                result = await letter.execute()
-            if fate is CallOutcome.UNANSWERED:
+            result = await call.execute()
+            if outcome is CallOutcome.REPEATED:
+                result = await call.execute()
+            if outcome is CallOutcome.UNANSWERED:
                 raise LedgerUnavailable("no answer", retry_after=1)
         except LedgerUnavailable as error:
-            letter.result.set_exception(error)
+            call.result.set_exception(error)
         else:
-            letter.result.set_result(result)
-        if fate is CallOutcome.LATE:
-            self.delayed.append(letter)
+            call.result.set_result(result)
+        if outcome is CallOutcome.LATE:
+            self.delayed.append(call)
 
-    async def execute_delayed(self, letter: PendingCall) -> None:
-        self.delayed.remove(letter)
+    async def execute_delayed(self, call: PendingCall) -> None:
+        self.delayed.remove(call)
         try:
-            await letter.execute()
+            await call.execute()
         except LedgerUnavailable:
             return
 
@@ -194,14 +194,14 @@ class StoreConnection:
     def close(self, *, runs_pending: bool) -> None:
         """End the process: no new calls; pending ones are lost unless `runs_pending`."""
         self._is_closed, self._runs_pending = True, runs_pending
-        for letter in self._open_calls:
-            letter.result.cancel()
+        for call in self._open_calls:
+            call.result.cancel()
 
     async def reserve(self, ask: ReserveRequest) -> tuple[Verdict, TenantSnapshot]:
         return await self._call(lambda: self._store.reserve(ask))
 
-    async def change_account(self, ask: ReserveRequest, left: int, closes: AccountStatus | None) -> Verdict:
-        return await self._call(lambda: self._store.change_account(ask, left, closes))
+    async def change_account(self, ask: ReserveRequest, previous: int, closes: AccountStatus | None) -> Verdict:
+        return await self._call(lambda: self._store.change_account(ask, previous, closes))
 
     async def settle(self, settlement: Settlement) -> bool:
         return await self._call(lambda: self._store.settle(settlement))
@@ -250,39 +250,27 @@ class StoreConnection:
     async def claim_balance_check(self, account: int, *, count_only: bool) -> BalanceCheck | None:
         return await self._store.claim_balance_check(account, count_only=count_only)
 
-    async def record_balance_check(self, look: BalanceCheck, figures: Balance) -> None:
-        await self._store.record_balance_check(look, figures)
+    async def record_balance_check(self, check: BalanceCheck, balance: Balance) -> None:
+        await self._store.record_balance_check(check, balance)
 
-    async def get_reservation(self, reservation: str) -> Reservation | None:
-        return await self._store.get_reservation(reservation)
-
-    async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[RefundResult, Reservation] | None:
-        return await self._store.refund(tenant, reservation, reason)
-
-    async def get_usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
-        return await self._store.get_usage(tenant, days)
-
-    async def current_day(self) -> int:
-        return await self._store.current_day()
-
-    async def _call(self, work: Callable[[], Coroutine[Any, Any, T]], fate: CallOutcome | None = None) -> T:
+    async def _call(self, work: Callable[[], Coroutine[Any, Any, T]], outcome: CallOutcome | None = None) -> T:
         if self._is_closed:
             raise asyncio.CancelledError
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        letter = PendingCall(work, result)
-        self._queue.pending.append(letter)
-        if fate:
-            await self._queue.resolve(letter, fate)
-        self._open_calls.append(letter)
+        call = PendingCall(work, result)
+        self._queue.pending.append(call)
+        if outcome:
+            await self._queue.resolve(call, outcome)
+        self._open_calls.append(call)
         try:
             return await result
-        except asyncio.CancelledError:  # whoever asked has gone, but not what was asked for
-            if letter in self._queue.pending:
-                self._queue.pending.remove(letter)
-                self._queue.delayed += [letter] if self._runs_pending else []
+        except asyncio.CancelledError:  # the caller was cancelled, but the call is still on its way
+            if call in self._queue.pending:
+                self._queue.pending.remove(call)
+                self._queue.delayed += [call] if self._runs_pending else []
             raise
         finally:
-            self._open_calls.remove(letter)
+            self._open_calls.remove(call)
 
     async def _call_immediately(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return await self._call(

@@ -102,13 +102,13 @@ class LedgerModelBase(RuleBasedStateMachine):
     def account_state(self, account: int) -> AccountState:
         return self.ledger.states_by_account.get(account, AccountState())
 
-    def pick_submission(self, number: int, **wanted: bool) -> SimulatedSubmission | None:
-        found = [
+    def pick_submission(self, number: int, **attributes: bool) -> SimulatedSubmission | None:
+        candidates = [
             submission
             for submission in self.submissions.values()
-            if all(getattr(submission, k) == v for k, v in wanted.items())
+            if all(getattr(submission, k) == v for k, v in attributes.items())
         ]
-        return pick_item(found, number)
+        return pick_item(candidates, number)
 
     def record_grant(self, name: str, tenant: int, kind: Kind, verdict: Verdict) -> None:
         if isinstance(verdict, Grant):
@@ -124,9 +124,9 @@ class LedgerModelBase(RuleBasedStateMachine):
         self.ledger.clock.now_ms += 1
         with self.assert_floors_kept(sent):
             accepted = self.vendor.submit(sent.name, sent.account, sent.kind)
-        told = self.vendor.accounts[sent.account].balance() if accepted else Balance()
+        balance = self.vendor.accounts[sent.account].balance() if accepted else Balance()
         sent.arrived, sent.accepted = True, accepted
-        sent.figures = Balance(told.count if tells[0] else None, told.money_fen if tells[1] else None)
+        sent.figures = Balance(balance.count if tells[0] else None, balance.money_fen if tells[1] else None)
 
     def settle_with_response(self, sent: SimulatedSubmission) -> None:
         if sent.accepted:

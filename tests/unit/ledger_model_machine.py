@@ -65,9 +65,9 @@ class LedgerModelMachine(LedgerModelBase):
     @rule(kind=kinds, thrifty=st.booleans(), pause=st.sampled_from([3, 60]))
     def run_single_task(self, kind: Kind, pause: int, *, thrifty: bool) -> None:
         self.advance_time(pause)
-        known = set(self.submissions)
+        names_before = set(self.submissions)
         self.reserve(kind, ACCOUNTS[:1], thrifty=thrifty)
-        for name in self.submissions.keys() - known:
+        for name in self.submissions.keys() - names_before:
             self.deliver_to_vendor(self.submissions[name])
             self.settle_with_response(self.submissions[name])
             self.finish_and_check_all(succeeds=True)
@@ -100,10 +100,10 @@ class LedgerModelMachine(LedgerModelBase):
 
     @rule(number=numbers, tells=mostly_true)
     def run_check(self, number: int, *, tells: bool) -> None:
-        asked = pick_item([index for index, (_, check) in enumerate(self.claimed_checks) if check is None], number)
-        if asked is None:
+        open_index = pick_item([index for index, (_, check) in enumerate(self.claimed_checks) if check is None], number)
+        if open_index is None:
             return
-        due = self.claimed_checks[asked][0]
+        due = self.claimed_checks[open_index][0]
         progress, figures = self.vendor.check(due.task.reservation)
         check = CheckResult(
             outcome=OUTCOMES_BY_PROGRESS[progress],
@@ -111,7 +111,7 @@ class LedgerModelMachine(LedgerModelBase):
             balance=figures if tells else NO_BALANCE,
         )
         self.ledger.clock.now_ms += 1
-        self.claimed_checks[asked] = (due, check)
+        self.claimed_checks[open_index] = (due, check)
 
     @rule(number=numbers, lost=st.booleans())
     def record_check(self, number: int, *, lost: bool) -> None:
@@ -123,30 +123,32 @@ class LedgerModelMachine(LedgerModelBase):
 
     @rule(account=accounts)
     def claim_balance_check(self, account: int) -> None:
-        look = self.run_call(self.ledger.claim_balance_check(account, count_only=True))
-        if look:
-            self.balance_checks.append((look, None))
+        check = self.run_call(self.ledger.claim_balance_check(account, count_only=True))
+        if check:
+            self.balance_checks.append((check, None))
 
     @rule(number=numbers)
     def run_balance_check(self, number: int) -> None:
-        asked = pick_item([index for index, (_, told) in enumerate(self.balance_checks) if told is None], number)
-        if asked is not None:
+        open_index = pick_item(
+            [index for index, (_, balance) in enumerate(self.balance_checks) if balance is None], number
+        )
+        if open_index is not None:
             self.ledger.clock.now_ms += 1
-            look = self.balance_checks[asked][0]
-            self.balance_checks[asked] = look, self.vendor.check(look.reservation)[1]
+            check = self.balance_checks[open_index][0]
+            self.balance_checks[open_index] = check, self.vendor.check(check.reservation)[1]
 
     @rule(number=numbers)
     def record_balance_check(self, number: int) -> None:
-        told = pick_item([index for index, (_, told) in enumerate(self.balance_checks) if told], number)
-        if told is not None:
-            look, figures = self.balance_checks.pop(told)
-            self.run_call(self.ledger.record_balance_check(look, figures or NO_BALANCE))
+        done_index = pick_item([index for index, (_, balance) in enumerate(self.balance_checks) if balance], number)
+        if done_index is not None:
+            check, balance = self.balance_checks.pop(done_index)
+            self.run_call(self.ledger.record_balance_check(check, balance or NO_BALANCE))
 
     @rule(account=accounts, count=st.integers(0, 3), money=st.integers(0, 6))
     def top_up(self, account: int, count: int, money: int) -> None:
         self.ledger.clock.now_ms += 1
         holding = self.vendor.accounts[account]
-        if holding.count >= self.policy.floor_count:  # uses that nobody can know of would be taken from below the floor
+        if holding.count >= self.policy.floor_count:  # the vendor would spend unknown uses below the floor
             holding.count += count
         holding.money += money * 100
         self.topped_up_accounts.add(account)

@@ -67,13 +67,13 @@ def check_response(store: FaultyStore, caller: Caller, callers: Sequence[Caller]
         same = {item.reservation_ids[0] for item in callers if (item.tenant, item.key) == (caller.tenant, caller.key)}
         _check_refusal(store, caller, error, same if caller.key else set())
     elif error is None:
-        told, booked = caller.response.result().task, store.tasks[caller.reservation_ids[0]]
+        returned, booked = caller.response.result().task, store.tasks[caller.reservation_ids[0]]
         assert caller.outcome is SubmitOutcome.ACCEPTED
         assert store.state_of(caller.reservation_ids[0]) is ReservationState.ACCEPTED
         assert booked.state.is_final
-        assert (booked.id, booked.account) == (told.id, caller.requests[-1].account.id)
+        assert (booked.id, booked.account) == (returned.id, caller.requests[-1].account.id)
         # One that is booked from its id alone, which is left to do where the process died, has lost its options.
-        assert caller.process.is_dead or booked.options == told.options
+        assert caller.process.is_dead or booked.options == returned.options
     elif isinstance(error, LedgerUnavailable):
         assert caller.requests == []
     else:

@@ -97,7 +97,7 @@ async def test_failure_without_a_caller_is_not_reported_by_the_loop(caplog: pyte
 
     async def work() -> None:
         await go.wait()
-        raise ValueError("told to nobody")
+        raise ValueError("without a caller")
 
     waiting = asyncio.create_task(asyncio.wait_for(asyncio.shield(background.spawn(work())), 5))
     await asyncio.sleep(0)

@@ -55,9 +55,9 @@ class ExhaustedGateway(FakeGateway):
 
 @pytest.fixture
 async def gateway() -> ExhaustedGateway:
-    found = ExhaustedGateway()
-    await found.exhaust_account()
-    return found
+    exhausted_gateway = ExhaustedGateway()
+    await exhausted_gateway.exhaust_account()
+    return exhausted_gateway
 
 
 async def test_balance_check_reopens_the_account(gateway: ExhaustedGateway) -> None:

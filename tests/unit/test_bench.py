@@ -47,9 +47,9 @@ def test_result_is_the_median_with_all_errors() -> None:
     comparison = Comparison()
     for per_second, errors in ((10, 0), (30, 2), (20, 3)):
         comparison.add("row", API, {"per_second": per_second}, Counter({"503": errors}))
-    (found,) = comparison.results()
-    assert found.figures == {"per_second": 20}
-    assert found.errors == {"503": 5}
+    (result,) = comparison.results()
+    assert result.figures == {"per_second": 20}
+    assert result.errors == {"503": 5}
 
 
 def test_errors_are_shown_in_their_row() -> None:

@@ -54,16 +54,16 @@ def test_one_trial_after_the_pause() -> None:
 def test_is_open_during_pauses_and_trials() -> None:
     clock = ManualClock()
     breaker = make_open_breaker(clock)
-    said = [breaker.is_open]
+    states = [breaker.is_open]
     clock.now += FIRST_PAUSE_SECONDS
-    said.append(breaker.is_open)
+    states.append(breaker.is_open)
     trial = admit_attempt(breaker)
-    said.append(breaker.is_open)
+    states.append(breaker.is_open)
     breaker.on_failed(trial)
-    said.append(breaker.is_open)
+    states.append(breaker.is_open)
     clock.now += 2 * FIRST_PAUSE_SECONDS
-    said.append(breaker.is_open)
-    assert said == [True, False, True, True, False]
+    states.append(breaker.is_open)
+    assert states == [True, False, True, True, False]
 
 
 def test_successful_trial_closes() -> None:

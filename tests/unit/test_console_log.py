@@ -34,9 +34,9 @@ def test_request_line() -> None:
 async def test_access_log_event_has_the_fields_of_the_line() -> None:
     watched = ObservedApp()
     await call_app(watched.app, "GET", "/nowhere")
-    told = watched.access_line
-    told.pop("level")
-    line = render_line(told.pop("event"), **told)
+    event = watched.access_line
+    event.pop("level")
+    line = render_line(event.pop("event"), **event)
     assert line.startswith("GET /nowhere 404 ")
     assert "outcome=not-found" in line
 

@@ -90,9 +90,9 @@ def test_concurrent_starts_agree_on_the_secrets(tmp_path: Path) -> None:
         return load_or_create_secrets(tmp_path)
 
     with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(load, range(8)))
-    assert len({secrets.admin_token for secrets in found}) == 1
-    assert len({secrets.secret_keys for secrets in found}) == 1
+        results = list(threads.map(load, range(8)))
+    assert len({secrets.admin_token for secrets in results}) == 1
+    assert len({secrets.secret_keys for secrets in results}) == 1
 
 
 def test_first_file_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

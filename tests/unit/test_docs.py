@@ -144,8 +144,8 @@ def test_problems_are_listed_once(document: openapi_sample.Node) -> None:
 
 def test_nested_schemas_are_described(document: openapi_sample.Node) -> None:
     page = Page(document)
-    shown = {place for place in page.texts if place.startswith("schema-")}
-    assert shown == {"schema-tasklist", "schema-task", "schema-artifact"}
+    schema_ids = {place for place in page.texts if place.startswith("schema-")}
+    assert schema_ids == {"schema-tasklist", "schema-task", "schema-artifact"}
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def test_whole_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics.set_registry_source(lambda: REGISTRY)
     metrics.ledger_collector.set_snapshot(SNAPSHOT)
     metrics.refresh_labels()
-    told = list(metrics.registry.collect())
-    monkeypatch.setattr(metrics.registry, "collect", lambda: iter(told))
+    families = list(metrics.registry.collect())
+    monkeypatch.setattr(metrics.registry, "collect", lambda: iter(families))
     body = metrics.render()[0]
     assert body == generate_latest(metrics.registry)
     assert b"gateway_quota_used" in body

@@ -47,8 +47,8 @@ def decoded_sizes(data: bytes) -> tuple[Size | None, Size | None]:
     with contextlib.suppress(OSError, SyntaxError, ValueError), Image.open(io.BytesIO(data)) as picture:
         picture.load()
         with_pillow = picture.size
-    found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    return with_pillow, None if found is None else (found.shape[1], found.shape[0])
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    return with_pillow, None if pixels is None else (pixels.shape[1], pixels.shape[0])
 
 
 def header_offsets(data: bytes | bytearray) -> list[int]:
@@ -60,11 +60,11 @@ def header_offsets(data: bytes | bytearray) -> list[int]:
         parts, scanned = data[frame + 9], data[scan + 4]
         of_frame = (frame + 1, frame + 4, frame + 6, *range(frame + 8, frame + 10 + 3 * parts))
         return [*of_frame, scan + 4, *range(scan + 5, scan + 5 + 2 * scanned, 2)]
-    found = [20, 24, 27] if data[12:16] == b"VP8X" else []
+    offsets = [20, 24, 27] if data[12:16] == b"VP8X" else []
     for kind, coded in ((b"VP8 ", (3, 4, 5, 6, 8)), (b"VP8L", (0, 1, 4))):
         if b"ANMF" not in data and (at := data.find(kind)) > 0:
-            found += [at + 8 + item for item in coded]
-    return found
+            offsets += [at + 8 + item for item in coded]
+    return offsets
 
 
 @st.composite
@@ -86,8 +86,8 @@ def altered_images(draw: st.DrawFn) -> bytes:
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(altered_images())
 def test_inspection_agrees_with_decoders(data: bytes) -> None:
-    told, sizes = inspected_size(data), decoded_sizes(data)
-    assert {size for size in sizes if size} <= {told}
+    inspected, sizes = inspected_size(data), decoded_sizes(data)
+    assert {size for size in sizes if size} <= {inspected}
     # Where a PNG or JPEG says that its pixels are coded otherwise, only decoding all of them shows that they are not.
-    if told == SIZE and data.startswith(b"RIFF"):
+    if inspected == SIZE and data.startswith(b"RIFF"):
         assert any(sizes)

@@ -41,11 +41,11 @@ def make_noise(mode: str, width: int, height: int, seed: int) -> Image.Image:
 
 
 def _random_bytes(count: int, seed: int) -> bytes:
-    state, found = seed * 2 + 1, bytearray()
+    state, content = seed * 2 + 1, bytearray()
     for _ in range(count):
         state = state * 1_103_515_245 + 12_345 & 0x7FFFFFFF
-        found.append(state >> 16 & 0xFF)
-    return bytes(found)
+        content.append(state >> 16 & 0xFF)
+    return bytes(content)
 
 
 @st.composite

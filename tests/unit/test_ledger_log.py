@@ -23,8 +23,8 @@ Lines = list[MutableMapping[str, Any]]
 
 @pytest.fixture
 def log_lines() -> Iterator[Lines]:
-    with capture_logs() as found:
-        yield found
+    with capture_logs() as captured:
+        yield captured
 
 
 def select_lines(log_lines: Lines, event: str) -> Lines:
@@ -124,9 +124,9 @@ def test_policies_are_logged_in_yuan() -> None:
         "max_price": {"face-enhance": 0.3},
     }
     limits = (Limit(Window.DAY, tasks=5), Limit(Window.TOTAL, money_fen=250))
-    shown = logging.log_tenant_policy(TenantPolicy(limits=limits, max_active=3))
-    assert (shown["max_active"], shown["spending_mode"]) == (3, "count_then_money")
-    assert [(limit["window"], limit["tasks"], limit["money"]) for limit in shown["limits"]] == [
+    policy = logging.log_tenant_policy(TenantPolicy(limits=limits, max_active=3))
+    assert (policy["max_active"], policy["spending_mode"]) == (3, "count_then_money")
+    assert [(limit["window"], limit["tasks"], limit["money"]) for limit in policy["limits"]] == [
         ("day", 5, None),
         ("total", None, 2.5),
     ]

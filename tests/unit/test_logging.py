@@ -61,11 +61,11 @@ def restore_logging() -> Iterator[None]:
 def test_event_is_one_json_object() -> None:
     log = LogSetup()
     with structlog.contextvars.bound_contextvars(request_id="r1"):
-        log.logger.info("a.told", tenant="demo", cost={"count": 1}, ratio=0.5, done=True, error=None)
+        log.logger.info("a.logged", tenant="demo", cost={"count": 1}, ratio=0.5, done=True, error=None)
     event = log.event
     assert event.pop("time").endswith("Z")
     assert event == {
-        "event": "a.told",
+        "event": "a.logged",
         "level": "info",
         "request_id": "r1",
         "tenant": "demo",

@@ -143,11 +143,11 @@ def test_tenants_beyond_the_cap_share_a_label() -> None:
 
 def test_deleted_tenant_loses_its_series() -> None:
     metrics = Metrics(CollectorRegistry(), max_named_tenants=1)
-    held = [make_registry("first", "second", ids=(1, 2))]
-    metrics.set_registry_source(lambda: held[0])
+    registries = [make_registry("first", "second", ids=(1, 2))]
+    metrics.set_registry_source(lambda: registries[0])
     metrics.record_submitted_task(1, Kind.UPSCALE)
     metrics.record_submitted_task(2, Kind.UPSCALE)
-    held[0] = make_registry("second", ids=(2,))
+    registries[0] = make_registry("second", ids=(2,))
     metrics.refresh_labels()
     metrics.record_submitted_task(1, Kind.UPSCALE)
     metrics.record_submitted_task(2, Kind.UPSCALE)
@@ -176,11 +176,11 @@ def test_batch_observes_lag_and_size(metrics: Metrics) -> None:
 
 
 def test_gauges_are_read_at_each_scrape(metrics: Metrics) -> None:
-    held: dict[tuple[str, ...], float] = {("main",): 1.0}
-    metrics.gauges.register(GaugeName.UPSTREAM_BREAKER_OPEN, lambda: held)
+    values: dict[tuple[str, ...], float] = {("main",): 1.0}
+    metrics.gauges.register(GaugeName.UPSTREAM_BREAKER_OPEN, lambda: values)
     metrics.gauges.register(GaugeName.UPSTREAM_BREAKER_OPEN, lambda: {("spare",): 0.0})
     assert read_sample(metrics, "gateway_upstream_breaker_open", upstream="main") == 1
-    held[("main",)] = 0.0
+    values[("main",)] = 0.0
     assert read_sample(metrics, "gateway_upstream_breaker_open", upstream="main") == 0
     assert read_sample(metrics, "gateway_upstream_breaker_open", upstream="spare") == 0
     assert read_sample(metrics, "gateway_settlements_pending") is None
@@ -201,9 +201,9 @@ def test_all_metrics_are_described(metrics: Metrics) -> None:
         if isinstance(collector_to_name, GATEWAY_COLLECTORS)
     ]
     described = {family.name: family for collector in collectors for family in collector.describe()}
-    shown = [family for family in metrics.registry.collect() if family.name.startswith("gateway_")]
-    assert {family.name for family in shown} <= set(described)
-    for family in shown:
+    families = [family for family in metrics.registry.collect() if family.name.startswith("gateway_")]
+    assert {family.name for family in families} <= set(described)
+    for family in families:
         assert (described[family.name].type, described[family.name].documentation) == (
             family.type,
             family.documentation,
@@ -218,8 +218,8 @@ def test_ledger_metrics_disappear_with_the_ledger(metrics: Metrics) -> None:
     assert read_sample(metrics, "gateway_redis_up") == 0
     metrics.ledger_collector.set_snapshot(SNAPSHOT)
     of_day = {"tenant": "shop", "policy": "day-money", "unit": "yuan"}
-    found = [read_sample(metrics, f"gateway_quota_{name}", **of_day) for name in ("used", "reserved", "limit")]
-    assert (found, read_sample(metrics, "gateway_redis_up")) == ([1.5, 0.5, 10], 1)
+    values = [read_sample(metrics, f"gateway_quota_{name}", **of_day) for name in ("used", "reserved", "limit")]
+    assert (values, read_sample(metrics, "gateway_redis_up")) == ([1.5, 0.5, 10], 1)
     assert read_sample(metrics, "gateway_tasks_active", tenant="shop", kind="upscale") == 2
     assert read_sample(metrics, "gateway_tenant_spent_yuan", tenant="shop", window="day") == 1.5
     assert read_sample(metrics, "gateway_webhook_overdue_seconds") == 1.5
@@ -231,11 +231,11 @@ def test_ledger_metrics_disappear_with_the_ledger(metrics: Metrics) -> None:
 def test_account_shows_only_known_balances(metrics: Metrics) -> None:
     state = AccountState(unexplained_money_fen=40, unknown_outcomes=1, open_submissions=2)
     new = AccountSample("new", AccountPolicy(floor_money_fen=500), state, 9_000)
-    seen = msgspec.structs.replace(
+    observed = msgspec.structs.replace(
         state, count=BalanceReading(7, 1_000, 2_000, Call.CHECK), money=BalanceReading(1250, 1_000, 4_000, Call.CHECK)
     )
     metrics.ledger_collector.set_snapshot(
-        msgspec.structs.replace(SNAPSHOT, accounts=[new, AccountSample("main", AccountPolicy(), seen, 9_000)])
+        msgspec.structs.replace(SNAPSHOT, accounts=[new, AccountSample("main", AccountPolicy(), observed, 9_000)])
     )
     assert read_sample(metrics, "gateway_account_remaining_yuan", account="new") is None
     assert read_sample(metrics, "gateway_account_balance_age_seconds", account="new") is None

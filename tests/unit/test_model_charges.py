@@ -93,11 +93,11 @@ def test_cost_without_balance_or_price() -> None:
     assert free == Cost(0, 0, CostBasis.OBSERVED)
 
 
-@pytest.mark.parametrize(("late", "taken"), [(False, 80), (None, 80), (True, 70)])
-def test_cost_of_a_failed_task(late: bool | None, taken: int) -> None:
+@pytest.mark.parametrize(("late", "charged"), [(False, 80), (None, 80), (True, 70)])
+def test_cost_of_a_failed_task(late: bool | None, charged: int) -> None:
     state = AccountState(last_price={KIND: 70}, charges_on_completion=late)
     reservation = make_reservation(BalanceSnapshot(0, 900), balance_after=Balance(0, 820))
-    assert compute_cost(state, reservation, Balance(), succeeded=False) == Cost(0, taken, CostBasis.ESTIMATED)
+    assert compute_cost(state, reservation, Balance(), succeeded=False) == Cost(0, charged, CostBasis.ESTIMATED)
     assert compute_cost(state, reservation, Balance(0, 820), succeeded=False) == Cost(0, 80, CostBasis.OBSERVED)
 
 

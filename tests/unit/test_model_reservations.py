@@ -159,18 +159,18 @@ def test_overlapping_task_has_no_observed_cost() -> None:
 def test_retarget_keeps_the_windows() -> None:
     tenant, policy = TenantState(), TenantPolicy(limits=(Limit(Window.DAY, tasks=1, money_fen=100),))
     prices = AccountPolicy(max_price={Kind.UPSCALE: 60})
-    left, right = (
+    previous, right = (
         make_candidate(1, policy=prices),
         make_candidate(2, policy=AccountPolicy(max_price={Kind.UPSCALE: 90})),
     )
     made = make_reservation()
-    reserve_place(tenant, policy, left, right, made=made)
+    reserve_place(tenant, policy, previous, right, made=made)
     moved = ledger_model.change_account(
-        tenant, policy, left, AccountStatus.EXHAUSTED, [right], made, make_moment(NOW + 1)
+        tenant, policy, previous, AccountStatus.EXHAUSTED, [right], made, make_moment(NOW + 1)
     )
     assert isinstance(moved, Grant)
     assert (moved.account, made.account, made.money_holds) == (2, 2, dict.fromkeys(Window, 90))
-    assert (left.state.status, left.state.open_submissions, right.state.open_submissions) == (
+    assert (previous.state.status, previous.state.open_submissions, right.state.open_submissions) == (
         AccountStatus.EXHAUSTED,
         0,
         1,
@@ -181,15 +181,17 @@ def test_retarget_keeps_the_windows() -> None:
 
 def test_retarget_without_an_available_account() -> None:
     tenant, policy = TenantState(), TenantPolicy(limits=(Limit(Window.DAY, money_fen=100),))
-    left = make_candidate(1, policy=AccountPolicy(max_price={Kind.UPSCALE: 60}))
+    previous = make_candidate(1, policy=AccountPolicy(max_price={Kind.UPSCALE: 60}))
     dear = make_candidate(2, policy=AccountPolicy(max_price={Kind.UPSCALE: 101}))
     made = make_reservation()
-    reserve_place(tenant, policy, left, made=made)
-    assert isinstance(ledger_model.change_account(tenant, policy, left, None, [], made, make_moment(NOW)), NoAccount)
+    reserve_place(tenant, policy, previous, made=made)
     assert isinstance(
-        ledger_model.change_account(tenant, policy, left, None, [dear], made, make_moment(NOW)), PolicyDenial
+        ledger_model.change_account(tenant, policy, previous, None, [], made, make_moment(NOW)), NoAccount
     )
-    assert (made.account, tenant.windows[Window.DAY].money_reserved_fen, left.state.open_submissions) == (1, 60, 1)
+    assert isinstance(
+        ledger_model.change_account(tenant, policy, previous, None, [dear], made, make_moment(NOW)), PolicyDenial
+    )
+    assert (made.account, tenant.windows[Window.DAY].money_reserved_fen, previous.state.open_submissions) == (1, 60, 1)
 
 
 def test_late_settlement_replaces_unknown() -> None:

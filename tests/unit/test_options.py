@@ -49,8 +49,8 @@ def test_invalid_values_are_named(name: str, text: str, detail: str) -> None:
 
 
 def test_all_invalid_fields_are_named() -> None:
-    found = option_errors(Kind.SEAMLESS, ("fit", "0.05"), ("colors", "5"), ("fit", "0.5"))
-    assert set(found) == {"fit", "colors"}
+    errors = option_errors(Kind.SEAMLESS, ("fit", "0.05"), ("colors", "5"), ("fit", "0.5"))
+    assert set(errors) == {"fit", "colors"}
     assert option_errors(Kind.SEAMLESS, ("fit", "0.5"), ("fit", "0.5")) == {"fit": "is given more than once"}
     assert option_errors(Kind.FACE_ENHANCE, ("fit", "0.5")) == {"fit": "is not an option; this kind takes no options"}
 

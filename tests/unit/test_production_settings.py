@@ -88,7 +88,7 @@ def test_private_upstream_without_tls_is_accepted(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "wanted"),
+    ("url", "expected"),
     [
         ("redis://8.8.8.8", ["must be rediss://", "must have a password"]),
         ("redis://:word@8.8.8.8", ["must be rediss://"]),
@@ -96,10 +96,10 @@ def test_private_upstream_without_tls_is_accepted(url: str) -> None:
         ("redis+sentinel://10.0.0.1,8.8.8.8/main", ["must be rediss://", "must have a password"]),
     ],
 )
-def test_public_store_needs_tls_and_password(url: str, wanted: list[str]) -> None:
-    found = read_errors(GATEWAY_REDIS_URL=url)
-    assert len(found) == len(wanted)
-    for fault, words in zip(found, wanted, strict=True):
+def test_public_store_needs_tls_and_password(url: str, expected: list[str]) -> None:
+    errors = read_errors(GATEWAY_REDIS_URL=url)
+    assert len(errors) == len(expected)
+    for fault, words in zip(errors, expected, strict=True):
         assert fault.startswith(f"GATEWAY_REDIS_URL {words}")
         assert fault.endswith("since its address is public")
 

@@ -63,10 +63,10 @@ TOKENS = [generate_token(), generate_token()]
 
 @given(structures_with_secrets([*OTHERS[:3], SECRET, "p@ss w/rd&='\"\\", *TOKENS]))
 def test_secrets_are_redacted_in_every_encoding(value: Any) -> None:
-    told = ["p@ss w/rd&='\"\\", SECRET, *OTHERS]
-    event = Redactor(told)(None, "info", {"event": "x", "value": value})
+    secrets = ["p@ss w/rd&='\"\\", SECRET, *OTHERS]
+    event = Redactor(secrets)(None, "info", {"event": "x", "value": value})
     written = json.dumps(event, ensure_ascii=False) + "".join(iter_texts(event))
-    for secret in (*told, *TOKENS):
+    for secret in (*secrets, *TOKENS):
         plain = secret.encode()
         assert secret not in written
         assert plain.hex() not in written
@@ -93,7 +93,7 @@ def test_header_and_form_names_are_kept(pair: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [
         ("https://u:p@ss@host:8/ended?key=x#y is away", "https://[redacted]@host:8/ended?[redacted] is away"),
         ("https://host/a@2x.png", "https://host/a@2x.png"),
@@ -103,8 +103,8 @@ def test_header_and_form_names_are_kept(pair: Any) -> None:
         ("\x1b[31mred\r", "\\x1b[31mred\\x0d"),
     ],
 )
-def test_urls_and_prompts_in_text(text: str, shown: str) -> None:
-    assert Redactor().redact_text(text) == shown
+def test_urls_and_prompts_in_text(text: str, expected: str) -> None:
+    assert Redactor().redact_text(text) == expected
 
 
 def iter_texts(value: Any) -> list[str]:

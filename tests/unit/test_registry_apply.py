@@ -62,12 +62,12 @@ def test_differences_match_the_changes(one: RegistryBody, other: RegistryBody, p
     assert (plan.change is None) == (diff_registry(plan, NOW) == [])
     again = plan_document(plan.after, other, prune=prune)
     assert (again.change, diff_registry(again, NOW), again.generated_secrets) == (None, [], {})
-    told = render_registry(plan.after, NOW)
-    strangers = [*(told.accounts.keys() - other.accounts), *(told.tenants.keys() - other.tenants)]
+    document = render_registry(plan.after, NOW)
+    strangers = [*(document.accounts.keys() - other.accounts), *(document.tenants.keys() - other.tenants)]
     assert not (prune and strangers)
     assert len([item for item in plan.unmanaged if ".tokens." not in item]) == len(strangers)
     for name, account in without_secrets(other).accounts.items():
-        assert told.accounts[name] == account
+        assert document.accounts[name] == account
 
 
 @given(registry_documents(), registry_documents())
@@ -107,14 +107,14 @@ def test_foreign_ids_are_refused() -> None:
         "twin-2": 3,
     }
     body = RegistryBody({}, {name: TenantEntry(id=number, accounts=[]) for name, number in wrong.items()})
-    found = plan_errors(registry, body)
-    assert found.keys() == {f"tenants.{name}.id" for name in wrong}
-    assert "must be 8" in found["tenants.shop.id"]
-    assert "is the id of shop" in found["tenants.store.id"]
-    assert "is the id of main" in found["tenants.till.id"]
-    assert "was the id of the tenant gone" in found["tenants.other.id"]
-    assert "no id that was ever given" in found["tenants.future.id"]
-    assert "more than once" in found["tenants.twin.id"]
+    errors = plan_errors(registry, body)
+    assert errors.keys() == {f"tenants.{name}.id" for name in wrong}
+    assert "must be 8" in errors["tenants.shop.id"]
+    assert "is the id of shop" in errors["tenants.store.id"]
+    assert "is the id of main" in errors["tenants.till.id"]
+    assert "was the id of the tenant gone" in errors["tenants.other.id"]
+    assert "no id that was ever given" in errors["tenants.future.id"]
+    assert "more than once" in errors["tenants.twin.id"]
     again = plan_document(registry, RegistryBody({}, {"gone": TenantEntry(id=9, accounts=[])}))
     assert again.after.tenants["gone"].id == 9
 
@@ -156,9 +156,9 @@ def test_account_keys_kept_and_changed() -> None:
 
 
 def test_missing_secrets_are_refused() -> None:
-    told = WebhookEntry("https://hooks.example", secret=SecretEntry(env="HOOK"))
+    webhook = WebhookEntry("https://hooks.example", secret=SecretEntry(env="HOOK"))
     body = RegistryBody(
-        {"main": AccountEntry(user_key=SecretEntry(env="KEY"))}, {"shop": TenantEntry(accounts=[], webhook=told)}
+        {"main": AccountEntry(user_key=SecretEntry(env="KEY"))}, {"shop": TenantEntry(accounts=[], webhook=webhook)}
     )
     assert plan_errors(Registry(), body).keys() == {"accounts.main.user_key", "tenants.shop.webhook.secret"}
 

@@ -96,12 +96,12 @@ def test_secrets_from_files(tmp_path: Path) -> None:
     file = tmp_path / "registry.toml"
     file.write_text('accounts.main.user_key.file = "secrets/main"')
     with file.open("rb") as opened:
-        found = read_registry_file(opened).accounts["main"].user_key
-    assert found == SecretEntry(file="secrets/main", value="key-in-a-file")
+        secret = read_registry_file(opened).accounts["main"].user_key
+    assert secret == SecretEntry(file="secrets/main", value="key-in-a-file")
 
 
 def test_all_errors_are_reported() -> None:
-    found = read_errors(
+    errors = read_errors(
         """
         [accounts.main]
         user_key = { env = "NOBODY_SET_IT" }
@@ -135,7 +135,7 @@ created_at = 1960-01-01T00:00:00Z }
     name = "must be up to 63 lower-case letters, digits, dots, dashes and underscores, a letter or digit first"
     windows = "minute or hour or day or month or total"
     url = "must be a URL such as https://host/path, at most 2048 characters long, without credentials or fragment"
-    assert sorted(found) == sorted(
+    assert sorted(errors) == sorted(
         [
             "accounts.main.user_key: there is no environment variable NOBODY_SET_IT",
             "accounts.main.floor_cuont: is unknown: did you mean floor_count?",

@@ -39,14 +39,14 @@ def test_no_machine_paths() -> None:
 
 def test_every_test_runs() -> None:
     excuses = {"skip", "skipif", "xfail", "importorskip"}
-    found = [
+    places = [
         f"{public_names(path)}:{node.lineno}"
         for path in list_files(ROOT / "tests")
         if path.suffix == ".py"
         for node in iter_nodes(path)
         if isinstance(node, ast.Attribute) and node.attr in excuses
     ]
-    assert found == []
+    assert places == []
 
 
 def test_environment_is_read_in_one_place() -> None:

@@ -183,9 +183,9 @@ async def test_valid_request_id_is_kept(path: str) -> None:
         assert json.loads(messages[1]["body"])["instance"] == "Req.1_a-b"
 
 
-@pytest.mark.parametrize("given", ["", "a b", "a" * 129, "x\r\ny", "{}", "é"])
-async def test_invalid_request_id_is_replaced(given: str) -> None:
-    response = await send_request(ObservedApp(), "/things/one", x_request_id=given)
+@pytest.mark.parametrize("request_id", ["", "a b", "a" * 129, "x\r\ny", "{}", "é"])
+async def test_invalid_request_id_is_replaced(request_id: str) -> None:
+    response = await send_request(ObservedApp(), "/things/one", x_request_id=request_id)
     assert re.fullmatch(r"[0-9a-f]{32}", response.headers["x-request-id"])
     assert response.body.decode() == response.headers["x-request-id"]
 
@@ -264,15 +264,15 @@ def test_refused_requests_are_logged_once_per_address_and_interval(monkeypatch: 
 
 
 async def test_lifespan_passes_through() -> None:
-    seen: list[Any] = []
+    calls: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append((scope, receive, send))
+        calls.append((scope, receive, send))
 
     watched = ObservedApp(app)
     arguments: tuple[Any, Any, Any] = {"type": "lifespan"}, make_receive([]), ignore_messages
     await watched.app(*arguments)
-    assert seen == [arguments]
+    assert calls == [arguments]
     assert watched.events == []
 
 

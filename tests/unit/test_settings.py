@@ -233,10 +233,10 @@ def test_ports_differ() -> None:
 
 
 def test_all_errors_are_reported() -> None:
-    found = read_errors(
+    errors = read_errors(
         {"GATEWAY_ENV": "production", "GATEWAY_PORT": "x", "GATEWAY_REDIS_URL": "x", "GATEWAY_NAME": "x"}
     )
-    assert [fault.split()[0] for fault in found] == [
+    assert [fault.split()[0] for fault in errors] == [
         "GATEWAY_NAME",
         "GATEWAY_PORT",
         "GATEWAY_REDIS_URL",
@@ -248,11 +248,11 @@ def test_all_errors_are_reported() -> None:
 
 def test_repr_hides_secrets() -> None:
     environ = PRODUCTION | {"GATEWAY_REDIS_URL": "redis://:hush@store", "GATEWAY_UPSTREAM_USER_KEY": "hush-too"}
-    shown = repr(Settings.load(environ))
+    text = repr(Settings.load(environ))
     for secret in ("hush", PRODUCTION["GATEWAY_ADMIN_TOKEN"], repr(KEY), PRODUCTION["GATEWAY_SECRET_KEYS"]):
-        assert secret not in shown
-    assert "redis_url='***'" in shown
-    assert "port=8080" in shown
+        assert secret not in text
+    assert "redis_url='***'" in text
+    assert "port=8080" in text
     assert "redis_url=None" in repr(Settings.load({}))
 
 

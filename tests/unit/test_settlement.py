@@ -33,8 +33,8 @@ async def test_late_settlements_have_no_request_context(monkeypatch: pytest.Monk
                 )
         ledger.is_unavailable = False
         assert await background.drain(10) == 0
-    told = [(item["event"], item["reservation"], item.get("request_id")) for item in logged]
-    assert told == [
+    events = [(item["event"], item["reservation"], item.get("request_id")) for item in logged]
+    assert events == [
         ("settlement.retrying", "one", "request-one"),
         ("settlement.retrying", "two", "request-two"),
         ("reservation.settled", "one", None),

@@ -71,15 +71,17 @@ async def test_only_the_newest_event_is_queued(reader: SlowReader) -> None:
     assert ids == [b"", b"1-queued", b"1000-failed", b""]
 
 
-@pytest.mark.parametrize("taken", [0, 1, 2])
-async def test_stalled_reader_is_disconnected(reader: SlowReader, monkeypatch: pytest.MonkeyPatch, taken: int) -> None:
+@pytest.mark.parametrize("accepted", [0, 1, 2])
+async def test_stalled_reader_is_disconnected(
+    reader: SlowReader, monkeypatch: pytest.MonkeyPatch, accepted: int
+) -> None:
     monkeypatch.setattr(tasks, "WRITE_TIMEOUT_SECONDS", 0.01)
-    for _ in range(taken):
+    for _ in range(accepted):
         reader.send_permits.release()
     with structlog.testing.capture_logs() as lines:
         reading = asyncio.create_task(reader.read())
         await wait_until(lambda: reader.gateway.services.task_cache.subscription_count == 1)
-        await wait_until(lambda: len(reader.bodies) == taken)
+        await wait_until(lambda: len(reader.bodies) == accepted)
         reader.publish_change(2, state=State.RUNNING)
         async with asyncio.timeout(20):
             await reading

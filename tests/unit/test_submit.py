@@ -34,11 +34,11 @@ def gateway(monkeypatch: pytest.MonkeyPatch) -> FakeGateway:
 
 async def test_client_error_while_sending_stays_charged(gateway: FakeGateway) -> None:
     gateway.upstream.errors.append(RuntimeError("a fault of ours"))
-    with pytest.raises(SubmissionUnknown) as told:
+    with pytest.raises(SubmissionUnknown) as caught:
         await gateway.submit_image()
     assert gateway.task_counts == (1, 0, 0)
     assert len(gateway.upstream.submits) == 1
-    assert gateway.ledger.reservations[told.value.submission_id].state is ReservationState.UNKNOWN
+    assert gateway.ledger.reservations[caught.value.submission_id].state is ReservationState.UNKNOWN
 
 
 async def test_error_after_the_acceptance_is_unknown(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,8 +87,8 @@ class SubmitMachine(RuleBasedStateMachine):
         runner.get_loop()
         self.loop.set_exception_handler(lambda _, context: self.store.violations.append(str(context)))
         self.upstream = FaultyUpstream(self.store)
-        known = Registry(1, 20, {tenant.name: tenant for tenant in TENANTS}, ACCOUNTS)
-        self.registry = FakeRegistry(self.store, known)
+        registry = Registry(1, 20, {tenant.name: tenant for tenant in TENANTS}, ACCOUNTS)
+        self.registry = FakeRegistry(self.store, registry)
         self.store.account_policies |= {account.id: account.policy for account in ACCOUNTS.values()}
         self.store.tenant_policies |= {tenant.id: tenant.policy for tenant in TENANTS}
         self.callers: list[Caller] = []
@@ -125,13 +125,13 @@ class SubmitMachine(RuleBasedStateMachine):
     )
     def submit(self, process: int, submissions: list[tuple[Tenant, str | None, CallOutcome | None]]) -> None:
         """Submit; the reserve calls get their outcome now or later."""
-        for tenant, key, fate in submissions:
+        for tenant, key, outcome in submissions:
             caller = Caller(tenant, pick_item(self.accepting_processes, process), key)
             caller.response = self.loop.create_task(caller.process.submit(caller))
             self.callers.append(caller)
             self.loop.run_forever()
-            if fate:
-                self.run_to_idle(self.call_queue.resolve(self.call_queue.pending[-1], fate))
+            if outcome:
+                self.run_to_idle(self.call_queue.resolve(self.call_queue.pending[-1], outcome))
 
     @precondition(lambda self: self.callers)
     @rule(caller=indexes)
@@ -139,7 +139,7 @@ class SubmitMachine(RuleBasedStateMachine):
         pick_item(self.callers, caller).response.cancel()
         self.loop.run_forever()
 
-    @precondition(lambda self: self.taken and self.living)
+    @precondition(lambda self: self.accepted_submissions and self.running_processes)
     @rule(task=indexes, process=indexes)
     def read(self, task: int, process: int) -> None:
         caller, submission = pick_item(self.accepted_submissions, task)
@@ -159,12 +159,12 @@ class SubmitMachine(RuleBasedStateMachine):
             self.upstream.check_results[pick_item(self.upstream.accepted_ids, task)] = check
         self.advance_time(milliseconds)
 
-    @rule(process=indexes, seconds=st.sampled_from([None, None, 0, 120]), heard=st.booleans())
-    def end_process(self, process: int, seconds: float | None, *, heard: bool) -> None:
+    @rule(process=indexes, seconds=st.sampled_from([None, None, 0, 120]), runs_pending=st.booleans())
+    def end_process(self, process: int, seconds: float | None, *, runs_pending: bool) -> None:
         """Kill a process or shut it down, and start another one."""
         ending = pick_item(self.accepting_processes, process)
         if seconds is None:
-            ending.kill(runs_pending=heard)
+            ending.kill(runs_pending=runs_pending)
         else:
             self.stops.append(self.loop.create_task(ending.stop(seconds)))
         self.start_process()
@@ -181,31 +181,31 @@ class SubmitMachine(RuleBasedStateMachine):
 
     # What becomes of calls
 
-    @precondition(lambda self: self.post.letters)
-    @rule(letter=indexes, fates=st.lists(call_outcomes, min_size=1, max_size=4))
-    def resolve_calls(self, letter: int, fates: list[CallOutcome]) -> None:
-        for fate in fates:
+    @precondition(lambda self: self.call_queue.pending)
+    @rule(call=indexes, outcomes=st.lists(call_outcomes, min_size=1, max_size=4))
+    def resolve_calls(self, call: int, outcomes: list[CallOutcome]) -> None:
+        for outcome in outcomes:
             if self.call_queue.pending:
-                self.run_to_idle(self.call_queue.resolve(pick_item(self.call_queue.pending, letter), fate))
+                self.run_to_idle(self.call_queue.resolve(pick_item(self.call_queue.pending, call), outcome))
 
-    @precondition(lambda self: self.post.strays)
-    @rule(letter=indexes)
-    def execute_delayed_call(self, letter: int) -> None:
-        self.run_to_idle(self.call_queue.execute_delayed(pick_item(self.call_queue.delayed, letter)))
+    @precondition(lambda self: self.call_queue.delayed)
+    @rule(call=indexes)
+    def execute_delayed_call(self, call: int) -> None:
+        self.run_to_idle(self.call_queue.execute_delayed(pick_item(self.call_queue.delayed, call)))
 
     @precondition(lambda self: self.upstream.pending)
-    @rule(request=indexes, milliseconds=pauses, answers=st.lists(responses, min_size=1, max_size=4))
+    @rule(request=indexes, milliseconds=pauses, results=st.lists(responses, min_size=1, max_size=4))
     def respond(
-        self, request: int, milliseconds: int, answers: list[tuple[SubmitOutcome | None, Balance, CallOutcome]]
+        self, request: int, milliseconds: int, results: list[tuple[SubmitOutcome | None, Balance, CallOutcome]]
     ) -> None:
         """Respond to upstream requests, each after a pause, with outcomes for the ledger calls that follow."""
-        for outcome, told, fate in answers:
+        for outcome, balance, call_outcome in results:
             self.advance_time(milliseconds)
             if self.upstream.pending:
-                self.upstream.respond(pick_item(self.upstream.pending, request), outcome, told)
+                self.upstream.respond(pick_item(self.upstream.pending, request), outcome, balance)
                 self.loop.run_forever()
             if self.call_queue.pending:
-                self.run_to_idle(self.call_queue.resolve(self.call_queue.pending[-1], fate))
+                self.run_to_idle(self.call_queue.resolve(self.call_queue.pending[-1], call_outcome))
 
     def complete_everything(self) -> None:
         for _ in range(100):
@@ -217,9 +217,9 @@ class SubmitMachine(RuleBasedStateMachine):
                 self.upstream.respond(self.upstream.pending[0], SubmitOutcome.ACCEPTED)
                 self.loop.run_forever()
 
-    @rule(away=st.booleans(), upsets=st.lists(call_outcomes, max_size=3))
-    def disturb_store(self, away: bool, upsets: list[CallOutcome]) -> None:
-        self.store.is_unavailable, self.call_queue.next_outcomes = away, upsets
+    @rule(is_unavailable=st.booleans(), outcomes=st.lists(call_outcomes, max_size=3))
+    def disturb_store(self, is_unavailable: bool, outcomes: list[CallOutcome]) -> None:
+        self.store.is_unavailable, self.call_queue.next_outcomes = is_unavailable, outcomes
 
     # What has to hold
 

@@ -56,9 +56,9 @@ async def test_end_of_the_same_version_wakes_waiters(cache: TaskCache) -> None:
         wait = await start_waiting(watcher, 2)
         ended = make_task(state=State.SUCCEEDED, version=2)
         cache.on_published(ended, CREATED_AT + 1)
-        seen = await wait
-    assert seen
-    assert seen.task is ended
+        result = await wait
+    assert result
+    assert result.task is ended
 
 
 def test_read_after_a_clock_step_is_no_older(cache: TaskCache) -> None:
@@ -94,9 +94,9 @@ def test_cache_lifetimes(cache: TaskCache, monkeypatch: pytest.MonkeyPatch) -> N
 async def test_change_before_the_wait_is_not_missed(cache: TaskCache) -> None:
     with cache.subscribe("r1") as watcher:
         cache.on_published(RUNNING, CREATED_AT)
-        seen = await watcher.wait_for_change(1, 0)
-    assert seen
-    assert seen.task is RUNNING
+        result = await watcher.wait_for_change(1, 0)
+    assert result
+    assert result.task is RUNNING
 
 
 async def test_waiter_gets_the_newest_version(cache: TaskCache) -> None:
@@ -109,9 +109,9 @@ async def test_waiter_gets_the_newest_version(cache: TaskCache) -> None:
         assert not wait.done()
         cache.on_recorded(RUNNING, CREATED_AT + 2)
         cache.on_published(ENDED, CREATED_AT + 3)
-        seen = await wait
-    assert seen
-    assert seen.task is ENDED
+        result = await wait
+    assert result
+    assert result.task is ENDED
 
 
 async def test_wait_times_out(cache: TaskCache) -> None:
@@ -149,9 +149,9 @@ def test_waiters_beyond_the_limit_are_refused() -> None:
     cache = TaskCache(DurationEstimator(2.5), max_subscriptions=2)
     with cache.subscribe("r1"):
         with cache.subscribe("r2"):
-            with pytest.raises(Overloaded) as told, cache.subscribe("r1"):
+            with pytest.raises(Overloaded) as caught, cache.subscribe("r1"):
                 pass
-            assert told.value.retry_after
+            assert caught.value.retry_after
         with cache.subscribe("r1"):
             assert cache.subscription_count == 2
     assert cache.subscription_count == 0
@@ -169,17 +169,17 @@ async def test_every_waiter_is_released(cache: TaskCache) -> None:
     assert cache.subscribed_ids() == []
 
 
-@pytest.mark.parametrize("told", [TaskCache.on_published, TaskCache.on_recorded])
-def test_changes_of_unread_tasks_are_not_cached(cache: TaskCache, told: object) -> None:
-    assert callable(told)
-    told(cache, ENDED, CREATED_AT)
+@pytest.mark.parametrize("notify", [TaskCache.on_published, TaskCache.on_recorded])
+def test_changes_of_unread_tasks_are_not_cached(cache: TaskCache, notify: object) -> None:
+    assert callable(notify)
+    notify(cache, ENDED, CREATED_AT)
     assert cache.latest("r1") is None
     with cache.subscribe("r1"):
-        told(cache, RUNNING, CREATED_AT)
-    told(cache, ENDED, CREATED_AT)
-    seen = cache.latest("r1")
-    assert seen
-    assert seen.task is ENDED
+        notify(cache, RUNNING, CREATED_AT)
+    notify(cache, ENDED, CREATED_AT)
+    cached = cache.latest("r1")
+    assert cached
+    assert cached.task is ENDED
 
 
 def test_duration_is_learned_once(cache: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,5 +203,5 @@ def test_least_recently_read_is_evicted(cache: TaskCache, monkeypatch: pytest.Mo
 
 
 def test_age_counts_from_the_last_check(cache: TaskCache) -> None:
-    seen = cache.put(make_task(last_checked_at=CREATED_AT), CREATED_AT + 4_000)
-    assert 4 <= seen.age_seconds < 5
+    cached = cache.put(make_task(last_checked_at=CREATED_AT), CREATED_AT + 4_000)
+    assert 4 <= cached.age_seconds < 5

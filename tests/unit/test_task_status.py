@@ -41,10 +41,10 @@ async def submit_task(gateway: FakeGateway, *, lost: bool = False) -> Task:
 async def test_one_upstream_query_per_interval(gateway: FakeGateway) -> None:
     task, reads = await submit_task(gateway), gateway.make_reader(interval=NEVER_SECONDS)
     gateway.ledger.is_unavailable = True
-    seen = await asyncio.gather(*(reads.read(gateway.tenant, task.id) for _ in range(5)))
-    seen.append(await reads.read(gateway.tenant, task.id))
-    assert {item.task.state for item in seen} == {State.SUCCEEDED}
-    assert all(item.task.artifacts and item.age_seconds < 5 for item in seen)
+    results = await asyncio.gather(*(reads.read(gateway.tenant, task.id) for _ in range(5)))
+    results.append(await reads.read(gateway.tenant, task.id))
+    assert {item.task.state for item in results} == {State.SUCCEEDED}
+    assert all(item.task.artifacts and item.age_seconds < 5 for item in results)
     assert len(gateway.upstream.checks) == 1
 
 
@@ -75,9 +75,9 @@ async def test_unavailable_ledger_and_upstream_is_503(gateway: FakeGateway, answ
     task, reads = await submit_task(gateway), gateway.make_reader(interval=2.5)
     gateway.ledger.is_unavailable = True
     gateway.upstream.next_checks.append(CheckResult(outcome=answered))
-    with pytest.raises(UpstreamUnavailable) as told:
+    with pytest.raises(UpstreamUnavailable) as caught:
         await reads.read(gateway.tenant, task.id)
-    assert told.value.retry_after == 2.5
+    assert caught.value.retry_after == 2.5
 
 
 async def test_task_unknown_to_both_is_not_found(gateway: FakeGateway) -> None:
@@ -91,8 +91,8 @@ async def test_task_unknown_to_both_is_not_found(gateway: FakeGateway) -> None:
 async def test_lost_task_is_recreated_once(gateway: FakeGateway) -> None:
     task, reads = await submit_task(gateway, lost=True), gateway.make_reader(interval=0)
     gateway.upstream.next_checks.append(CheckResult(outcome=CheckOutcome.RUNNING))
-    seen = await asyncio.gather(*(reads.read(gateway.tenant, task.id) for _ in range(3)))
-    assert [item.task.id for item in seen] == [task.id] * 3
+    results = await asyncio.gather(*(reads.read(gateway.tenant, task.id) for _ in range(3)))
+    assert [item.task.id for item in results] == [task.id] * 3
     assert gateway.task_counts == (1, 0, 1)
     gateway.ledger.clock.now_ms += gateway.ledger.retention.check_interval_ms
     await gateway.poller.start_due()
@@ -165,9 +165,9 @@ async def finish_task(gateway: FakeGateway, reads: task_status.TaskReader) -> Ta
     gateway.ledger.clock.now_ms += gateway.ledger.retention.check_interval_ms
     await gateway.poller.start_due()
     await gateway.poller.wait_idle()
-    seen = await reads.read(gateway.tenant, task.id)
-    assert seen.task.state is State.SUCCEEDED
-    return seen.task
+    result = await reads.read(gateway.tenant, task.id)
+    assert result.task.state is State.SUCCEEDED
+    return result.task
 
 
 async def test_lost_finished_task_is_recreated_despite_the_cache(

@@ -62,8 +62,8 @@ async def test_many_waiters_cost_one_read_and_one_check_per_interval(
     await wait_until(lambda: gateway.ledger.cache.subscription_count == READER_COUNT)
     for _ in range(3):
         await advance_interval(gateway)
-    seen = await asyncio.gather(*waits)
-    assert {item.task.state for item in seen} == {State.SUCCEEDED}
+    results = await asyncio.gather(*waits)
+    assert {item.task.state for item in results} == {State.SUCCEEDED}
     assert len(gateway.upstream.checks) == 3
     assert store_reads == [[task.reservation]]
 
@@ -92,8 +92,8 @@ async def test_end_recorded_during_the_read_wakes_the_waiter(
 
     monkeypatch.setattr(gateway.ledger, "touch", overtaken)
     async with asyncio.timeout(20):
-        seen = await follow.read(gateway.tenant, task.id, wait_seconds=LONG_SECONDS)
-    assert seen.task.state is State.SUCCEEDED
+        result = await follow.read(gateway.tenant, task.id, wait_seconds=LONG_SECONDS)
+    assert result.task.state is State.SUCCEEDED
 
 
 async def test_older_version_of_the_store_is_not_shown(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,8 +202,8 @@ async def test_task_lost_during_the_wait_still_ends(gateway: FakeGateway, ends: 
         if not ends:
             await advance_interval(gateway)
         async with asyncio.timeout(20):
-            seen = await asyncio.gather(wait, stream)
-    assert [item and item.task.state for item in seen] == [State.SUCCEEDED] * 2
+            results = await asyncio.gather(wait, stream)
+    assert [item and item.task.state for item in results] == [State.SUCCEEDED] * 2
     assert gateway.task_counts == (1, 0, 0)
     await changes.aclose()
     assert follow._subscribed == {}

@@ -22,8 +22,8 @@ from tests.unit.asgi_client import make_http_scope
 
 @pytest.fixture
 def collector() -> Iterator[TraceCollector]:
-    with run_collector() as found:
-        yield found
+    with run_collector() as trace_collector:
+        yield trace_collector
 
 
 def record_requests(tracer: Tracer, times: int = 1) -> None:

@@ -11,8 +11,8 @@ SPAN = "00f067aa0ba902b7"
 TRACEPARENT = f"00-{TRACE}-{SPAN}-01"
 
 
-def _headers(*given: str) -> list[tuple[bytes, bytes]]:
-    return [(b"host", b"gateway"), *((b"traceparent", item.encode()) for item in given)]
+def _headers(*values: str) -> list[tuple[bytes, bytes]]:
+    return [(b"host", b"gateway"), *((b"traceparent", item.encode()) for item in values)]
 
 
 @pytest.mark.parametrize("flags", ["00", "01", "02", "ff"])
@@ -21,10 +21,10 @@ def test_sampled_flag(flags: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [f"01-{TRACE}-{SPAN}-01", f"cc-{TRACE}-{SPAN}-01-", f"fe-{TRACE}-{SPAN}-01-what-else"]
+    "header", [f"01-{TRACE}-{SPAN}-01", f"cc-{TRACE}-{SPAN}-01-", f"fe-{TRACE}-{SPAN}-01-what-else"]
 )
-def test_later_versions(given: str) -> None:
-    assert parse_trace_id(_headers(given)) == TRACE
+def test_later_versions(header: str) -> None:
+    assert parse_trace_id(_headers(header)) == TRACE
 
 
 def test_surrounding_spaces() -> None:
@@ -32,7 +32,7 @@ def test_surrounding_spaces() -> None:
 
 
 @pytest.mark.parametrize(
-    "given",
+    "header",
     [
         "",
         "what",
@@ -64,8 +64,8 @@ def test_surrounding_spaces() -> None:
         f"00-{'٣' * 32}-{SPAN}-01",
     ],
 )
-def test_invalid_headers(given: str) -> None:
-    assert parse_trace_id(_headers(given)) is None
+def test_invalid_headers(header: str) -> None:
+    assert parse_trace_id(_headers(header)) is None
 
 
 def test_several_headers() -> None:

@@ -139,8 +139,8 @@ async def test_secrets_are_not_recorded() -> None:
     recorder = SpanRecorder(secrets=[ADMIN_TOKEN])
     headers = {"User-Agent": f"curl token=abcdefgh {ADMIN_TOKEN}", "Host": f"{ADMIN_TOKEN}:80"}
     await send_request(recorder.tracer, f"/things/igw_0123456789abcdef0123/\x00ÿ{ADMIN_TOKEN}", headers=headers)
-    told = str(recorder.span)
-    assert not [secret for secret in ("igw_0", "abcdefgh", ADMIN_TOKEN) if secret in told]
+    text = str(recorder.span)
+    assert not [secret for secret in ("igw_0", "abcdefgh", ADMIN_TOKEN) if secret in text]
     assert recorder.span.attributes["url.path"].endswith("%00%C3%BF[redacted]")
 
 
@@ -158,10 +158,10 @@ async def test_parent_context_is_used() -> None:
     assert names["trace_id"] == TRACE
 
 
-@pytest.mark.parametrize("given", [f"00-{TRACE}-{SPAN}-1", f"00-{'0' * 32}-{SPAN}-01", "x"])
-async def test_invalid_parent_starts_a_trace(given: str) -> None:
+@pytest.mark.parametrize("header", [f"00-{TRACE}-{SPAN}-1", f"00-{'0' * 32}-{SPAN}-01", "x"])
+async def test_invalid_parent_starts_a_trace(header: str) -> None:
     recorder = SpanRecorder()
-    names = await read_bound_context(recorder.tracer, traceparent=given)
+    names = await read_bound_context(recorder.tracer, traceparent=header)
     assert recorder.span.parent_id == ""
     assert names["trace_id"] == recorder.span.trace_id != TRACE
 

@@ -93,14 +93,14 @@ async def test_announced_lengths_reserve_nothing() -> None:
 async def test_allocation_grows_in_steps_up_to_the_length() -> None:
     line = UploadQueue()
     await line.begin("one", RESERVATION_STEP_BYTES + 7)
-    for size, held in (
+    for size, expected in (
         (1, RESERVATION_STEP_BYTES),
         (RESERVATION_STEP_BYTES, RESERVATION_STEP_BYTES),
         (RESERVATION_STEP_BYTES + 1, RESERVATION_STEP_BYTES + 7),
         (RESERVATION_STEP_BYTES + 7, RESERVATION_STEP_BYTES + 7),
     ):
         await line.receive_bytes("one", size)
-        assert line.held == {"one": held}
+        assert line.held == {"one": expected}
     await line.close()
 
 
@@ -224,7 +224,7 @@ async def test_every_interleaving_finishes_within_the_budget(
 ) -> None:
     total = 10 * RESERVATION_STEP_BYTES
     budget = UploadMemory(total, wait_seconds=60)
-    held: dict[int, int] = {}
+    reserved: dict[int, int] = {}
     whole: set[int] = set()
 
     async def upload(name: int, need: int, cuts: Sequence[float], delay: int, left_at: int | None) -> None:
@@ -236,13 +236,13 @@ async def test_every_interleaving_finishes_within_the_budget(
                     if piece == left_at:
                         return
                     await budget.reserve(share, size)
-                    held[name] = share.reserved_bytes
+                    reserved[name] = share.reserved_bytes
                     assert min(size, total) <= share.reserved_bytes
-                    assert sum(held.values()) <= total
+                    assert sum(reserved.values()) <= total
                     await asyncio.sleep(0)
                 whole.add(name)
             finally:
-                held.pop(name, None)
+                reserved.pop(name, None)
 
     async with asyncio.timeout(5), asyncio.TaskGroup() as group:
         for name, plan in enumerate(plans):

@@ -44,11 +44,11 @@ async def test_trickling_body_times_out() -> None:
 def make_slow_receive(body: bytes, size: int, seconds: float) -> Any:
     """Make a `receive` that returns chunks of this size, each after a delay."""
     chunks = [body[start : start + size] for start in range(0, len(body), size)]
-    given = make_receive(make_body_messages(chunks))
+    receive_next = make_receive(make_body_messages(chunks))
 
     async def receive() -> Message:
         await asyncio.sleep(seconds)
-        message: Message = await given()
+        message: Message = await receive_next()
         return message
 
     return receive
@@ -111,14 +111,14 @@ async def test_announced_lengths_block_no_other_upload() -> None:
 async def test_fields_are_reported_before_the_file() -> None:
     body = encode_form(encode_field("user_key", "k"), encode_file("image", PNG))
     before = body[: body.index(PNG)]
-    told: list[tuple[str, str]] = []
+    fields: list[tuple[str, str]] = []
 
     def refuse(name: str, value: str) -> None:
-        told.append((name, value))
+        fields.append((name, value))
         raise Unauthenticated("no")
 
     receive = make_receive(make_body_messages([before])[:-1], stay_open=True)
     with pytest.raises(Unauthenticated):
         async with make_uploads().receive(make_upload_scope(), receive, part="image", on_field=refuse):
             pass
-    assert told == [("user_key", "k")]
+    assert fields == [("user_key", "k")]

@@ -167,11 +167,11 @@ async def test_image_at_the_limits_is_accepted() -> None:
 async def test_large_images_are_inspected_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     inspecting: list[threading.Thread] = []
 
-    def seen(data: bytes) -> ImageInfo:
+    def inspect_recording(data: bytes) -> ImageInfo:
         inspecting.append(threading.current_thread())
         return inspect_image(data)
 
-    monkeypatch.setattr("service.api.uploads.inspect_image", seen)
+    monkeypatch.setattr("service.api.uploads.inspect_image", inspect_recording)
     for size in (65_536, 65_537):
         image = PNG + b"\0" * (size - len(PNG))
         submission = await read_upload(
@@ -184,7 +184,7 @@ async def test_large_images_are_inspected_in_a_thread(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("content_type", "value", "meant"),
+    ("content_type", "value", "expected"),
     [
         ("application/json", b'{"order": "4711"}', '{"order": "4711"}'),
         ("application/octet-stream", "猫".encode(), "猫"),
@@ -201,9 +201,9 @@ async def test_large_images_are_inspected_in_a_thread(monkeypatch: pytest.Monkey
         ("text/plain; format=flowed", b"cat", "cat"),
     ],
 )
-async def test_fields_are_decoded_by_their_charset(content_type: str, value: bytes, meant: str) -> None:
+async def test_fields_are_decoded_by_their_charset(content_type: str, value: bytes, expected: str) -> None:
     body = encode_form(encode_part('name="prompt"', value, content_type), encode_file("image", PNG))
-    assert (await read_upload(split_body(body, range(0, len(body), 7)))).fields == [("prompt", meant)]
+    assert (await read_upload(split_body(body, range(0, len(body), 7)))).fields == [("prompt", expected)]
 
 
 @pytest.mark.parametrize(

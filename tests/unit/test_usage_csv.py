@@ -24,9 +24,9 @@ def test_line_format() -> None:
 
 @given(some.lists(some.tuples(CELLS, CELLS)))
 def test_cells_are_no_formulas(rows: list[tuple[object, object]]) -> None:
-    found = read_rows(render_csv(["one", "other"], rows))[1:]
-    assert len(found) == len(rows)
-    for cells, row in zip(found, rows, strict=True):
+    read_back = read_rows(render_csv(["one", "other"], rows))[1:]
+    assert len(read_back) == len(rows)
+    for cells, row in zip(read_back, rows, strict=True):
         for cell, value in zip(cells, row, strict=True):
             assert cell.removeprefix("'").endswith("" if value is None else str(value).removeprefix("'"))
             if isinstance(value, str):

@@ -24,15 +24,15 @@ async def test_unrecorded_delivery_is_repeated_after_its_lease(
     webhook_gateway: WebhookGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reservation = await webhook_gateway.finish_task()
-    gone = asyncio.Event()
+    killed = asyncio.Event()
 
     async def never(_claimed: ClaimedDelivery, _outcome: DeliveryResult) -> bool:
-        gone.set()
+        killed.set()
         return await asyncio.Event().wait()
 
     monkeypatch.setattr(webhook_gateway.deliveries, "record_attempt", never)
     running = asyncio.create_task(webhook_gateway.dispatcher.run())
-    await gone.wait()
+    await killed.wait()
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
