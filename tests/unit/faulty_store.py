@@ -247,6 +247,18 @@ class StoreConnection:
     async def reset_clock(self, tenants: Sequence[int], accounts: Sequence[int]) -> int:
         return await self._store.reset_clock(tenants, accounts)
 
+    async def get_reservation(self, reservation: str) -> Reservation | None:
+        return await self._store.get_reservation(reservation)
+
+    async def refund(self, tenant: int, reservation: str, reason: str) -> tuple[RefundResult, Reservation] | None:
+        return await self._store.refund(tenant, reservation, reason)
+
+    async def get_usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
+        return await self._store.get_usage(tenant, days)
+
+    async def current_day(self) -> int:
+        return await self._store.current_day()
+
     async def claim_balance_check(self, account: int, *, count_only: bool) -> BalanceCheck | None:
         return await self._store.claim_balance_check(account, count_only=count_only)
 
