@@ -193,7 +193,7 @@ UNAVAILABLE_ERRORS: tuple[type[Exception], ...] = (
 """Raised by a client while the store can't be reached or can't be written to."""
 POOL_SIZE = 64
 POOL_WAIT_SECONDS = 1.0
-"""How long a command waits for a connection when all are in use, before it raises one of UNAVAILABLE_ERRORS."""
+"""Limit of the wait for a connection when all are in use; then a command raises one of UNAVAILABLE_ERRORS."""
 _PUBSUB_PING_SECONDS = 15
 _CLUSTER_OWN_CONNECTIONS = 4
 """Connections that a Cluster's client needs for itself, to discover the nodes."""
@@ -273,8 +273,11 @@ class _PrimaryConnections(Connections):
         commands |= {"socket_timeout": timeout, "max_connections": POOL_SIZE, "timeout": POOL_WAIT_SECONDS}
         pubsub = server | _pubsub_connection_options(address, timeout)
         if self._sentinel:
-            self.commands = Redis.from_pool(_BlockingSentinelPool(address.sentinel_service, self._sentinel, **commands))
-            self._pubsub_client = Redis.from_pool(_SentinelPool(address.sentinel_service, self._sentinel, **pubsub))
+            source = address.sentinel_service, self._sentinel
+            pool = _BlockingSentinelPool(*source, **commands)  # type: ignore[no-untyped-call] # redis-py's own
+            self.commands = Redis.from_pool(pool)
+            pubsub_pool = SentinelConnectionPool(*source, **pubsub)  # type: ignore[no-untyped-call] # redis-py's own
+            self._pubsub_client = Redis.from_pool(pubsub_pool)
         else:
             self.commands = Redis.from_pool(BlockingConnectionPool(**commands))
             self._pubsub_client = Redis.from_pool(ConnectionPool(**pubsub))
@@ -311,15 +314,8 @@ def _create_sentinel(address: RedisAddress, timeout: float) -> Sentinel:
     return sentinel
 
 
-class _SentinelPool(SentinelConnectionPool):
-    """Connections to the primary that Sentinel names."""
-
-    def __init__(self, service: str, sentinel: Sentinel, **options: Any) -> None:
-        super().__init__(service, sentinel, **options)  # type: ignore[no-untyped-call] # redis-py's own
-
-
-class _BlockingSentinelPool(_SentinelPool, BlockingConnectionPool):
-    """Connections to the primary that Sentinel names, waited for when all are in use."""
+class _BlockingSentinelPool(SentinelConnectionPool, BlockingConnectionPool):
+    """Connections to the primary that Sentinel names; a command waits for one when all are in use."""
 
 
 class _ClusterConnections(Connections):

@@ -10,13 +10,13 @@ from msgspec import Struct
 
 from service.domain.tasks import Backlog
 from service.domain.webhooks import DeliveryState
-from service.storage.redis import DAY_MS, Keys, RedisScripts, drop_none, overdue_ms, parse_ledger_time, parse_withscores
+from service.storage.redis import DAY_MS, Keys, RedisScripts, overdue_ms, parse_ledger_time, parse_withscores
 from service.usecases.ports import ClaimedDelivery, Delivery, DeliveryResult
 
 LEASE_MS = 60_000
 """Longer than any attempt takes."""
 MAX_CONCURRENT = 4
-"""How many deliveries of a queue are sent at once; one, for FAILING_MS after a failure."""
+"""The deliveries of a queue that are sent at once; one, for FAILING_MS after a failure."""
 FAILING_MS = 600_000
 KEEP_MS = 30 * DAY_MS
 KEEP_DELIVERED_MS = 3 * DAY_MS
@@ -56,7 +56,9 @@ class RedisDeliveryQueue:
             attempts=int(result.attempted),
             retry_delay_ms=result.retry_delay_ms,
             keep_delivered_ms=KEEP_DELIVERED_MS,
-            **drop_none(status=result.status, error=result.error, response_excerpt=result.response_excerpt),
+            status=result.status,
+            error=result.error,
+            response_excerpt=result.response_excerpt,
         )
         return bool(status == b"recorded")
 

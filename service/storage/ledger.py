@@ -36,7 +36,6 @@ from service.storage.redis import (
     RETRY_AFTER_SECONDS,
     Keys,
     RedisScripts,
-    drop_none,
     parse_ledger_time,
     parse_server_time,
     parse_withscores,
@@ -58,7 +57,7 @@ class _StoredRefund(Refund):
 
 
 class Retention(Struct, frozen=True, kw_only=True):
-    """How long things last and are kept.
+    """The durations of leases, checks and stored data.
 
     A running task fails once responses that do not know it add up to `lost_after_ms`, or all unusable ones, these
     included, to `unusable_after_ms`.
@@ -74,7 +73,7 @@ class Retention(Struct, frozen=True, kw_only=True):
 
     @property
     def keep_ms(self) -> int:
-        """How long a reservation and a running task are kept: longer than any task runs."""
+        """Retention of reservations and running tasks: longer than any task runs."""
         return self.keep_finished_ms + 30 * DAY_MS
 
 
@@ -105,8 +104,8 @@ class RedisLedger:
                 "keep_ms": self._retention.keep_ms,
                 "accounts": request.accounts,
                 "reservation_prefix": keys.reservation(""),
-            }
-            | drop_none(idempotency=self._idempotency_argument(request.tenant, request.idempotency)),
+                "idempotency": self._idempotency_argument(request.tenant, request.idempotency),
+            },
         )
         return _parse_verdict(answer), TenantSnapshot(msgspec.msgpack.decode(answer[1], type=TenantState), answer[2])
 
@@ -123,35 +122,43 @@ class RedisLedger:
                 keys.account(previous),
                 *map(keys.account, request.accounts),
             ],
-            {"previous_account": previous, "keep_ms": self._retention.keep_ms, "accounts": request.accounts}
-            | drop_none(account_status=account_status),
+            {
+                "previous_account": previous,
+                "account_status": account_status,
+                "keep_ms": self._retention.keep_ms,
+                "accounts": request.accounts,
+            },
         )
         return _parse_verdict(answer)
 
     async def settle(self, settlement: Settlement) -> bool:
-        keys = self._keys
-        arguments: dict[str, Any] = {
+        keys, new_task = self._keys, settlement.new_task
+        arguments = {
             "reservation": settlement.reservation,
             "tenant": settlement.tenant,
             "account": settlement.account,
             "kind": settlement.kind,
             "created_at": settlement.created_at,
             "outcome": settlement.outcome,
-            "balance": pack_balance(settlement.balance),
+            "balance": settlement.balance,
+            "account_status": settlement.account_status,
             "keep_ms": self._retention.keep_ms,
             "is_late": settlement.is_late,
             "usage_prefix": keys.usage(settlement.tenant, ""),
             "keep_usage_ms": KEEP_USAGE_MS,
             "reservation_prefix": keys.reservation(""),
             "idempotency_prefix": keys.idempotency(settlement.tenant, ""),
-        } | drop_none(idempotency=self._idempotency_argument(settlement.tenant, settlement.idempotency))
-        if settlement.new_task:
-            arguments["new_task"] = {
-                "id": settlement.new_task.id,
-                "options": str(settlement.new_task.options, "utf-8"),
-                "metadata": str(settlement.new_task.metadata, "utf-8"),
+            "idempotency": self._idempotency_argument(settlement.tenant, settlement.idempotency),
+            "new_task": new_task
+            and {
+                "id": new_task.id,
+                "options": str(new_task.options, "utf-8"),
+                "metadata": str(new_task.metadata, "utf-8"),
                 "check_interval_ms": self._retention.check_interval_ms,
-            } | drop_none(webhook_url=settlement.new_task.webhook_url, trace_context=settlement.new_task.trace_context)
+                "webhook_url": new_task.webhook_url,
+                "trace_context": new_task.trace_context,
+            },
+        }
         status, _, *account = await self._scripts.call(
             "settle",
             [
@@ -164,7 +171,7 @@ class RedisLedger:
                 keys.tenant_tasks(settlement.tenant),
                 keys.poll_due,
             ],
-            arguments | drop_none(account_status=settlement.account_status),
+            arguments,
         )
         if status == b"wrong-account":  # the answer to a change of account was lost; the balance is the other account's
             moved = msgspec.structs.replace(settlement, account=account[0], balance=Balance(), account_status=None)
@@ -273,7 +280,7 @@ class RedisLedger:
                 "account": check.account,
                 "reservation": check.reservation,
                 "claimed_at": check.claimed_at,
-                "balance": pack_balance(balance),
+                "balance": balance,
                 "reservation_prefix": self._keys.reservation(""),
             },
         )
@@ -341,10 +348,6 @@ def _parse_verdict(answer: list[Any]) -> Verdict:
             "The gateway's store does not know this tenant. Try again.", retry_after=RETRY_AFTER_SECONDS
         )
     raise LedgerUnavailable("This submission expired before it could be sent. Submit it again.", retry_after=1)
-
-
-def pack_balance(balance: Balance) -> dict[str, int]:
-    return drop_none(count=balance.count, money_fen=balance.money_fen)
 
 
 def _decode_reservation(packed: bytes, offset: int) -> Reservation:

@@ -88,7 +88,7 @@ class Keys:
         self.clock = self._root + "clock"
         """The ledger's time when a script last read it, so that a failover can't step it back."""
         self.clock_offset = self._root + "clock:offset"
-        """How far the ledger's time is ahead of the server's (tenths of a millisecond); missing if it is not."""
+        """The lead of the ledger's time over the server's (tenths of a millisecond); missing without one."""
         self.registry = self._root + "registry"
         self.registry_channel = self._root + "registry:changed"
         self.leases = self._root + "leases"
@@ -294,7 +294,7 @@ class RedisScripts:
     async def call(
         self, name: str, keys: Sequence[str], arguments: Mapping[str, Any], *extra: bytes | str
     ) -> list[Any]:
-        """Run a script; `extra` are arguments that MessagePack in Lua can't hold.
+        """Run a script. `extra` are arguments that MessagePack in Lua can't hold; None is nil there.
 
         Raises LedgerUnavailable if Redis did not answer: the script may have run or not.
         """
@@ -413,10 +413,6 @@ async def run_subscription(receive: Callable[[], Awaitable[None]], on_error: OnE
             if on_error and isinstance(error, RedisError):  # a LedgerUnavailable was counted before
                 on_error(classify_error(error))
             await asyncio.sleep(RECONNECT_SECONDS)
-
-
-def drop_none(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def parse_withscores(rows: Sequence[bytes]) -> list[tuple[str, int]]:

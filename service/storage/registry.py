@@ -9,7 +9,7 @@ import structlog
 from redis.asyncio.client import PubSub
 
 from service.domain.tenants import Account, Registry, Tenant, Token
-from service.storage.redis import Keys, OnError, RedisScripts, drop_none, run_subscription
+from service.storage.redis import Keys, OnError, RedisScripts, run_subscription
 from service.usecases.ports import RegistryChange
 
 _log = structlog.get_logger(__name__)
@@ -51,10 +51,10 @@ class RedisRegistry:
         keys, fields, policies = self._keys, {}, {}
         for tenant in change.tenants:
             fields[f"tenant:{tenant.name}"] = msgspec.msgpack.encode(tenant)
-            policies[keys.tenant(tenant.id)] = _pack_policy(tenant)
+            policies[keys.tenant(tenant.id)] = msgspec.msgpack.encode(tenant.policy)
         for account in change.accounts:
             fields[f"account:{account.name}"] = msgspec.msgpack.encode(account)
-            policies[keys.account(account.id)] = _pack_policy(account)
+            policies[keys.account(account.id)] = msgspec.msgpack.encode(account.policy)
         for token in change.tokens:
             fields[f"token:{token.id}"] = msgspec.msgpack.encode(token)
         deleted_names = dict(change.deleted_tenant_names) | {tenant.id: tenant.name for tenant in change.drop_tenants}
@@ -81,14 +81,6 @@ class RedisRegistry:
             *policies.values(),
         )
         return bool(answer[0] == b"written")
-
-
-def _pack_policy(owner: Tenant | Account) -> bytes:
-    """Encode a policy for the scripts, without what is None."""
-    policy = msgspec.to_builtins(owner.policy)
-    if isinstance(owner, Tenant):
-        policy["limits"] = [drop_none(**limit) for limit in policy["limits"]]
-    return msgspec.msgpack.encode(drop_none(**policy))
 
 
 class CachedRegistry:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
 import msgspec
 import structlog
@@ -15,7 +14,7 @@ from redis.asyncio.client import PubSub
 from service.domain.errors import MalformedRequest
 from service.domain.tasks import Artifact, Backlog, Cost, CostBasis, Kind, State, Task, TaskError
 from service.storage.deliveries import delivery_arguments
-from service.storage.ledger import KEEP_USAGE_MS, Retention, pack_balance
+from service.storage.ledger import KEEP_USAGE_MS, Retention
 from service.storage.redis import (
     Keys,
     OnError,
@@ -155,15 +154,16 @@ class RedisTaskStore:
 
     async def record_check(self, claimed: ClaimedCheck, result: CheckResult) -> tuple[Task, int] | None:
         task, keys = claimed.task, self._keys
-        arguments: dict[str, Any] = {
+        arguments = {
             "reservation": task.reservation,
             "account": task.account,
             "claimed_at": claimed.claimed_at,
             "outcome": result.outcome,
             "artifacts": msgspec.json.encode(result.artifacts).decode(),
+            "error": msgspec.json.encode(result.error).decode() if result.error else None,
             "lost_error": msgspec.json.encode(_LOST_ERROR).decode(),
             "unusable_error": msgspec.json.encode(_UNUSABLE_ERROR).decode(),
-            "balance": pack_balance(result.balance),
+            "balance": result.balance,
             "check_interval_ms": self._retention.check_interval_ms,
             "lost_after_ms": self._retention.lost_after_ms,
             "unusable_after_ms": self._retention.unusable_after_ms,
@@ -176,8 +176,6 @@ class RedisTaskStore:
             "channel": keys.task_events_channel,
             "deliveries": delivery_arguments(keys),
         }
-        if result.error:
-            arguments["error"] = msgspec.json.encode(result.error).decode()
         status, now, *rest = await self._scripts.call(
             "record_check",
             [

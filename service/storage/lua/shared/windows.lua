@@ -1,5 +1,4 @@
 -- The calendar windows (UTC) of a tenant, its usage by day, and what a reservation counts for in both.
--- USES: store
 
 -- Returns the first day of the month of a day, both counted from the epoch, by the civil calendar.
 local function month_start(days)
