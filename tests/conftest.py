@@ -9,6 +9,6 @@ pytest_plugins = ["tests.support.no_skips", "tests.support.valkey"]
 # It needs a Prometheus, and is run by name: `make test-monitoring`.
 collect_ignore = ["monitoring"]
 
-# How long an example takes says more about the machine than about the code.
+# The duration of an example depends on the machine.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

@@ -41,8 +41,8 @@ class BalanceHarness:
     def control(self) -> SandboxControl:
         return self.sandbox.control
 
-    async def set_behaviour(self, **dials: Any) -> None:
-        await self.sandbox.update_behaviour(**dials)
+    async def set_behaviour(self, **behaviour: Any) -> None:
+        await self.sandbox.update_behaviour(**behaviour)
 
     async def set_balance(self, count: int, money: int, user_key: str = USER_KEY) -> None:
         """Set the upstream's balance: uses, and yuan."""
@@ -122,9 +122,9 @@ class BalanceHarness:
 
 
 @asynccontextmanager
-async def open_balance_harness(valkey: Valkey, **dials: Any) -> AsyncIterator[BalanceHarness]:
+async def open_balance_harness(valkey: Valkey, **behaviour: Any) -> AsyncIterator[BalanceHarness]:
     async with run_real_gateway(valkey) as gateway:
         assert isinstance(gateway.upstream, SandboxUpstreamControl)
         harness = BalanceHarness(gateway, gateway.upstream)
-        await harness.set_behaviour(**dials)
+        await harness.set_behaviour(**behaviour)
         yield harness

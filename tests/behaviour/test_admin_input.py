@@ -45,7 +45,7 @@ INVALID_ACCOUNTS: Mapping[str, Sequence[Any]] = {
 }
 
 INVALID_TENANTS: Mapping[str, Sequence[Any]] = {
-    "accounts": [None, "main", ["nobody"], ["main", "main"], ["main"] * 101],
+    "accounts": [None, "main", ["unknown"], ["main", "main"], ["main"] * 101],
     "accounts[0]": [["Main"], ["main\n"], [5], [None]],
     "limits": [5, {"window": "day"}, [{"window": "day", "tasks": 1}, {"window": "day", "money": 1}]],
     "limits[0]": [[{"window": "day"}], [{"window": "day", "tasks": None}], [5]],

@@ -65,9 +65,9 @@ async def test_other_tenants_artifacts_are_not_found(gateway: RunningGateway) ->
     href = (await run_task(gateway))["artifacts"][0]["href"]
     await gateway.put_tenant("other")
     other = await gateway.new_token("other")
-    stranger = expect_problem(await gateway.call("GET", href, token=other), 404, "not-found")
+    unrelated = expect_problem(await gateway.call("GET", href, token=other), 404, "not-found")
     altered = expect_problem(await gateway.call("GET", href.replace("task_", "task_A")), 404, "not-found")
-    assert stranger["detail"] == altered["detail"]
+    assert unrelated["detail"] == altered["detail"]
     expect_problem(await gateway.call("GET", href, token=""), 401, "unauthenticated")
     expect_problem(await gateway.call("POST", href), 405, "method-not-allowed")
 

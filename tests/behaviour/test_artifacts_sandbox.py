@@ -66,7 +66,7 @@ async def test_document_lists_headers_and_types(gateway: RunningGateway, href: s
         documented = operation["responses"][str(status)]
         assert response.status_code == status
         assert response.headers["content-type"] in documented["content"]
-        # The sandbox does not tell when it made a result, which another server may.
+        # The sandbox sends no Last-Modified; other servers may.
         assert {name.lower() for name in documented["headers"]} - {"last-modified"} <= {*response.headers}
     assert operation["responses"]["304"]["headers"].keys() >= {"ETag", "Cache-Control"}
 

@@ -186,14 +186,14 @@ async def test_running_task_keeps_its_use_for_prepaid_only(harness: BalanceHarne
 
 
 async def test_spending_modes_side_by_side(harness: BalanceHarness) -> None:
-    await harness.gateway.put_tenant("thrifty", spending_mode="count_only")
-    thrifty = await harness.gateway.new_token("thrifty")
+    await harness.gateway.put_tenant("prepaid", spending_mode="count_only")
+    prepaid_token = await harness.gateway.new_token("prepaid")
     await harness.set_balance(3, 5 * PRICE_YUAN)
-    costs = [await harness.run_task(), await harness.run_task(token=thrifty), await harness.run_task()]
-    await harness.expect_refused_locally(token=thrifty)
+    costs = [await harness.run_task(), await harness.run_task(token=prepaid_token), await harness.run_task()]
+    await harness.expect_refused_locally(token=prepaid_token)
     assert await harness.run_task() == COST_IN_MONEY | {"basis": "observed"}
-    await harness.expect_refused_locally(token=thrifty)
+    await harness.expect_refused_locally(token=prepaid_token)
     assert await harness.upstream_balance() == (0, 4 * PRICE_YUAN)
     assert [cost["money"] for cost in costs] == [0] * 3
-    assert (await harness.read_policies("thrifty"))["total-money"] == (0, 0)
+    assert (await harness.read_policies("prepaid"))["total-money"] == (0, 0)
     assert (await harness.read_policies())["total-money"] == (PRICE_YUAN, 0)

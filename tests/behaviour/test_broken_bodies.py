@@ -77,7 +77,7 @@ async def test_stalled_legacy_body_closes_the_connection(gateway: RunningGateway
 
 
 async def test_legacy_client_with_wrong_key_is_refused_early(gateway: RunningGateway, port: int) -> None:
-    body = encode_form(encode_field("user_key", "nobody"), encode_file("input_image", make_png()))
+    body = encode_form(encode_field("user_key", "unknown"), encode_file("input_image", make_png()))
     async with open_raw_connection(port) as (reader, writer):
         for _ in range(2):
             half = body.index(make_png())

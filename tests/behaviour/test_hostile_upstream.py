@@ -26,7 +26,7 @@ BUSY = (503, "upstream-unavailable")
 
 SUBMIT_FAULTS: dict[str, tuple[dict[str, Any], tuple[int, str | None]]] = {
     "reset instead of an answer": ({"reply": "reset"}, UNKNOWN),
-    "reset before it was looked at": ({"reply": "reset", "when": "before"}, UNKNOWN),
+    "reset before it was read": ({"reply": "reset", "when": "before"}, UNKNOWN),
     "half the body": ({"reply": "cut"}, UNKNOWN),
     "half the JSON": ({"reply": "garbled"}, UNKNOWN),
     "a page with 200": ({"reply": "page"}, UNKNOWN),
@@ -86,7 +86,7 @@ UNUSUAL_RESPONSES: dict[str, tuple[bytes, tuple[int, str | None]]] = {
         json.dumps({"err_code": 1, "task_id": "t", "err_msg": "任务提交失败:图片太小"}).encode(),
         UNKNOWN,
     ),
-    "an error code nobody knows": (b'{"err_code": 7, "err_msg": "?"}', REJECTED),
+    "an unknown error code": (b'{"err_code": 7, "err_msg": "?"}', REJECTED),
     "a message that is an object": (b'{"err_code": 1, "err_msg": {"a": 1}}', REJECTED),
     "a message with our secrets": (
         json.dumps({"err_code": 1, "err_msg": f"bad key {USER_KEY} at http://10.0.0.1/x\r\nX: y"}).encode(),

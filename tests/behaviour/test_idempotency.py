@@ -122,14 +122,14 @@ async def test_different_content_is_refused(gateway: RunningGateway) -> None:
 
 async def test_keys_are_per_tenant(gateway: RunningGateway) -> None:
     await gateway.put_tenant("other")
-    stranger = await gateway.new_token("other")
+    other_token = await gateway.new_token("other")
     ours, theirs = (
         expect_created(await submit_with_key(gateway)),
-        expect_created(await submit_with_key(gateway, token=stranger)),
+        expect_created(await submit_with_key(gateway, token=other_token)),
     )
     assert ours["id"] != theirs["id"]
     expect_replayed(await submit_with_key(gateway), ours)
-    expect_replayed(await submit_with_key(gateway, token=stranger), theirs)
+    expect_replayed(await submit_with_key(gateway, token=other_token), theirs)
     assert await gateway.upstream.count_submits() == 2
 
 

@@ -78,7 +78,7 @@ def make_exceptions(token: str) -> list[Exception]:
 
 def raise_all(errors: list[Exception]) -> NoReturn:
     """Raise all errors: as a group, as its cause, and in its notes."""
-    prompt, metadata, secret = PROMPT, METADATA, PASSWORD  # a traceback with its variables would tell them
+    prompt, metadata, secret = PROMPT, METADATA, PASSWORD  # a traceback with variables would contain them
     error = ExceptionGroup(f"a crash of {len(prompt) + len(metadata) + len(secret)}", errors)
     for item in errors:
         error.add_note(str(item))

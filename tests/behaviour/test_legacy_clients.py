@@ -136,10 +136,10 @@ async def test_check_in_both_encodings(gateway: RunningGateway, client: LegacyCl
 
 async def test_unknown_user_key(gateway: RunningGateway) -> None:
     for key in ("", "x", gateway.token[:-1], gateway.token.lower(), "upstream-key-main"):
-        stranger = LegacyClient(gateway.http, gateway.url, key)
+        unknown_client = LegacyClient(gateway.http, gateway.url, key)
         for call in SUBMIT_FIELDS:
-            assert await stranger.submit(call) == {"err_code": 1, "err_msg": NO_ACCOUNT}
-        assert await stranger.check("task_x") == {"err_code": 1, "err_msg": NO_ACCOUNT}
+            assert await unknown_client.submit(call) == {"err_code": 1, "err_msg": NO_ACCOUNT}
+        assert await unknown_client.check("task_x") == {"err_code": 1, "err_msg": NO_ACCOUNT}
     client = LegacyClient(gateway.http, gateway.url, gateway.token)
     keyless = await client.post("submit_face_enhance_task", files={"input_image": ("a.png", make_png())})
     assert keyless == {"err_code": 1, "err_msg": NO_ACCOUNT}
@@ -229,7 +229,7 @@ async def vendor() -> AsyncIterator[RunningSandbox]:
 
 
 async def test_responses_have_the_vendors_shape(vendor: RunningSandbox, valkey: Valkey) -> None:
-    async def errand(client: LegacyClient, between: Any) -> list[Any]:
+    async def run_calls(client: LegacyClient, between: Any) -> list[Any]:
         responses: list[Any] = []
         for call in SUBMIT_FIELDS:
             accepted = await client.submit(call)
@@ -238,8 +238,8 @@ async def test_responses_have_the_vendors_shape(vendor: RunningSandbox, valkey: 
             responses += [field_types(ended), ended["status"], ended["remaining_count"], ended["remaining_money"]]
             bad = await client.submit(call, dict.fromkeys(("color_count", "fit"), "bad"), files=None)
             responses += [field_types(bad), bad["err_msg"].partition(":")[0]]
-        stranger = LegacyClient(client.http, client.base, "nobody")
-        responses += [await stranger.submit("submit_face_enhance_task"), await stranger.check("x")]
+        unknown_client = LegacyClient(client.http, client.base, "unknown")
+        responses += [await unknown_client.submit("submit_face_enhance_task"), await unknown_client.check("x")]
         responses += [await client.check("x"), await client.check("")]
         return responses
 
@@ -252,7 +252,7 @@ async def test_responses_have_the_vendors_shape(vendor: RunningSandbox, valkey: 
         await gateway.upstream.control.set_behaviour(Behaviour())
         ours = LegacyClient(gateway.http, gateway.url, gateway.token)
         theirs = LegacyClient(gateway.http, vendor.url, "key")
-        assert await errand(ours, gateway.poll_due_tasks) == await errand(theirs, vendor.control.wait_until_idle)
+        assert await run_calls(ours, gateway.poll_due_tasks) == await run_calls(theirs, vendor.control.wait_until_idle)
         nothing = {"err_code": 1, "err_msg": NOTHING_LEFT}
         assert await spent(theirs, vendor.control, "key") == nothing
         assert await spent(ours, gateway.upstream.control, "upstream-key-main") == nothing

@@ -88,7 +88,7 @@ async def test_task_moves_through_the_gauges(gateway: RunningGateway) -> None:
 async def test_spent_money_is_shown_in_yuan(gateway: RunningGateway) -> None:
     await gateway.upstream.set_balance(0, 300)
     await gateway.put_tenant(limits=[{"window": "day", "money": 50}])
-    for _ in range(2):  # what the first one cost is not known, as nobody had seen the balance before it
+    for _ in range(2):  # the cost of the first one is unknown: no balance was known before it
         await gateway.wait_for_task((await gateway.submit()).json()["id"])
     quota = (await gateway.call("GET", "/v1/quota")).json()
     (used,) = (policy["used"] for policy in quota["policies"] if policy["policy"] == "day-money")

@@ -96,14 +96,14 @@ async def test_refunded_unknown_outcome_stays_refunded(gateway: RunningGateway) 
     await gateway.put_tenant(**UNREACHABLE_POLICIES)
     name = await submit_and_lose_response(gateway)
     assert (await read_charged_today(gateway))[0] == 1
-    expect_json(await post_refund(gateway, submission=name, reason="nobody knows"), 201)
+    expect_json(await post_refund(gateway, submission=name, reason="outcome unknown"), 201)
     assert await read_charged_today(gateway) == (0, 0)
     task_id = await recover_task(gateway, name)
     submission = await read_submission(gateway, name)
     assert (submission["outcome"], submission["task"]["id"], submission["refund"]["reason"]) == (
         "accepted",
         task_id,
-        "nobody knows",
+        "outcome unknown",
     )
     assert await read_charged_today(gateway) == (0, 0)
     await gateway.wait_for_task(task_id)
@@ -223,14 +223,14 @@ async def test_refund_of_a_deleted_tenant(gateway: RunningGateway) -> None:
 
 
 async def test_money_is_refunded_to_the_fen(valkey: Valkey) -> None:
-    async with open_balance_harness(valkey) as books:
-        gateway = books.gateway
-        await books.set_balance(0, 100)
+    async with open_balance_harness(valkey) as harness:
+        gateway = harness.gateway
+        await harness.set_balance(0, 100)
         await gateway.call_admin("PUT", "/accounts/main", json={"max_price": {"vectorize": PRICE_YUAN}})
         await gateway.put_tenant(**UNREACHABLE_POLICIES)
-        await books.run_task()
-        task = await books.expect_accepted()
-        assert (await books.wait_for_cost(task))["money"] == PRICE_YUAN
+        await harness.run_task()
+        task = await harness.expect_accepted()
+        assert (await harness.wait_for_cost(task))["money"] == PRICE_YUAN
         unknown = await submit_and_lose_response(gateway, "vectorize")
         assert await read_charged_today(gateway) == (3, 3 * PRICE_YUAN)
         assert (await read_submission(gateway, unknown))["cost"] == {

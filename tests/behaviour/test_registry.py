@@ -42,7 +42,7 @@ async def test_document_is_applied_in_one_version(gateway: RunningGateway) -> No
     assert after.version == before.version + 1
     assert after.accounts["main"].id == before.accounts["main"].id
     document = (await get_registry(gateway)).json()
-    for token in before.tokens:  # stays, since nobody said `prune`
+    for token in before.tokens:  # stays without `prune`
         del document["tenants"]["shop"]["tokens"][token]
     for section in ("accounts", "tenants"):
         for name, sent in FULL_REGISTRY[section].items():

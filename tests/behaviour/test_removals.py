@@ -141,22 +141,24 @@ async def test_tenant_and_account_removed(gateway: RunningGateway) -> None:
 
 @pytest.mark.parametrize("path", ["/tenants/shop", "/accounts/main"])
 async def test_removed_while_sending(valkey: Valkey, path: str) -> None:
-    async with open_balance_harness(valkey) as books:
-        submission = asyncio.create_task(books.submit_concurrently(1))
-        await books.control.wait_for_requests(lambda seen: any(item.operation == "submit" for item in seen))
-        await remove_by_force(books.gateway, path)
+    async with open_balance_harness(valkey) as harness:
+        submission = asyncio.create_task(harness.submit_concurrently(1))
+        await harness.control.wait_for_requests(
+            lambda requests: any(request.operation == "submit" for request in requests)
+        )
+        await remove_by_force(harness.gateway, path)
         (task,), _ = await submission
-        await books.gateway.advance(LOST_AFTER_SECONDS)
+        await harness.gateway.advance(LOST_AFTER_SECONDS)
         with structlog.testing.capture_logs() as events:
-            await books.gateway.poll_due_tasks()
-            await books.gateway.advance(LOST_AFTER_SECONDS)
-            await books.gateway.poll_due_tasks()
+            await harness.gateway.poll_due_tasks()
+            await harness.gateway.advance(LOST_AFTER_SECONDS)
+            await harness.gateway.poll_due_tasks()
         assert [event["event"] for event in events if event["event"] == "task.finished"] == ["task.finished"]
         assert {event["log_level"] for event in events} <= {"info", "debug"}
-        assert await books.sandbox.count_submits() == 1
+        assert await harness.sandbox.count_submits() == 1
         if path == "/tenants/shop":
-            assert (await books.get_account())["in_flight"] == 0
+            assert (await harness.get_account())["in_flight"] == 0
         else:
-            assert (await books.gateway.wait_for_task(task["id"]))["error"]["code"] == "task-lost"
-            await books.gateway.call_admin("PUT", "/tenants/shop", json={"accounts": []} | UNREACHABLE_LIMITS)
-            assert await read_counts(books.gateway) == (1, 0, 0)
+            assert (await harness.gateway.wait_for_task(task["id"]))["error"]["code"] == "task-lost"
+            await harness.gateway.call_admin("PUT", "/tenants/shop", json={"accounts": []} | UNREACHABLE_LIMITS)
+            assert await read_counts(harness.gateway) == (1, 0, 0)

@@ -87,21 +87,21 @@ async def test_finished_task_took_a_use_without_check_balances(harness: BalanceH
 
 
 async def test_overtaken_prepaid_only_task_pays_no_money(harness: BalanceHarness) -> None:
-    await harness.gateway.put_tenant("thrifty", spending_mode="count_only")
-    thrifty = await harness.gateway.new_token("thrifty")
+    await harness.gateway.put_tenant("prepaid", spending_mode="count_only")
+    prepaid_token = await harness.gateway.new_token("prepaid")
     await harness.set_balance(3, 50)
     for _ in range(2):
         await harness.run_task()
     submits_before = await harness.sandbox.count_submits()
     await harness.set_behaviour(faults=(Fault(on="submit", times=1, latency=1.0),))
-    slow = asyncio.create_task(harness.gateway.submit(KIND, token=thrifty))
+    slow = asyncio.create_task(harness.gateway.submit(KIND, token=prepaid_token))
     await harness.control.wait_for_requests(
         lambda seen: sum(item.operation == "submit" for item in seen) == submits_before + 1
     )
     other = await harness.submit()
-    thriftys = await slow
-    assert thriftys.status_code == 201
-    cost = await harness.wait_for_cost(thriftys.json(), token=thrifty)
+    prepaid_response = await slow
+    assert prepaid_response.status_code == 201
+    cost = await harness.wait_for_cost(prepaid_response.json(), token=prepaid_token)
     money_spent = 50 - (await harness.upstream_balance())[1]
     assert cost["money"] == 0
     assert other.status_code == 402

@@ -120,13 +120,13 @@ async def test_tombstone_has_no_creation_time(gateway: RunningGateway) -> None:
 
 
 async def test_balance_suggests_charged(valkey: Valkey) -> None:
-    async with open_balance_harness(valkey) as books:
-        await books.run_task()
-        await books.run_task()
-        name = await submit_and_lose_response(books.gateway, "vectorize")
-        assert (await read_submission(books.gateway, name))["balance_suggests"] == "cannot-tell"
-        await books.expect_accepted()
-        assert (await read_submission(books.gateway, name))["balance_suggests"] == "charged"
+    async with open_balance_harness(valkey) as harness:
+        await harness.run_task()
+        await harness.run_task()
+        name = await submit_and_lose_response(harness.gateway, "vectorize")
+        assert (await read_submission(harness.gateway, name))["balance_suggests"] == "cannot-tell"
+        await harness.expect_accepted()
+        assert (await read_submission(harness.gateway, name))["balance_suggests"] == "charged"
 
 
 async def test_balance_suggests_not_charged() -> None:

@@ -11,18 +11,18 @@ DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
 
 
 def iter_alterations(task_id: str) -> list[str]:
-    prefix, sealed = task_id[:5], task_id[5:]
+    prefix, encrypted = task_id[:5], task_id[5:]
     altered = [
-        prefix + sealed[:place] + DIGITS[(DIGITS.index(digit) + 1) % 64] + sealed[place + 1 :]
-        for place, digit in enumerate(sealed)
+        prefix + encrypted[:place] + DIGITS[(DIGITS.index(digit) + 1) % 64] + encrypted[place + 1 :]
+        for place, digit in enumerate(encrypted)
     ]
-    altered += [prefix + sealed[:end] for end in range(0, len(sealed), 7)]
-    altered += [prefix + sealed + more for more in ("A", "AAAA", "=", "==", "%20", "%0A", "%00")]
-    altered += [sealed, prefix.upper() + sealed, f"task-{sealed}", prefix + task_id, prefix + sealed[::-1]]
-    altered += [prefix + sealed.upper(), prefix + sealed.lower(), prefix + sealed[4:] + sealed[:4]]
+    altered += [prefix + encrypted[:end] for end in range(0, len(encrypted), 7)]
+    altered += [prefix + encrypted + more for more in ("A", "AAAA", "=", "==", "%20", "%0A", "%00")]
+    altered += [encrypted, prefix.upper() + encrypted, f"task-{encrypted}", prefix + task_id, prefix + encrypted[::-1]]
+    altered += [prefix + encrypted.upper(), prefix + encrypted.lower(), prefix + encrypted[4:] + encrypted[:4]]
     # The last digit may stand for fewer bits than it could: other digits would decode to the same bytes.
-    altered += [prefix + sealed[:-1] + digit for digit in DIGITS if digit != sealed[-1]]
-    altered.append(prefix + sealed.replace("-", "%2B"))
+    altered += [prefix + encrypted[:-1] + digit for digit in DIGITS if digit != encrypted[-1]]
+    altered.append(prefix + encrypted.replace("-", "%2B"))
     return [*dict.fromkeys(item for item in altered if item != task_id)]
 
 

@@ -207,13 +207,13 @@ async def test_list_filters(gateway: RunningGateway) -> None:
 
 async def test_tenants_are_isolated(gateway: RunningGateway) -> None:
     await gateway.put_tenant("other")
-    stranger = await gateway.new_token("other")
+    other_token = await gateway.new_token("other")
     task = (await gateway.submit()).json()
-    response = await gateway.call("GET", task["links"]["self"], token=stranger)
-    never = await gateway.call("GET", "/v1/tasks/task_nonsense", token=stranger)
+    response = await gateway.call("GET", task["links"]["self"], token=other_token)
+    never = await gateway.call("GET", "/v1/tasks/task_nonsense", token=other_token)
     assert response.status_code == never.status_code == 404
     assert {**response.json(), "instance": ""} == {**never.json(), "instance": ""}
-    assert (await gateway.call("GET", "/v1/tasks", token=stranger)).json() == {"items": [], "next_cursor": None}
+    assert (await gateway.call("GET", "/v1/tasks", token=other_token)).json() == {"items": [], "next_cursor": None}
 
 
 async def test_form_parts_in_any_order(gateway: RunningGateway) -> None:

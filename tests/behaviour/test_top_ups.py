@@ -101,15 +101,15 @@ async def test_check_of_a_running_task_finds_the_top_up(harness: BalanceHarness)
 
 
 async def test_money_top_up_serves_money_tenants_only(harness: BalanceHarness) -> None:
-    await harness.gateway.put_tenant("thrifty", spending_mode="count_only")
-    thrifty = await harness.gateway.new_token("thrifty")
+    await harness.gateway.put_tenant("prepaid", spending_mode="count_only")
+    prepaid_token = await harness.gateway.new_token("prepaid")
     await exhaust_main(harness)
     await harness.set_balance(0, 3 * PRICE_YUAN)
     await harness.gateway.advance(60)
-    await harness.expect_refused_locally(token=thrifty)
+    await harness.expect_refused_locally(token=prepaid_token)
     await harness.run_task()
     assert await harness.run_task() == {"count": 0, "money": PRICE_YUAN, "basis": "observed"}
-    await harness.expect_refused_locally(token=thrifty)
+    await harness.expect_refused_locally(token=prepaid_token)
     assert await harness.upstream_balance() == (0, PRICE_YUAN)
 
 
@@ -161,11 +161,11 @@ async def test_all_accounts_exhausted(harness: BalanceHarness) -> None:
 
 async def test_invalid_account_fails_over(harness: BalanceHarness) -> None:
     await harness.gateway.put_tenant(accounts=["main", "spare"])
-    await harness.gateway.call_admin("PUT", "/accounts/main", json={"user_key": "nobody"})
+    await harness.gateway.call_admin("PUT", "/accounts/main", json={"user_key": "unknown"})
     for _ in range(3):
         await harness.run_task()
         await harness.gateway.advance(86_400)
-    assert await read_submit_keys(harness) == ["nobody"] + [SPARE_KEY] * 3
+    assert await read_submit_keys(harness) == ["unknown"] + [SPARE_KEY] * 3
     assert (await harness.get_account())["state"] == "invalid"
     assert (await harness.read_policies())["total-tasks"] == (3, 0)
 
@@ -193,12 +193,12 @@ async def test_invalid_account_is_not_probed(harness: BalanceHarness, cure: str)
 
 async def test_exhausted_account_outranks_an_invalid_one(harness: BalanceHarness) -> None:
     await harness.gateway.put_tenant(accounts=["main", "spare"])
-    await harness.gateway.call_admin("PUT", "/accounts/main", json={"user_key": "nobody"})
+    await harness.gateway.call_admin("PUT", "/accounts/main", json={"user_key": "unknown"})
     await harness.set_balance(1, 0, SPARE_KEY)
     await harness.expect_accepted()
     responses = await asyncio.gather(*(harness.gateway.submit(KIND) for _ in range(3)))
     assert {response.status_code for response in responses} == {402}
-    assert await read_submit_keys(harness) == ["nobody", SPARE_KEY]
+    assert await read_submit_keys(harness) == ["unknown", SPARE_KEY]
     report: dict[str, Any] = (await harness.gateway.call("GET", "/v1/quota")).json()["account"]
     assert report["can_pay"] is False
     assert report["look_again_at"] is not None

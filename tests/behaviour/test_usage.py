@@ -93,30 +93,30 @@ async def test_usage_equals_the_windows(gateway: RunningGateway) -> None:
 
 
 async def test_uses_and_money_add_up(valkey: Valkey) -> None:
-    async with open_balance_harness(valkey) as books:
-        gateway = books.gateway
-        await books.set_balance(2, 100)
+    async with open_balance_harness(valkey) as harness:
+        gateway = harness.gateway
+        await harness.set_balance(2, 100)
         await gateway.put_tenant(**UNREACHABLE_POLICIES)
         for _ in range(4):
-            await books.run_task()
+            await harness.run_task()
         spending = (await read_usage(gateway))["total"]["spent"]
         assert spending["observed"] == {"count": 1, "money": 2 * PRICE_YUAN}
         assert spending["estimated"] == {"count": 1, "money": 0}
-        count, money = await books.upstream_balance()
+        count, money = await harness.upstream_balance()
         assert (2 - count, 100 - money) == (2, 2 * PRICE_YUAN)
         assert await read_charged_today(gateway) == (4, 2 * PRICE_YUAN)
 
 
 async def test_overrun_is_reported(valkey: Valkey) -> None:
-    async with open_balance_harness(valkey) as books:
-        gateway = books.gateway
-        await books.set_balance(0, 100)
-        await books.run_task()
-        await books.run_task()
+    async with open_balance_harness(valkey) as harness:
+        gateway = harness.gateway
+        await harness.set_balance(0, 100)
+        await harness.run_task()
+        await harness.run_task()
         charged_money = (await read_usage(gateway))["total"]["charged"]["money"]
         await gateway.put_tenant(limits=[{"window": "total", "money": charged_money + PRICE_YUAN + 0.99, "tasks": 9}])
-        await books.set_behaviour(prices={"vector": PRICE_YUAN + 1})
-        await books.run_task()
+        await harness.set_behaviour(prices={"vector": PRICE_YUAN + 1})
+        await harness.run_task()
         policies = expect_json(await gateway.call("GET", "/v1/quota"))["policies"]
         assert {policy["policy"]: policy["overrun"] for policy in policies} == {
             "total-tasks": None,
@@ -126,15 +126,15 @@ async def test_overrun_is_reported(valkey: Valkey) -> None:
 
 
 async def test_unexplained_spending_is_no_tenants(valkey: Valkey) -> None:
-    async with open_balance_harness(valkey) as books:
-        await books.set_balance(20, 100)
+    async with open_balance_harness(valkey) as harness:
+        await harness.set_balance(20, 100)
         for _ in range(2):
-            await books.run_task()
-        assert (await books.get_account())["unexplained"] == {"count": 0, "money": 0}
-        await books.set_balance(15, 100)
-        await books.run_task()
-        assert (await books.get_account())["unexplained"] == {"count": 3, "money": 0}
-        assert (await read_usage(books.gateway))["total"]["charged"] == {"tasks": 3, "money": 0}
+            await harness.run_task()
+        assert (await harness.get_account())["unexplained"] == {"count": 0, "money": 0}
+        await harness.set_balance(15, 100)
+        await harness.run_task()
+        assert (await harness.get_account())["unexplained"] == {"count": 3, "money": 0}
+        assert (await read_usage(harness.gateway))["total"]["charged"] == {"tasks": 3, "money": 0}
 
 
 async def test_months_and_totals(gateway: RunningGateway) -> None:
@@ -261,10 +261,10 @@ async def test_kept_for_13_months(gateway: RunningGateway) -> None:
 
 
 async def test_stored_for_13_months(valkey: Valkey) -> None:
-    async with open_balance_harness(valkey) as books:
-        await books.run_task()
-        today = (date.fromisoformat((await read_usage(books.gateway))["to"]) - date(1970, 1, 1)).days
-        tenant = books.gateway.services.registry.current.tenants["shop"].id
+    async with open_balance_harness(valkey) as harness:
+        await harness.run_task()
+        today = (date.fromisoformat((await read_usage(harness.gateway))["to"]) - date(1970, 1, 1)).days
+        tenant = harness.gateway.services.registry.current.tenants["shop"].id
         connections = connect(valkey.url, timeout=5)
         try:
             client: Any = connections.commands

@@ -90,7 +90,7 @@ async def test_invalid_query(gateway: RunningGateway, path: str) -> None:
         "limit": ["5"],
     }
     if "admin" in path:
-        faulty["tenant"] = ["nobody", "", "SHOP", "shop\n", "null", "*"]
+        faulty["tenant"] = ["unknown", "", "SHOP", "shop\n", "null", "*"]
     else:
         faulty["group_by"] += ["tenant", "tenant,kind"]
         faulty["tenant"] = ["shop"]

@@ -158,8 +158,8 @@ async def test_unauthorized_wait_is_refused_at_once(gateway: RunningGateway, tas
     method = "HEAD" if head else "GET"
     async with asyncio.timeout(20):
         other = await gateway.call(method, task_path(task), token=await gateway.new_token("other"), headers=PREFERS)
-        nobody = await gateway.call(method, task_path(task), token="", headers=PREFERS)
-    assert (other.status_code, nobody.status_code) == (404, 401)
+        anonymous = await gateway.call(method, task_path(task), token="", headers=PREFERS)
+    assert (other.status_code, anonymous.status_code) == (404, 401)
 
 
 async def test_waits_are_counted_separately(gateway: RunningGateway, task: dict[str, Any]) -> None:

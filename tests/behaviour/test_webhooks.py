@@ -173,7 +173,7 @@ async def test_secret_rotation(gateway: RunningGateway, receiver: WebhookReceive
 
 async def test_rotation_without_a_secret(gateway: RunningGateway) -> None:
     assert (await gateway.call_admin("POST", "/tenants/shop/webhook-secret")).status_code == 409
-    assert (await gateway.call_admin("POST", "/tenants/nobody/webhook-secret")).status_code == 404
+    assert (await gateway.call_admin("POST", "/tenants/unknown/webhook-secret")).status_code == 404
 
 
 async def test_gone_url_is_disabled_until_redelivery(gateway: RunningGateway, receiver: WebhookReceiver) -> None:

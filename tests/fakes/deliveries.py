@@ -31,7 +31,7 @@ class FakeDeliveryQueue:
                 if store.leased_deliveries[name] <= now:
                     del store.leased_deliveries[name]
                     store.queued_deliveries[name] = now
-            room = min(
+            free_slots = min(
                 self._max_parallel(item) - len(self._select_for_receiver(item, store.leased_deliveries)),
                 limit - len(claimed),
             )
@@ -39,7 +39,7 @@ class FakeDeliveryQueue:
                 (store.queued_deliveries[name], name)
                 for name in self._select_for_receiver(item, store.queued_deliveries)
             )
-            for _, name in [pair for pair in waiting if pair[0] <= now][: max(room, 0)]:
+            for _, name in [pair for pair in waiting if pair[0] <= now][: max(free_slots, 0)]:
                 del store.queued_deliveries[name]
                 store.leased_deliveries[name] = now + LEASE_MS
                 claimed.append(ClaimedDelivery(store.deliveries[name], now + LEASE_MS))

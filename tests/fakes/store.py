@@ -70,8 +70,8 @@ class InMemoryStore:
 
     def _store_inference(self, account: Candidate) -> None:
         """Store an inferred charge in its reservation."""
-        doubt = account.state.pending_inference
-        if doubt and doubt.inferred_charge:
-            if doubt.reservation in self.reservations:
-                ledger_model.store_inference(account.state, account.policy, self.reservations[doubt.reservation])
+        inference = account.state.pending_inference
+        if inference and inference.inferred_charge:
+            if inference.reservation in self.reservations:
+                ledger_model.store_inference(account.state, account.policy, self.reservations[inference.reservation])
             account.state.pending_inference = None

@@ -34,7 +34,7 @@ from tests.fakes import FakeLedger, FakeRegistry, FakeUpstream
 UNAVAILABLE = LedgerUnavailable("away", retry_after=1)
 IMAGE = Image(b"bytes", b"digest", "image/png", 3, 2)
 ACCOUNTS: Mapping[str, Account] = {
-    name: Account(number, name, b"sealed", None, AccountPolicy()) for number, name in ((2, "main"), (3, "spare"))
+    name: Account(number, name, b"encrypted", None, AccountPolicy()) for number, name in ((2, "main"), (3, "spare"))
 }
 
 

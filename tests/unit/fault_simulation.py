@@ -184,7 +184,7 @@ class FaultyUpstream:
 
     def respond(self, request: UpstreamRequest, outcome: SubmitOutcome | None, balance: Balance = _NO_BALANCE) -> None:
         """Respond to a submit; without an outcome, raise an internal error in the client."""
-        if request.response.done():  # its time was over in the same moment
+        if request.response.done():  # it timed out at the same time
             return
         self.pending.remove(request)
         request.outcome = outcome

@@ -71,7 +71,7 @@ class FaultyStore(FakeLedger):
         is_known, before = request.reservation in self.reservations, self._snapshot(request.tenant)
         verdict, snapshot = await super().reserve(request)
         if not isinstance(verdict, Grant):
-            self.check_rule(self._snapshot(request.tenant) == before, "a refusal changed the books")
+            self.check_rule(self._snapshot(request.tenant) == before, "a refusal changed the counters")
         elif not is_known:
             self.check_rule(self._is_within_limits(request), "a place was granted past a limit")
         return verdict, snapshot

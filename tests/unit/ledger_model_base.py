@@ -37,7 +37,7 @@ floors = st.sampled_from([0, 0, 2])
 class SimulatedSubmission:
     """A submission: `arrived` at the vendor, `deadline` once it was settled as unknown.
 
-    `bound`: the ledger knew enough to keep the floors; `thrifty`: it must not spend money.
+    `bound`: the ledger knew enough to keep the floors; `prepaid_only`: it must not spend money.
     """
 
     name: str
@@ -46,7 +46,7 @@ class SimulatedSubmission:
     kind: Kind
     created: int
     bound: bool
-    thrifty: bool
+    prepaid_only: bool
     arrived: bool = False
     accepted: bool = False
     figures: Balance = NO_BALANCE
@@ -120,13 +120,13 @@ class LedgerModelBase(RuleBasedStateMachine):
                 name, tenant, verdict.account, kind, created, bound, tenant == PREPAID_TENANT
             )
 
-    def deliver_to_vendor(self, sent: SimulatedSubmission, tells: tuple[bool, bool] = (True, True)) -> None:
+    def deliver_to_vendor(self, sent: SimulatedSubmission, reported: tuple[bool, bool] = (True, True)) -> None:
         self.ledger.clock.now_ms += 1
         with self.assert_floors_kept(sent):
             accepted = self.vendor.submit(sent.name, sent.account, sent.kind)
         balance = self.vendor.accounts[sent.account].balance() if accepted else Balance()
         sent.arrived, sent.accepted = True, accepted
-        sent.figures = Balance(balance.count if tells[0] else None, balance.money_fen if tells[1] else None)
+        sent.figures = Balance(balance.count if reported[0] else None, balance.money_fen if reported[1] else None)
 
     def settle_with_response(self, sent: SimulatedSubmission) -> None:
         if sent.accepted:
@@ -152,7 +152,7 @@ class LedgerModelBase(RuleBasedStateMachine):
         sent.arrived = True
         self.settle_submission(sent, ReservationState.UNKNOWN)
         sent.settled, sent.deadline = False, self.ledger.clock.now_ms + LATE_CHARGE_MS
-        sent.thrifty = False
+        sent.prepaid_only = False
 
     def settle_submission(self, sent: SimulatedSubmission, outcome: ReservationState, **more: Any) -> None:
         settlement = Settlement(
@@ -189,7 +189,7 @@ class LedgerModelBase(RuleBasedStateMachine):
             return
         assert holding.count == before.count or holding.count >= self.policy.floor_count
         if holding.money != before.money_fen:
-            assert not sent.thrifty
+            assert not sent.prepaid_only
             assert holding.money >= self.policy.floor_money_fen or not self.policy.max_price
 
     @invariant()

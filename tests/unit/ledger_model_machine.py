@@ -25,18 +25,18 @@ mostly_true = st.sampled_from([True, True, True, False])
 
 
 class LedgerModelMachine(LedgerModelBase):
-    @rule(thrifty=st.booleans(), kind=kinds, accounts=st.sampled_from([(3,), (4,), (3, 4)]))
-    def reserve(self, kind: Kind, accounts: tuple[int, ...], *, thrifty: bool) -> None:
-        name, tenant = f"r{len(self.ledger.reservations)}", PREPAID_TENANT if thrifty else MONEY_TENANT
+    @rule(prepaid_only=st.booleans(), kind=kinds, accounts=st.sampled_from([(3,), (4,), (3, 4)]))
+    def reserve(self, kind: Kind, accounts: tuple[int, ...], *, prepaid_only: bool) -> None:
+        name, tenant = f"r{len(self.ledger.reservations)}", PREPAID_TENANT if prepaid_only else MONEY_TENANT
         self.record_grant(
             name, tenant, kind, self.run_call(self.ledger.reserve(ReserveRequest(name, tenant, accounts, kind)))[0]
         )
 
-    @rule(number=numbers, tells=st.sampled_from([(True, True)] * 3 + [(True, False), (False, True), (False, False)]))
-    def deliver_submission(self, number: int, tells: tuple[bool, bool]) -> None:
+    @rule(number=numbers, reported=st.sampled_from([(True, True)] * 3 + [(True, False), (False, True), (False, False)]))
+    def deliver_submission(self, number: int, reported: tuple[bool, bool]) -> None:
         sent = self.pick_submission(number, arrived=False)
         if sent:
-            self.deliver_to_vendor(sent, tells)
+            self.deliver_to_vendor(sent, reported)
 
     @rule(number=numbers)
     def receive_response(self, number: int) -> None:
@@ -59,14 +59,14 @@ class LedgerModelMachine(LedgerModelBase):
         while claimed := self.run_call(self.ledger.claim_checks(9)):
             self.claimed_checks += [(item, None) for item in claimed]
         for _ in range(len(self.claimed_checks)):
-            self.run_check(0, tells=True)
+            self.run_check(0, reported=True)
             self.record_check(0, lost=False)
 
-    @rule(kind=kinds, thrifty=st.booleans(), pause=st.sampled_from([3, 60]))
-    def run_single_task(self, kind: Kind, pause: int, *, thrifty: bool) -> None:
+    @rule(kind=kinds, prepaid_only=st.booleans(), pause=st.sampled_from([3, 60]))
+    def run_single_task(self, kind: Kind, pause: int, *, prepaid_only: bool) -> None:
         self.advance_time(pause)
         names_before = set(self.submissions)
-        self.reserve(kind, ACCOUNTS[:1], thrifty=thrifty)
+        self.reserve(kind, ACCOUNTS[:1], prepaid_only=prepaid_only)
         for name in self.submissions.keys() - names_before:
             self.deliver_to_vendor(self.submissions[name])
             self.settle_with_response(self.submissions[name])
@@ -98,8 +98,8 @@ class LedgerModelMachine(LedgerModelBase):
     def claim_check(self) -> None:
         self.claimed_checks += [(item, None) for item in self.run_call(self.ledger.claim_checks(1))]
 
-    @rule(number=numbers, tells=mostly_true)
-    def run_check(self, number: int, *, tells: bool) -> None:
+    @rule(number=numbers, reported=mostly_true)
+    def run_check(self, number: int, *, reported: bool) -> None:
         open_index = pick_item([index for index, (_, check) in enumerate(self.claimed_checks) if check is None], number)
         if open_index is None:
             return
@@ -108,7 +108,7 @@ class LedgerModelMachine(LedgerModelBase):
         check = CheckResult(
             outcome=OUTCOMES_BY_PROGRESS[progress],
             error=FAILED if progress is Progress.FAILED else None,
-            balance=figures if tells else NO_BALANCE,
+            balance=figures if reported else NO_BALANCE,
         )
         self.ledger.clock.now_ms += 1
         self.claimed_checks[open_index] = (due, check)

@@ -21,7 +21,7 @@ REGISTRY = Registry(
     tenants={
         "shop": Tenant(1, "shop", ("main",), TenantPolicy(_LIMITS, max_active=3), kinds=(Kind.UPSCALE, Kind.SEAMLESS))
     },
-    accounts={"main": Account(2, "main", b"sealed")},
+    accounts={"main": Account(2, "main", b"encrypted")},
 )
 SNAPSHOT = MetricsSnapshot(
     tenant_count=1,

@@ -26,22 +26,22 @@ OLD, NEW = b"o" * 32, b"n" * 32
 
 @given(st.binary(max_size=300))
 def test_round_trip(plain: bytes) -> None:
-    sealer = Keyring([NEW]).derive("user-key")
-    assert sealer.decrypt(sealer.encrypt(plain)) == plain
-    assert sealer.encrypt(plain) == sealer.encrypt(plain)
+    cipher = Keyring([NEW]).derive("user-key")
+    assert cipher.decrypt(cipher.encrypt(plain)) == plain
+    assert cipher.encrypt(plain) == cipher.encrypt(plain)
 
 
 @given(st.binary(max_size=100), st.data())
 def test_altered_ciphertext_is_rejected(plain: bytes, data: st.DataObject) -> None:
-    sealer = Keyring([NEW]).derive("user-key")
-    sealed = bytearray(sealer.encrypt(plain))
-    sealed[data.draw(st.integers(0, len(sealed) - 1))] ^= data.draw(st.integers(1, 255))
-    assert sealer.decrypt(bytes(sealed)) is None
+    cipher = Keyring([NEW]).derive("user-key")
+    encrypted = bytearray(cipher.encrypt(plain))
+    encrypted[data.draw(st.integers(0, len(encrypted) - 1))] ^= data.draw(st.integers(1, 255))
+    assert cipher.decrypt(bytes(encrypted)) is None
 
 
 @given(st.binary(max_size=100))
-def test_other_bytes_are_rejected(sealed: bytes) -> None:
-    assert Keyring([NEW]).derive("user-key").decrypt(sealed) is None
+def test_other_bytes_are_rejected(encrypted: bytes) -> None:
+    assert Keyring([NEW]).derive("user-key").decrypt(encrypted) is None
 
 
 def test_purposes_are_separate() -> None:

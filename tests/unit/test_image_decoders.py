@@ -88,6 +88,6 @@ def altered_images(draw: st.DrawFn) -> bytes:
 def test_inspection_agrees_with_decoders(data: bytes) -> None:
     inspected, sizes = inspected_size(data), decoded_sizes(data)
     assert {size for size in sizes if size} <= {inspected}
-    # Where a PNG or JPEG says that its pixels are coded otherwise, only decoding all of them shows that they are not.
+    # Where a PNG or JPEG declares another coding of its pixels, only decoding all of them proves it wrong.
     if inspected == SIZE and data.startswith(b"RIFF"):
         assert any(sizes)

@@ -293,8 +293,8 @@ def test_broken_image_error_names_the_reason(data: bytes, why: str) -> None:
 
 
 def test_harmless_stray_bytes_are_accepted() -> None:
-    stray = b"\xff\xd8\xff\xff\x00rubbish" + FRAME + b"\xff\xff" + SCAN + b"\xff\x00\xff\xd0\xff\x37\xff\xff\xd9"
-    assert inspect_image(stray) == ImageInfo("image/jpeg", 7, 5)
+    image = b"\xff\xd8\xff\xff\x00rubbish" + FRAME + b"\xff\xff" + SCAN + b"\xff\x00\xff\xd0\xff\x37\xff\xff\xd9"
+    assert inspect_image(image) == ImageInfo("image/jpeg", 7, 5)
 
 
 @pytest.mark.parametrize(

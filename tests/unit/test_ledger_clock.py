@@ -57,8 +57,8 @@ def test_independent_of_the_number_of_reads(offset: int, steps: list[int]) -> No
 
 
 def test_shown_in_server_time() -> None:
-    moment = ClockReading(START, START - MINUTE)
-    assert (moment.offset_ms, to_server_time(moment, START + 1), to_server_time(moment, 0)) == (
+    reading = ClockReading(START, START - MINUTE)
+    assert (reading.offset_ms, to_server_time(reading, START + 1), to_server_time(reading, 0)) == (
         MINUTE,
         START + 1 - MINUTE,
         0,

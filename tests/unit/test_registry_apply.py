@@ -63,9 +63,9 @@ def test_differences_match_the_changes(one: RegistryBody, other: RegistryBody, p
     again = plan_document(plan.after, other, prune=prune)
     assert (again.change, diff_registry(again, NOW), again.generated_secrets) == (None, [], {})
     document = render_registry(plan.after, NOW)
-    strangers = [*(document.accounts.keys() - other.accounts), *(document.tenants.keys() - other.tenants)]
-    assert not (prune and strangers)
-    assert len([item for item in plan.unmanaged if ".tokens." not in item]) == len(strangers)
+    unmanaged = [*(document.accounts.keys() - other.accounts), *(document.tenants.keys() - other.tenants)]
+    assert not (prune and unmanaged)
+    assert len([item for item in plan.unmanaged if ".tokens." not in item]) == len(unmanaged)
     for name, account in without_secrets(other).accounts.items():
         assert document.accounts[name] == account
 

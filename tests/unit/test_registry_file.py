@@ -195,7 +195,7 @@ def test_inline_secrets_are_refused(secret: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "says"),
+    ("entry", "expected"),
     [
         ('{ env = "" }', "accounts.main.user_key.env: must be text of 1 to 4096 characters"),
         ("{ env = 3 }", "accounts.main.user_key.env: must be text of 1 to 4096 characters"),
@@ -206,9 +206,9 @@ def test_inline_secrets_are_refused(secret: str) -> None:
         ('{ env = "BLANKS" }', "accounts.main.user_key: must be printable ASCII without spaces"),
     ],
 )
-def test_missing_secret_sources(monkeypatch: pytest.MonkeyPatch, entry: str, says: str) -> None:
+def test_missing_secret_sources(monkeypatch: pytest.MonkeyPatch, entry: str, expected: str) -> None:
     monkeypatch.setenv("BLANKS", "sk 0123")
-    assert read_errors(f"accounts.main.user_key = {entry}") == [says]
+    assert read_errors(f"accounts.main.user_key = {entry}") == [expected]
 
 
 def test_binary_secret_file(tmp_path: Path) -> None:
@@ -224,16 +224,16 @@ def test_expected_tables(text: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "expected"),
     [
         (b"x = ", "gateway: the input is not TOML: Invalid value (at end of document)"),
         (b"# \xff", "gateway: the input is not TOML: not UTF-8"),
     ],
 )
-def test_invalid_toml(content: bytes, says: str) -> None:
+def test_invalid_toml(content: bytes, expected: str) -> None:
     with pytest.raises(CommandError) as raised:
         read_registry_file(io.BytesIO(content))
-    assert raised.value.message == says
+    assert raised.value.message == expected
 
 
 def test_header_comment_lists_unreferenced_secrets() -> None:

@@ -20,7 +20,7 @@ PRODUCTION = {
     "GATEWAY_REDIS_URL": "redis://store",
     "GATEWAY_UPSTREAM_URL": "https://images.example",
     "GATEWAY_SECRET_KEYS": base64.b64encode(KEY).decode(),
-    "GATEWAY_ADMIN_TOKEN": "a-token-that-nobody-can-guess-0123456789",
+    "GATEWAY_ADMIN_TOKEN": "a-token-that-is-hard-to-guess-0123456789",
 }
 
 

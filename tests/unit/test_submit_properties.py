@@ -37,7 +37,7 @@ from tests.unit.submission_audit import check_recorded_state, check_response
 
 T = TypeVar("T")
 
-ACCOUNTS = {name: Account(number, name, b"sealed", None, AccountPolicy()) for number, name in enumerate("abc", 11)}
+ACCOUNTS = {name: Account(number, name, b"encrypted", None, AccountPolicy()) for number, name in enumerate("abc", 11)}
 TENANTS = [Tenant(1, "one", ("a",)), Tenant(2, "two", ("b", "a")), Tenant(3, "three", ("a", "b", "c"))]
 SUCCEEDED = CheckResult(outcome=CheckOutcome.SUCCEEDED, balance=Balance(40, 20_000))
 FAILED = CheckResult(outcome=CheckOutcome.FAILED, error=TaskError("failed", "It failed."))

@@ -90,8 +90,8 @@ def test_other_encodings_of_the_same_bytes(reference: TaskReference) -> None:
     task_id = IDS.encode(reference)
     body = task_id.removeprefix(TASK_ID_PREFIX)
     standard = body.replace("-", "+").replace("_", "/")
-    sealed = base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))
-    for spelling in (standard, sealed.hex(), base64.b32encode(sealed).decode(), body.swapcase()):
+    encrypted = base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))
+    for spelling in (standard, encrypted.hex(), base64.b32encode(encrypted).decode(), body.swapcase()):
         if spelling != body:
             is_rejected(TASK_ID_PREFIX + spelling)
     is_rejected(body)
@@ -110,8 +110,8 @@ def test_any_other_text(text: str) -> None:
 
 @given(st.binary(max_size=200))
 def test_other_encrypted_content(plain: bytes) -> None:
-    sealed = Keyring([NEW]).derive("task-id").encrypt(plain)
-    is_rejected(TASK_ID_PREFIX + base64.urlsafe_b64encode(sealed).rstrip(b"=").decode())
+    encrypted = Keyring([NEW]).derive("task-id").encrypt(plain)
+    is_rejected(TASK_ID_PREFIX + base64.urlsafe_b64encode(encrypted).rstrip(b"=").decode())
 
 
 @given(references)

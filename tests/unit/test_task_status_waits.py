@@ -32,12 +32,12 @@ def gateway(monkeypatch: pytest.MonkeyPatch) -> FakeGateway:
 def store_reads(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     """Delay and record every read of the store."""
     calls: list[Sequence[str]] = []
-    attend = gateway.ledger.touch
+    touch = gateway.ledger.touch
 
     async def noted(reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
         calls.append(reservations)
         await asyncio.sleep(0)
-        return await attend(reservations)
+        return await touch(reservations)
 
     monkeypatch.setattr(gateway.ledger, "touch", noted)
     return calls
@@ -83,10 +83,10 @@ async def test_end_recorded_during_the_read_wakes_the_waiter(
     gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, follow = (await gateway.submit_image()).task, gateway.make_reader(interval=LONG_SECONDS)
-    attend = gateway.ledger.touch
+    touch = gateway.ledger.touch
 
     async def overtaken(reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
-        read = await attend(reservations)
+        read = await touch(reservations)
         await advance_interval(gateway)
         return read
 

@@ -77,22 +77,22 @@ async def test_sampling_ratio(collector: TraceCollector) -> None:
 
 
 async def test_otel_environment(collector: TraceCollector, monkeypatch: pytest.MonkeyPatch) -> None:
-    nobody = f"http://127.0.0.1:{find_free_port()}"
+    unreachable = f"http://127.0.0.1:{find_free_port()}"
     for name, value in {
         "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=staging,service.version=of-the-platform",
         "OTEL_SERVICE_NAME": "gateway-of-ours",
         "OTEL_EXPORTER_OTLP_HEADERS": "x-key=let-me-in",
-        "OTEL_EXPORTER_OTLP_ENDPOINT": nobody,
-        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": nobody,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": unreachable,
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": unreachable,
         "OTEL_EXPORTER_OTLP_TIMEOUT": "0.000001",
         "OTEL_EXPORTER_OTLP_COMPRESSION": "none",
         "OTEL_TRACES_SAMPLER": "always_off",
         "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "0",
         "OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT": "1",
         "OTEL_BSP_MAX_QUEUE_SIZE": "0",
-        "HTTP_PROXY": nobody,
-        "http_proxy": nobody,
-        "ALL_PROXY": nobody,
+        "HTTP_PROXY": unreachable,
+        "http_proxy": unreachable,
+        "ALL_PROXY": unreachable,
         "NO_PROXY": "",
         "no_proxy": "",
     }.items():

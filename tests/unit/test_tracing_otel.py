@@ -33,7 +33,7 @@ async def thing(request: Request[Any, Any, Any], thing: FromPath[str]) -> Respon
         case "away":
             raise LedgerUnavailable("Not now.", retry_after=1)
         case "crash":
-            raise ZeroDivisionError("with words of somebody")
+            raise ZeroDivisionError("with private words")
         case "left":
             raise ClientDisconnected
         case "broken":
@@ -152,9 +152,9 @@ async def test_long_values_are_truncated() -> None:
 
 async def test_parent_context_is_used() -> None:
     recorder = SpanRecorder()
-    names = await read_bound_context(recorder.tracer, traceparent=SAMPLED, tracestate="tool=of-somebody")
+    names = await read_bound_context(recorder.tracer, traceparent=SAMPLED, tracestate="tool=of-a-caller")
     span = recorder.span
-    assert (span.trace_id, span.parent_id, span.trace_state) == (TRACE, SPAN, "tool=of-somebody")
+    assert (span.trace_id, span.parent_id, span.trace_state) == (TRACE, SPAN, "tool=of-a-caller")
     assert names["trace_id"] == TRACE
 
 

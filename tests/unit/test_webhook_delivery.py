@@ -159,7 +159,7 @@ async def test_lost_task_is_not_sent(webhook_gateway: WebhookGateway) -> None:
 async def test_missing_key_defers_the_delivery(webhook_gateway: WebhookGateway) -> None:
     reservation = await webhook_gateway.finish_task()
     webhook_gateway.set_webhook(
-        replace(webhook_gateway.webhook, secrets=WebhookSecrets(b"sealed by a key that is gone"))
+        replace(webhook_gateway.webhook, secrets=WebhookSecrets(b"encrypted with a removed key"))
     )
     await webhook_gateway.deliver_due()
     assert not webhook_gateway.receivers.sent
@@ -180,4 +180,4 @@ async def test_rotated_secrets_both_sign_during_the_grace(webhook_gateway: Webho
     with pytest.raises(Conflict):
         await webhook_gateway.webhooks.rotate_secret("shop", 0)
     with pytest.raises(NotFound):
-        await webhook_gateway.webhooks.rotate_secret("nobody", 0)
+        await webhook_gateway.webhooks.rotate_secret("unknown", 0)

@@ -33,7 +33,7 @@ def test_signature_verifies(secrets: list[bytes], body: bytes) -> None:
         with pytest.raises(WebhookVerificationError):
             Verifier(secret).verify(body + b" ", headers, json_parse=False)
     with pytest.raises(WebhookVerificationError):
-        Verifier(b"of somebody else").verify(body, headers, json_parse=False)
+        Verifier(b"of another tenant").verify(body, headers, json_parse=False)
 
 
 def test_new_secret() -> None:

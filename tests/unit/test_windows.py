@@ -45,10 +45,10 @@ def test_total_window_is_unbounded() -> None:
 
 
 @given(CENTURY, st.sampled_from([item for item in Window if item is not Window.TOTAL]))
-def test_windows_are_contiguous(moment: int, window: Window) -> None:
-    start, end = window_bounds(window, moment)
+def test_windows_are_contiguous(time_ms: int, window: Window) -> None:
+    start, end = window_bounds(window, time_ms)
     assert end is not None
-    assert start <= moment < end
+    assert start <= time_ms < end
     assert window_bounds(window, start)[0] == start
     assert window_bounds(window, end)[0] == end
 
