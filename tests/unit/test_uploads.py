@@ -106,7 +106,7 @@ async def test_file_part_name_is_configurable() -> None:
     [
         (encode_form(encode_field("scale", "2")), "image: is required"),
         (encode_form(encode_file("image", PNG), encode_file("image", PNG)), "image: is given more than once"),
-        (encode_form(encode_file("picture", PNG)), "picture: is a file: the only file belongs into the part image"),
+        (encode_form(encode_file("picture", PNG)), "picture: is a file: the only file belongs in the part image"),
         (encode_form(encode_field("image", ""), encode_file("image", PNG)), "image: is given more than once"),
         (encode_form(encode_part("name=\"prompt\"; filename*=utf-8''a", b"x", "text/plain")), "prompt: is a file"),
         (encode_form(encode_field("prompt", "x" * 65_537)), "prompt: must be at most 65536 bytes"),
@@ -121,10 +121,10 @@ async def test_unexpected_parts_are_named(body: bytes, fault: str) -> None:
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        (encode_form(encode_file("image", PNG), is_closed=False), "breaks off"),
-        (encode_form(encode_file("image", PNG))[:-8], "breaks off"),
-        (b"", "breaks off"),
-        (b"no form at all", "breaks off"),
+        (encode_form(encode_file("image", PNG), is_closed=False), "incomplete"),
+        (encode_form(encode_file("image", PNG))[:-8], "incomplete"),
+        (b"", "incomplete"),
+        (b"no form at all", "incomplete"),
         (b"x" + encode_form(), "can't be read"),
         (encode_form(encode_field("prompt", "").replace(b"prompt", b"\xff")), "name of a field is not UTF-8"),
         (encode_form(encode_field("", "x")), "1 to 128 characters"),
