@@ -36,7 +36,6 @@ from service.api.admin_schemas import (
     render_apply_result,
     render_delivery,
     render_new_secret,
-    render_reencrypt_result,
     render_registry,
     render_tenant,
     token_expires_at,
@@ -327,7 +326,8 @@ def registry_routes(registry_apply: RegistryApply, registry_admin: RegistryAdmin
         status_code=200,
     )
     async def rotate_keys() -> ReencryptResult:
-        return render_reencrypt_result(await registry_admin.reencrypt_secrets())
+        secrets = await registry_admin.reencrypt_secrets()
+        return ReencryptResult(list(secrets.accounts), list(secrets.tenants), list(secrets.undecryptable))
 
     return [read_registry, put_registry, rotate_keys]
 

@@ -30,18 +30,10 @@ from service.domain import tasks, tenants, webhooks
 from service.domain.errors import ErrorCollector, FieldError, InvalidOptions, field_path
 from service.domain.ledger import AccountState, AccountStatus, BalanceReading, ReadingSource
 from service.domain.tasks import Kind
-from service.domain.tenants import (
-    AccountPolicy,
-    Name,
-    Registry,
-    SecretRef,
-    SpendingMode,
-    TenantPolicy,
-    Window,
-)
+from service.domain.tenants import AccountPolicy, Name, Registry, SecretRef, SpendingMode, TenantPolicy, Window
 from service.domain.webhooks import MAX_ALLOW_ENTRIES, MAX_URL_CHARS, DeliveryState, WebhookEvent
 from service.usecases import admin
-from service.usecases.admin import ReencryptedSecrets, TenantDelivery
+from service.usecases.admin import TenantDelivery
 from service.usecases.registry_apply import DesiredAccount, DesiredRegistry, DesiredTenant, RegistryPlan
 from service.usecases.reports import QuotaReport
 
@@ -379,12 +371,11 @@ def render_tenant(
         webhook=render_webhook(tenant.webhook, secret),
         disabled=tenant.disabled,
         policies=render_quota(report).policies,
-        tokens=[render_token(token) for token in tokens],
+        tokens=[
+            Token(token.id, token.label, _seconds_to_datetime(token.created_at), token_expires_at(token))
+            for token in tokens
+        ],
     )
-
-
-def render_token(token: tenants.Token) -> Token:
-    return Token(token.id, token.label, _seconds_to_datetime(token.created_at), token_expires_at(token))
 
 
 def token_expires_at(token: tenants.Token) -> datetime | None:
@@ -601,8 +592,7 @@ class ReencryptResult(Struct, frozen=True):
     accounts: Annotated[list[str], Meta(description="Accounts whose keys were encrypted again.")]
     tenants: Annotated[list[str], Meta(description="Tenants whose webhook secrets were encrypted again.")]
     undecryptable: Annotated[
-        list[str],
-        Meta(description="Unchanged, as no secret key decrypts them.", examples=[["accounts.main.user_key"]]),
+        list[str], Meta(description="Unchanged, as no secret key decrypts them.", examples=[["accounts.main.user_key"]])
     ]
 
 
@@ -621,10 +611,6 @@ def render_registry(registry: Registry, now: float) -> RegistryBody:
 def render_apply_result(plan: RegistryPlan, differences: list[Difference], *, dry_run: bool) -> ApplyResult:
     applied = plan.change is not None and not dry_run
     return ApplyResult(applied, differences, list(plan.unmanaged), dict(plan.generated_secrets) if applied else {})
-
-
-def render_reencrypt_result(reencrypted: ReencryptedSecrets) -> ReencryptResult:
-    return ReencryptResult(list(reencrypted.accounts), list(reencrypted.tenants), list(reencrypted.undecryptable))
 
 
 def _to_seconds(field: str, time: datetime | None) -> float | None:

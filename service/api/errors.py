@@ -150,18 +150,9 @@ _PROBLEM_TYPES: Mapping[type[errors.GatewayError], ProblemType] = {
         "submission-unknown", 504, "Submission unknown", "It was sent and may have been charged; do not send it again."
     ),
 }
+_UNMAPPED_TYPES = {METHOD_NOT_ALLOWED, HEADERS_TOO_LARGE, RATE_LIMITED, TOO_MANY_ACTIVE_TASKS, INTERNAL_ERROR}
 PROBLEMS: tuple[ProblemType, ...] = tuple(
-    sorted(
-        {
-            *_PROBLEM_TYPES.values(),
-            METHOD_NOT_ALLOWED,
-            HEADERS_TOO_LARGE,
-            RATE_LIMITED,
-            TOO_MANY_ACTIVE_TASKS,
-            INTERNAL_ERROR,
-        },
-        key=lambda problem: (problem.status, problem.code),
-    )
+    sorted({*_PROBLEM_TYPES.values(), *_UNMAPPED_TYPES}, key=lambda problem: (problem.status, problem.code))
 )
 """All kinds of problems, by status."""
 INTERNAL_ERROR_RESPONSE = ProblemResponse(
