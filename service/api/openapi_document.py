@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from service.api import admin_schemas, health, legacy, openapi, schemas
 from service.api.admin_schemas import Delivery, DeliveryList, NewSecret, TaskEvent, Webhook
-from service.api.errors import MEDIA_TYPE, PROBLEMS
+from service.api.errors import MEDIA_TYPE, PROBLEMS, ProblemResponse, render
 from service.api.schemas import (
     Artifact,
     Availability,
@@ -197,16 +197,10 @@ _PROBLEM_EXTRAS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def example_problem(code: str) -> dict[str, Any]:
+def example_problem(code: str) -> Any:
     kind = next(problem for problem in PROBLEMS if problem.code == code)
-    return {
-        "type": f"urn:imaging-gateway:problem:{code}",
-        "title": kind.title,
-        "status": kind.status,
-        "detail": kind.description,
-        "instance": "4f5c2d1e8b7a46f09d3c6b5a49382716",
-        "code": code,
-    } | dict(_PROBLEM_EXTRAS.get(code, {}))
+    problem = ProblemResponse(kind, kind.description, _PROBLEM_EXTRAS.get(code, {}))
+    return msgspec.json.decode(render(problem, request_id="4f5c2d1e8b7a46f09d3c6b5a49382716")[2])
 
 
 WEBHOOKS_TAG = "Webhooks"
@@ -271,40 +265,44 @@ def _webhook_operation() -> dict[str, Any]:
 
 
 Node = dict[str, Any]
-_TEXT_SCHEMA, _SECONDS_SCHEMA = {"type": "string"}, {"type": "integer", "minimum": 0}
+_TEXT_SCHEMA = {"type": "string"}
 _FILE_SCHEMA = _TEXT_SCHEMA | {"format": "binary"}
+
+
+def _header(description: str, *, type: str = "string", **schema: Any) -> Node:  # noqa: A002 - the name in JSON schema
+    return {"description": description, "schema": {"type": type} | schema}
+
+
 _HEADER_COMPONENTS: Mapping[str, Node] = {
-    "X-Request-Id": {
-        "description": "The id of the request: yours if it has this form, else a new one.",
-        "schema": _TEXT_SCHEMA | {"pattern": "^[A-Za-z0-9._-]{1,128}$"},
-    },
-    "Location": {"description": "Path of the task.", "schema": _TEXT_SCHEMA | {"format": "uri-reference"}},
-    "Content-Disposition": {"description": "Name of the file.", "schema": _TEXT_SCHEMA},
-    "Content-Range": {"description": "Position of these bytes, and total size.", "schema": _TEXT_SCHEMA},
-    "ETag": {"description": "The version, for If-None-Match or If-Match.", "schema": _TEXT_SCHEMA},
-    "Last-Modified": {"description": "Time of the result, for If-Modified-Since.", "schema": _TEXT_SCHEMA},
-    "Accept-Ranges": {"description": "`bytes` if ranges can be requested.", "schema": _TEXT_SCHEMA},
-    "Age": {"description": "Seconds since the upstream reported this state.", "schema": _SECONDS_SCHEMA},
-    "Retry-After": {
-        "description": "Seconds after which to repeat the request. Absent if waiting does not help, and once a task "
-        "has ended.",
-        "schema": _SECONDS_SCHEMA,
-    },
-    "Cache-Control": {"description": "Whether and by whom it may be stored.", "schema": _TEXT_SCHEMA},
-    "RateLimit-Policy": {
-        "description": "Your limits on tasks, each with quota `q` and window `w` in seconds. Absent without limits.",
-        "schema": _TEXT_SCHEMA | {"examples": ['"day-tasks";q=100;w=86400, "total-tasks";q=5000']},
-    },
-    "RateLimit": {
-        "description": "The rest `r` of each limit, and seconds to its reset `t`. Absent without limits.",
-        "schema": _TEXT_SCHEMA | {"examples": ['"day-tasks";r=41;t=22980, "total-tasks";r=812']},
-    },
-    "Preference-Applied": {"description": "The longest wait that was applied.", "schema": _TEXT_SCHEMA},
-    "Idempotent-Replayed": {
-        "description": "`true` if this is about the first submission under the same `Idempotency-Key`.",
-        "schema": _TEXT_SCHEMA | {"const": "true"},
-    },
-    "WWW-Authenticate": {"description": "The method of authentication: a bearer token.", "schema": _TEXT_SCHEMA},
+    "X-Request-Id": _header(
+        "The id of the request: yours if it has this form, else a new one.", pattern="^[A-Za-z0-9._-]{1,128}$"
+    ),
+    "Location": _header("Path of the task.", format="uri-reference"),
+    "Content-Disposition": _header("Name of the file."),
+    "Content-Range": _header("Position of these bytes, and total size."),
+    "ETag": _header("The version, for If-None-Match or If-Match."),
+    "Last-Modified": _header("Time of the result, for If-Modified-Since."),
+    "Accept-Ranges": _header("`bytes` if ranges can be requested."),
+    "Age": _header("Seconds since the upstream reported this state.", type="integer", minimum=0),
+    "Retry-After": _header(
+        "Seconds after which to repeat the request. Absent if waiting does not help, and once a task has ended.",
+        type="integer",
+        minimum=0,
+    ),
+    "Cache-Control": _header("Whether and by whom it may be stored."),
+    "RateLimit-Policy": _header(
+        "Your limits on tasks, each with quota `q` and window `w` in seconds. Absent without limits.",
+        examples=['"day-tasks";q=100;w=86400, "total-tasks";q=5000'],
+    ),
+    "RateLimit": _header(
+        "The rest `r` of each limit, and seconds to its reset `t`. Absent without limits.",
+        examples=['"day-tasks";r=41;t=22980, "total-tasks";r=812'],
+    ),
+    "Preference-Applied": _header("The longest wait that was applied."),
+    "Idempotent-Replayed": _header(
+        "`true` if this is about the first submission under the same `Idempotency-Key`.", const="true"
+    ),
+    "WWW-Authenticate": _header("The method of authentication: a bearer token."),
 }
 _HEADER_NAMES = {name.lower(): name for name in _HEADER_COMPONENTS}
 _PROBLEM_HEADERS: Mapping[str, tuple[str, ...]] = {
