@@ -21,8 +21,7 @@ from service.domain.tasks import Cost, Kind, Options
 from service.domain.tenants import AccountPolicy, TenantPolicy, Window
 
 OFFSET_UNITS_PER_MS = 10
-"""The offset shrinks by one of these units per millisecond of server time, so ledger time runs at 90 % until it is 0.
-"""
+"""The offset shrinks by one unit per millisecond of server time: ledger time runs at 90 % until it is 0."""
 
 
 class ClockReading(Struct, frozen=True):
@@ -44,9 +43,8 @@ class LedgerClock(Struct, frozen=True):
 
     def advance(self, server_ms: int) -> LedgerClock:
         elapsed = server_ms - (self.last_ms - _to_ms(self.offset_units))
-        offset = (
-            max(self.offset_units - elapsed, 0) if elapsed >= 0 else (self.last_ms - server_ms) * OFFSET_UNITS_PER_MS
-        )
+        offset = self.offset_units - elapsed if elapsed >= 0 else (self.last_ms - server_ms) * OFFSET_UNITS_PER_MS
+        offset = max(offset, 0)
         return LedgerClock(server_ms + _to_ms(offset), offset)
 
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 
 import structlog
 from msgspec import Struct, field
 
-from service.domain import availability
+from service.domain.availability import choose_account
 from service.domain.errors import Conflict, FieldError, InvalidOptions, NotFound
 from service.domain.ledger import (
     MAX_ACTIVE_POLICY,
     UNIT_MONEY,
     UNIT_TASKS,
-    AccountState,
+    BalanceReading,
     Candidate,
     DayUsage,
     Refund,
@@ -57,9 +57,12 @@ class PolicyReport(Struct, frozen=True):
     limit: int
     used: int
     reserved: int
-    remaining: int
     overrun: int | None
     resets_at: int | None
+
+    @property
+    def remaining(self) -> int:
+        return compute_remaining(self.limit, self.used, self.reserved)
 
 
 class QuotaReport(Struct, frozen=True):
@@ -87,9 +90,8 @@ class QuotaReports:
         snapshot = await self._ledger.tenant_snapshot(tenant.id)
         candidates = await self._load_candidates(tenant)
         kinds = [kind for kind in Kind if tenant.can_submit(kind)]
-        choices = [
-            availability.choose_account(candidates, tenant.policy.spending_mode, kind, snapshot.now) for kind in kinds
-        ]
+        spending_mode = tenant.policy.spending_mode
+        choices = [choose_account(candidates, spending_mode, kind, snapshot.now) for kind in kinds]
         retry_times = [retry_at for chosen, retry_at in choices if chosen is None and retry_at is not None]
         can_pay = any(chosen for chosen, _ in choices)
         return QuotaReport(
@@ -104,8 +106,8 @@ class QuotaReports:
         reports = report_policies(tenant, snapshot.state, snapshot.now)
         states = [candidate.state for candidate in await self._load_candidates(tenant)]
         return RemainingQuota(
-            count=_min_remaining(reports, UNIT_TASKS, _sum_readings(states, "count")),
-            money_fen=_min_remaining(reports, UNIT_MONEY, _sum_readings(states, "money")),
+            count=_min_remaining(reports, UNIT_TASKS, _sum_readings(state.count for state in states)),
+            money_fen=_min_remaining(reports, UNIT_MONEY, _sum_readings(state.money for state in states)),
         )
 
     async def _load_candidates(self, tenant: Tenant) -> list[Candidate]:
@@ -125,16 +127,10 @@ def report_policies(tenant: Tenant, state: TenantState, now: int) -> tuple[Polic
             (UNIT_MONEY, limit.money_fen, counter.money_fen, counter.money_reserved_fen, counter.overrun_fen),
         ):
             if maximum is not None:
-                name, remaining = policy_name(limit.window, unit), compute_remaining(maximum, used, reserved)
-                reports.append(
-                    PolicyReport(name, unit, limit.window, maximum, used, reserved, remaining, overrun, resets_at)
-                )
-    maximum = tenant.policy.max_active
-    if maximum is not None:
-        remaining = compute_remaining(maximum, state.active_tasks, 0)
-        reports.append(
-            PolicyReport(MAX_ACTIVE_POLICY, UNIT_ACTIVE, None, maximum, state.active_tasks, 0, remaining, None, None)
-        )
+                name = policy_name(limit.window, unit)
+                reports.append(PolicyReport(name, unit, limit.window, maximum, used, reserved, overrun, resets_at))
+    if (maximum := tenant.policy.max_active) is not None:
+        reports.append(PolicyReport(MAX_ACTIVE_POLICY, UNIT_ACTIVE, None, maximum, state.active_tasks, 0, None, None))
     return tuple(reports)
 
 
@@ -142,8 +138,7 @@ def _min_remaining(reports: tuple[PolicyReport, ...], unit: str, default: int | 
     return min((report.remaining for report in reports if report.unit == unit), default=default)
 
 
-def _sum_readings(states: list[AccountState], figure: str) -> int | None:
-    readings = [state.count if figure == "count" else state.money for state in states]
+def _sum_readings(readings: Iterable[BalanceReading | None]) -> int | None:
     values = [reading.value for reading in readings if reading]
     return sum(values) if values else None
 
@@ -162,7 +157,7 @@ class Group(StrEnum):
 
 
 class UsageQuery(Struct, frozen=True):
-    """Days, first and last included, and grouping. Defaults: up to today, from the first day of the last month."""
+    """Days, first and last included, and grouping. Defaults: to today, from the first of that month."""
 
     first: date | None = None
     last: date | None = None
