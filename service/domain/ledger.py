@@ -483,22 +483,13 @@ class DayUsage(Struct):
 
 
 def count_charged_tasks(tally: Tally) -> int:
-    return (
-        tally[Measure.RUNNING]
-        + tally[Measure.SUCCEEDED]
-        + tally[Measure.FAILED]
-        + tally[Measure.UNKNOWN]
-        - tally[Measure.REFUNDED]
-    )
+    charged = (Measure.RUNNING, Measure.SUCCEEDED, Measure.FAILED, Measure.UNKNOWN)
+    return sum(tally[measure] for measure in charged) - tally[Measure.REFUNDED]
 
 
 def sum_charged_fen(tally: Tally) -> int:
-    return (
-        tally[Measure.OBSERVED_MONEY]
-        + tally[Measure.ESTIMATED_MONEY]
-        + tally[Measure.UNKNOWN_MONEY]
-        - tally[Measure.REFUNDED_MONEY]
-    )
+    charged = (Measure.OBSERVED_MONEY, Measure.ESTIMATED_MONEY, Measure.UNKNOWN_MONEY)
+    return sum(tally[measure] for measure in charged) - tally[Measure.REFUNDED_MONEY]
 
 
 MAX_IDEMPOTENCY_KEY_CHARS = 255

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import secrets
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Annotated
@@ -17,13 +17,17 @@ from msgspec.structs import replace
 
 from service.domain.tasks import Kind
 
+NAME_RULE = "be up to 63 lower-case letters, digits, dots, dashes and underscores, a letter or digit first"
 
-class SecretRef(Struct, frozen=True, omit_defaults=True):
-    """The operator's source of a secret. The gateway never reads it, only exports it again."""
+Name = Annotated[
+    str,
+    Meta(pattern=r"\A[a-z0-9][a-z0-9._-]{0,62}\Z", description="A name of your choice.", extra={"must": NAME_RULE}),
+]
 
-    env: str | None = None
-    file: str | None = None
-
+TOKEN_PREFIX = "igw_"  # noqa: S105 - a public prefix by which scanners recognise a leaked token
+_TOKEN_ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # noqa: S105 - an alphabet
+_TOKEN_SECRET_CHARS = 32
+_TOKEN_CHECKSUM_CHARS = 6
 
 MAX_DISABLED_URLS = 100
 """The latest disabled URLs of a tenant that are remembered."""
@@ -36,6 +40,13 @@ _PRIVATE_NETWORKS: tuple[IPNetwork, ...] = (
     IPv4Network("192.168.0.0/16"),
     IPv6Network("fc00::/7"),
 )
+
+
+class SecretRef(Struct, frozen=True, omit_defaults=True):
+    """The operator's source of a secret. The gateway never reads it, only exports it again."""
+
+    env: str | None = None
+    file: str | None = None
 
 
 class WebhookSecrets(Struct, frozen=True):
@@ -63,14 +74,23 @@ class Webhook(Struct, frozen=True):
     disabled_urls: tuple[str, ...] = ()
 
     def allows_url(self, url: str) -> bool:
-        host = _host_of(url)
+        host = urlsplit(url).hostname
         if self.url is None or host is None:
             return False
-        return host in {_host_of(self.url), *self.allow} or _covers_host(self.allow, host)
+        if host in {urlsplit(self.url).hostname, *self.allow}:
+            return True
+        try:
+            ip = ip_address(host)
+        except ValueError:
+            return False
+        return any(ip in network for network in self._allowed_networks())
 
     def allows_address(self, ip: IPAddress) -> bool:
         """Whether a host may resolve to an address that is not public: a private one, or one of `allow`."""
-        return any(ip in network for network in (*_PRIVATE_NETWORKS, *_parse_networks(self.allow)))
+        return any(ip in network for network in (*_PRIVATE_NETWORKS, *self._allowed_networks()))
+
+    def _allowed_networks(self) -> list[IPNetwork]:
+        return [network for network in map(parse_network, self.allow) if network]
 
     def with_secret(self, current: WebhookSecrets | None, new_secret: bytes | None, generated_secret: bytes) -> Webhook:
         """Return a copy with the new secret, else the current one, else the generated one if it has a URL."""
@@ -93,40 +113,11 @@ def strip_query(url: str) -> str:
     return url.partition("?")[0]
 
 
-def _host_of(url: str) -> str | None:
-    return urlsplit(url).hostname
-
-
 def parse_network(entry: str) -> IPNetwork | None:
     try:
         return ip_network(entry)
     except ValueError:
         return None
-
-
-def _parse_networks(allow: Sequence[str]) -> list[IPNetwork]:
-    return [network for network in map(parse_network, allow) if network]
-
-
-def _covers_host(allow: Sequence[str], host: str) -> bool:
-    try:
-        ip = ip_address(host)
-    except ValueError:
-        return False
-    return any(ip in network for network in _parse_networks(allow))
-
-
-NAME_RULE = "be up to 63 lower-case letters, digits, dots, dashes and underscores, a letter or digit first"
-
-Name = Annotated[
-    str,
-    Meta(pattern=r"\A[a-z0-9][a-z0-9._-]{0,62}\Z", description="A name of your choice.", extra={"must": NAME_RULE}),
-]
-
-TOKEN_PREFIX = "igw_"  # noqa: S105 - a public prefix by which scanners recognise a leaked token
-_TOKEN_ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # noqa: S105 - an alphabet
-_TOKEN_SECRET_CHARS = 32
-_TOKEN_CHECKSUM_CHARS = 6
 
 
 class Window(StrEnum):
