@@ -329,7 +329,10 @@ class RegistryApply:
             return plan
         if not force:
             await self._require_idle(plan.change)
-            _require_remaining(plan.after)
+            if not plan.after.accounts and not plan.after.tenants:  # as after an export that failed
+                raise Conflict(
+                    "Nothing would be left: the document has no account and no tenant. Check it, or force it."
+                )
         if not dry_run:
             await self._write_plan(plan, plan.change, force=force)
         return plan
@@ -380,9 +383,3 @@ class RegistryApply:
         for token in change.tokens:
             owner = plan.after.tenant_name(token.tenant)
             _log.info("token.updated", tenant=owner, id=token.id, label=token.label, expires=token.expires_at)
-
-
-def _require_remaining(after: Registry) -> None:
-    """Raise Conflict if nothing would be left, as after an export that failed."""
-    if not after.accounts and not after.tenants:
-        raise Conflict("Nothing would be left: the document has no account and no tenant. Check it, or force it.")

@@ -17,22 +17,9 @@ import msgspec
 import structlog
 from msgspec import Struct
 
+from service.domain import errors
 from service.domain.availability import PROBE_INTERVAL_MS
-from service.domain.errors import (
-    AccountMisconfigured,
-    BalanceExhausted,
-    GatewayError,
-    IdempotencyInFlight,
-    IdempotencyKeyReused,
-    KindNotAllowed,
-    LedgerUnavailable,
-    QuotaDenied,
-    RateLimit,
-    SubmissionUnknown,
-    TenantDisabled,
-    UpstreamRejected,
-    UpstreamUnavailable,
-)
+from service.domain.errors import RateLimit
 from service.domain.ledger import (
     AccountStatus,
     Balance,
@@ -145,9 +132,9 @@ class Submitter:
     def check_allowed(self, tenant: Tenant, kind: Kind) -> None:
         """Raise TenantDisabled or KindNotAllowed, which needs no image."""
         if tenant.disabled:
-            raise TenantDisabled("This tenant is disabled. Ask the operators of the gateway.")
+            raise errors.TenantDisabled("This tenant is disabled. Ask the operators of the gateway.")
         if not tenant.can_submit(kind):
-            raise KindNotAllowed(f"This tenant may not submit {kind} tasks. Ask the operators of the gateway.")
+            raise errors.KindNotAllowed(f"This tenant may not submit {kind} tasks. Ask the operators of the gateway.")
 
     async def submit(
         self,
@@ -250,7 +237,7 @@ class Submitter:
             case NoAccount():
                 raise self._count_denial(request, _no_account(verdict))
             case InFlight():
-                raise IdempotencyInFlight(
+                raise errors.IdempotencyInFlight(
                     "The first submission under this Idempotency-Key has no outcome yet. "
                     "Send the same again after Retry-After.",
                     retry_after=IN_FLIGHT_RETRY_SECONDS,
@@ -260,13 +247,13 @@ class Submitter:
                 account = next(candidate for candidate in accounts if candidate.id == verdict.account)
                 return _PendingSubmission(request, *encoded, account, verdict.now, deadline)
             case _:
-                raise IdempotencyKeyReused(
+                raise errors.IdempotencyKeyReused(
                     "This Idempotency-Key was used for other content. Use a new key for each submission, and an old "
                     "one only to repeat the same submission."
                 )
 
-    def _count_denial(self, request: ReserveRequest, error: GatewayError) -> GatewayError:
-        if isinstance(error, BalanceExhausted):
+    def _count_denial(self, request: ReserveRequest, error: errors.GatewayError) -> errors.GatewayError:
+        if isinstance(error, errors.BalanceExhausted):
             self._metrics.record_balance_denial(request.tenant)
         return error
 
@@ -290,7 +277,7 @@ class Submitter:
             next_accounts = accounts[accounts.index(pending.account) + 1 :]
             try:
                 verdict = await self._change_account(pending, next_accounts, _FAILOVER_STATUS[result.outcome])
-            except LedgerUnavailable:
+            except errors.LedgerUnavailable:
                 return result, msgspec.structs.replace(pending, retarget_unconfirmed=True)
             if not isinstance(verdict, Grant):
                 return result, pending
@@ -337,12 +324,12 @@ class Submitter:
         )
 
 
-def _quota_denied(verdict: PolicyDenial, limits: tuple[RateLimit, ...]) -> QuotaDenied:
+def _quota_denied(verdict: PolicyDenial, limits: tuple[RateLimit, ...]) -> errors.QuotaDenied:
     names = ", ".join(violation.policy for violation in verdict.violations)
     resets = [violation.resets_at for violation in verdict.violations if violation.resets_at is not None]
     never_resets = any(violation.policy.startswith("total-") for violation in verdict.violations)
     wait = (max(resets) - verdict.now) / 1000 if resets and not never_resets else None
-    return QuotaDenied(
+    return errors.QuotaDenied(
         f"Not within the limits of this tenant: {names}.",
         violations=verdict.violations,
         limits=limits,
@@ -350,31 +337,31 @@ def _quota_denied(verdict: PolicyDenial, limits: tuple[RateLimit, ...]) -> Quota
     )
 
 
-def _no_account(verdict: NoAccount) -> GatewayError:
+def _no_account(verdict: NoAccount) -> errors.GatewayError:
     if verdict.retry_at is None:
         return _account_misconfigured()
     return _balance_exhausted((verdict.retry_at - verdict.now) / 1000)
 
 
-def _balance_exhausted(seconds: float) -> BalanceExhausted:
-    return BalanceExhausted(
+def _balance_exhausted(seconds: float) -> errors.BalanceExhausted:
+    return errors.BalanceExhausted(
         "The upstream account behind this tenant can't pay at the moment. Its owner has to top it up; try "
         "again after Retry-After.",
         retry_after=seconds,
     )
 
 
-def _account_misconfigured() -> AccountMisconfigured:
-    return AccountMisconfigured(
+def _account_misconfigured() -> errors.AccountMisconfigured:
+    return errors.AccountMisconfigured(
         "The upstream account behind this tenant can't be used. The operators of the gateway have to act."
     )
 
 
-def _error_of(result: SubmitResult, reservation: str) -> GatewayError:
+def _error_of(result: SubmitResult, reservation: str) -> errors.GatewayError:
     """Return the caller's error for an outcome other than an acceptance."""
     if result.outcome is SubmitOutcome.REJECTED:
         reason = result.reason_en or result.reason or "It gave no reason."
-        return UpstreamRejected(
+        return errors.UpstreamRejected(
             f"The upstream refused this submission, and nothing was charged: {reason}", reason=result.reason
         )
     if result.outcome is SubmitOutcome.EXHAUSTED:
@@ -382,19 +369,19 @@ def _error_of(result: SubmitResult, reservation: str) -> GatewayError:
     if result.outcome in {SubmitOutcome.INVALID_ACCOUNT, SubmitOutcome.MISCONFIGURED, SubmitOutcome.REDIRECTED}:
         return _account_misconfigured()
     if result.outcome is SubmitOutcome.BUSY:
-        return UpstreamUnavailable(
+        return errors.UpstreamUnavailable(
             "The upstream takes no more submissions at the moment. Nothing was charged; try again after Retry-After.",
             retry_after=BUSY_RETRY_SECONDS if result.retry_after_seconds is None else result.retry_after_seconds,
         )
     if result.outcome is SubmitOutcome.NOT_SENT:
-        return UpstreamUnavailable(
+        return errors.UpstreamUnavailable(
             "The upstream can't be reached. Nothing was sent; try again.", retry_after=CONNECT_RETRY_SECONDS
         )
     return _unknown_outcome(reservation)
 
 
-def _unknown_outcome(reservation: str, *, is_replay: bool = False) -> SubmissionUnknown:
-    return SubmissionUnknown(
+def _unknown_outcome(reservation: str, *, is_replay: bool = False) -> errors.SubmissionUnknown:
+    return errors.SubmissionUnknown(
         "The image was sent, but no usable response came. It may have been charged and is not sent again. "
         f"GET /v1/submissions/{reservation} returns its state: check it before you submit the image again.",
         submission_id=reservation,

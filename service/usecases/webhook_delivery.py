@@ -166,13 +166,9 @@ class WebhookDispatcher:
         response_excerpt: str | None = None,
     ) -> DeliveryResult:
         delay = webhooks.retry_delay(delivery.attempts + 1, self._jitter(), status, retry_after)
-        if delay is None:
-            return DeliveryResult(
-                state=DeliveryState.FAILED, status=status, error=error, response_excerpt=response_excerpt
-            )
         return DeliveryResult(
-            state=DeliveryState.PENDING,
-            retry_delay_ms=int(delay * 1000),
+            state=DeliveryState.FAILED if delay is None else DeliveryState.PENDING,
+            retry_delay_ms=int((delay or 0) * 1000),
             status=status,
             error=error,
             response_excerpt=response_excerpt,
