@@ -491,7 +491,7 @@ class HttpProtocol(HttpToolsProtocol):
         if hosts > 1 or (version == "1.1" and not hosts):
             raise _RefusedError(400, "The request must have one Host field.")
         codings = [value for name, value in self.headers if name == b"transfer-encoding"]
-        if codings and (version == "1.0" or [each.lower() for each in codings] != [b"chunked"]):
+        if codings and (version == "1.0" or [coding.lower() for coding in codings] != [b"chunked"]):
             raise _RefusedError(400, "The only transfer coding supported is chunked, in HTTP/1.1.")
 
     def _decline_upgrade(self, rest: bytes) -> None:

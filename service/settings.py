@@ -39,8 +39,8 @@ def read_variable(environ: Mapping[str, str], name: str) -> str | None:
     if not file:
         return direct or None
     try:
-        with Path(file).open("rb") as opened:
-            text = opened.read(_MAX_FILE_BYTES + 1).decode()
+        with Path(file).open("rb") as stream:
+            text = stream.read(_MAX_FILE_BYTES + 1).decode()
     except OSError as error:
         raise ValueError(f"can't be read from {file}: {error.strerror}") from None
     except UnicodeDecodeError:
