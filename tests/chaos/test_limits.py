@@ -130,7 +130,7 @@ def test_price_that_rose(cluster: ProcessCluster) -> None:
         assert len(split_by_status(shop.submit(1))[0]) == 1
         shop.finish_tasks()
     httpx2.put(
-        f"{cluster.upstream.url}/_control/behaviour", json={"seconds": 0, "prices": {"face": 5}}
+        f"{gateways.upstream.url}/_control/behaviour", json={"seconds": 0, "prices": {"face": 5}}
     ).raise_for_status()
     assert len(split_by_status(shop.submit(60))[0]) == 1
     month = shop.finish_tasks().windows[Window.MONTH]

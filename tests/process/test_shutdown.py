@@ -30,7 +30,7 @@ main(["serve"])
 SHORT_SHUTDOWN_PROGRAM = """
 from importlib import import_module
 from service.cli import main
-import_module("service.cli.serve")._OVERTIME_SECONDS = 1 - 2 * 90
+import_module("service.cli.serve")._SHUTDOWN_MARGIN_SECONDS = 1 - 2 * 90
 main(["serve"])
 """
 
