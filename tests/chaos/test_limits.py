@@ -129,9 +129,8 @@ def test_price_that_rose(cluster: ProcessCluster) -> None:
     for _ in range(2):
         assert len(split_by_status(shop.submit(1))[0]) == 1
         shop.finish_tasks()
-    httpx2.put(
-        f"{gateways.upstream.url}/_control/behaviour", json={"seconds": 0, "prices": {"face": 5}}
-    ).raise_for_status()
+    behaviour = {"seconds": 0, "prices": {"face": 5}}
+    httpx2.put(f"{cluster.upstream.url}/_control/behaviour", json=behaviour).raise_for_status()
     assert len(split_by_status(shop.submit(60))[0]) == 1
     month = shop.finish_tasks().windows[Window.MONTH]
     assert (month.money_fen, month.money_reserved_fen, month.overrun_fen) == (600, 0, 400)

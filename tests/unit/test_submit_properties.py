@@ -56,7 +56,7 @@ policies = st.builds(
     TenantPolicy,
     limits=st.lists(
         st.builds(
-            Limit, st.sampled_from(Window), tasks=st.none() | st.integers(0, 4), money=st.sampled_from([None, 100])
+            Limit, st.sampled_from(Window), tasks=st.none() | st.integers(0, 4), money_fen=st.sampled_from([None, 100])
         ),
         max_size=2,
         unique_by=lambda item: item.window,
