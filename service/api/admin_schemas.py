@@ -153,8 +153,6 @@ _MAX_YUAN = 10**10
 MAX_TIMESTAMP = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 Count = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
 YuanInput = Annotated[float, Meta(ge=0, le=_MAX_YUAN, description="Yuan, with at most two decimals.")]
-
-
 _BaseUrl = Annotated[str, Meta(max_length=512, description="Of the upstream, if not the default one.")]
 
 

@@ -76,10 +76,7 @@ _OTHER_FORMATS = (
     (re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<svg|<\?xml|<!doctype|<html)", re.IGNORECASE), "SVG, XML or HTML"),
 )
 _UNKNOWN_FORMAT = "The file's type is not known"
-
-
 # PNG: a signature, then chunks of length, type, content and checksum, from IHDR to IEND.
-
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNK = Layout(">I4s")
 _PNG_HEADER = Layout(">I4sIIBBBBBI")
@@ -396,7 +393,6 @@ _ALLOWED_TYPES: Mapping[ArtifactName, frozenset[str]] = {
     ArtifactName.GRID: _BITMAPS,
     ArtifactName.VECTOR: frozenset({SVG}),
 }
-
 
 # Blanks, declarations and comments in any number, then the root. No backtracking, which could take exponential time.
 _SVG_START = re.compile(

@@ -212,7 +212,6 @@ def upscale(image: MatLike, options: Options) -> MatLike:
 _MAX_VECTOR_PIXELS: Final = 1_000_000
 _SAMPLE_PIXELS: Final = 20_000
 
-
 # vtracer holds the interpreter's lock while it works, so it runs in a process of its own. The colours are flat already:
 # all of their bits are kept apart, and no neighbours are merged.
 _TRACE_PROGRAM = """

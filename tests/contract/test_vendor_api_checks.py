@@ -30,8 +30,6 @@ words = st.sampled_from(
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts | words
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3))
 answers = st.dictionaries(names, values) | values
-
-
 BASE = "https://api.example/v/api/check_task_status"
 
 
