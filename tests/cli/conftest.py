@@ -51,10 +51,10 @@ async def shell() -> AsyncIterator[Shell]:
     """Yield a shell whose environment leads to a running gateway."""
     # What the gateway logs would else be mixed into what the command prints: they share a process here.
     with structlog.testing.capture_logs():
-        async with run_fake_gateway() as (house, _, _):
-            address = urlsplit(house.ops_url)
+        async with run_fake_gateway() as (gateway, _, _):
+            address = urlsplit(gateway.ops_url)
             yield Shell(
-                house,
+                gateway,
                 {
                     "GATEWAY_OPS_HOST": str(address.hostname),
                     "GATEWAY_OPS_PORT": str(address.port),

@@ -63,15 +63,15 @@ async def test_key_from_a_terminal(shell: Shell) -> None:
     )
     os.close(theirs)
     try:
-        seen = await asyncio.to_thread(_read_until, ours, b"The user_key of new: ")
+        output = await asyncio.to_thread(_read_until, ours, b"The user_key of new: ")
         os.write(ours, b"key-of-a-person\n")
         printed, _ = await process.communicate()
-        seen += await asyncio.to_thread(_read_rest, ours)
+        output += await asyncio.to_thread(_read_rest, ours)
     finally:
         os.close(ours)
     assert process.returncode == 0
     assert stored_user_key(shell, "new") == "key-of-a-person"
-    assert b"key-of-a-person" not in seen + printed
+    assert b"key-of-a-person" not in output + printed
 
 
 async def test_declined_prompt(shell: Shell) -> None:
@@ -82,7 +82,7 @@ async def test_declined_prompt(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("--user-key-env", "NOBODY_SET_IT"), "there is no environment variable NOBODY_SET_IT"),
         (("--user-key-file", "/dev/null"), "must be a file with a key"),
@@ -96,11 +96,11 @@ async def test_declined_prompt(shell: Shell) -> None:
         (("--max-price", "enlarge=1"), "must begin with a kind of task"),
     ],
 )
-async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
+async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], message: str) -> None:
     """Usage errors are reported without a request."""
     before = shell.gateway.services.registry.current.version
     result = await shell.run("account", "set", "main", *arguments, code=2)
-    assert says in result.stderr
+    assert message in result.stderr
     assert shell.gateway.services.registry.current.version == before
 
 
@@ -162,18 +162,18 @@ async def test_delete(shell: Shell) -> None:
 
 def _read_until(terminal: int, words: bytes) -> bytes:
     """Read a terminal until these words appear."""
-    seen = b""
-    while words not in seen:
-        seen += os.read(terminal, 1_000)
-    return seen
+    output = b""
+    while words not in output:
+        output += os.read(terminal, 1_000)
+    return output
 
 
 def _read_rest(terminal: int) -> bytes:
     """Read a terminal to its end."""
-    seen = b""
+    output = b""
     try:
         while part := os.read(terminal, 1_000):
-            seen += part
-    except OSError:  # so Linux says that the other end was closed
+            output += part
+    except OSError:  # on Linux: the other end was closed
         pass
-    return seen
+    return output

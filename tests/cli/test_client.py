@@ -37,8 +37,8 @@ def http_response(status: str, body: bytes, media_type: str = "text/html") -> by
 
 
 UNEXPECTED_RESPONSES = {
-    "says nothing": b"",
-    "hangs up half-way": http_response("200 OK", b"{}")[:-1],
+    "empty response": b"",
+    "incomplete response": http_response("200 OK", b"{}")[:-1],
     "speaks another protocol": b"220 mail.example ESMTP\r\n",
     "has a page": http_response("200 OK", b"<html>"),
     "has other JSON": http_response("200 OK", b'{"items": 5}', "application/json"),
@@ -81,7 +81,7 @@ async def test_no_gateway(shell: Shell) -> None:
     assert line.endswith("Start it, or use --url for its operators' port.")
 
 
-@pytest.mark.parametrize("kind", ["says nothing", "hangs up half-way"])
+@pytest.mark.parametrize("kind", ["empty response", "incomplete response"])
 async def test_change_without_response(shell: Shell, kind: str) -> None:
     """A change without a response is reported as possibly made."""
     async with run_raw_server(UNEXPECTED_RESPONSES[kind]) as url:
@@ -182,8 +182,8 @@ async def test_process(shell: Shell) -> None:
         stderr=subprocess.PIPE,
         env=shell.environ,
     )
-    printed, said = await process.communicate()
-    assert (process.returncode, printed, said.count(b"\n")) == (1, b"", 1)
+    printed, errors = await process.communicate()
+    assert (process.returncode, printed, errors.count(b"\n")) == (1, b"", 1)
 
 
 def test_help_is_fast() -> None:
@@ -196,6 +196,6 @@ def test_help_is_fast() -> None:
     )
     for arguments, imported in (["--help"], []), (["account", "--help"], ["httpx2", "msgspec", "service.settings"]):
         done = subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
-        output, found = json.loads(done.stdout)
+        output, modules = json.loads(done.stdout)
         assert "account" in output
-        assert found == imported
+        assert modules == imported

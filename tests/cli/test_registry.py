@@ -32,11 +32,11 @@ def append_text(file: Path, text: str) -> None:
 async def test_export(shell: Shell, file: Path) -> None:
     """The output is the registry as TOML with an explanatory head and without secrets."""
     await shell.gateway.put_tenant(limits=[{"window": "day", "tasks": 5, "money": 1.5}], kinds=[])
-    found = await export_registry(shell, file)
+    result = await export_registry(shell, file)
     assert file.read_text().startswith("# The registry of an Imaging Gateway.")
-    assert found["tenants"]["shop"]["limits"] == [{"window": "day", "tasks": 5, "money": 1.5}]
-    assert found["tenants"]["shop"]["kinds"] == []
-    assert list(found["tenants"]["shop"]["tokens"]) == list(shell.gateway.services.registry.current.tokens)
+    assert result["tenants"]["shop"]["limits"] == [{"window": "day", "tasks": 5, "money": 1.5}]
+    assert result["tenants"]["shop"]["kinds"] == []
+    assert list(result["tenants"]["shop"]["tokens"]) == list(shell.gateway.services.registry.current.tokens)
     assert shell.gateway.token not in file.read_text()
     assert USER_KEY not in file.read_text()
     assert await shell.run_json("export") == await shell.get_admin("/registry")
@@ -71,14 +71,14 @@ async def test_apply(shell: Shell, file: Path) -> None:
     token = next(iter(shell.gateway.services.registry.current.tokens))
     kept = "Not in the file, and kept without --prune: accounts.main, tenants.shop"
     printed = (await shell.run("apply", str(file))).stdout.splitlines()
-    assert printed == [*(f"+ {each}" for each in shown), kept, "Applied 2 differences."]
+    assert printed == [*(f"+ {entry}" for entry in shown), kept, "Applied 2 differences."]
     assert stored_user_key(shell, "press") == "key-of-press"
     assert token in shell.gateway.services.registry.current.tokens
     assert (await shell.run("apply", str(file))).stdout.splitlines() == [kept, UNCHANGED.strip()]
-    applied, found = tomllib.loads(file.read_text()), await export_registry(shell, file)
+    applied, result = tomllib.loads(file.read_text()), await export_registry(shell, file)
     for section in ("accounts", "tenants"):
-        for name, each in applied[section].items():
-            assert each.items() <= found[section][name].items()
+        for name, item in applied[section].items():
+            assert item.items() <= result[section][name].items()
 
 
 async def test_dry_run(shell: Shell, file: Path) -> None:
@@ -97,9 +97,9 @@ async def test_dry_run(shell: Shell, file: Path) -> None:
         "~ accounts.main.user_key: the secret is changed",
     ]
     assert shell.gateway.services.registry.current.version == version
-    found = await shell.run("apply", str(file), "--dry-run", "--json", code=2)
-    assert '"applied": false' in found.stdout
-    assert "another-key" not in found.output
+    result = await shell.run("apply", str(file), "--dry-run", "--json", code=2)
+    assert '"applied": false' in result.stdout
+    assert "another-key" not in result.output
 
 
 async def test_prune(shell: Shell, file: Path) -> None:
@@ -110,7 +110,7 @@ async def test_prune(shell: Shell, file: Path) -> None:
     refused = await shell.run("apply", str(file), "--prune", code=1)
     assert refused.stderr.startswith("Conflict: 1 submissions of accounts.main have not ended")
     lines = (await shell.run("apply", str(file), "--prune", "--force")).stdout.splitlines()
-    assert any(each.startswith("- tenants.shop.tokens.") for each in lines)
+    assert any(line.startswith("- tenants.shop.tokens.") for line in lines)
     assert '- tenants.shop.accounts = ["main"]' in lines
     assert (await shell.run("apply", str(file))).stdout == UNCHANGED
     assert shell.gateway.services.registry.current.accounts == {}

@@ -93,9 +93,9 @@ async def open_deployment(valkey: Valkey, folder: Path) -> AsyncIterator[Deploym
     config = SandboxConfig(accounts={USER_KEY: AccountBalance(count=10, money=0)}, seconds=0)
     with structlog.testing.capture_logs():
         async with open_sandbox(config) as sandbox:
-            found = Deployment(valkey, sandbox.url, SandboxUpstreamControl(sandbox.control), folder)
-            await found.delete_keys()
-            yield found
+            deployment = Deployment(valkey, sandbox.url, SandboxUpstreamControl(sandbox.control), folder)
+            await deployment.delete_keys()
+            yield deployment
 
 
 async def create_tenants(deployment: Deployment, shell: Shell) -> dict[str, str]:
@@ -109,16 +109,16 @@ async def create_tenants(deployment: Deployment, shell: Shell) -> dict[str, str]
 
 async def test_everything_lost(valkey: Valkey, tmp_path: Path) -> None:
     """The file restores tokens and the ownership of tasks; usage is counted per tenant again."""
-    async with open_deployment(valkey, tmp_path) as found:
-        async with found.run_process() as shell:
-            tokens = await create_tenants(found, shell)
+    async with open_deployment(valkey, tmp_path) as deployment:
+        async with deployment.run_process() as shell:
+            tokens = await create_tenants(deployment, shell)
             task = (await shell.gateway.submit(token=tokens["shop"])).json()
             await shell.gateway.upstream.wait_until_idle()
-        await found.delete_keys()
-        async with found.run_process() as shell:
+        await deployment.delete_keys()
+        async with deployment.run_process() as shell:
             expect_problem(await shell.gateway.call("GET", "/v1/quota", token=tokens["shop"]), 401, "unauthenticated")
-            assert "Applied" in await found.apply_file(shell)
-            assert (await shell.run("export")).stdout == found.file.read_text()
+            assert "Applied" in await deployment.apply_file(shell)
+            assert (await shell.run("export")).stdout == deployment.file.read_text()
             read = await shell.gateway.call("GET", task["links"]["self"], token=tokens["shop"])
             assert (read.status_code, read.json()["state"]) == (200, "succeeded")
             foreign = await shell.gateway.call("GET", task["links"]["self"], token=tokens["press"])
@@ -127,27 +127,27 @@ async def test_everything_lost(valkey: Valkey, tmp_path: Path) -> None:
                 assert (await shell.gateway.submit(token=tokens["press"])).status_code == 201
             assert (await shell.gateway.submit(token=tokens["shop"])).status_code == 201
             spent = (await read_all_usage(shell.gateway, "interval=total&group_by=tenant"))["items"]
-            assert {each["tenant"]: each["charged"]["tasks"] for each in spent} == {"shop": 2, "press": 3}, (
+            assert {item["tenant"]: item["charged"]["tasks"] for item in spent} == {"shop": 2, "press": 3}, (
                 "of shop the task that was read counts again, and the one since"
             )
-            made = await shell.gateway.call_admin("PUT", "/tenants/late", json={"accounts": ["main"]})
-            assert made.status_code == 200
+            created = await shell.gateway.call_admin("PUT", "/tenants/late", json={"accounts": ["main"]})
+            assert created.status_code == 200
             known = shell.gateway.services.registry.current
             assert known.tenants["late"].id > max(known.tenants["shop"].id, known.tenants["press"].id)
 
 
 async def test_registry_lost(valkey: Valkey, tmp_path: Path) -> None:
     """Usage and limits continue under the same tenants when only the registry was lost."""
-    async with open_deployment(valkey, tmp_path) as found:
-        async with found.run_process() as shell:
-            tokens = await create_tenants(found, shell)
+    async with open_deployment(valkey, tmp_path) as deployment:
+        async with deployment.run_process() as shell:
+            tokens = await create_tenants(deployment, shell)
             await shell.gateway.submit(token=tokens["shop"])
             spent = await read_all_usage(shell.gateway)
             left = (await shell.gateway.call("GET", "/v1/quota", token=tokens["shop"])).json()
-        await found.delete_keys(Keys("gw").registry)
-        async with found.run_process() as shell:
-            await found.apply_file(shell)
+        await deployment.delete_keys(Keys("gw").registry)
+        async with deployment.run_process() as shell:
+            await deployment.apply_file(shell)
             assert await read_all_usage(shell.gateway) == spent
-            assert [each["tenant"] for each in spent["items"]] == ["shop"]
+            assert [item["tenant"] for item in spent["items"]] == ["shop"]
             assert (await shell.gateway.call("GET", "/v1/quota", token=tokens["shop"])).json() == left
-            assert "nothing to change" in await found.apply_file(shell)
+            assert "nothing to change" in await deployment.apply_file(shell)

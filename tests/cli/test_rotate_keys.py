@@ -26,7 +26,7 @@ URL = "https://hooks.example/"
 @pytest.fixture(autouse=True)
 def old_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """Add an old secret key behind the first one."""
-    both = ",".join(base64.b64encode(each).decode() for each in (SECRET_KEY, OLD_KEY))
+    both = ",".join(base64.b64encode(item).decode() for item in (SECRET_KEY, OLD_KEY))
     monkeypatch.setitem(ENVIRONMENT, "GATEWAY_SECRET_KEYS", both)
 
 
@@ -74,7 +74,7 @@ async def test_rotation(shell: Shell) -> None:
     )
     assert decrypt_with_new_key(shell) == (USER_KEY.encode(), b"secret", b"former")
     assert (await shell.run("export")).stdout == before
-    assert [each["event"] for each in logged if each["event"].startswith("registry.")] == ["registry.reencrypted"]
+    assert [item["event"] for item in logged if item["event"].startswith("registry.")] == ["registry.reencrypted"]
 
 
 async def test_second_run(shell: Shell) -> None:

@@ -38,7 +38,7 @@ async def test_put_replaces(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ((), "--account is required"),
         (("--account", "main", "--limit", "week:tasks=1"), "must begin with a window"),
@@ -51,10 +51,10 @@ async def test_put_replaces(shell: Shell) -> None:
         (("--account", "main", "--spending-mode", "all"), "must be count_only or count_then_money"),
     ],
 )
-async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
+async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], message: str) -> None:
     """Usage errors are reported without a request."""
     before = shell.gateway.services.registry.current.version
-    assert says in (await shell.run("tenant", "set", "shop", *arguments, code=2)).stderr
+    assert message in (await shell.run("tenant", "set", "shop", *arguments, code=2)).stderr
     assert shell.gateway.services.registry.current.version == before
 
 
@@ -77,7 +77,7 @@ async def test_show(shell: Shell) -> None:
     await shell.run("tenant", "set", "shop", "--account", "main", "--max-active", "3")
     shown = (await shell.run("tenant", "show", "shop")).stdout
     (token,) = (await shell.get_admin("/tenants/shop"))["tokens"]
-    assert all(each in shown for each in ("max-active", token["id"], "kinds:          all\n"))
+    assert all(item in shown for item in ("max-active", token["id"], "kinds:          all\n"))
 
 
 async def test_delete(shell: Shell) -> None:

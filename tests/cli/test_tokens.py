@@ -16,21 +16,21 @@ async def test_create(shell: Shell) -> None:
     result = await shell.run("token", "create", "shop", "--label", "生产")
     token = result.stdout.removesuffix("\n")
     assert await is_accepted(shell, token)
-    (made,) = [each for each in (await shell.get_admin("/tenants/shop"))["tokens"] if each["label"] == "生产"]
-    assert result.stderr == f"Token {made['id']} of shop, valid until it is revoked. It is not shown again.\n"
+    (created,) = [item for item in (await shell.get_admin("/tenants/shop"))["tokens"] if item["label"] == "生产"]
+    assert result.stderr == f"Token {created['id']} of shop, valid until it is revoked. It is not shown again.\n"
 
 
 async def test_create_with_expiry(shell: Shell) -> None:
     """The expiry is a duration or a time in any time zone."""
-    made = await shell.run_json("token", "create", "shop", "--expires-in", "90d")
-    left = datetime.fromisoformat(made["expires_at"]) - datetime.now(UTC)
+    created = await shell.run_json("token", "create", "shop", "--expires-in", "90d")
+    left = datetime.fromisoformat(created["expires_at"]) - datetime.now(UTC)
     assert timedelta(days=90) - timedelta(minutes=1) < left <= timedelta(days=90)
     result = await shell.run("token", "create", "shop", "--expires-at", "2999-12-31T23:30:00+08:00")
     assert "valid until 2999-12-31T15:30:00Z." in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("--expires-in", "soon"), "must be a duration"),
         (("--expires-in", "1.5d"), "must be a duration"),
@@ -42,10 +42,10 @@ async def test_create_with_expiry(shell: Shell) -> None:
         (("--expires-at", "2999-01-01T00:00:00Z", "--expires-in", "1d"), "Use --expires-at or --expires-in"),
     ],
 )
-async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
+async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], message: str) -> None:
     """Usage errors are reported without a request."""
     before = shell.gateway.services.registry.current.version
-    assert says in (await shell.run("token", "create", "shop", *arguments, code=2)).stderr
+    assert message in (await shell.run("token", "create", "shop", *arguments, code=2)).stderr
     assert shell.gateway.services.registry.current.version == before
 
 
@@ -54,8 +54,8 @@ async def test_list(shell: Shell) -> None:
     await shell.run("token", "create", "shop", "--label", "two\nlines \x1b[31mred", "--expires-at", "2999-01-01T00:00Z")
     stored = (await shell.get_admin("/tenants/shop"))["tokens"]
     lines = {line[0]: line for line in await shell.run_table("token", "list", "shop")}
-    assert lines.keys() == {"TOKEN", *(each["id"] for each in stored)}
-    (labelled,) = (each for each in stored if each["label"])
+    assert lines.keys() == {"TOKEN", *(item["id"] for item in stored)}
+    (labelled,) = (item for item in stored if item["label"])
     line = lines[labelled["id"]]
     assert (line[1], line[3]) == ("two lines [31mred", "2999-01-01T00:00:00Z")
     assert await shell.run_json("token", "list", "shop") == {"items": stored}

@@ -10,10 +10,10 @@ from tests.cli.conftest import Shell
 
 async def create_usage(shell: Shell) -> tuple[dict[str, Any], str]:
     """Create a finished task and a submission of unknown outcome."""
-    house = shell.gateway
-    task = await house.wait_for_task((await house.submit()).json()["id"])
-    await house.upstream.lose_next_response()
-    return task, (await house.submit("vectorize")).json()["submission_id"]
+    gateway = shell.gateway
+    task = await gateway.wait_for_task((await gateway.submit()).json()["id"])
+    await gateway.upstream.lose_next_response()
+    return task, (await gateway.submit("vectorize")).json()["submission_id"]
 
 
 async def test_usage(shell: Shell) -> None:
@@ -38,7 +38,7 @@ async def test_usage_options(shell: Shell) -> None:
     )
     query = "from=2026-09-20&to=2026-09-21&interval=month&group_by=tenant&tenant=shop"
     assert shown == await shell.get_admin(f"/usage?{query}")
-    assert [(each["period"], each["tenant"], each["kind"]) for each in shown["items"]] == [("2026-09", "shop", None)]
+    assert [(item["period"], item["tenant"], item["kind"]) for item in shown["items"]] == [("2026-09", "shop", None)]
 
 
 async def test_usage_as_csv(shell: Shell) -> None:
@@ -91,8 +91,8 @@ async def test_refund_of_a_task(shell: Shell) -> None:
 async def test_refund_of_a_submission(shell: Shell) -> None:
     """A submission of unknown outcome is refunded by its id."""
     _, unknown = await create_usage(shell)
-    shown = await shell.run_json("refund", "--submission", unknown, "--reason", "nobody knows")
-    assert shown["refund"]["reason"] == "nobody knows"
+    shown = await shell.run_json("refund", "--submission", unknown, "--reason", "outcome unknown")
+    assert shown["refund"]["reason"] == "outcome unknown"
     assert shown == await shell.get_admin(f"/submissions/{unknown}") == await shell.run_json("submission", unknown)
     assert dict(await shell.run_table("submission", unknown))["balance suggests:"] == "cannot-tell"
 
@@ -110,7 +110,7 @@ async def test_free_submission(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("usage", "--csv", "--json"), "Use --csv or --json, not both."),
         (("usage", "--interval", "week"), "must be day or month or total"),
@@ -120,22 +120,22 @@ async def test_free_submission(shell: Shell) -> None:
         (("submission",), "ID is required"),
     ],
 )
-async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
+async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], message: str) -> None:
     """Usage errors are reported without a request."""
-    assert says in (await shell.run(*arguments, code=2)).stderr
+    assert message in (await shell.run(*arguments, code=2)).stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("usage", "--from", "yesterday"), "Invalid options:\n  from: must be a day such as 2026-01-31\n"),
-        (("usage", "--tenant", "nobody", "--csv"), "Invalid options:\n  tenant: there is and was no tenant"),
+        (("usage", "--tenant", "unknown", "--csv"), "Invalid options:\n  tenant: there is and was no tenant"),
         (("submission", "f" * 32), "Not found: There is no such submission.\n"),
         (("refund", "--task", "task_x", "--reason", "x"), "Not found: There is no such task.\n"),
         (("refund", "--submission", "../x", "--reason", "x"), "Not found: There is no such submission.\n"),
         (("refund", "--submission", "x", "--reason", " "), "Invalid options:\n  reason: must not be blank\n"),
     ],
 )
-async def test_refused(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
+async def test_refused(shell: Shell, arguments: tuple[str, ...], message: str) -> None:
     """The gateway's error detail is printed."""
-    assert says in (await shell.run(*arguments, code=1)).stderr
+    assert message in (await shell.run(*arguments, code=1)).stderr

@@ -16,8 +16,8 @@ SET_TENANT = ("tenant", "set", "shop", "--account", "main")
 
 @pytest.fixture
 async def receiver() -> AsyncIterator[WebhookReceiver]:
-    async with run_receiver() as found:
-        yield found
+    async with run_receiver() as running:
+        yield running
 
 
 async def finish_task(shell: Shell) -> None:
@@ -44,14 +44,14 @@ async def test_generated_secret(shell: Shell, receiver: WebhookReceiver) -> None
     """A generated secret is printed once."""
     hook = ("--webhook-url", receiver.url, "--webhook-allow", "127.0.0.0/8")
     printed = (await shell.run(*SET_TENANT, *hook)).stdout
-    made = re.search(r"whsec_\S+", printed)
-    assert made
+    match = re.search(r"whsec_\S+", printed)
+    assert match
     assert (
         "whsec_"
         not in (await shell.run(*SET_TENANT, *hook)).stdout + (await shell.run("tenant", "show", "shop")).stdout
     )
     await finish_task(shell)
-    assert receiver.requests[0].is_signed_with(made[0])
+    assert receiver.requests[0].is_signed_with(match[0])
 
 
 async def test_rotation(shell: Shell, receiver: WebhookReceiver) -> None:
@@ -81,13 +81,13 @@ async def test_failed(shell: Shell, receiver: WebhookReceiver) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("--webhook-allow", "hooks.test"), "need a --webhook-url"),
         (("--webhook-secret-file", "-"), "need a --webhook-url"),
         (("--webhook-url", "https://hooks.test/", "--webhook-secret-file", "-"), "must be a file with a key"),
     ],
 )
-async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], says: str) -> None:
+async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], message: str) -> None:
     """Usage errors are reported without a request."""
-    assert says in (await shell.run(*SET_TENANT, *arguments, code=2)).stderr
+    assert message in (await shell.run(*SET_TENANT, *arguments, code=2)).stderr

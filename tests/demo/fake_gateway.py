@@ -85,10 +85,10 @@ class FakeGateway:
 
     def _read_task(self) -> Any:
         @get("/v1/tasks/{task_id:str}")
-        async def look(request: Request[Any, Any, Any], task_id: FromPath[str]) -> Response[Any]:
-            return self._problem_for("look", request) or self._task(task_id.removeprefix("task_"), 200)
+        async def read(request: Request[Any, Any, Any], task_id: FromPath[str]) -> Response[Any]:
+            return self._problem_for("read", request) or self._task(task_id.removeprefix("task_"), 200)
 
-        return look
+        return read
 
     def _artifact(self) -> Any:
         @get("/v1/tasks/{task_id:str}/artifacts/{name:str}")

@@ -22,25 +22,25 @@ def good_results() -> dict[str, dict[str, Body]]:
 
 @cache
 def _make_results() -> dict[str, dict[str, Body]]:
-    sent = {job.kind: Image.open(io.BytesIO(job.read_image())).convert("RGB") for job in JOBS}
-    photo, texture = sent["upscale"], sent["seamless"]
+    images = {job.kind: Image.open(io.BytesIO(job.read_image())).convert("RGB") for job in JOBS}
+    photo, texture = images["upscale"], images["seamless"]
     tile = tile_mirrored(texture.resize((128, 128)))
     return {
         "upscale": {"image": encode_image(photo.resize((photo.width * 2, photo.height * 2)), "PNG")},
         "vectorize": {"vector": ("image/svg+xml; charset=utf-8", SVG)},
-        "face-enhance": {"image": encode_image(sent["face-enhance"].filter(ImageFilter.MedianFilter(3)), "JPEG")},
+        "face-enhance": {"image": encode_image(images["face-enhance"].filter(ImageFilter.MedianFilter(3)), "JPEG")},
         "seamless": {"image": encode_image(tile, "PNG"), "grid": encode_image(tile_mirrored(tile), "WEBP")},
     }
 
 
 def tile_mirrored(image: Image.Image) -> Image.Image:
     """Tile the image with its reflections, so that opposite edges match."""
-    whole = Image.new(image.mode, (image.width * 2, image.height * 2))
+    tiled = Image.new(image.mode, (image.width * 2, image.height * 2))
     flipped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for x, part in ((0, image), (image.width, flipped)):
-        whole.paste(part, (x, 0))
-        whole.paste(part.transpose(Image.Transpose.FLIP_TOP_BOTTOM), (x, image.height))
-    return whole
+        tiled.paste(part, (x, 0))
+        tiled.paste(part.transpose(Image.Transpose.FLIP_TOP_BOTTOM), (x, image.height))
+    return tiled
 
 
 def encode_image(image: Image.Image, form: str) -> Body:

@@ -68,7 +68,7 @@ async def test_control_characters(gateway: FakeGateway) -> None:
     ids=["no state", "a name that leaves the folder", "an address that leaves the gateway", "another such address"],
 )
 async def test_not_a_task(gateway: FakeGateway, answer: object) -> None:
-    gateway.problems["look"] = Response(answer)
+    gateway.problems["read"] = Response(answer)
     async with open_client(gateway.address, TOKEN, 5) as client:
         with pytest.raises(GatewayError, match="The response is not a task: "):
             await client.get_task("task_1")

@@ -91,8 +91,8 @@ async def test_poll_interval(gateway: FakeGateway, tmp_path: Path) -> None:
     """Polls follow `Retry-After`."""
     gateway.retry_after = "1"
     await run_and_capture(make_options(gateway, tmp_path))
-    looks = gateway.polls["upscale"]
-    assert [later - sooner >= 0.99 for sooner, later in pairwise(looks)] == [True, True]
+    polls = gateway.polls["upscale"]
+    assert [later - sooner >= 0.99 for sooner, later in pairwise(polls)] == [True, True]
 
 
 async def test_terminal(gateway: FakeGateway, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ async def test_unauthenticated(gateway: FakeGateway, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "title", "detail"),
     [
-        (402, "Balance exhausted", "The account is looked at again in 60 s."),
+        (402, "Balance exhausted", "The account is checked again in 60 s."),
         (429, "Quota exceeded", "The day's quota is used up."),
     ],
 )
@@ -198,7 +198,7 @@ async def test_broken_connection(tmp_path: Path) -> None:
 
 async def test_lost_while_running(gateway: FakeGateway, tmp_path: Path) -> None:
     """A task that can no longer be read keeps its last state."""
-    gateway.problems["look"] = problem_response(503, "Overloaded", "Come back later.")
+    gateway.problems["read"] = problem_response(503, "Overloaded", "Come back later.")
     code, lines = await run_and_capture(make_options(gateway, tmp_path))
     assert code == 1
     assert "seamless      queued      0.0  ?" in lines
@@ -245,7 +245,7 @@ async def test_interrupted(gateway: FakeGateway, tmp_path: Path) -> None:
     chosen = make_options(gateway, tmp_path)
     running = asyncio.create_task(run_demo(chosen))
     fetched = "/v1/tasks/task_vectorize/artifacts/vector"
-    await gateway.wait_until(lambda: sum(len(looks) > 1 for looks in gateway.polls.values()) == 3)
+    await gateway.wait_until(lambda: sum(len(polls) > 1 for polls in gateway.polls.values()) == 3)
     await gateway.wait_until(lambda: fetched in gateway.tokens)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):

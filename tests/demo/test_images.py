@@ -27,8 +27,8 @@ def test_small(job: Job) -> None:
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.kind)
 def test_origin(job: Job) -> None:
     """Every image has its origin and licence documented."""
-    told = (IMAGES / "IMAGES.md").read_text(encoding="utf-8")
-    lines = [line for line in told.splitlines() if line.startswith(f"| `{job.image_name}`")]
+    text = (IMAGES / "IMAGES.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith(f"| `{job.image_name}`")]
     assert [f"`{job.kind}`" in line and ("CC0" in line or "public domain" in line) for line in lines] == [True]
 
 

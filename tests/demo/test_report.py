@@ -39,8 +39,8 @@ def render_terminal(written: str) -> list[str]:
     """Render output on a terminal that supports cursor-up and clear-below."""
     lines = [""]
     for chunk in written.replace("\x1b[J", "").split("\x1b["):
-        up, found, rest = chunk.partition("F")
-        moved = bool(found) and up.isdecimal()
+        up, final, rest = chunk.partition("F")
+        moved = bool(final) and up.isdecimal()
         if moved:
             lines = [*lines[: len(lines) - 1 - int(up)], ""]
         first, *others = (rest if moved else chunk).split("\n")

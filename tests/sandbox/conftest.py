@@ -20,6 +20,6 @@ async def sandbox() -> AsyncIterator[RunningSandbox]:
 
 
 @pytest.fixture
-async def caller(sandbox: RunningSandbox) -> AsyncIterator[SandboxClient]:
-    async with open_client(sandbox.url) as caller:
-        yield caller
+async def client(sandbox: RunningSandbox) -> AsyncIterator[SandboxClient]:
+    async with open_client(sandbox.url) as client:
+        yield client

@@ -33,10 +33,10 @@ def png_claiming_size(width: int, height: int) -> bytes:
 
 def draw_logo() -> MatLike:
     """Draw three flat colours: a disc and a bar on white."""
-    picture = np.full((240, 320, 3), WHITE, np.uint8)
-    cv2.circle(picture, (110, 120), 80, RED[::-1], -1, cv2.LINE_AA)
-    cv2.rectangle(picture, (200, 60), (290, 180), BLUE[::-1], -1)
-    return picture
+    image = np.full((240, 320, 3), WHITE, np.uint8)
+    cv2.circle(image, (110, 120), 80, RED[::-1], -1, cv2.LINE_AA)
+    cv2.rectangle(image, (200, 60), (290, 180), BLUE[::-1], -1)
+    return image
 
 
 def draw_scene(height: int = 240, width: int = 320) -> MatLike:
@@ -50,12 +50,12 @@ def draw_scene(height: int = 240, width: int = 320) -> MatLike:
 
 def draw_face(size: int = 360) -> MatLike:
     """Draw a face in even light on a plain wall, with grain."""
-    picture = np.full((size, size, 3), (150, 140, 120), np.uint8)
+    image = np.full((size, size, 3), (150, 140, 120), np.uint8)
     scale = size / 360
 
     def ellipse(x: float, y: float, wide: float, high: float, colour: tuple[int, int, int]) -> None:
         centre, axes = (round(x * scale), round(y * scale)), (round(wide * scale), round(high * scale))
-        cv2.ellipse(picture, centre, axes, 0, 0, 360, colour, -1, cv2.LINE_AA)
+        cv2.ellipse(image, centre, axes, 0, 0, 360, colour, -1, cv2.LINE_AA)
 
     ellipse(180, 165, 105, 135, (40, 50, 70))
     ellipse(180, 190, 88, 118, (150, 180, 225))
@@ -72,7 +72,7 @@ def draw_face(size: int = 360) -> MatLike:
     ellipse(220, 225, 20, 22, (150, 178, 232))
     ellipse(180, 264, 34, 11, (80, 75, 160))
     ellipse(180, 262, 30, 2, (50, 45, 90))
-    soft = cv2.GaussianBlur(picture, (0, 0), 2.5 * scale)
+    soft = cv2.GaussianBlur(image, (0, 0), 2.5 * scale)
     grain = np.random.default_rng(1).normal(0, 5, soft.shape)
     grainy: MatLike = np.clip(soft + grain, 0, 255).astype(np.uint8)
     return grainy

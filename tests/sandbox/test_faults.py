@@ -72,7 +72,7 @@ async def test_hang_never_answers(
 @pytest.mark.parametrize("status", [200, 500, 502])
 async def test_page_is_html(
     sandbox: RunningSandbox,
-    caller: SandboxClient,
+    client: SandboxClient,
     status: int,
     when: When,
     outcome: RequestOutcome,
@@ -80,7 +80,7 @@ async def test_page_is_html(
 ) -> None:
     """A page is HTML with the status that was set."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="page", when=when, status=status),)))
-    response = await caller.submit()
+    response = await client.submit()
     assert response.status_code == status
     assert response.headers["content-type"].startswith("text/html")
     assert response.text.startswith("<html>")
@@ -100,10 +100,10 @@ async def test_cut_response_ends_early(sandbox: RunningSandbox) -> None:
     assert len(body) == announced // 2
 
 
-async def test_garbled_response_is_invalid_json(sandbox: RunningSandbox, caller: SandboxClient) -> None:
+async def test_garbled_response_is_invalid_json(sandbox: RunningSandbox, client: SandboxClient) -> None:
     """A garbled response has its full length and the JSON content type, and invalid JSON."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="garbled"),)))
-    response = await caller.submit()
+    response = await client.submit()
     assert response.headers["content-type"] == "application/json"
     with pytest.raises(msgspec.DecodeError):
         msgspec.json.decode(response.content)
@@ -126,62 +126,62 @@ async def test_garbled_response_is_invalid_json(sandbox: RunningSandbox, caller:
     ],
 )
 async def test_wrong_field(
-    sandbox: RunningSandbox, caller: SandboxClient, field: Field, wrong: FieldDefect, expected: object
+    sandbox: RunningSandbox, client: SandboxClient, field: Field, wrong: FieldDefect, expected: object
 ) -> None:
     """A field is altered as set; other fields stay correct."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(wrong={field: wrong}),)))
-    answer: dict[str, Any] = (await caller.submit()).json()
+    answer: dict[str, Any] = (await client.submit()).json()
     assert answer.pop(field, msgspec.UNSET) == expected
     assert answer.items() <= {
         "err_code": 0, "remaining_count": 2, "remaining_money": 10, "task_id": answer.get("task_id")
     }.items()  # fmt: skip
 
 
-async def test_numeric_task_id(sandbox: RunningSandbox, caller: SandboxClient) -> None:
+async def test_numeric_task_id(sandbox: RunningSandbox, client: SandboxClient) -> None:
     """A numeric task id has the value of its digits, exact even as a double."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(on="submit", wrong={"task_id": "int"}),)))
-    number = (await caller.submit()).json()["task_id"]
+    number = (await client.submit()).json()["task_id"]
     assert isinstance(number, int)
     await sandbox.control.wait_until_idle()
-    assert (await caller.check(str(int(float(number)))))["status"] == "Completed"
+    assert (await client.check(str(int(float(number)))))["status"] == "Completed"
 
 
-async def test_null_state(sandbox: RunningSandbox, caller: SandboxClient) -> None:
+async def test_null_state(sandbox: RunningSandbox, client: SandboxClient) -> None:
     await sandbox.control.set_behaviour(Behaviour(seconds=3600, faults=(Fault(on="check", wrong={"status": "null"}),)))
-    assert await caller.check(await caller.submit_accepted()) == {"err_code": 0, "status": None}
+    assert await client.check(await client.submit_accepted()) == {"err_code": 0, "status": None}
 
 
-async def test_refusal_with_any_message(sandbox: RunningSandbox, caller: SandboxClient) -> None:
-    task_id = await caller.submit_accepted()
+async def test_refusal_with_any_message(sandbox: RunningSandbox, client: SandboxClient) -> None:
+    task_id = await client.submit_accepted()
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(refuse="任务未找到或状态未知", times=1),)))
-    assert await caller.check(task_id) == {"err_code": 1, "err_msg": "任务未找到或状态未知"}
-    assert (await caller.check(task_id))["err_code"] == 0
+    assert await client.check(task_id) == {"err_code": 1, "err_msg": "任务未找到或状态未知"}
+    assert (await client.check(task_id))["err_code"] == 0
 
 
 @pytest.mark.parametrize("colon", [":", "："])
 async def test_rejection_with_any_reason(
-    sandbox: RunningSandbox, caller: SandboxClient, colon: Literal[":", "："]
+    sandbox: RunningSandbox, client: SandboxClient, colon: Literal[":", "："]
 ) -> None:
     """A submit can be rejected with any reason and either colon, uncharged."""
     await sandbox.control.set_behaviour(Behaviour(colon=colon, faults=(Fault(reject="图片内容违规"),)))
-    answer = (await caller.submit()).json()
+    answer = (await client.submit()).json()
     assert answer == {"err_code": 1, "err_msg": f"任务提交失败{colon}图片内容违规"}
     assert (await sandbox.control.list_accounts())["key"] == AccountBalance(3, 10)
 
 
-async def test_status_of_a_response(sandbox: RunningSandbox, caller: SandboxClient) -> None:
+async def test_status_of_a_response(sandbox: RunningSandbox, client: SandboxClient) -> None:
     """With only the HTTP status set, a response keeps its JSON."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(status=503),)))
-    response = await caller.submit()
+    response = await client.submit()
     assert response.status_code == 503
     assert response.json()["err_code"] == 0
 
 
-async def test_latency_outlasts_the_client(sandbox: RunningSandbox, caller: SandboxClient) -> None:
+async def test_latency_outlasts_the_client(sandbox: RunningSandbox, client: SandboxClient) -> None:
     """A slow request is carried out although its client has disconnected."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(latency=0.5),)))
     with pytest.raises(httpx2.ReadTimeout):
-        await caller.http.post(
+        await client.http.post(
             "/api/submit_seamless_task",
             data={"user_key": "key"},
             files={"input_image": images.plain_png()},

@@ -29,13 +29,13 @@ def run_operation(kind: Kind, options: Options, image: bytes, folder: Path) -> d
 
 
 def read_image(path: Path) -> MatLike:
-    picture = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    assert picture is not None
-    return picture
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    assert image is not None
+    return image
 
 
-def sharpness(picture: MatLike) -> float:
-    return float(cv2.Laplacian(cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY), cv2.CV_64F).var())
+def sharpness(image: MatLike) -> float:
+    return float(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.CV_64F).var())
 
 
 def edge_difference(first: MatLike, second: MatLike) -> float:
@@ -99,9 +99,9 @@ def test_vectorized_logo_keeps_shapes_and_colours(tmp_path: Path) -> None:
     paths = root.findall(PATH)
     assert (root.get("width"), root.get("height"), root.get("viewBox")) == ("320", "240", "0 0 320 240")
     assert 3 <= len(paths) <= 8
-    for wanted in (images.RED, images.WHITE, images.BLUE):
-        found = [bytes.fromhex(path.get("fill", "")[1:]) for path in paths]
-        assert any(max(abs(a - b) for a, b in zip(fill, wanted, strict=True)) < 12 for fill in found)
+    for colour in (images.RED, images.WHITE, images.BLUE):
+        fills = [bytes.fromhex(path.get("fill", "")[1:]) for path in paths]
+        assert any(max(abs(a - b) for a, b in zip(fill, colour, strict=True)) < 12 for fill in fills)
     preview = read_image(results["image.png"])
     assert preview.shape == (240, 320, 3)
     assert len(np.unique(preview.reshape(-1, 3), axis=0)) == 3
@@ -149,19 +149,17 @@ def test_grid_of_a_large_tile_is_bounded() -> None:
 
 def test_face_is_cleaned_and_sharpened() -> None:
     """A face gets smoother skin and sharper eyes; distant pixels stay unchanged."""
-    picture = np.full((600, 800, 3), (150, 140, 120), np.uint8)
-    picture[100:460, 200:560] = images.draw_face()
-    ((left, top, width, height),) = imaging.find_faces(picture)
+    image = np.full((600, 800, 3), (150, 140, 120), np.uint8)
+    image[100:460, 200:560] = images.draw_face()
+    ((left, top, width, height),) = imaging.find_faces(image)
     assert left < 380 < left + width
     assert top < 290 < top + height
-    restored = imaging.enhance_faces(picture)
+    restored = imaging.enhance_faces(image)
     cheek, eyes = (slice(315, 335), slice(325, 345)), (slice(255, 290), slice(320, 440))
-    assert restored[cheek].std(axis=(0, 1)).mean() < 0.8 * picture[cheek].std(axis=(0, 1)).mean()
-    assert sharpness(cv2.GaussianBlur(restored[eyes], (0, 0), 2)) > sharpness(
-        cv2.GaussianBlur(picture[eyes], (0, 0), 2)
-    )
-    assert np.array_equal(restored[:60], picture[:60])
-    assert np.array_equal(restored[:, :150], picture[:, :150])
+    assert restored[cheek].std(axis=(0, 1)).mean() < 0.8 * image[cheek].std(axis=(0, 1)).mean()
+    assert sharpness(cv2.GaussianBlur(restored[eyes], (0, 0), 2)) > sharpness(cv2.GaussianBlur(image[eyes], (0, 0), 2))
+    assert np.array_equal(restored[:60], image[:60])
+    assert np.array_equal(restored[:, :150], image[:, :150])
 
 
 def test_image_without_a_face_is_sharpened_a_little() -> None:
@@ -190,9 +188,9 @@ def test_single_pixel_is_accepted(tmp_path: Path, kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", ["upscale", "vector", "face", "seamless"])
 def test_transparency_is_kept(tmp_path: Path, kind: Kind) -> None:
-    picture = np.zeros((40, 40, 4), np.uint8)
-    picture[10:30, 10:30] = 255
-    alpha = read_image(run_operation(kind, Options(), images.encode_image(picture), tmp_path)["image.png"])[:, :, 3]
+    image = np.zeros((40, 40, 4), np.uint8)
+    image[10:30, 10:30] = 255
+    alpha = read_image(run_operation(kind, Options(), images.encode_image(image), tmp_path)["image.png"])[:, :, 3]
     assert (alpha.min(), alpha.max()) == (0, 255)
 
 

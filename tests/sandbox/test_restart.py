@@ -21,8 +21,8 @@ from tests.sandbox.client import SandboxClient, open_client
 @asynccontextmanager
 async def run_sandbox(folder: Path, seconds: float = 0) -> AsyncIterator[tuple[RunningSandbox, SandboxClient]]:
     config = SandboxConfig(folder=folder, accounts={"key": AccountBalance(3, 10)}, seconds=seconds)
-    async with open_sandbox(config) as sandbox, open_client(sandbox.url) as caller:
-        yield sandbox, caller
+    async with open_sandbox(config) as sandbox, open_client(sandbox.url) as client:
+        yield sandbox, client
 
 
 def make_task(number: int, state: State = "open") -> Task:
@@ -33,42 +33,42 @@ def make_task(number: int, state: State = "open") -> Task:
 
 async def test_finished_task_outlives_a_restart(tmp_path: Path) -> None:
     """A finished task, its results and the balance survive a restart."""
-    async with run_sandbox(tmp_path) as (sandbox, caller):
-        task_id = await caller.submit_accepted()
+    async with run_sandbox(tmp_path) as (sandbox, client):
+        task_id = await client.submit_accepted()
         await sandbox.control.wait_until_idle()
-        whole = (await caller.http.get((await caller.check(task_id))["grid_url"])).content
-    async with run_sandbox(tmp_path) as (_, caller):
-        answer = await caller.check(task_id)
+        content = (await client.http.get((await client.check(task_id))["grid_url"])).content
+    async with run_sandbox(tmp_path) as (_, client):
+        answer = await client.check(task_id)
         assert (answer["status"], answer["remaining_count"]) == ("Completed", 2)
-        assert (await caller.http.get(answer["grid_url"])).content == whole
+        assert (await client.http.get(answer["grid_url"])).content == content
 
 
 async def test_unfinished_task_is_resumed(tmp_path: Path) -> None:
     """A task interrupted by a restart ends after it, and is charged once."""
-    async with run_sandbox(tmp_path) as (sandbox, caller):
+    async with run_sandbox(tmp_path) as (sandbox, client):
         await sandbox.control.set_behaviour(Behaviour(seconds=0.3))
-        task_id = await caller.submit_accepted()
-    async with run_sandbox(tmp_path) as (sandbox, caller):
+        task_id = await client.submit_accepted()
+    async with run_sandbox(tmp_path) as (sandbox, client):
         await sandbox.control.wait_until_idle()
-        answer = await caller.check(task_id)
+        answer = await client.check(task_id)
         assert (answer["status"], answer["remaining_count"]) == ("Completed", 2)
 
 
 async def test_task_without_its_input_fails(tmp_path: Path) -> None:
-    async with run_sandbox(tmp_path, seconds=0.1) as (_, caller):
-        task_id = await caller.submit_accepted()
+    async with run_sandbox(tmp_path, seconds=0.1) as (_, client):
+        task_id = await client.submit_accepted()
     (tmp_path / "tasks" / task_id / "input").unlink()
-    async with run_sandbox(tmp_path) as (sandbox, caller):
+    async with run_sandbox(tmp_path) as (sandbox, client):
         await sandbox.control.wait_until_idle()
-        assert (await caller.check(task_id))["status"] == "Failed"
+        assert (await client.check(task_id))["status"] == "Failed"
 
 
 async def test_input_is_deleted_when_the_task_ends(tmp_path: Path) -> None:
     """An ended task keeps only its results, and a refused submit nothing."""
-    async with run_sandbox(tmp_path) as (sandbox, caller):
-        task_id = await caller.submit_accepted()
+    async with run_sandbox(tmp_path) as (sandbox, client):
+        task_id = await client.submit_accepted()
         await sandbox.control.set_account("key", AccountBalance(0, 0))
-        assert (await caller.submit()).json()["err_msg"] == "账户剩余次数不足"
+        assert (await client.submit()).json()["err_msg"] == "账户剩余次数不足"
         await sandbox.control.wait_until_idle()
         files = {
             str(path.relative_to(tmp_path / "tasks")) for path in (tmp_path / "tasks").rglob("*") if path.is_file()
@@ -89,13 +89,13 @@ async def test_killed_process_loses_no_accepted_task(tmp_path: Path) -> None:
     )
     assert process.stdout is not None
     url = (await process.stdout.readline()).decode().strip()
-    async with open_client(url) as caller:
-        task_id = await caller.submit_accepted("submit_vector_task")
+    async with open_client(url) as client:
+        task_id = await client.submit_accepted("submit_vector_task")
         process.kill()
         await process.wait()
-    async with run_sandbox(tmp_path) as (sandbox, caller):
+    async with run_sandbox(tmp_path) as (sandbox, client):
         await sandbox.control.wait_until_idle()
-        answer = await caller.check(task_id)
+        answer = await client.check(task_id)
         assert (answer["status"], answer["remaining_count"]) == ("Completed", 2)
 
 
@@ -103,9 +103,9 @@ async def test_temporary_folder_is_removed(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     async with (
         open_sandbox(SandboxConfig(accounts={"key": AccountBalance(1, 0)}, seconds=0)) as sandbox,
-        open_client(sandbox.url) as caller,
+        open_client(sandbox.url) as client,
     ):
-        await caller.submit_accepted()
+        await client.submit_accepted()
         await sandbox.control.wait_until_idle()
         assert list(tmp_path.rglob("image.png"))
     assert list(tmp_path.iterdir()) == []
@@ -127,23 +127,23 @@ def test_oldest_ended_tasks_are_deleted(tmp_path: Path, most_tasks: int, most_by
 
 async def test_files_of_deleted_tasks_are_deleted(tmp_path: Path) -> None:
     config = SandboxConfig(folder=tmp_path, accounts={"key": AccountBalance(3, 0)}, seconds=0, max_tasks=1)
-    async with open_sandbox(config) as sandbox, open_client(sandbox.url) as caller:
+    async with open_sandbox(config) as sandbox, open_client(sandbox.url) as client:
         task_ids = []
         for _ in range(3):
-            task_ids.append(await caller.submit_accepted())
+            task_ids.append(await client.submit_accepted())
             await sandbox.control.wait_until_idle()
-        assert [(await caller.check(task_id))["err_code"] for task_id in task_ids] == [1, 1, 0]
+        assert [(await client.check(task_id))["err_code"] for task_id in task_ids] == [1, 1, 0]
     assert [folder.name for folder in (tmp_path / "tasks").iterdir()] == task_ids[-1:]
 
 
 def test_orphaned_files_are_deleted(tmp_path: Path) -> None:
     """Files of a submit that never became a task are deleted at the next start."""
-    stray, kept = tmp_path / "tasks" / "9", tmp_path / "tasks" / "1"
+    orphan, kept = tmp_path / "tasks" / "9", tmp_path / "tasks" / "1"
     store = Store(tmp_path, {})
     store.add_task(make_task(1), AccountBalance(0, 0))
     store.close()
-    for folder in (stray, kept):
+    for folder in (orphan, kept):
         folder.mkdir()
     Store(tmp_path, {}).close()
     assert kept.exists()
-    assert not stray.exists()
+    assert not orphan.exists()

@@ -24,10 +24,10 @@ async def test_sandboxes_share_a_process() -> None:
     async with open_sandbox(CONFIG) as first, open_sandbox(CONFIG) as second:
         await first.control.set_account("key", AccountBalance(1, 0))
         await first.control.set_behaviour(Behaviour(faults=(Fault(reject="忙"),)))
-        async with open_client(first.url) as caller:
-            assert (await caller.submit()).json()["err_code"] == 1
-        async with open_client(second.url) as caller:
-            assert (await caller.submit()).json()["remaining_count"] == 8
+        async with open_client(first.url) as client:
+            assert (await client.submit()).json()["err_code"] == 1
+        async with open_client(second.url) as client:
+            assert (await client.submit()).json()["remaining_count"] == 8
 
 
 async def test_closing_cuts_hanging_requests() -> None:
@@ -35,9 +35,9 @@ async def test_closing_cuts_hanging_requests() -> None:
     threads = threading.active_count()
     faults = (Fault(times=1, reply="hang"), Fault(times=1, latency=3600), Fault(times=1))
     async with asyncio.timeout(10):
-        async with open_sandbox(CONFIG) as sandbox, open_client(sandbox.url) as caller:
+        async with open_sandbox(CONFIG) as sandbox, open_client(sandbox.url) as client:
             await sandbox.control.set_behaviour(Behaviour(seconds=3600, faults=faults))
-            submits = [asyncio.ensure_future(caller.submit()) for _ in faults]
+            submits = [asyncio.ensure_future(client.submit()) for _ in faults]
             await asyncio.wait(submits, return_when=asyncio.FIRST_COMPLETED)
             await sandbox.control.wait_for_requests(lambda entries: len(entries) == len(faults))
         outcomes = await asyncio.gather(*submits, return_exceptions=True)
@@ -65,9 +65,9 @@ async def test_port_can_be_chosen() -> None:
 @pytest.mark.parametrize(("host", "named"), [("0.0.0.0", "127.0.0.1"), ("::1", "[::1]")])
 async def test_url_can_be_called(host: str, named: str) -> None:
     """The printed URL is callable, whatever address is listened on."""
-    async with open_sandbox(CONFIG, host) as sandbox, open_client(sandbox.url) as caller:
+    async with open_sandbox(CONFIG, host) as sandbox, open_client(sandbox.url) as client:
         assert sandbox.url.startswith(f"http://{named}:")
-        assert (await caller.check("1"))["err_code"] == 1
+        assert (await client.check("1"))["err_code"] == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -114,11 +114,11 @@ async def test_no_image_library_before_the_first_image() -> None:
 async def test_any_asgi_server_can_run_it() -> None:
     """The application opens and closes with the ASGI lifespan."""
     sandbox = Sandbox(CONFIG)
-    told: asyncio.Queue[Message] = asyncio.Queue()
-    asked: asyncio.Queue[Message] = asyncio.Queue()
-    life = asyncio.create_task(sandbox({"type": "lifespan"}, asked.get, told.put))
-    await asked.put({"type": "lifespan.startup"})
-    assert (await told.get())["type"] == "lifespan.startup.complete"
-    await asked.put({"type": "lifespan.shutdown"})
-    assert (await told.get())["type"] == "lifespan.shutdown.complete"
+    sent: asyncio.Queue[Message] = asyncio.Queue()
+    received: asyncio.Queue[Message] = asyncio.Queue()
+    life = asyncio.create_task(sandbox({"type": "lifespan"}, received.get, sent.put))
+    await received.put({"type": "lifespan.startup"})
+    assert (await sent.get())["type"] == "lifespan.startup.complete"
+    await received.put({"type": "lifespan.shutdown"})
+    assert (await sent.get())["type"] == "lifespan.shutdown.complete"
     await life
