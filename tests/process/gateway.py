@@ -83,7 +83,7 @@ class GatewayProcess:
         except httpx2.TransportError:
             return False
         introduces = "GATEWAY_ENV" not in self.environ and self.environ.get("GATEWAY_ROLE") != "worker"
-        return not introduces or "Ctrl-C ends it." in self.stdout_path.read_text()
+        return not introduces or "Ctrl-C stops it." in self.stdout_path.read_text()
 
     def run_curl_example(self) -> httpx2.Response:
         """Send the request of the printed `curl` line."""

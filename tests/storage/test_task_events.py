@@ -30,10 +30,10 @@ def own_server() -> Iterator[Valkey]:
 
 
 @pytest.fixture
-async def kept(own: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StoreFixture]:
+async def task_store(own_server: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StoreFixture]:
     """A tenant with one running task."""
     monkeypatch.setattr(redis, "RECONNECT_SECONDS", 0.01)
-    async with open_store(own.url) as found:
+    async with open_store(own_server.url) as found:
         await found.accept_tasks("r1")
         yield found
 
