@@ -31,11 +31,11 @@ def own_server() -> Iterator[Valkey]:
 
 @pytest.fixture
 async def task_store(own_server: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StoreFixture]:
-    """A tenant with one running task."""
+    """Yield a tenant with one running task."""
     monkeypatch.setattr(redis, "RECONNECT_SECONDS", 0.01)
-    async with open_store(own_server.url) as found:
-        await found.accept_tasks("r1")
-        yield found
+    async with open_store(own_server.url) as store:
+        await store.accept_tasks("r1")
+        yield store
 
 
 async def count_subscribers(client: Redis) -> int:
