@@ -132,7 +132,7 @@ async def test_secret_is_shown_once(gateway: RunningGateway, receiver: WebhookRe
     body = {"accounts": ["main"], "webhook": {"url": receiver.url, "allow": ["127.0.0.0/8"]}}
     made = (await gateway.call_admin("PUT", "/tenants/shop", json=body)).json()["webhook"]["secret"]
     assert made.startswith("whsec_")
-    expected = {"url": receiver.url, "allow": ["127.0.0.0/8"], "switched_off": []}
+    expected = {"url": receiver.url, "allow": ["127.0.0.0/8"], "disabled_urls": []}
     assert (await gateway.call_admin("GET", "/tenants/shop")).json()["webhook"] == expected
     assert (await gateway.call_admin("PUT", "/tenants/shop", json={"accounts": ["main"]})).json()["webhook"] is None
     assert (await gateway.call_admin("PUT", "/tenants/shop", json=body)).json()["webhook"] == expected
