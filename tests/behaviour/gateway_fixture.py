@@ -63,7 +63,7 @@ class RunningGateway:
 
     async def advance(self, seconds: float) -> None:
         """Advance the ledger's time and clear the task cache, whose entries would be outdated."""
-        self.services.task_cache._tasks.clear()
+        self.services.task_cache.clear()
         await self.advance_time(seconds)
 
     async def call(self, method: str, path: str, *, token: str | None = None, **more: Any) -> Response:

@@ -114,7 +114,7 @@ async def test_failure_before_the_first_byte_is_a_problem(gateway: RunningGatewa
 async def test_missing_artifact_is_retryable_at_first_and_gone_later(gateway: RunningGateway, href: str) -> None:
     for passed, status in ((0, 503), (299, 503), (2, 502)):
         await gateway.advance(passed)
-        gateway.services.task_cache._tasks.clear()
+        gateway.services.task_cache.clear()
         await sandbox_control(gateway)._set_fault(Fault(on="file", times=1, reply="page", status=404))
         response = await fetch_artifact(gateway, href)
         assert (response.status_code, "retry-after" in response.headers) == (status, status == 503)
@@ -141,7 +141,7 @@ async def test_artifact_of_a_task_lost_by_redis(gateway: RunningGateway, href: s
     client: Any = connections.commands
     await client.delete(Keys("gw").task(reservation))
     await connections.aclose()
-    gateway.services.task_cache._tasks.clear()
+    gateway.services.task_cache.clear()
     assert (await fetch_artifact(gateway, href)).status_code == 200
 
 

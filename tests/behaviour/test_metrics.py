@@ -139,8 +139,8 @@ async def test_reads_are_counted_by_source(gateway: RunningGateway) -> None:
     assert grown == {"memory": 2, "store": 1, "upstream": 0}
 
 
-async def test_ledger_metrics_disappear_without_the_store(fakes: tuple[RunningGateway, FakeLedger]) -> None:
-    gateway, ledger = fakes
+async def test_ledger_metrics_disappear_without_the_store(fake_gateway: tuple[RunningGateway, FakeLedger]) -> None:
+    gateway, ledger = fake_gateway
     assert (await scrape_metrics(gateway)).get_sample("quota_denials_total", tenant="shop") == 0
     ledger.is_unavailable = True
     scrape = await scrape_metrics(gateway)

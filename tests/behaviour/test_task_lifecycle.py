@@ -229,10 +229,10 @@ async def test_form_parts_in_any_order(gateway: RunningGateway) -> None:
     [
         (tasks, "task_headers"),
         (tasks, "rate_limit_headers"),
-        (tasks, "wait_seconds"),
-        (MultipartForm, "drop"),
+        (tasks, "parse_wait_seconds"),
+        (MultipartForm, "discard"),
         (TaskReader, "read"),
-        (TaskCache, "fresh"),
+        (TaskCache, "get_fresh"),
     ],
 )
 async def test_errors_after_the_acceptance_still_return_201(
