@@ -141,7 +141,7 @@ async def test_reads_are_counted_by_source(gateway: RunningGateway) -> None:
 
 async def test_ledger_metrics_disappear_without_the_store(fake_gateway: tuple[RunningGateway, FakeLedger]) -> None:
     gateway, ledger = fake_gateway
-    assert (await scrape_metrics(gateway)).get_sample("quota_denials_total", tenant="shop") == 0
+    assert (await scrape_metrics(gateway)).get_sample("balance_denials_total", tenant="shop") == 0
     ledger.is_unavailable = True
     scrape = await scrape_metrics(gateway)
     assert scrape["redis_up"] == 0
