@@ -48,7 +48,7 @@ async def test_trace_from_submission_to_webhook(valkey: Valkey, collector: Trace
     for check in checks:
         assert check.links == [(TRACE, request.span_id)]
         inner = [span.name for span in collector.spans if span.trace_id == check.trace_id and span != check]
-        assert inner == ["POST /api/check_task_status", "EVALSHA record"]
+        assert inner == ["POST /api/check_task_status", "EVALSHA record_check"]
     delivery = collector.get_span("deliver webhook")
     assert delivery.links == [(TRACE, request.span_id)]
     (call,) = [span for span in collector.spans if span.parent_id == delivery.span_id]
