@@ -95,7 +95,9 @@ def set_account(
         raise click.UsageError("Use one of --user-key-env, --user-key-file and --user-key-prompt.")
     body = {field: value for field, value in options.items() if value is not None} | {"max_price": dict(max_price)}
     if user_key_env:
-        body["user_key"] = _read_key_variable(user_key_env)
+        body["user_key"] = get_environment().get(user_key_env)
+        if not body["user_key"]:
+            raise click.BadParameter(f"there is no environment variable {user_key_env}", param_hint="--user-key-env")
     elif user_key_file:
         body["user_key"] = read_secret(user_key_file, "--user-key-file")
     elif user_key_prompt or (sys.stdin.isatty() and not _account_exists(client, name)):
@@ -156,13 +158,6 @@ def _account_exists(client: AdminClient, name: str) -> bool:
             raise
         return False
     return True
-
-
-def _read_key_variable(name: str) -> str:
-    value = get_environment().get(name)
-    if not value:
-        raise click.BadParameter(f"there is no environment variable {name}", param_hint="--user-key-env")
-    return value
 
 
 def _format_account(account: Account) -> str:

@@ -23,7 +23,7 @@ from service.api.admin_schemas import (
     TenantEntry,
     rename_purse,
 )
-from service.cli.client import AdminClient, AdminResponse, CommandError, with_admin_client
+from service.cli.client import AdminClient, CommandError, print_response, with_admin_client
 from service.cli.common import DetailedExitCommand, get_environment, json_option
 from service.cli.formatting import MAX_SECRET_BYTES, single_line
 from service.domain.errors import ErrorCollector, field_path, suggest, validate_tree
@@ -220,7 +220,7 @@ def apply(client: AdminClient, *, file: BinaryIO, dry_run: bool, prune: bool, fo
     if plan.differences and not dry_run:
         # `version` refuses the change if the registry changed after the differences were shown.
         applied = client.request("PUT", "registry", body=body, version=planned.version, prune=prune, force=force)
-        _print_result(applied, as_json=as_json)
+        print_response(applied, ApplyResult, _format_result, as_json=as_json)
         return
     if as_json:
         click.echo(planned.format_json())
@@ -264,14 +264,11 @@ def _print_diff(plan: ApplyResult) -> None:
         click.echo("The registry matches the file: nothing to change.")
 
 
-def _print_result(response: AdminResponse, *, as_json: bool) -> None:
-    if as_json:
-        click.echo(response.format_json())
-        return
-    result = response.decode(ApplyResult)
-    click.echo(f"Applied {len(result.differences)} differences.")
+def _format_result(result: ApplyResult) -> str:
+    lines = [f"Applied {len(result.differences)} differences."]
     for name, secret in result.generated_secrets.items():
-        click.echo(f"The webhook secret of {name}, which is not shown again: {secret}")
+        lines.append(f"The webhook secret of {name}, which is not shown again: {secret}")
+    return "\n".join(lines)
 
 
 def _format_diff(differences: Sequence[Difference]) -> Iterator[str]:

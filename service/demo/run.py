@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from service.demo.client import Artifact, Cost, GatewayClient, GatewayError, ResultFile, Task, open_client, single_line
 from service.demo.verify import CheckResult, format_size, verify_results
@@ -79,7 +79,7 @@ async def run_demo(options: DemoOptions) -> int:
 
 
 async def _run_all_tasks(options: DemoOptions, gateway: GatewayClient) -> Sequence["DemoTask"]:
-    progress: Progress = LineProgress(options.output)
+    progress: LineProgress | LiveProgress = LineProgress(options.output)
     if options.interactive:
         progress = LiveProgress(options.output, [job.kind for job in JOBS])
     tasks = [
@@ -203,19 +203,8 @@ def _failure_reason(error: Any) -> str:
     return single_line(error) if isinstance(error, str) and error else "no reason is given"
 
 
-class Progress(Protocol):
-    def set_state(self, kind: str, state: str) -> None:
-        """Store the state of a task, changed or not."""
-
-    async def animate(self) -> None:
-        """Redraw until cancelled; returns at once if nothing is redrawn."""
-
-    def clear(self) -> None:
-        """Make room for the report."""
-
-
 class LineProgress:
-    """One line for each change, fit for a log."""
+    """Progress with one line for each change, fit for a log."""
 
     def __init__(self, output: TextIO) -> None:
         self._output = output
@@ -235,7 +224,7 @@ class LineProgress:
 
 
 class LiveProgress:
-    """One line for each task, redrawn with its state and the seconds it has taken."""
+    """Progress with one line for each task, redrawn on a terminal until cancelled."""
 
     def __init__(self, output: TextIO, kinds: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
         self._output = output
