@@ -30,7 +30,7 @@ UNTESTED_PROCEDURES = {
 """Procedures with blocks that cannot be run here, and the reason."""
 LONG, SHORT = '{"seconds":3600,"faults":[]}', '{"seconds":0,"faults":[]}'
 """The durations of the upstream's tasks."""
-ENCRYPTED_MESSAGE = "All secrets of the registry are sealed with the first secret key."
+ENCRYPTED_MESSAGE = "All secrets of the registry are encrypted with the first secret key."
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_first_install(here: ProcedureShell) -> None:
     """A first installation ends with a successful task."""
     settings, begin, trial = shell_blocks("First install")
     printed = here.run(settings, *shell_blocks("Setup"), begin, trial)
-    assert "These settings are fit for production." in printed
+    assert "These settings are valid for production." in printed
     assert '"state":"succeeded"' in printed
     assert re.search(r"^main +open +9 ", printed, re.MULTILINE)
     assert (here.folder / "secrets" / "secret-keys").stat().st_mode & 0o077 == 0
@@ -64,7 +64,7 @@ def test_tenants_and_tokens(here: ProcedureShell) -> None:
         *here.installation_steps(), *shell_blocks("Add a tenant"), *shell_blocks("Rotate a token"), *moved
     )
     assert '"limit":1000' in printed
-    assert "The token 0123456789ab of shop ends in 604800 seconds." in printed
+    assert "The token 0123456789ab of shop expires in 604800 seconds." in printed
     tenants = tomllib.loads((here.folder / "registry.toml").read_text())["tenants"]
     assert tenants.keys() == {"press", "shop"}
     assert [(token.get("label"), "expires_at" in token) for token in tenants["shop"]["tokens"].values()] == [
@@ -77,7 +77,7 @@ def test_rotate_a_user_key(here: ProcedureShell, upstream: SandboxProcess) -> No
     """A new key is used at once, and another account replaces the deleted one."""
     renewed, another = shell_blocks("Rotate a user_key")
     printed = here.run(*here.installation_steps(), "submit", renewed, "submit", another, "submit")
-    assert "accounts.main.user_key: the secret is another one" in printed
+    assert "accounts.main.user_key: the secret is changed" in printed
     assert [count_submits(upstream, key) for key in here.keys.values()] == [1, 1, 1, 0]
     assert "[accounts.main]" not in (here.folder / "registry.toml").read_text()
 
@@ -90,7 +90,7 @@ def test_rotate_the_secret_keys(here: ProcedureShell) -> None:
         *("submit", "cp task.json old.json", behind, "read_task old.json", front, "read_task old.json"),
         *("submit", "cp task.json new.json", alone, "submit", "read_task new.json", "read_task old.json"),
     )
-    assert "Sealed anew, with the first secret key: accounts.main.user_key" in printed
+    assert "Encrypted with the first secret key: accounts.main.user_key" in printed
     assert printed.count(ENCRYPTED_MESSAGE) == 2
     assert re.findall(r"(200|404)", printed.replace(ENCRYPTED_MESSAGE, "")) == ["200", "200", "200", "404"]
     assert "task.decryption_failed" not in (here.folder / "one.log").read_text()
