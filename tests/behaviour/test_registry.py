@@ -84,7 +84,7 @@ async def test_dry_run_reports_every_difference(gateway: RunningGateway) -> None
         ["tenants.shop.accounts", "changed", ["spare", "main"], ["main"]],
         ["tenants.shop.kinds", "removed", ["upscale"]],
     ]
-    assert (applied["applied"], applied["secrets"], applied["kept"]) == (False, {}, [])
+    assert (applied["applied"], applied["generated_secrets"], applied["unmanaged"]) == (False, {}, [])
     assert gateway.services.registry.current.version == version
 
 

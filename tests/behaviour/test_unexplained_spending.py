@@ -78,7 +78,7 @@ async def test_detection_resumes_after_a_lost_failure(harness: BalanceHarness) -
     assert await read_unexplained(harness) == (2, 0)
 
 
-@pytest.mark.parametrize("fault", [FAILS, LOST, MISSING], ids=["failed", "lost", "untold"])
+@pytest.mark.parametrize("fault", [FAILS, LOST, MISSING], ids=["failed", "lost", "missing"])
 async def test_parallel_tasks_leave_nothing_unexplained(harness: BalanceHarness, fault: Fault) -> None:
     await harness.set_balance(6, 20 * PRICE_YUAN)
     for _ in range(2):
