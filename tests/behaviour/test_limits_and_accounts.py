@@ -250,11 +250,11 @@ async def test_deleted_tenant_spends_nothing(gateway: RunningGateway) -> None:
 async def test_balance_source_is_shown(gateway: RunningGateway) -> None:
     task = (await gateway.submit()).json()
     account = (await gateway.call_admin("GET", "/accounts/main")).json()
-    assert (account["remaining_count"]["value"], account["remaining_count"]["seen_in"]) == (9, "submit")
+    assert (account["remaining_count"]["value"], account["remaining_count"]["source"]) == (9, "submit")
     assert (account["remaining_money"]["value"], account["in_flight"]) == (300, 1)
     await gateway.wait_for_task(task["id"])
     account = (await gateway.call_admin("GET", "/accounts/main")).json()
-    assert (account["remaining_count"]["seen_in"], account["in_flight"]) == ("check", 0)
+    assert (account["remaining_count"]["source"], account["in_flight"]) == ("check", 0)
 
 
 async def test_options_in_the_query_are_refused(gateway: RunningGateway) -> None:
