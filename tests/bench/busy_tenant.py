@@ -145,7 +145,7 @@ class BusyTenant:
 
 @asynccontextmanager
 async def open_busy_tenant() -> AsyncIterator[BusyTenant]:
-    """A house on an empty server, whose tasks are due for a check at once."""
+    """Yield a tenant on an empty server whose tasks are due for a check at once."""
     spans, keys = make_retention(check_interval_ms=0, claim_lease_ms=DAY_MS), Keys("bench")
     with run_valkey() as store:
         connections = connect(store.url, timeout=60)

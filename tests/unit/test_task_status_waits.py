@@ -112,12 +112,12 @@ async def test_older_version_of_the_store_is_not_shown(gateway: FakeGateway, mon
 
 @asynccontextmanager
 async def run_touching(follow: TaskReader) -> AsyncIterator[None]:
-    looking = asyncio.create_task(follow.touch_watched())
+    touching = asyncio.create_task(follow.touch_watched())
     try:
         yield
     finally:
-        looking.cancel()
-        await asyncio.gather(looking, return_exceptions=True)
+        touching.cancel()
+        await asyncio.gather(touching, return_exceptions=True)
 
 
 async def test_missed_notification_is_found_later(gateway: FakeGateway, store_reads: list[Sequence[str]]) -> None:

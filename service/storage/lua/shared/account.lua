@@ -290,7 +290,7 @@ end
 
 -- Returns whether an ordinary submission may test an exhausted account: not if it must not spend money, not if the balance
 -- can be read at no cost, and not while a floor keeps it closed.
-local function may_probe(account, spending_mode)
+local function can_probe(account, spending_mode)
   local state, policy = account.state, account.policy
   if spending_mode == 'count_only' or has_live_balance_check(state) then
     return false
@@ -323,7 +323,7 @@ local function account_availability(account, spending_mode, kind, now)
     return 'available', now
   end
   local needs_probe = is_exhausted or needs_balance_check(state)
-  if needs_probe and may_probe(account, spending_mode) and now >= state.next_probe_at then
+  if needs_probe and can_probe(account, spending_mode) and now >= state.next_probe_at then
     return 'probe', now
   end
   local retry_at = now + EXCLUSIVE_RETRY_MS
