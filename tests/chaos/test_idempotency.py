@@ -233,7 +233,7 @@ async def test_away_when_settling(gateway: RunningGateway, store: Valkey) -> Non
         client.config_set("min-replicas-to-write", 1)
         task = expect_created(await submitting)
         expect_refused(await submit_with_key(gateway), 503, "ledger-unavailable")
-        client.execute_command("ACL", "SETUSER", "default", "resetkeys", "~{gw}:[^w]*")
+        client.execute_command("ACL", "SETUSER", "default", "resetkeys", "~{gw}:[^p]*")
         client.config_set("min-replicas-to-write", 0)
         for _ in range(3):
             expect_refused(await submit_with_key(gateway), 409, "idempotency-in-flight")
