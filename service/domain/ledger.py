@@ -72,11 +72,6 @@ class WindowCounter(Struct):
     overrun_fen: int = 0
     replacement_key: int | None = None
 
-    @property
-    def key(self) -> int:
-        """The key by which reservations refer to this counter."""
-        return self.window_start if self.replacement_key is None else self.replacement_key
-
 
 class TenantState(Struct):
     """Counters of one tenant. Every window is counted, with or without a limit, so that a later limit starts right.

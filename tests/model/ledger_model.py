@@ -136,8 +136,13 @@ def roll_windows(state: TenantState, now: int) -> None:
             del state.retained_counters[window]
 
 
+def counter_key(counter: WindowCounter) -> int:
+    """Return the key by which reservations refer to a counter."""
+    return counter.window_start if counter.replacement_key is None else counter.replacement_key
+
+
 def find_counter(state: TenantState, window: Window, key: int | None) -> WindowCounter | None:
-    return next((counter for counter in _all_counters(state, window) if counter.key == key), None)
+    return next((counter for counter in _all_counters(state, window) if counter_key(counter) == key), None)
 
 
 def to_server_time(moment: ClockReading, ledger_time: int) -> int:
@@ -702,7 +707,7 @@ def reserve_place(
         return PolicyDenial(tuple(violations), at.server_ms)
     if chosen is None:
         return NoAccount(retry_at and to_server_time(at, retry_at), at.server_ms)
-    reservation.window_starts = {window: tenant.windows[window].key for window in Window}
+    reservation.window_starts = {window: counter_key(tenant.windows[window]) for window in Window}
     _assign_account(chosen, reservation, holds, policy.spending_mode, at.ledger_ms)
     apply_to_windows(tenant, reservation, 1)
     return Grant(chosen.id, at.server_ms, to_server_time(at, reservation.lease_expires_at))

@@ -19,6 +19,7 @@ from service.domain.ledger import (
 )
 from service.domain.tenants import Window
 from service.storage.redis import DAY_MS
+from tests.model.ledger_model import counter_key
 from tests.storage.ledger_comparison import ACCOUNTS, TENANT, LedgerComparison
 from tests.storage.ledger_views import (
     charge_in_window,
@@ -64,7 +65,7 @@ class LedgerInvariants(LedgerComparison):
             return
         assert policy.max_active is None or sum(map(is_open, held)) <= policy.max_active
         for limit in policy.limits:
-            key = state.windows[limit.window].key
+            key = counter_key(state.windows[limit.window])
             mine = [item for item in held if item.window_starts.get(limit.window) == key and not item.refund]
             assert limit.tasks is None or len(mine) <= limit.tasks
             if (
@@ -96,7 +97,7 @@ class LedgerInvariants(LedgerComparison):
         )
         folder = [(window, counter) for window, counters in state.retained_counters.items() for counter in counters]
         for window, counter in (*state.windows.items(), *folder):
-            mine = [item for item in held if item.window_starts.get(window) == counter.key]
+            mine = [item for item in held if item.window_starts.get(window) == counter_key(counter)]
             charged = [item for item in mine if is_charged(item) and not item.refund]
             assert counter.tasks_reserved == sum(map(is_reserved, mine))
             assert counter.tasks == len(charged)
