@@ -19,7 +19,7 @@ from service.domain.webhooks import DeliveryState
 from service.storage.connections import connect
 from service.storage.deliveries import RedisDeliveryQueue
 from service.storage.ledger import RedisLedger
-from service.storage.redis import Keys, RedisScripts, parse_server_time
+from service.storage.redis import DAY_MS, Keys, RedisScripts, parse_server_time
 from service.storage.registry import RedisRegistry
 from service.usecases.ports import (
     CheckOutcome,
@@ -29,6 +29,9 @@ from service.usecases.ports import (
     ReserveRequest,
     TenantSnapshot,
 )
+from tests.storage.ledger_comparison import ACCOUNTS
+from tests.storage.ledger_machine import LedgerMachine
+from tests.storage.ledger_strategies import KINDS, usual_plan
 from tests.storage.seeded_store import FIRST, RETENTION, SECOND, TENANT, TENANTS, SeededStore
 from tests.support.retention import make_retention
 from tests.support.server_time import install_server_time, set_server_time
@@ -199,3 +202,18 @@ async def test_reset(store: SeededStore) -> None:
     assert await store.client.zscore(store.keys.leases, "dies") == lease - STEP_MS
     assert await store.ledger.get_reservation("unknown") == known
     assert await store.ledger.reset_clock([TENANT], [FIRST, SECOND]) == 0
+
+
+def test_reset_after_steps_back_in_a_row(valkey: Valkey) -> None:
+    """A reset also moves an unknown submission made on a day that is in the future by now, as the model does."""
+    machine = LedgerMachine(valkey.url)
+    try:
+        machine.set_upstream(late=False, now=False, count=9, money=2_000)
+        plan = usual_plan(KINDS[0])._replace(outcome=ReservationState.UNKNOWN, is_charged=True)
+        machine.run_submission(ACCOUNTS[0], plan, 1)
+        for _ in range(2):
+            machine.step_clock_back(2 * DAY_MS, 0)
+            machine.reset_clock((TENANT,))
+            machine.stored_data_matches()
+    finally:
+        machine.teardown()

@@ -64,10 +64,10 @@ local function move_unknown_reservations(first_day, last_day)
   end
 end
 
--- Their days are those of the server's clock when they were made: before it stepped back, or since.
+-- Their days are those of the server's clock when they were made: before it stepped back, once or repeatedly, or since.
 local today, latest_day, kept_days = math.floor(wall / DAY_MS), math.floor(now / DAY_MS), math.ceil(args.keep_ms / DAY_MS)
 move_unknown_reservations(today - kept_days, today)
-move_unknown_reservations(math.max(today + 1, latest_day - kept_days), latest_day)
+move_unknown_reservations(math.max(today + 1, latest_day - kept_days), latest_day + kept_days)
 for _, queue in ipairs(move_scores(KEYS[5])) do
   move_scores(args.due_prefix .. queue)
   move_scores(args.claimed_prefix .. queue)
