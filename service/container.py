@@ -14,7 +14,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 from structlog.typing import FilteringBoundLogger
 
-from service.api.admin_schemas import encode_task_event
+from service.api.admin_schemas import encode_task_event, log_fields
 from service.api.auth import AdminAuth, TenantAuth
 from service.api.health import Health
 from service.api.uploads import UploadReader
@@ -281,6 +281,7 @@ def build_services(
             user_key_cipher=user_keys,
             webhook_cipher=webhook_cipher,
             now=adapters.now,
+            log_fields=log_fields,
         ),
         registry_apply=RegistryApply(
             updater=updater,
@@ -289,6 +290,7 @@ def build_services(
             user_key_cipher=user_keys,
             webhook_cipher=webhook_cipher,
             now=adapters.now,
+            log_fields=log_fields,
         ),
         webhook_admin=webhooks,
         uploads=uploads,

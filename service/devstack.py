@@ -20,9 +20,9 @@ import structlog
 
 from service.crypto import load_or_create_secrets
 from service.domain import tenants
-from service.domain.tenants import AccountPolicy, Tenant
+from service.domain.tenants import Account, Tenant
 from service.settings import Settings
-from service.usecases.admin import RegistryAdmin
+from service.usecases.admin import DesiredAccount, DesiredTenant, RegistryAdmin
 from service.usecases.background import cancel_and_wait
 from service.usecases.ports import RegistryView
 
@@ -233,9 +233,11 @@ async def ensure_demo_token(
     """
     await registry.refresh()
     if not registry_admin.has_user_key(DEMO_NAME, user_key):
-        await registry_admin.put_account(DEMO_NAME, user_key, None, AccountPolicy())
+        account = DesiredAccount(Account(0, DEMO_NAME, b""), user_key.encode())
+        await registry_admin.save_account(DEMO_NAME, lambda _: account)
     if DEMO_NAME not in registry.current.tenants:
-        await registry_admin.put_tenant(Tenant(id=0, name=DEMO_NAME, accounts=(DEMO_NAME,)))
+        tenant = DesiredTenant(Tenant(0, DEMO_NAME, (DEMO_NAME,)))
+        await registry_admin.save_tenant(DEMO_NAME, lambda _: tenant)
     if known_token and registry.current.tenant_by_token(tenants.hash_token(known_token)):
         return known_token
     return (await registry_admin.create_token(DEMO_NAME, "made at the first start", None)).text

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
-from litestar import Request, Response, delete, get, post, put
+from litestar import Request, Response, delete, get, patch, post, put
+from litestar.enums import RequestEncodingType
 from litestar.handlers import HTTPRouteHandler
-from litestar.params import FromPath, HeaderParameter, JSONBody, PathParameter, QueryParameter
+from litestar.params import BodyKwarg, FromPath, HeaderParameter, JSONBody, PathParameter, QueryParameter
+from msgspec.structs import replace
 
 from service.api import openapi
 from service.api.admin_schemas import (
     Account,
     AccountBody,
     AccountList,
+    AccountSpec,
     ApplyResult,
     ClockReset,
     Delivery,
@@ -27,24 +30,29 @@ from service.api.admin_schemas import (
     NewToken,
     ReencryptResult,
     RegistryBody,
+    RevokedTokens,
     Tenant,
     TenantBody,
     TenantList,
+    TenantSpec,
     TokenBody,
-    rename_purse,
+    account_spec,
+    rename_old_fields,
     render_account,
     render_apply_result,
     render_delivery,
     render_new_secret,
     render_registry,
     render_tenant,
+    tenant_spec,
     token_expires_at,
 )
+from service.api.errors import find_body_errors
 from service.api.params import JsonRequest
 from service.domain import tenants
-from service.domain.errors import ErrorCollector, FieldError, InvalidOptions, field_path
+from service.domain.errors import ErrorCollector, FieldError, InvalidOptions, VersionConflict, field_path
 from service.domain.tenants import NAME_RULE, strip_query
-from service.usecases.admin import RegistryAdmin, WebhookAdmin
+from service.usecases.admin import DesiredAccount, DesiredTenant, RegistryAdmin, WebhookAdmin, require
 from service.usecases.registry_apply import RegistryApply, RegistryPlan
 from service.usecases.reports import QuotaReports
 
@@ -57,14 +65,81 @@ _CHANGE_PROBLEMS = ("invalid-options", "ledger-unavailable", "overloaded")
 
 
 class TenantRequest(JsonRequest):
-    """A request with tenants, in which `purse` is accepted for `spending_mode`."""
+    """A request with tenants, in which the fields of former versions are accepted."""
 
     async def json(self) -> Any:
         body = await super().json()
         errors = ErrorCollector()
-        rename_purse(body, errors)
+        rename_old_fields(body, errors)
         errors.raise_if_any()
         return body
+
+
+IfMatch = Annotated[
+    str | None,
+    HeaderParameter(name="If-Match", description="The `ETag` you have read; a newer version is not overwritten."),
+]
+IfNoneMatch = Annotated[
+    str | None, HeaderParameter(name="If-None-Match", description="`*`: only if there is none of this name.")
+]
+MergePatch = Annotated[
+    dict[str, Any],
+    BodyKwarg(
+        media_type=RequestEncodingType.JSON,
+        description="The fields to change (RFC 7396): `null` is the default, and an array is replaced as a whole.",
+    ),
+]
+_ANY_ETAG = "*"
+_Entry = tenants.Account | tenants.Tenant
+_Body = TypeVar("_Body", AccountBody, TenantBody)
+
+
+def _entry_etag(entry: _Entry) -> str:
+    return f'"{hashlib.sha256(msgspec.msgpack.encode(entry)).hexdigest()[:32]}"'
+
+
+def etag_matches(header: str | None, etag: str | None) -> bool:
+    """Return whether a list of tags contains this one; `*` is any, and None that of a missing entry."""
+    tags = [tag.strip() for tag in (header or "").split(",")]
+    return etag is not None and (_ANY_ETAG in tags or etag in tags)
+
+
+def _check_preconditions(entry: _Entry | None, if_match: str | None, if_none_match: str | None = None) -> None:
+    etag = _entry_etag(entry) if entry else None
+    if if_match is not None and not etag_matches(if_match, etag):
+        raise VersionConflict("It was changed since you read it. Read it again, and compare.")
+    if entry and etag_matches(if_none_match, etag):
+        raise VersionConflict(f"{entry.name} exists already.")
+
+
+def _apply_patch(body_type: type[_Body], spec: AccountSpec | TenantSpec, patch: Mapping[str, Any]) -> _Body:
+    """Return a body with the settings changed by a merge patch. Raises InvalidOptions."""
+    body = _merge(msgspec.to_builtins(spec), patch)
+    if errors := find_body_errors(body, body_type):
+        raise InvalidOptions(errors)
+    return msgspec.convert(body, body_type)
+
+
+def _patch_tenant(tenant: tenants.Tenant, patch: Mapping[str, Any]) -> DesiredTenant:
+    """Return the patched tenant; disabled URLs are enabled by a patch of its webhook. Raises InvalidOptions."""
+    desired = _apply_patch(TenantBody, tenant_spec(tenant), patch).to_desired(tenant.name)
+    if "webhook" in patch:
+        return desired
+    webhook = replace(desired.tenant.webhook, disabled_urls=tenant.webhook.disabled_urls)
+    return replace(desired, tenant=replace(desired.tenant, webhook=webhook))
+
+
+def _merge(target: Any, patch: Any) -> Any:
+    """Apply a JSON merge patch (RFC 7396)."""
+    if not isinstance(patch, Mapping):
+        return patch
+    merged = dict(target) if isinstance(target, Mapping) else {}
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = _merge(merged.get(key), value)
+    return merged
 
 
 def resource_routes(*, registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequence[HTTPRouteHandler]:
@@ -72,20 +147,40 @@ def resource_routes(*, registry_admin: RegistryAdmin, quota: QuotaReports) -> Se
 
 
 def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
-    async def render(account: tenants.Account) -> Account:
-        return render_account(account, (await registry_admin.account_states((account,)))[account.id])
+    async def render(account: tenants.Account) -> Response[Account]:
+        states = await registry_admin.account_states((account,))
+        return Response(render_account(account, states[account.id]), headers={"ETag": _entry_etag(account)})
 
     @put(
         "/accounts/{name:str}",
         operation_id="put-account",
         summary="Make or replace an account",
-        responses=openapi.problem_responses(401, "malformed-request", *_CHANGE_PROBLEMS),
+        response_headers=openapi.response_headers("ETag"),
+        responses=openapi.problem_responses(401, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
     )
-    async def put_account(name: NewName, data: JSONBody[AccountBody]) -> Account:
-        account = await registry_admin.put_account(
-            validate_name(name), data.checked_user_key(), data.checked_base_url(), data.to_policy()
-        )
-        return await render(account)
+    async def put_account(
+        name: NewName, data: JSONBody[AccountBody], if_match: IfMatch = None, if_none_match: IfNoneMatch = None
+    ) -> Response[Account]:
+        def desire(before: tenants.Account | None) -> DesiredAccount:
+            _check_preconditions(before, if_match, if_none_match)
+            return data.to_desired(validate_name(name))
+
+        return await render(await registry_admin.save_account(name, desire))
+
+    @patch(
+        "/accounts/{name:str}",
+        operation_id="patch-account",
+        summary="Change some settings of an account",
+        response_headers=openapi.response_headers("ETag"),
+        responses=openapi.problem_responses(401, 404, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
+    )
+    async def patch_account(name: TenantName, data: MergePatch, if_match: IfMatch = None) -> Response[Account]:
+        def desire(before: tenants.Account | None) -> DesiredAccount:
+            account = require(before, name, "account")
+            _check_preconditions(account, if_match)
+            return _apply_patch(AccountBody, account_spec(account), data).to_desired(account.name)
+
+        return await render(await registry_admin.save_account(name, desire))
 
     @get(
         "/accounts",
@@ -104,7 +199,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         summary="Read an account: balance, state, open submissions",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )
-    async def read_account(name: TenantName) -> Account:
+    async def read_account(name: TenantName) -> Response[Account]:
         return await render(await registry_admin.get_account(name))
 
     @delete(
@@ -123,27 +218,53 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
         status_code=200,
     )
-    async def reopen(name: TenantName) -> Account:
+    async def reopen(name: TenantName) -> Response[Account]:
         return await render(await registry_admin.reopen_account(name))
 
-    return [put_account, list_accounts, read_account, delete_account, reopen]
+    return [put_account, patch_account, list_accounts, read_account, delete_account, reopen]
 
 
 def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequence[HTTPRouteHandler]:
     async def render(tenant: tenants.Tenant, secret: str | None = None) -> Tenant:
         return render_tenant(tenant, registry_admin.list_tokens(tenant), await quota.for_tenant(tenant), secret)
 
+    async def respond(tenant: tenants.Tenant, secret: str | None = None) -> Response[Tenant]:
+        return Response(await render(tenant, secret), headers={"ETag": _entry_etag(tenant)})
+
     @put(
         "/tenants/{name:str}",
         operation_id="put-tenant",
         summary="Make or replace a tenant",
         request_class=TenantRequest,
-        responses=openapi.problem_responses(401, "malformed-request", *_CHANGE_PROBLEMS),
+        response_headers=openapi.response_headers("ETag"),
+        responses=openapi.problem_responses(401, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
     )
-    async def put_tenant(name: NewName, data: JSONBody[TenantBody]) -> Tenant:
-        secret = data.webhook.secret if data.webhook else None
-        saved = await registry_admin.put_tenant(data.to_tenant(validate_name(name)), secret)
-        return await render(saved.tenant, saved.generated_secret)
+    async def put_tenant(
+        name: NewName, data: JSONBody[TenantBody], if_match: IfMatch = None, if_none_match: IfNoneMatch = None
+    ) -> Response[Tenant]:
+        def desire(before: tenants.Tenant | None) -> DesiredTenant:
+            _check_preconditions(before, if_match, if_none_match)
+            return data.to_desired(validate_name(name))
+
+        saved = await registry_admin.save_tenant(name, desire)
+        return await respond(saved.tenant, saved.generated_secret)
+
+    @patch(
+        "/tenants/{name:str}",
+        operation_id="patch-tenant",
+        summary="Change some settings of a tenant",
+        request_class=TenantRequest,
+        response_headers=openapi.response_headers("ETag"),
+        responses=openapi.problem_responses(401, 404, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
+    )
+    async def patch_tenant(name: TenantName, data: MergePatch, if_match: IfMatch = None) -> Response[Tenant]:
+        def desire(before: tenants.Tenant | None) -> DesiredTenant:
+            tenant = require(before, name, "tenant")
+            _check_preconditions(tenant, if_match)
+            return _patch_tenant(tenant, data)
+
+        saved = await registry_admin.save_tenant(name, desire)
+        return await respond(saved.tenant, saved.generated_secret)
 
     @get(
         "/tenants",
@@ -160,8 +281,8 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
         summary="Read a tenant: policies, use, tokens",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )
-    async def read_tenant(name: TenantName) -> Tenant:
-        return await render(await registry_admin.get_tenant(name))
+    async def read_tenant(name: TenantName) -> Response[Tenant]:
+        return await respond(await registry_admin.get_tenant(name))
 
     @delete(
         "/tenants/{name:str}",
@@ -172,7 +293,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
     async def delete_tenant(name: TenantName, force: ForceDelete = False) -> None:
         await registry_admin.delete_tenant(name, force=force)
 
-    return [put_tenant, list_tenants, read_tenant, delete_tenant]
+    return [put_tenant, patch_tenant, list_tenants, read_tenant, delete_tenant]
 
 
 def _token_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
@@ -196,7 +317,17 @@ def _token_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
     async def revoke_token(name: TenantName, token_id: FromPath[str], grace: TokenGrace = 0) -> None:
         await registry_admin.revoke_token(name, token_id, grace)
 
-    return [create_token, revoke_token]
+    @post(
+        "/tenants/{name:str}/revoke-all",
+        operation_id="revoke-all-tokens",
+        summary="Revoke all tokens of a tenant at once",
+        responses=openapi.problem_responses(401, 404, "ledger-unavailable", "overloaded"),
+        status_code=200,
+    )
+    async def revoke_all_tokens(name: TenantName) -> RevokedTokens:
+        return RevokedTokens(list(await registry_admin.revoke_all_tokens(name)))
+
+    return [create_token, revoke_token, revoke_all_tokens]
 
 
 def validate_name(name: str) -> str:
@@ -263,14 +394,9 @@ def _redact_urls(value: Any, *path: str) -> Any:
 
 
 _MAX_REGISTRY_BYTES = 32_000_000
-_ANY_ETAG = "*"
 ForceApply = Annotated[bool, QueryParameter(description="Remove also entries with running tasks, even all entries.")]
 Prune = Annotated[bool, QueryParameter(description="Remove accounts, tenants and tokens not in the request.")]
 DryRun = Annotated[bool, QueryParameter(description="Change nothing, only return the differences.")]
-IfMatch = Annotated[
-    str | None,
-    HeaderParameter(name="If-Match", description="The `ETag` you have read; a newer version is not overwritten."),
-]
 
 
 def registry_routes(registry_apply: RegistryApply, registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
@@ -308,10 +434,11 @@ def registry_routes(registry_apply: RegistryApply, registry_admin: RegistryAdmin
         prune: Prune = False,
         force: ForceApply = False,
     ) -> Response[ApplyResult]:
+        def version_matches(version: int) -> bool:
+            return if_match is None or etag_matches(if_match, _registry_etag(version))
+
         desired = data.to_desired(prune=prune)
-        plan = await registry_apply.apply(
-            desired, force=force, dry_run=dry_run, version_matches=partial(etag_matches, if_match)
-        )
+        plan = await registry_apply.apply(desired, force=force, dry_run=dry_run, version_matches=version_matches)
         result = render_apply_result(plan, diff_registry(plan, registry_apply.now()), dry_run=dry_run)
         version = plan.after.version if result.applied else plan.before.version
         return Response(result, headers={"ETag": _registry_etag(version)})
@@ -334,12 +461,6 @@ def registry_routes(registry_apply: RegistryApply, registry_admin: RegistryAdmin
 
 def _registry_etag(version: int) -> str:
     return f'"{version}"'
-
-
-def etag_matches(header: str | None, version: int) -> bool:
-    """Return whether If-Match allows this version; without the header all are allowed."""
-    tags = [part.strip() for part in (header or _ANY_ETAG).split(",")]
-    return _ANY_ETAG in tags or _registry_etag(version) in tags
 
 
 _MAX_LISTED = 1_000

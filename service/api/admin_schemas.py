@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from service.api.schemas import (
     FEN_PER_YUAN,
@@ -30,23 +30,31 @@ from service.domain import tasks, tenants, webhooks
 from service.domain.errors import ErrorCollector, FieldError, InvalidOptions, field_path
 from service.domain.ledger import AccountState, AccountStatus, BalanceReading, ReadingSource
 from service.domain.tasks import Kind
-from service.domain.tenants import AccountPolicy, Name, Registry, SecretRef, SpendingMode, TenantPolicy, Window
+from service.domain.tenants import (
+    AccountPolicy,
+    Name,
+    Registry,
+    SecretRef,
+    SpendingMode,
+    TenantPolicy,
+    TenantStatus,
+    Window,
+)
 from service.domain.webhooks import MAX_ALLOW_ENTRIES, MAX_URL_CHARS, DeliveryState, WebhookEvent
 from service.usecases import admin
-from service.usecases.admin import TenantDelivery
-from service.usecases.registry_apply import DesiredAccount, DesiredRegistry, DesiredTenant, RegistryPlan
+from service.usecases.admin import DesiredAccount, DesiredTenant, TenantDelivery
+from service.usecases.registry_apply import DesiredRegistry, RegistryPlan
 from service.usecases.reports import QuotaReport
 
 _SecretText = Annotated[str, Meta(description="`whsec_` and base64, shown only once.")]
 
 
-class WebhookBody(Struct, frozen=True, forbid_unknown_fields=True):
-    """Webhook of a tenant. Without a secret the present one is kept, or one is generated."""
+class WebhookSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """Webhook of a tenant."""
 
     url: Annotated[
         str, Meta(max_length=MAX_URL_CHARS, description="Receives the events of tasks without a `webhook_url`.")
     ]
-    secret: Annotated[str, Meta(max_length=200, description="`whsec_` and the base64 of 24 to 64 bytes.")] | None = None
     allow: Annotated[
         list[Annotated[str, Meta(max_length=255)]],
         Meta(
@@ -65,12 +73,18 @@ class WebhookBody(Struct, frozen=True, forbid_unknown_fields=True):
         return tenants.Webhook(url, allow)
 
 
-class Webhook(Struct, frozen=True):
+class WebhookBody(WebhookSpec, frozen=True):
+    """Webhook of a tenant. Without a secret the present one is kept, or one is generated."""
+
+    secret: Annotated[str, Meta(max_length=200, description="`whsec_` and the base64 of 24 to 64 bytes.")] | None = None
+
+
+class Webhook(WebhookSpec, frozen=True, forbid_unknown_fields=False):
     """Webhook of a tenant."""
 
-    url: str
-    allow: list[str]
-    disabled_urls: Annotated[list[str], Meta(description="They responded 410. To enable them, put the tenant again.")]
+    disabled_urls: Annotated[
+        list[str], Meta(description="They responded 410. To enable them, set the webhook again.")
+    ] = []
     secret: _SecretText | UnsetType = UNSET
 
 
@@ -120,12 +134,6 @@ def encode_task_event(task: tasks.Task) -> bytes:
     return msgspec.json.encode(event)
 
 
-def render_webhook(webhook: tenants.Webhook, secret: str | None) -> Webhook | None:
-    if webhook.url is None:
-        return None
-    return Webhook(webhook.url, list(webhook.allow), list(webhook.disabled_urls), UNSET if secret is None else secret)
-
-
 def render_new_secret(generated: admin.NewSecret) -> NewSecret:
     return NewSecret(generated.text, datetime.fromtimestamp(generated.previous_expires_at, UTC))
 
@@ -153,43 +161,40 @@ _MAX_YUAN = 10**10
 MAX_TIMESTAMP = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 Count = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
 YuanInput = Annotated[float, Meta(ge=0, le=_MAX_YUAN, description="Yuan, with at most two decimals.")]
-_BaseUrl = Annotated[str, Meta(max_length=512, description="Of the upstream, if not the default one.")]
 
 
-class AccountBody(Struct, frozen=True, forbid_unknown_fields=True):
-    """An account at the upstream. Omitted fields get their defaults; only the key is kept."""
+class AccountSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of an account at the upstream."""
 
-    user_key: Annotated[str, Meta(min_length=1, max_length=512, description="Of printable ASCII.")] | None = None
-    base_url: _BaseUrl | None = None
+    base_url: Annotated[str, Meta(max_length=512, description="Of the upstream, if not the default one.")] | None = None
     floor_count: Count = 0
     floor_money: YuanInput = 0
     max_price: Annotated[dict[Kind, YuanInput], Meta(description="The most a task of a kind can cost.")] = {}
 
-    def checked_user_key(self) -> str | None:
-        """Return the key. Raises InvalidOptions, which does not contain it."""
-        if self.user_key is not None and not re.fullmatch(r"[!-~]+", self.user_key):
-            raise InvalidOptions([FieldError("user_key", "must be printable ASCII without spaces")])
-        return self.user_key
-
-    def checked_base_url(self) -> str | None:
-        """Return the base URL without a trailing slash. Raises InvalidOptions."""
-        if self.base_url is None:
-            return None
-        if not _is_base_url(self.base_url):
-            rule = "must be a URL such as http://host or https://host/path, without credentials, query or fragment"
-            raise InvalidOptions([FieldError("base_url", rule)])
-        return self.base_url.rstrip("/")
-
-    def to_policy(self) -> AccountPolicy:
-        """Return the policy in fen. Raises InvalidOptions."""
+    def to_account(self, name: str) -> tenants.Account:
+        """Return the account without its id and key. Raises InvalidOptions with all errors."""
         errors = ErrorCollector()
+        url = errors.collect("", None, _parse_base_url, self.base_url)
         floor = errors.collect("", 0, _to_fen, "floor_money", self.floor_money)
         prices = {kind: errors.collect("max_price", 0, _to_fen, kind, price) for kind, price in self.max_price.items()}
         errors.raise_if_any()
-        return AccountPolicy(self.floor_count, floor, prices)
+        return tenants.Account(0, name, b"", url, AccountPolicy(self.floor_count, floor, prices))
 
 
-class LimitBody(Struct, frozen=True, forbid_unknown_fields=True):
+class AccountBody(AccountSpec, frozen=True):
+    """An account at the upstream. Omitted fields get their defaults; only the key is kept."""
+
+    user_key: Annotated[str, Meta(min_length=1, max_length=512, description="Of printable ASCII.")] | None = None
+
+    def to_desired(self, name: str) -> DesiredAccount:
+        """Raises InvalidOptions, which does not contain the key."""
+        errors = ErrorCollector()
+        desired = _desired_account(self, name, self.user_key, errors)
+        errors.raise_if_any()
+        return desired
+
+
+class Limit(Struct, frozen=True, forbid_unknown_fields=True):
     """Spending limit in one window of calendar time in UTC."""
 
     window: Window
@@ -197,19 +202,21 @@ class LimitBody(Struct, frozen=True, forbid_unknown_fields=True):
     money: YuanInput | None = None
 
 
-class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
-    """A tenant. Omitted fields get their defaults."""
+class TenantSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of a tenant."""
 
     accounts: Annotated[list[Name], Meta(max_length=100, description="The accounts it may use, in order.")]
-    limits: Annotated[list[LimitBody], Meta(max_length=len(Window), description="At most one per window.")] = []
+    limits: Annotated[list[Limit], Meta(max_length=len(Window), description="At most one per window.")] = []
     max_active: Count | None = None
     spending_mode: SpendingMode = SpendingMode.COUNT_THEN_MONEY
     kinds: Annotated[list[Kind] | None, Meta(description="The kinds it may submit; all without it.")] = None
-    webhook: WebhookBody | None = None
-    disabled: bool = False
+    webhook: WebhookSpec | None = None
+    state: Annotated[TenantStatus, Meta(description="`read-only` refuses submissions, `disabled` every call.")] = (
+        TenantStatus.ACTIVE
+    )
 
     def to_tenant(self, name: str) -> tenants.Tenant:
-        """Return the tenant without its id. Raises InvalidOptions."""
+        """Return the tenant without its id and the secrets of its webhook. Raises InvalidOptions with all errors."""
         errors = ErrorCollector()
         errors.errors += [
             *_find_repeated("accounts", "account", self.accounts),
@@ -230,9 +237,22 @@ class TenantBody(Struct, frozen=True, forbid_unknown_fields=True):
             accounts=tuple(self.accounts),
             policy=TenantPolicy(limits=tuple(limits), max_active=self.max_active, spending_mode=self.spending_mode),
             kinds=None if self.kinds is None else tuple(self.kinds),
-            disabled=self.disabled,
+            state=self.state,
             webhook=webhook,
         )
+
+
+class TenantBody(TenantSpec, frozen=True, kw_only=True):
+    """A tenant. Omitted fields get their defaults."""
+
+    webhook: WebhookBody | None = None
+
+    def to_desired(self, name: str) -> DesiredTenant:
+        """Raises InvalidOptions with all errors."""
+        errors = ErrorCollector()
+        desired = _desired_tenant(self, name, self.webhook.secret if self.webhook else None, errors)
+        errors.raise_if_any()
+        return desired
 
 
 class TokenBody(Struct, frozen=True, forbid_unknown_fields=True):
@@ -257,6 +277,12 @@ class NewToken(Struct, frozen=True):
     expires_at: datetime | None
 
 
+class RevokedTokens(Struct, frozen=True):
+    """Tokens that were revoked."""
+
+    revoked: Annotated[list[str], Meta(description="Their ids.")]
+
+
 class Token(Struct, frozen=True):
     """A token, without its text, of which only the hash is stored."""
 
@@ -274,15 +300,11 @@ class Figure(Struct, frozen=True):
     source: ReadingSource
 
 
-class Account(Struct, frozen=True):
+class Account(AccountSpec, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """An account with its state, balance and open submissions."""
 
     name: str
     state: AccountStatus
-    base_url: str | None
-    floor_count: int
-    floor_money: Yuan
-    max_price: dict[Kind, Yuan]
     remaining_count: Figure | None
     remaining_money: Figure | None
     look_again_at: datetime | None
@@ -303,27 +325,13 @@ class AccountList(Struct, frozen=True):
     items: list[Account]
 
 
-class Tenant(Struct, frozen=True):
+class Tenant(TenantSpec, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """A tenant with its use and its tokens."""
 
     name: str
-    accounts: list[str]
-    limits: list[Limit]
-    max_active: int | None
-    spending_mode: SpendingMode
-    kinds: list[Kind] | None
     webhook: Webhook | None
-    disabled: bool
     policies: list[Policy]
     tokens: list[Token]
-
-
-class Limit(Struct, frozen=True):
-    """Spending limit in one window."""
-
-    window: Window
-    tasks: int | None
-    money: int | float | None
 
 
 class TenantList(Struct, frozen=True):
@@ -332,14 +340,46 @@ class TenantList(Struct, frozen=True):
     items: list[Tenant]
 
 
+def account_spec(account: tenants.Account) -> AccountSpec:
+    policy = account.policy
+    return AccountSpec(
+        base_url=account.base_url,
+        floor_count=policy.floor_count,
+        floor_money=to_yuan(policy.floor_money_fen),
+        max_price={kind: to_yuan(price) for kind, price in policy.max_price.items()},
+    )
+
+
+def tenant_spec(tenant: tenants.Tenant) -> TenantSpec:
+    webhook, policy = tenant.webhook, tenant.policy
+    return TenantSpec(
+        accounts=list(tenant.accounts),
+        limits=[
+            Limit(limit.window, limit.tasks, None if limit.money_fen is None else to_yuan(limit.money_fen))
+            for limit in policy.limits
+        ],
+        max_active=policy.max_active,
+        spending_mode=policy.spending_mode,
+        kinds=None if tenant.kinds is None else list(tenant.kinds),
+        webhook=None if webhook.url is None else WebhookSpec(webhook.url, list(webhook.allow)),
+        state=tenant.state,
+    )
+
+
+def log_fields(entry: tenants.Account | tenants.Tenant) -> dict[str, Any]:
+    """Return the settings of an account or a tenant in the form of the log: URLs without their queries."""
+    spec = account_spec(entry) if isinstance(entry, tenants.Account) else tenant_spec(entry)
+    fields: dict[str, Any] = msgspec.to_builtins(spec)
+    if webhook := fields.get("webhook"):
+        webhook["url"] = tenants.strip_query(webhook["url"])
+    return fields
+
+
 def render_account(account: tenants.Account, state: AccountState) -> Account:
     return Account(
+        **asdict(account_spec(account)),
         name=account.name,
         state=state.status,
-        base_url=account.base_url,
-        floor_count=account.policy.floor_count,
-        floor_money=to_yuan(account.policy.floor_money_fen),
-        max_price={kind: to_yuan(price) for kind, price in account.policy.max_price.items()},
         remaining_count=_render_reading(state.count, 1),
         remaining_money=_render_reading(state.money, FEN_PER_YUAN),
         look_again_at=to_datetime(state.next_probe_at) if state.status is AccountStatus.EXHAUSTED else None,
@@ -355,19 +395,13 @@ def render_tenant(
     tenant: tenants.Tenant, tokens: tuple[tenants.Token, ...], report: QuotaReport, secret: str | None = None
 ) -> Tenant:
     """Render a tenant, with the secret of its webhook if that was just generated."""
-    limits = tenant.policy.limits
+    fields = asdict(tenant_spec(tenant))
+    if webhook := fields["webhook"]:
+        disabled_urls = list(tenant.webhook.disabled_urls)
+        fields["webhook"] = Webhook(webhook.url, webhook.allow, disabled_urls, UNSET if secret is None else secret)
     return Tenant(
+        **fields,
         name=tenant.name,
-        accounts=list(tenant.accounts),
-        limits=[
-            Limit(limit.window, limit.tasks, None if limit.money_fen is None else to_yuan(limit.money_fen))
-            for limit in limits
-        ],
-        max_active=tenant.policy.max_active,
-        spending_mode=tenant.policy.spending_mode,
-        kinds=None if tenant.kinds is None else list(tenant.kinds),
-        webhook=render_webhook(tenant.webhook, secret),
-        disabled=tenant.disabled,
         policies=render_quota(report).policies,
         tokens=[
             Token(token.id, token.label, _seconds_to_datetime(token.created_at), token_expires_at(token))
@@ -400,6 +434,16 @@ def _to_fen(field: str, amount: float) -> int:
     return int(fen)
 
 
+def _parse_base_url(url: str | None) -> str | None:
+    """Return a base URL without a trailing slash. Raises InvalidOptions."""
+    if url is None:
+        return None
+    if not _is_base_url(url):
+        rule = "must be a URL such as http://host or https://host/path, without credentials, query or fragment"
+        raise InvalidOptions([FieldError("base_url", rule)])
+    return url.rstrip("/")
+
+
 def _is_base_url(text: str) -> bool:
     try:
         parts = urlsplit(text)
@@ -408,6 +452,23 @@ def _is_base_url(text: str) -> bool:
         return False
     is_plain = re.fullmatch(r"[!-~]+", text) and "@" not in parts.netloc and "?" not in text and "#" not in text
     return bool(is_plain and host and parts.scheme in {"http", "https"})
+
+
+def _desired_account(
+    spec: AccountSpec, name: str, user_key: str | None, errors: ErrorCollector, *path: str
+) -> DesiredAccount:
+    if user_key is not None and not re.fullmatch(r"[!-~]+", user_key):
+        errors.add(field_path(*path, "user_key"), "must be printable ASCII without spaces")
+    account = errors.collect(field_path(*path), tenants.Account(0, name, b""), spec.to_account, name)
+    return DesiredAccount(account, None if user_key is None else user_key.encode())
+
+
+def _desired_tenant(
+    spec: TenantSpec, name: str, secret: str | None, errors: ErrorCollector, *path: str
+) -> DesiredTenant:
+    tenant = errors.collect(field_path(*path), tenants.Tenant(0, name, ()), spec.to_tenant, name)
+    key = None if secret is None else errors.collect(field_path(*path), b"", webhooks.parse_secret, secret)
+    return DesiredTenant(tenant, secret=key)
 
 
 def _find_repeated(field: str, noun: str, values: Sequence[str]) -> Sequence[FieldError]:
@@ -449,24 +510,17 @@ class SecretEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
         return SecretRef(self.env, self.file) if self.env or self.file else None
 
 
-class AccountEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class AccountEntry(AccountSpec, frozen=True, omit_defaults=True):
     """An account at the upstream. Omitted fields get their defaults, except the id and the key."""
 
     id: _Id | None = None
     user_key: SecretEntry | None = None
-    base_url: _BaseUrl | None = None
-    floor_count: Count = 0
-    floor_money: YuanInput = 0
-    max_price: Annotated[dict[Kind, YuanInput], Meta(description="The most a task of a kind can cost.")] = {}
 
     def to_desired(self, name: str, errors: ErrorCollector) -> DesiredAccount:
-        path, entry = field_path("accounts", name), self.user_key or SecretEntry()
-        body = AccountBody(entry.value, self.base_url, self.floor_count, self.floor_money, self.max_price)
-        key = errors.collect(path, None, body.checked_user_key)
-        url = errors.collect(path, None, body.checked_base_url)
-        policy = errors.collect(path, AccountPolicy(), body.to_policy)
-        account = tenants.Account(self.id or 0, name, b"", url, policy, entry.to_secret_ref())
-        return DesiredAccount(account, None if key is None else key.encode())
+        entry = self.user_key or SecretEntry()
+        desired = _desired_account(self, name, entry.value, errors, "accounts", name)
+        account = replace(desired.account, id=self.id or 0, secret_ref=entry.to_secret_ref())
+        return replace(desired, account=account)
 
 
 class TokenEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -485,43 +539,26 @@ class TokenEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
         return tenants.Token(token_id, 0, bytes.fromhex(self.sha256), self.label, created, expires)
 
 
-class WebhookEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class WebhookEntry(WebhookSpec, frozen=True, omit_defaults=True):
     """Webhook of a tenant."""
 
-    url: Annotated[str, Meta(max_length=MAX_URL_CHARS)]
-    allow: Annotated[list[Annotated[str, Meta(max_length=255)]], Meta(max_length=MAX_ALLOW_ENTRIES)] = []
     secret: SecretEntry | None = None
 
 
-class TenantEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class TenantEntry(TenantSpec, frozen=True, kw_only=True, omit_defaults=True):
     """A tenant and its tokens. Omitted fields get their defaults, except the id and the secret."""
 
     id: _Id | None = None
-    accounts: Annotated[list[Name], Meta(max_length=100, description="The accounts it may use, in order.")]
-    limits: Annotated[list[LimitBody], Meta(max_length=len(Window), description="At most one per window.")] = []
-    max_active: Count | None = None
-    spending_mode: SpendingMode = SpendingMode.COUNT_THEN_MONEY
-    kinds: Annotated[list[Kind] | None, Meta(description="The kinds it may submit; all without it.")] = None
     webhook: WebhookEntry | None = None
-    disabled: bool = False
     tokens: Annotated[dict[_TokenId, TokenEntry], Meta(description="By their ids.")] = {}
 
     def to_desired(self, name: str, errors: ErrorCollector) -> DesiredTenant:
-        path, webhook = field_path("tenants", name), self.webhook
-        entry = webhook.secret if webhook and webhook.secret else SecretEntry()
-        body = TenantBody(
-            accounts=self.accounts,
-            limits=self.limits,
-            max_active=self.max_active,
-            spending_mode=self.spending_mode,
-            kinds=self.kinds,
-            webhook=WebhookBody(webhook.url, entry.value, webhook.allow) if webhook else None,
-            disabled=self.disabled,
-        )
-        tenant = errors.collect(path, tenants.Tenant(0, name, ()), body.to_tenant, name)
-        secret = errors.collect(path, b"", webhooks.parse_secret, entry.value) if entry.value is not None else None
+        entry = self.webhook.secret if self.webhook and self.webhook.secret else SecretEntry()
+        desired = _desired_tenant(self, name, entry.value, errors, "tenants", name)
+        path = field_path("tenants", name)
         tokens = tuple(token.to_token(token_id, path, errors) for token_id, token in self.tokens.items())
-        return DesiredTenant(replace(tenant, id=self.id or 0), tokens, secret, entry.to_secret_ref())
+        tenant = replace(desired.tenant, id=self.id or 0)
+        return replace(desired, tenant=tenant, tokens=tokens, secret_ref=entry.to_secret_ref())
 
 
 class RegistryBody(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -539,17 +576,27 @@ class RegistryBody(Struct, frozen=True, forbid_unknown_fields=True, omit_default
         return DesiredRegistry(desired_accounts, desired_tenants, prune)
 
 
-def rename_purse(body: Any, errors: ErrorCollector) -> None:
-    """Rename `purse`, which 0.2 had for `spending_mode`, in a tenant or in all tenants of a registry."""
+def rename_old_fields(body: Any, errors: ErrorCollector) -> None:
+    """Rename the fields of former versions in a tenant, or in all tenants of a registry.
+
+    `purse` is `spending_mode` since 0.3; `disabled`, which refused submissions, is the state `read-only` since 0.4.
+    """
     entries = body.get("tenants") if isinstance(body, dict) else None
-    places = {"purse": body}
+    places = [("", body)]
     if isinstance(entries, dict):
-        places |= {field_path("tenants", name, "purse"): entry for name, entry in entries.items()}
-    for path, tenant in places.items():
-        if isinstance(tenant, dict) and "purse" in tenant:
-            if "spending_mode" in tenant:
-                errors.add(path, "is the former name of spending_mode: send only one of them")
-            tenant["spending_mode"] = tenant.pop("purse")
+        places += [(f"{field_path('tenants', name)}.", entry) for name, entry in entries.items()]
+    for path, tenant in places:
+        for old, new in (("purse", "spending_mode"), ("disabled", "state")):
+            if not isinstance(tenant, dict) or old not in tenant:
+                continue
+            if new in tenant:
+                errors.add(f"{path}{old}", f"is the former name of {new}: send only one of them")
+            value = tenant.pop(old)
+            if old == "disabled":
+                if not isinstance(value, bool):
+                    errors.add(f"{path}{old}", "must be true or false")
+                value = TenantStatus.READ_ONLY.value if value else TenantStatus.ACTIVE.value
+            tenant[new] = value
 
 
 JsonValue = dict[str, Any] | list[Any] | str | bool | float | None
@@ -620,35 +667,15 @@ def _to_seconds(field: str, time: datetime | None) -> float | None:
 
 
 def _account_entry(account: tenants.Account) -> AccountEntry:
-    policy = account.policy
-    return AccountEntry(
-        id=account.id,
-        user_key=_secret_entry(account.secret_ref),
-        base_url=account.base_url,
-        floor_count=policy.floor_count,
-        floor_money=to_yuan(policy.floor_money_fen),
-        max_price={kind: to_yuan(price) for kind, price in policy.max_price.items()},
-    )
+    return AccountEntry(**asdict(account_spec(account)), id=account.id, user_key=_secret_entry(account.secret_ref))
 
 
 def _tenant_entry(tenant: tenants.Tenant, tokens: list[tenants.Token]) -> TenantEntry:
-    webhook, secrets = tenant.webhook, tenant.webhook.secrets
-    secret = _secret_entry(secrets.secret_ref) if secrets else None
-    return TenantEntry(
-        id=tenant.id,
-        accounts=list(tenant.accounts),
-        limits=[_limit_body(limit) for limit in tenant.policy.limits],
-        max_active=tenant.policy.max_active,
-        spending_mode=tenant.policy.spending_mode,
-        kinds=None if tenant.kinds is None else list(tenant.kinds),
-        webhook=None if webhook.url is None else WebhookEntry(webhook.url, list(webhook.allow), secret),
-        disabled=tenant.disabled,
-        tokens={token.id: _token_entry(token) for token in tokens},
-    )
-
-
-def _limit_body(limit: tenants.Limit) -> LimitBody:
-    return LimitBody(limit.window, limit.tasks, None if limit.money_fen is None else to_yuan(limit.money_fen))
+    fields, secrets = asdict(tenant_spec(tenant)), tenant.webhook.secrets
+    if webhook := fields["webhook"]:
+        secret = _secret_entry(secrets.secret_ref) if secrets else None
+        fields["webhook"] = WebhookEntry(webhook.url, webhook.allow, secret)
+    return TenantEntry(**fields, id=tenant.id, tokens={token.id: _token_entry(token) for token in tokens})
 
 
 def _token_entry(token: tenants.Token) -> TokenEntry:

@@ -10,8 +10,8 @@ from typing import Any
 from litestar.connection import ASGIConnection
 
 from service.domain import tenants
-from service.domain.errors import Unauthenticated
-from service.domain.tenants import Tenant
+from service.domain.errors import TenantDisabled, Unauthenticated
+from service.domain.tenants import Tenant, TenantStatus
 from service.usecases.ports import RegistryView
 
 _MISSING_TOKEN = "Send your token as `Authorization: Bearer TOKEN`."  # noqa: S105 - a message
@@ -26,18 +26,23 @@ class TenantAuth:
         self._now = now
 
     def authenticate(self, request: ASGIConnection[Any, Any, Any, Any]) -> Tenant:
-        """Return the tenant of the bearer token and record it for log and metrics. Raises Unauthenticated."""
+        """Return the tenant of the bearer token and record it for log and metrics.
+
+        Raises Unauthenticated or TenantDisabled.
+        """
         tenant = self.authenticate_token(_bearer_token(request))
         request.scope["state"]["tenant"] = tenant.name
         return tenant
 
     def authenticate_token(self, token: str) -> Tenant:
-        """Return the tenant of a token. Raises Unauthenticated."""
+        """Return the tenant of a token. Raises Unauthenticated or TenantDisabled."""
         if not tenants.has_valid_checksum(token):
             raise Unauthenticated(_INVALID_TOKEN)
         owner = self._registry.current.tenant_by_token(tenants.hash_token(token))
         if owner is None or not owner[1].is_valid_at(self._now()):
             raise Unauthenticated(_INVALID_TOKEN)
+        if owner[0].state is TenantStatus.DISABLED:
+            raise TenantDisabled("This tenant is disabled. Ask the operators of the gateway.")
         return owner[0]
 
 

@@ -106,6 +106,9 @@ _PROBLEM_TYPES: Mapping[type[errors.GatewayError], ProblemType] = {
         "kind-not-allowed", 403, "Kind not allowed", "The tenant may not submit tasks of this kind."
     ),
     errors.TenantDisabled: ProblemType("tenant-disabled", 403, "Tenant disabled", "An operator has disabled it."),
+    errors.TenantReadOnly: ProblemType(
+        "tenant-read-only", 403, "Tenant read-only", "An operator has stopped its submissions; it may read its tasks."
+    ),
     errors.NotFound: NOT_FOUND,
     errors.Conflict: ProblemType("conflict", 409, "Conflict", "`detail` names what conflicts with the change."),
     errors.VersionConflict: ProblemType(
@@ -317,11 +320,18 @@ def _body_errors(request: Request[Any, Any, Any], key: str) -> list[errors.Field
     body = ScopeState.from_scope(request.scope).json
     if body is Empty or body is None:
         return [errors.FieldError("body", "is required" if body is Empty else "must be an object")]
-    invalid = validate_tree(body, request.route_handler.parsed_fn_signature.parameters[_BODY_PARAMETER].annotation, "")
+    body_type = request.route_handler.parsed_fn_signature.parameters[_BODY_PARAMETER].annotation
+    return find_body_errors(body, body_type) or [
+        errors.FieldError("body" if key == _BODY_PARAMETER else key, "is not valid")
+    ]
+
+
+def find_body_errors(body: Any, body_type: Any) -> list[errors.FieldError]:
+    """Return all errors of a JSON body against its type."""
     return [
         errors.FieldError(item.field or "body", item.detail.replace("must be a table", "must be an object"))
-        for item in invalid
-    ] or [errors.FieldError("body" if key == _BODY_PARAMETER else key, "is not valid")]
+        for item in validate_tree(body, body_type, "")
+    ]
 
 
 def _parameter_error(request: Request[Any, Any, Any], name: str) -> errors.FieldError:

@@ -28,6 +28,7 @@ from service.domain.errors import (
     NotFound,
     QuotaDenied,
     SubmissionUnknown,
+    TenantDisabled,
     Unauthenticated,
     UpstreamRejected,
     UpstreamUnavailable,
@@ -247,7 +248,7 @@ async def _respond(handle: Callable[[], Awaitable[A]], message: Callable[[Gatewa
     """Return the result of `handle`, or its error in the closest message of the upstream."""
     try:
         return Response(await handle())
-    except Unauthenticated:
+    except (Unauthenticated, TenantDisabled):
         return Response(Failure(1, NO_ACCOUNT))
     except BodyTimeout as error:
         # Else a client that keeps sending slowly would keep its connection.

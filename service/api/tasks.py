@@ -41,7 +41,7 @@ from service.api.schemas import (
     task_path,
 )
 from service.api.uploads import UploadReader
-from service.domain.errors import FieldError, GatewayError, InvalidOptions, Unauthenticated
+from service.domain.errors import FieldError, GatewayError, InvalidOptions, TenantDisabled, Unauthenticated
 from service.domain.ledger import parse_idempotency_key
 from service.domain.tasks import Catalogue, Kind, State, parse_metadata, parse_options
 from service.domain.tenants import Tenant
@@ -96,7 +96,7 @@ _SUBMIT_HEADERS = (
     *("Idempotent-Replayed", "Preference-Applied", "Cache-Control"),
 )
 _SUBMIT_PROBLEMS = (
-    *(400, 401, 402, "kind-not-allowed", "tenant-disabled", "idempotency-in-flight", 413, 415),
+    *(400, 401, 402, "kind-not-allowed", "tenant-read-only", "tenant-disabled", "idempotency-in-flight", 413, 415),
     *("invalid-options", "invalid-image", "idempotency-key-reused", 429, "upstream-rejected", 503, 504),
 )
 _STREAM_RESPONSES = {204: ResponseSpec(None, description="The task has ended", generate_examples=False)}
@@ -252,7 +252,7 @@ class ClientStalled(Exception):
 
 
 class EventStreamResponse(Response[str | None]):
-    """Streams changes until `authorize` raises Unauthenticated or the client disconnects.
+    """Streams changes until `authorize` raises or the client disconnects.
 
     Errors of the first read of the task are raised before anything is sent.
     """
@@ -291,7 +291,7 @@ class EventStreamResponse(Response[str | None]):
             async for change in changes:
                 try:
                     self._authorize()
-                except Unauthenticated:
+                except (Unauthenticated, TenantDisabled):
                     break
                 await _send_body(send, _encode_change(change))
         await _send_body(send, b"", more=False)

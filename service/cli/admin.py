@@ -40,7 +40,7 @@ from service.cli.formatting import (
     read_secret,
 )
 from service.domain.tasks import Kind
-from service.domain.tenants import SpendingMode
+from service.domain.tenants import SpendingMode, TenantStatus
 
 _SPENDING_MODE = click.Choice([mode.value for mode in SpendingMode])
 _KIND = click.Choice([kind.value for kind in Kind])
@@ -363,7 +363,9 @@ def tenant() -> None:
 @click.option("--spending-mode", type=_SPENDING_MODE, help="Prepaid uses only, or money after them.")
 @click.option("--purse", "old_spending_mode", type=_SPENDING_MODE, hidden=True)  # the name in 0.2.0
 @click.option("--kind", "kinds", type=_KIND, multiple=True, help="A kind it may submit; repeatable.")
-@click.option("--disabled", is_flag=True, help="Refuse its submissions.")
+@click.option(
+    "--state", type=click.Choice(list(TenantStatus)), help="read-only refuses submissions, disabled every call."
+)
 @add_webhook_options
 @json_option
 @with_admin_client
@@ -407,7 +409,7 @@ def list_tenants(client: AdminClient, *, as_json: bool) -> None:
 
 
 def _format_tenants(tenants: TenantList) -> str:
-    head = ("name", "accounts", "limits", "max active", "spending mode", "kinds", "tokens", "disabled")
+    head = ("name", "accounts", "limits", "max active", "spending mode", "kinds", "tokens", "state")
     rows = [
         (
             item.name,
@@ -417,7 +419,7 @@ def _format_tenants(tenants: TenantList) -> str:
             item.spending_mode,
             _format_kinds(item),
             len(item.tokens),
-            item.disabled,
+            item.state,
         )
         for item in tenants.items
     ]
@@ -460,7 +462,7 @@ def _format_tenant(tenant: Tenant) -> str:
         ("accounts", tenant.accounts),
         ("spending mode", tenant.spending_mode),
         ("kinds", _format_kinds(tenant)),
-        ("disabled", tenant.disabled),
+        ("state", tenant.state),
         *webhook_fields(tenant.webhook),
     )
     return "\n\n".join([record, _format_policies(tenant.policies), format_tokens(tenant.tokens)])

@@ -21,7 +21,7 @@ from service.api.admin_schemas import (
     RegistryBody,
     SecretEntry,
     TenantEntry,
-    rename_purse,
+    rename_old_fields,
 )
 from service.cli.client import AdminClient, CommandError, print_response, with_admin_client
 from service.cli.common import DetailedExitCommand, get_environment, json_option
@@ -59,7 +59,7 @@ def read_registry_file(file: BinaryIO) -> RegistryBody:
         why = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "not UTF-8"
         raise CommandError(f"gateway: {name} is not TOML: {single_line(why)}") from None
     errors = ErrorCollector()
-    rename_purse(tree, errors)
+    rename_old_fields(tree, errors)
     for path, table, key in _secret_fields(tree):
         _resolve_secret(path, table, key, folder, errors)
     _validate_registry(tree, errors)

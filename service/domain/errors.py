@@ -50,6 +50,10 @@ class TenantDisabled(Forbidden):
     pass
 
 
+class TenantReadOnly(Forbidden):
+    pass
+
+
 class NotFound(CallerFault):
     """It does not exist, or belongs to another tenant: the response is the same."""
 

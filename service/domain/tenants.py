@@ -54,7 +54,7 @@ class WebhookSecrets(Struct, frozen=True):
 
     current: bytes
     previous: bytes | None = None
-    previous_expires_at: float = 0
+    previous_expires_at: float = 0.0
     secret_ref: SecretRef | None = None
 
     def active_secrets(self, now: float) -> tuple[bytes, ...]:
@@ -137,6 +137,14 @@ class SpendingMode(StrEnum):
     COUNT_THEN_MONEY = "count_then_money"
 
 
+class TenantStatus(StrEnum):
+    ACTIVE = "active"
+    READ_ONLY = "read-only"
+    """Submissions are refused."""
+    DISABLED = "disabled"
+    """All calls are refused."""
+
+
 class Limit(Struct, frozen=True):
     """A limit in one window; None means unlimited."""
 
@@ -159,7 +167,7 @@ class Tenant(Struct, frozen=True):
     accounts: tuple[str, ...]
     policy: TenantPolicy = TenantPolicy()
     kinds: tuple[Kind, ...] | None = None
-    disabled: bool = False
+    state: TenantStatus = TenantStatus.ACTIVE
     webhook: Webhook = Webhook()
 
     def can_submit(self, kind: Kind) -> bool:

@@ -27,7 +27,7 @@ from service.telemetry.tracing import NOOP_TRACER, Tracer
 _log = structlog.get_logger(__name__)
 Client = Redis | RedisCluster
 DAY_MS = 86_400_000
-DATA_VERSION = 2
+DATA_VERSION = 3
 """Rises with every change after which an older gateway could misread the data, or this one the older data."""
 LATE_CHARGE_MS = 600_000
 """A submission may still be charged this long after its outcome became unknown."""

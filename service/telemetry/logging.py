@@ -14,7 +14,6 @@ import msgspec
 import structlog
 from structlog.typing import FilteringBoundLogger, Processor
 
-from service.domain.tenants import AccountPolicy, TenantPolicy
 from service.telemetry.redaction import Redactor
 
 _FEN_PER_YUAN = 100
@@ -22,29 +21,6 @@ _FEN_PER_YUAN = 100
 
 def fen_to_yuan(fen: int) -> float:
     return fen / _FEN_PER_YUAN
-
-
-def log_account_policy(policy: AccountPolicy) -> dict[str, Any]:
-    """Return the log form of a policy; amounts in yuan."""
-    return {
-        "floor_count": policy.floor_count,
-        "floor_money": fen_to_yuan(policy.floor_money_fen),
-        "max_price": {kind.value: fen_to_yuan(price) for kind, price in policy.max_price.items()},
-    }
-
-
-def log_tenant_policy(policy: TenantPolicy) -> dict[str, Any]:
-    """Return the log form of a policy; amounts in yuan."""
-    limits = [
-        {
-            "window": limit.window.value,
-            "tasks": limit.tasks,
-            "money": None if limit.money_fen is None else fen_to_yuan(limit.money_fen),
-        }
-        for limit in policy.limits
-    ]
-    fields: dict[str, Any] = msgspec.to_builtins(policy)
-    return fields | {"limits": limits}
 
 
 class WaitTimer:

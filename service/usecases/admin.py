@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-import msgspec
 import structlog
 from msgspec import Struct
 from msgspec.structs import replace
@@ -31,8 +30,8 @@ from service.domain.ledger import AccountState, AccountStatus
 from service.domain.tasks import Cipher
 from service.domain.tenants import (
     Account,
-    AccountPolicy,
     Registry,
+    SecretRef,
     Tenant,
     Token,
     WebhookSecrets,
@@ -40,7 +39,6 @@ from service.domain.tenants import (
     hash_token,
     strip_query,
 )
-from service.telemetry import logging
 from service.usecases.ports import Delivery, DeliveryQueue, Ledger, RegistryChange, RegistryStore, RegistryView
 
 _log = structlog.get_logger(__name__)
@@ -49,6 +47,27 @@ _MAX_TRIES = 10
 _TOKEN_ID_BYTES = 6
 R = TypeVar("R")
 AccountOrTenant = TypeVar("AccountOrTenant", Account, Tenant)
+LogFields = Callable[[Account | Tenant], Mapping[str, Any]]
+"""Returns the settings of an account or a tenant in the form of the log."""
+
+
+class DesiredAccount(Struct, frozen=True):
+    """A desired account; its id is 0 for any. Without a key it keeps its own."""
+
+    account: Account
+    user_key: bytes | None = None
+
+
+class DesiredTenant(Struct, frozen=True):
+    """A desired tenant; 0 stands for any id, and for any `created_at` of a token.
+
+    Without `secret` its webhook keeps its own, or gets a generated one.
+    """
+
+    tenant: Tenant
+    tokens: tuple[Token, ...] = ()
+    secret: bytes | None = None
+    secret_ref: SecretRef | None = None
 
 
 class RegistryUpdater:
@@ -60,18 +79,23 @@ class RegistryUpdater:
         self._lock = asyncio.Lock()
 
     async def update_registry(
-        self, event: str, make_change: Callable[[Registry], tuple[RegistryChange, R]], **log_fields: Any
+        self,
+        event: str,
+        make_change: Callable[[Registry], tuple[RegistryChange, R]],
+        describe: Callable[[R], Mapping[str, Any]] = lambda _: {},
+        **log_fields: Any,
     ) -> R:
-        """Write what `make_change` returns for the latest version, and log it; retry if another process was faster.
+        """Write what `make_change` returns for the latest version; retry if another process was faster.
 
-        Raises LedgerUnavailable, Overloaded, and what `make_change` raises.
+        The change is logged with `log_fields` and what `describe` returns for the result. Raises LedgerUnavailable,
+        Overloaded, and what `make_change` raises.
         """
         async with self._lock:  # changes of one process need not race
             for _ in range(_MAX_TRIES):
                 await self._registry.refresh()
                 change, result = make_change(self._registry.current)
                 if await self._store.write(change):
-                    _log.info(event, version=change.version + 1, **log_fields)
+                    _log.info(event, version=change.version + 1, **log_fields, **describe(result))
                     with suppress(LedgerUnavailable):  # the change is written; this copy follows in the background
                         await self._registry.refresh()
                     return result
@@ -85,10 +109,17 @@ class NewToken(Struct, frozen=True):
     text: str
 
 
+class _SavedAccount(Struct, frozen=True):
+    account: Account
+    key_given: bool
+    reopens: bool
+
+
 class SavedTenant(Struct, frozen=True):
     """A saved tenant, with its webhook secret if one was generated: the only time it is known."""
 
     tenant: Tenant
+    key_given: bool
     generated_secret: str | None
 
 
@@ -112,6 +143,7 @@ class RegistryAdmin:
         user_key_cipher: Cipher,
         webhook_cipher: Cipher,
         now: Callable[[], float],
+        log_fields: LogFields,
     ) -> None:
         self._updater = updater
         self._registry = registry
@@ -119,31 +151,40 @@ class RegistryAdmin:
         self._user_key_cipher = user_key_cipher
         self._webhook_cipher = webhook_cipher
         self.now = now
+        self._log_fields = log_fields
 
-    async def put_account(
-        self, name: str, user_key: str | None, base_url: str | None, policy: AccountPolicy
-    ) -> Account:
-        """Create or replace an account; without a key it keeps its own.
+    async def save_account(self, name: str, desire: Callable[[Account | None], DesiredAccount]) -> Account:
+        """Save what `desire` returns for the current account, None for a new one; without a key it keeps its own.
 
-        Reopens the account if the change may allow it to pay again. Raises InvalidOptions if a new account has no key.
+        Reopens the account if the change may allow it to pay again. Raises InvalidOptions if a new account has no key,
+        and what `desire` raises.
         """
-        new_key = self._user_key_cipher.encrypt(user_key.encode()) if user_key is not None else None
 
-        def change(registry: Registry) -> tuple[RegistryChange, tuple[Account, bool]]:
+        def change(registry: Registry) -> tuple[RegistryChange, _SavedAccount]:
             before = registry.accounts.get(name)
-            key = new_key or (before.user_key if before else None)
+            desired = desire(before)
+            key = None if desired.user_key is None else self._user_key_cipher.encrypt(desired.user_key)
+            key = key or (before.user_key if before else None)
             if key is None:
                 raise InvalidOptions([FieldError("user_key", "is required for a new account")])
-            secret_ref = before.secret_ref if before and key == before.user_key else None
-            account = Account(before.id if before else self._new_id(registry), name, key, base_url, policy, secret_ref)
+            account = replace(
+                desired.account,
+                id=before.id if before else self._new_id(registry),
+                user_key=key,
+                secret_ref=before.secret_ref if before and key == before.user_key else None,
+            )
             next_id = max(registry.next_id, account.id + 1)
             reopens = before is not None and affects_availability(before, account)
-            return replace(no_change(registry), next_id=next_id, accounts=(account,)), (account, reopens)
+            result = _SavedAccount(account, desired.user_key is not None, reopens)
+            return replace(no_change(registry), next_id=next_id, accounts=(account,)), result
 
-        log_fields = account_log_fields(base_url, policy, key_given=user_key is not None)
-        account, reopens = await self._updater.update_registry("account.updated", change, account=name, **log_fields)
+        def describe(saved: _SavedAccount) -> Mapping[str, Any]:
+            return {**self._log_fields(saved.account), "key_given": saved.key_given}
+
+        saved = await self._updater.update_registry("account.updated", change, describe, account=name)
+        account = saved.account
         is_closed = (await self._ledger.account_states([account.id]))[account.id].status is not AccountStatus.OPEN
-        if reopens or (user_key is not None and is_closed):
+        if saved.reopens or (saved.key_given and is_closed):
             await self._ledger.reopen_account(account.id)
         return account
 
@@ -151,29 +192,35 @@ class RegistryAdmin:
         account = self._registry.current.accounts.get(name)
         return account is not None and account.user_key == self._user_key_cipher.encrypt(user_key.encode())
 
-    async def put_tenant(self, tenant: Tenant, secret: str | None = None) -> SavedTenant:
-        """Create or replace a tenant, whatever the id of the argument. Raises InvalidOptions.
+    async def save_tenant(self, name: str, desire: Callable[[Tenant | None], DesiredTenant]) -> SavedTenant:
+        """Save what `desire` returns for the current tenant, None for a new one.
 
-        Without `secret` its webhook keeps its own, or gets a generated one. Disabled URLs are enabled.
+        Without a secret its webhook keeps its own, or gets a generated one. Raises InvalidOptions for an unknown
+        account, and what `desire` raises.
         """
-        new_secret = None if secret is None else self._webhook_cipher.encrypt(webhooks.parse_secret(secret))
         text = webhooks.generate_secret()
         generated = self._webhook_cipher.encrypt(webhooks.parse_secret(text))
 
         def change(registry: Registry) -> tuple[RegistryChange, SavedTenant]:
-            missing = [name for name in tenant.accounts if name not in registry.accounts]
+            before = registry.tenants.get(name)
+            desired = desire(before)
+            missing = [account for account in desired.tenant.accounts if account not in registry.accounts]
             if missing:
                 raise InvalidOptions([FieldError("accounts", f"there is no account {', '.join(missing)}")])
-            before = registry.tenants.get(tenant.name)
-            webhook = tenant.webhook.with_secret(before.webhook.secrets if before else None, new_secret, generated)
-            saved = replace(tenant, id=before.id if before else self._new_id(registry), webhook=webhook)
+            new_secret = None if desired.secret is None else self._webhook_cipher.encrypt(desired.secret)
+            webhook = desired.tenant.webhook.with_secret(
+                before.webhook.secrets if before else None, new_secret, generated
+            )
+            tenant = replace(desired.tenant, id=before.id if before else self._new_id(registry), webhook=webhook)
             is_generated = webhook.secrets is not None and webhook.secrets.current == generated
-            next_id = max(registry.next_id, saved.id + 1)
-            result = SavedTenant(saved, text if is_generated else None)
-            return replace(no_change(registry), next_id=next_id, tenants=(saved,)), result
+            next_id = max(registry.next_id, tenant.id + 1)
+            result = SavedTenant(tenant, new_secret is not None, text if is_generated else None)
+            return replace(no_change(registry), next_id=next_id, tenants=(tenant,)), result
 
-        log_fields = tenant_log_fields(tenant, key_given=new_secret is not None)
-        return await self._updater.update_registry("tenant.updated", change, tenant=tenant.name, **log_fields)
+        def describe(saved: SavedTenant) -> Mapping[str, Any]:
+            return {**self._log_fields(saved.tenant), "key_given": saved.key_given}
+
+        return await self._updater.update_registry("tenant.updated", change, describe, tenant=name)
 
     async def delete_account(self, name: str, *, force: bool) -> None:
         """Delete an account. Unless forced, it must have no open submission and no tenant.
@@ -222,7 +269,7 @@ class RegistryAdmin:
         text, token_id, created_at = generate_token(), secrets.token_hex(_TOKEN_ID_BYTES), self.now()
 
         def change(registry: Registry) -> tuple[RegistryChange, Token]:
-            tenant = _require(registry.tenants, tenant_name, "tenant")
+            tenant = require(registry.tenants.get(tenant_name), tenant_name, "tenant")
             expired = tuple(token for token in registry.tokens_of(tenant) if not token.is_valid_at(created_at))
             token = Token(token_id, tenant.id, hash_token(text), label, created_at, expires_at)
             return replace(no_change(registry), tokens=(token,), drop_tokens=expired), token
@@ -237,8 +284,8 @@ class RegistryAdmin:
         end = self.now() + grace_seconds
 
         def change(registry: Registry) -> tuple[RegistryChange, None]:
-            tenant = _require(registry.tenants, tenant_name, "tenant")
-            token = _require({token.id: token for token in registry.tokens_of(tenant)}, token_id, "token")
+            tenant = require(registry.tenants.get(tenant_name), tenant_name, "tenant")
+            token = require({token.id: token for token in registry.tokens_of(tenant)}.get(token_id), token_id, "token")
             if not grace_seconds:
                 return replace(no_change(registry), drop_tokens=(token,)), None
             expires_at = end if token.expires_at is None else min(end, token.expires_at)
@@ -246,6 +293,17 @@ class RegistryAdmin:
 
         await self._updater.update_registry(
             "token.revoked", change, tenant=tenant_name, id=token_id, grace=grace_seconds
+        )
+
+    async def revoke_all_tokens(self, tenant_name: str) -> tuple[str, ...]:
+        """Revoke all tokens of a tenant at once; return their ids. Raises NotFound."""
+
+        def change(registry: Registry) -> tuple[RegistryChange, tuple[str, ...]]:
+            tokens = registry.tokens_of(require(registry.tenants.get(tenant_name), tenant_name, "tenant"))
+            return replace(no_change(registry), drop_tokens=tokens), tuple(token.id for token in tokens)
+
+        return await self._updater.update_registry(
+            "token.all_revoked", change, lambda ids: {"ids": ids}, tenant=tenant_name
         )
 
     async def reopen_account(self, name: str) -> Account:
@@ -265,7 +323,7 @@ class RegistryAdmin:
 
     async def get_account(self, name: str) -> Account:
         """Return an account. Raises NotFound."""
-        return _require((await self._load_registry()).accounts, name, "account")
+        return require((await self._load_registry()).accounts.get(name), name, "account")
 
     async def list_accounts(self) -> tuple[Account, ...]:
         """Return all accounts by name."""
@@ -273,7 +331,7 @@ class RegistryAdmin:
 
     async def get_tenant(self, name: str) -> Tenant:
         """Return a tenant. Raises NotFound."""
-        return _require((await self._load_registry()).tenants, name, "tenant")
+        return require((await self._load_registry()).tenants.get(name), name, "tenant")
 
     async def list_tenants(self) -> tuple[Tenant, ...]:
         """Return all tenants by name."""
@@ -338,20 +396,6 @@ def no_change(registry: Registry) -> RegistryChange:
     return RegistryChange(version=registry.version, next_id=registry.next_id)
 
 
-def account_log_fields(base_url: str | None, policy: AccountPolicy, *, key_given: bool) -> dict[str, Any]:
-    """Return the log fields of `account.updated`."""
-    return {"base_url": base_url, "policy": logging.log_account_policy(policy), "key_given": key_given}
-
-
-def tenant_log_fields(tenant: Tenant, *, key_given: bool) -> dict[str, Any]:
-    """Return the log fields of `tenant.updated`: everything but secrets."""
-    fields: dict[str, Any] = msgspec.to_builtins(tenant)
-    del fields["id"], fields["name"]
-    url = tenant.webhook.url and strip_query(tenant.webhook.url)
-    webhook = {"url": url, "allow": tenant.webhook.allow, "key_given": key_given}
-    return fields | {"policy": logging.log_tenant_policy(tenant.policy), "webhook": webhook}
-
-
 def affects_availability(old: Account, new: Account) -> bool:
     """Whether a change may let an account pay again: another key or URL, or a lower floor."""
     return (
@@ -362,15 +406,16 @@ def affects_availability(old: Account, new: Account) -> bool:
     )
 
 
-def _require(table: Mapping[str, R], name: str, kind: str) -> R:
-    if name not in table:
+def require(entry: R | None, name: str, kind: str) -> R:
+    """Return the entry. Raises NotFound if it is None."""
+    if entry is None:
         raise NotFound(f"There is no {kind} {name}.")
-    return table[name]
+    return entry
 
 
 def _require_same_id(table: Mapping[str, AccountOrTenant], expected: AccountOrTenant, kind: str) -> AccountOrTenant:
     """Return the current object. Raises Conflict if its name belongs to another one since `expected` was read."""
-    current = _require(table, expected.name, kind)
+    current = require(table.get(expected.name), expected.name, kind)
     if current.id != expected.id:
         raise Conflict(f"The {kind} {expected.name} was deleted and created again meanwhile. Read it again.")
     return current
@@ -419,7 +464,7 @@ class WebhookAdmin:
         secret = self._cipher.encrypt(webhooks.parse_secret(text))
 
         def change(registry: Registry) -> tuple[RegistryChange, None]:
-            tenant = _require(registry.tenants, name, "tenant")
+            tenant = require(registry.tenants.get(name), name, "tenant")
             if tenant.webhook.secrets is None:
                 raise Conflict(f"Tenant {name} has no webhook secret. It gets one with its webhook.")
             previous = tenant.webhook.secrets.current if grace_seconds else None

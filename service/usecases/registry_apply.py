@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Any
 
 import structlog
 from msgspec import Struct
@@ -18,38 +19,20 @@ from msgspec.structs import replace
 from service.domain import webhooks
 from service.domain.errors import Conflict, ErrorCollector, LedgerUnavailable, VersionConflict, field_path, suggest
 from service.domain.tasks import Cipher
-from service.domain.tenants import Account, Registry, SecretRef, Tenant, Token, Webhook, WebhookSecrets
+from service.domain.tenants import Account, Registry, Tenant, Token, Webhook, WebhookSecrets
 from service.usecases.admin import (
+    DesiredAccount,
+    DesiredTenant,
+    LogFields,
     RegistryUpdater,
-    account_log_fields,
     affects_availability,
     no_change,
-    tenant_log_fields,
 )
 from service.usecases.ports import Ledger, RegistryChange, RegistryView
 
 _log = structlog.get_logger(__name__)
 
 _DAY_MS = 86_400_000
-
-
-class DesiredAccount(Struct, frozen=True):
-    """A desired account; its id is 0 for any. Without a key it keeps its own."""
-
-    account: Account
-    user_key: bytes | None = None
-
-
-class DesiredTenant(Struct, frozen=True):
-    """A desired tenant; 0 stands for any id, and for any `created_at` of a token.
-
-    Without `secret` its webhook keeps its own, or gets a generated one.
-    """
-
-    tenant: Tenant
-    tokens: tuple[Token, ...] = ()
-    secret: bytes | None = None
-    secret_ref: SecretRef | None = None
 
 
 class DesiredRegistry(Struct, frozen=True):
@@ -297,6 +280,7 @@ class RegistryApply:
         user_key_cipher: Cipher,
         webhook_cipher: Cipher,
         now: Callable[[], float],
+        log_fields: LogFields,
     ) -> None:
         self._updater = updater
         self._registry = registry
@@ -304,6 +288,7 @@ class RegistryApply:
         self._user_key_cipher = user_key_cipher
         self._webhook_cipher = webhook_cipher
         self.now = now
+        self._log_fields = log_fields
 
     async def load_current(self) -> Registry:
         """Return the latest version."""
@@ -358,7 +343,7 @@ class RegistryApply:
                 raise VersionConflict("The registry was changed meanwhile. Read it again, and compare.")
             return change, None
 
-        removed = {
+        removed: dict[str, Any] = {
             "removed_accounts": [account.name for account in change.drop_accounts],
             "removed_tenants": [tenant.name for tenant in change.drop_tenants],
             "removed": [token.id for token in change.drop_tokens],
@@ -371,15 +356,14 @@ class RegistryApply:
                 with suppress(LedgerUnavailable):  # the plan is written; the account is probed later anyway
                     await self._ledger.reopen_account(account.id)
 
-    @staticmethod
-    def _log_changes(plan: RegistryPlan, change: RegistryChange) -> None:
+    def _log_changes(self, plan: RegistryPlan, change: RegistryChange) -> None:
         """Log each change as a single one would be."""
         for account in change.accounts:
-            fields = account_log_fields(account.base_url, account.policy, key_given=account.name in plan.changed_keys)
-            _log.info("account.updated", account=account.name, **fields)
+            key_given = account.name in plan.changed_keys
+            _log.info("account.updated", account=account.name, **self._log_fields(account), key_given=key_given)
         for tenant in change.tenants:
-            fields = tenant_log_fields(tenant, key_given=tenant.name in plan.changed_secrets)
-            _log.info("tenant.updated", tenant=tenant.name, **fields)
+            key_given = tenant.name in plan.changed_secrets
+            _log.info("tenant.updated", tenant=tenant.name, **self._log_fields(tenant), key_given=key_given)
         for token in change.tokens:
             owner = plan.after.tenant_name(token.tenant)
             _log.info("token.updated", tenant=owner, id=token.id, label=token.label, expires=token.expires_at)

@@ -34,7 +34,7 @@ from service.domain.ledger import (
     digest_submission,
 )
 from service.domain.tasks import Kind, Options, State, Task, TaskIdCodec, TaskReference, new_task
-from service.domain.tenants import Account, Tenant, TenantPolicy
+from service.domain.tenants import Account, Tenant, TenantPolicy, TenantStatus
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.background import TaskSupervisor
@@ -130,9 +130,9 @@ class Submitter:
         self._tracer = tracer
 
     def check_allowed(self, tenant: Tenant, kind: Kind) -> None:
-        """Raise TenantDisabled or KindNotAllowed, which needs no image."""
-        if tenant.disabled:
-            raise errors.TenantDisabled("This tenant is disabled. Ask the operators of the gateway.")
+        """Raise TenantReadOnly or KindNotAllowed, which needs no image."""
+        if tenant.state is not TenantStatus.ACTIVE:
+            raise errors.TenantReadOnly("This tenant may not submit. Ask the operators of the gateway.")
         if not tenant.can_submit(kind):
             raise errors.KindNotAllowed(f"This tenant may not submit {kind} tasks. Ask the operators of the gateway.")
 

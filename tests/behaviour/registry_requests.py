@@ -29,7 +29,7 @@ FULL_REGISTRY: dict[str, Any] = {
             "max_active": 4,
             "spending_mode": "count_only",
             "kinds": ["upscale"],
-            "disabled": True,
+            "state": "read-only",
             "webhook": {
                 "url": "https://hooks.example/a",
                 "allow": ["10.0.0.0/8"],

@@ -71,7 +71,7 @@ async def test_put_replaces_a_tenant(gateway: RunningGateway) -> None:
         "max_active": 3,
         "spending_mode": "count_only",
         "kinds": ["upscale"],
-        "disabled": True,
+        "state": "disabled",
     }
     tenant = await put_json(gateway, "/tenants/shop", accounts=["main"], **full)
     assert full.items() <= tenant.items()
@@ -83,7 +83,7 @@ async def test_put_replaces_a_tenant(gateway: RunningGateway) -> None:
         "max_active": None,
         "spending_mode": "count_then_money",
         "kinds": None,
-        "disabled": False,
+        "state": "active",
     }
     assert defaults.items() <= tenant.items()
     assert (await gateway.submit()).status_code == 201

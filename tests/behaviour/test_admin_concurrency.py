@@ -15,7 +15,7 @@ from service.container import open_container
 from service.domain.errors import NotFound
 from service.domain.tenants import Tenant
 from service.settings import Settings
-from service.usecases.admin import RegistryAdmin
+from service.usecases.admin import DesiredTenant, RegistryAdmin, SavedTenant
 from service.usecases.ports import RegistryChange
 from tests.behaviour.audit import expect_problem
 from tests.behaviour.gateway_fixture import SECRET_KEY, RunningGateway, run_fake_gateway, run_real_gateway
@@ -37,16 +37,14 @@ async def run_two_processes(valkey: Valkey) -> AsyncIterator[tuple[RegistryAdmin
         yield gateway.services.registry_admin, other.registry_admin
 
 
-def make_tenant(name: str) -> Tenant:
-    return Tenant(id=0, name=name, accounts=("main",))
+async def save_tenant(admin: RegistryAdmin, name: str) -> SavedTenant:
+    return await admin.save_tenant(name, lambda _: DesiredTenant(Tenant(id=0, name=name, accounts=("main",))))
 
 
 async def test_concurrent_changes_are_all_kept(valkey: Valkey) -> None:
     async with run_two_processes(valkey) as (one, other):
         names = [f"tenant-{number}" for number in range(20)]
-        made = await asyncio.gather(
-            *((one, other)[number % 2].put_tenant(make_tenant(name)) for number, name in enumerate(names))
-        )
+        made = await asyncio.gather(*(save_tenant((one, other)[number % 2], name) for number, name in enumerate(names)))
         assert {tenant.name for tenant in await one.list_tenants()} == {"shop", *names}
         assert await other.list_tenants() == await one.list_tenants()
         assert len({item.tenant.id for item in made}) == len(names)
@@ -58,11 +56,11 @@ async def test_conflicting_change_is_retried(valkey: Valkey, monkeypatch: pytest
 
         async def forestalled(change: RegistryChange) -> bool:
             monkeypatch.undo()
-            await other.put_tenant(make_tenant("theirs"))
+            await save_tenant(other, "theirs")
             return await write(change)
 
         monkeypatch.setattr(one._updater._store, "write", forestalled)
-        await one.put_tenant(make_tenant("ours"))
+        await save_tenant(one, "ours")
         tenants = await one.list_tenants()
         assert {item.name for item in tenants} == {"shop", "theirs", "ours"}
         assert len({item.id for item in tenants}) == 3
@@ -71,7 +69,7 @@ async def test_conflicting_change_is_retried(valkey: Valkey, monkeypatch: pytest
 async def test_changes_are_visible_in_other_processes(valkey: Valkey) -> None:
     async with run_two_processes(valkey) as (one, other):
         assert [tenant.name for tenant in await other.list_tenants()] == ["shop"]
-        await one.put_tenant(make_tenant("new"))
+        await save_tenant(one, "new")
         assert (await other.get_tenant("new")).name == "new"
         await other.delete_tenant("new", force=False)
         with pytest.raises(NotFound):

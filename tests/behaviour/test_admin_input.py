@@ -58,6 +58,7 @@ INVALID_TENANTS: Mapping[str, Sequence[Any]] = {
     "kinds": [5, "upscale", ["upscale", "upscale"]],
     "kinds[0]": [["nonsense"], [None]],
     "disabled": [None, "perhaps", []],
+    "state": [None, "off", True],
     "nonsense": [1],
 }
 

@@ -65,7 +65,7 @@ async def test_tenant_client(gateway: RunningGateway, tmp_path: Path, monkeypatc
 async def test_operator_client(gateway: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = generate_client("operators", tmp_path, monkeypatch)
     models = of("models")
-    body = models.TenantBody(accounts=["main"], limits=[models.LimitBody(window=models.Window.DAY, tasks=5)])
+    body = models.TenantBody(accounts=["main"], limits=[models.Limit(window=models.Window.DAY, tasks=5)])
     async with of("client").AuthenticatedClient(base_url=gateway.ops_url, token=ADMIN_TOKEN) as client:
         tenant = await of("api.registry.put_tenant").asyncio("lab", client=client, body=body)
         assert (tenant.name, tenant.limits[0].tasks) == ("lab", 5)

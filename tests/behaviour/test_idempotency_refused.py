@@ -164,7 +164,7 @@ async def test_replay_shows_current_limits(gateway: RunningGateway) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "code"), [({"disabled": True}, "tenant-disabled"), ({"kinds": ["vectorize"]}, "kind-not-allowed")]
+    ("policy", "code"), [({"state": "read-only"}, "tenant-read-only"), ({"kinds": ["vectorize"]}, "kind-not-allowed")]
 )
 async def test_disabled_tenant_gets_no_replay(gateway: RunningGateway, policy: dict[str, Any], code: str) -> None:
     task = expect_created(await submit_with_key(gateway))

@@ -182,14 +182,14 @@ async def test_money_limit_holds_the_highest_price(gateway: RunningGateway) -> N
     assert (money["used"], money["reserved"], money["remaining"]) == (0, 80, 20)
 
 
-@pytest.mark.parametrize("change", [{"disabled": True}, {"kinds": ["upscale"]}])
+@pytest.mark.parametrize("change", [{"state": "read-only"}, {"kinds": ["upscale"]}])
 async def test_disabled_tenant_or_kind_is_refused_before_the_image(
     gateway: RunningGateway, change: dict[str, Any]
 ) -> None:
     await gateway.put_tenant(**change)
     refused = await gateway.submit(image=b"no image at all")
     assert refused.status_code == 403
-    assert refused.json()["code"] in {"tenant-disabled", "kind-not-allowed"}
+    assert refused.json()["code"] in {"tenant-read-only", "kind-not-allowed"}
     assert await gateway.upstream.count_submits() == 0
 
 

@@ -82,8 +82,8 @@ async def test_changes_are_logged(gateway: RunningGateway) -> None:
         ("tenant.deleted", "shop"),
         ("account.deleted", "main"),
     ]
-    assert changes[0]["policy"]["floor_count"] == 2
-    assert changes[1]["policy"]["max_active"] == 4
+    assert changes[0]["floor_count"] == 2
+    assert changes[1]["max_active"] == 4
     assert (changes[2]["id"], changes[2]["label"]) == (made["id"], "a label")
     assert (changes[3]["id"], changes[3]["grace"]) == (made["id"], 60)
     assert all(change["request_id"] for change in changes)

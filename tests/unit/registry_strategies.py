@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from service.api.admin_schemas import (
     AccountEntry,
-    LimitBody,
+    Limit,
     RegistryBody,
     SecretEntry,
     TenantEntry,
@@ -20,7 +20,7 @@ from service.api.admin_schemas import (
 )
 from service.crypto import Keyring
 from service.domain.tasks import Kind
-from service.domain.tenants import Registry, SpendingMode, Window
+from service.domain.tenants import Registry, SpendingMode, TenantStatus, Window
 from service.usecases.registry_apply import RegistryPlan, RegistryPlanner
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
@@ -68,9 +68,9 @@ def _secrets(choices: dict[str, str]) -> st.SearchStrategy[SecretEntry]:
     return st.sampled_from([SecretEntry(env=name, value=value) for name, value in choices.items()])
 
 
-def _limits(windows: Sequence[Window]) -> st.SearchStrategy[list[LimitBody]]:
-    limits: list[st.SearchStrategy[LimitBody]] = [
-        st.builds(LimitBody, st.just(window), _counts, st.none() | _yuan) for window in windows
+def _limits(windows: Sequence[Window]) -> st.SearchStrategy[list[Limit]]:
+    limits: list[st.SearchStrategy[Limit]] = [
+        st.builds(Limit, st.just(window), _counts, st.none() | _yuan) for window in windows
     ]
     return st.tuples(*limits).map(list)
 
@@ -114,7 +114,7 @@ def _tenant(draw: st.DrawFn, number: int, accounts: Sequence[str], ends: st.Sear
         spending_mode=draw(st.sampled_from(SpendingMode)),
         kinds=draw(st.none() | st.lists(st.sampled_from(Kind), unique=True)),
         webhook=draw(st.none() | webhook),
-        disabled=draw(st.booleans()),
+        state=draw(st.sampled_from(TenantStatus)),
         tokens=draw(_tokens(number, ends)),
     )
 

@@ -47,6 +47,7 @@ STATUS = {
     "BalanceExhausted": (402, "balance-exhausted"),
     "KindNotAllowed": (403, "kind-not-allowed"),
     "TenantDisabled": (403, "tenant-disabled"),
+    "TenantReadOnly": (403, "tenant-read-only"),
     "NotFound": (404, "not-found"),
     "Conflict": (409, "conflict"),
     "VersionConflict": (412, "outdated"),

@@ -11,8 +11,6 @@ from structlog.testing import capture_logs
 
 from service.domain.ledger import Balance
 from service.domain.tasks import Kind
-from service.domain.tenants import AccountPolicy, Limit, TenantPolicy, Window
-from service.telemetry import logging
 from service.usecases import poller
 from service.usecases.ports import CheckOutcome, CheckResult, SubmitOutcome, SubmitResult
 from tests.unit.fake_gateway import UNAVAILABLE, FakeGateway, wait_until
@@ -115,18 +113,3 @@ async def test_finished_task_is_logged_once_with_its_cost(log_lines: Lines) -> N
         "basis": ended.cost.basis,
         "error": None,
     }
-
-
-def test_policies_are_logged_in_yuan() -> None:
-    assert logging.log_account_policy(AccountPolicy(floor_count=2, floor_money_fen=150, max_price={FACE: 30})) == {
-        "floor_count": 2,
-        "floor_money": 1.5,
-        "max_price": {"face-enhance": 0.3},
-    }
-    limits = (Limit(Window.DAY, tasks=5), Limit(Window.TOTAL, money_fen=250))
-    policy = logging.log_tenant_policy(TenantPolicy(limits=limits, max_active=3))
-    assert (policy["max_active"], policy["spending_mode"]) == (3, "count_then_money")
-    assert [(limit["window"], limit["tasks"], limit["money"]) for limit in policy["limits"]] == [
-        ("day", 5, None),
-        ("total", None, 2.5),
-    ]

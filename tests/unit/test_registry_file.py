@@ -33,7 +33,7 @@ limits = [{ window = "day", tasks = 5 }, { window = "month", money = 99.99 }]
 max_active = 4
 spending_mode = "count_only"
 kinds = ["upscale"]
-disabled = true
+state = "read-only"
 webhook = { url = "https://hooks.example/", allow = ["10.0.0.0/8"], secret = { env = "HOOK_ONE" } }
 
 [tenants.shop.tokens.0123456789ab]
@@ -77,8 +77,8 @@ def test_full_file() -> None:
     assert tomllib.loads(format_registry_file(without_secrets(body))) == tomllib.loads(WHOLE)
 
 
-def test_former_name_of_the_spending_mode() -> None:
-    body = read_text(WHOLE.replace("spending_mode", "purse"))
+def test_fields_of_former_versions() -> None:
+    body = read_text(WHOLE.replace("spending_mode", "purse").replace('state = "read-only"', "disabled = true"))
     assert body == read_text(WHOLE)
     assert "purse" not in format_registry_file(without_secrets(body))
     assert read_errors('[tenants.shop]\naccounts = []\npurse = "count_only"\nspending_mode = "count_only"') == [
