@@ -80,7 +80,7 @@ async def test_patch_changes_what_it_names(
     media_type = {"Content-Type": "application/merge-patch+json"}
     response = await gateway.call_admin("PATCH", f"/{path}", json=patch, headers=media_type)
     assert response.status_code == 200, response.text
-    body = response.json()
+    body: dict[str, Any] = response.json()
     if body.get("webhook"):
         del body["webhook"]["disabled_urls"]
     expected = settings | changed
