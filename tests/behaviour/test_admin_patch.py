@@ -80,7 +80,7 @@ async def test_patch_changes_what_it_names(
     media_type = {"Content-Type": "application/merge-patch+json"}
     response = await gateway.call_admin("PATCH", f"/{path}", json=patch, headers=media_type)
     assert response.status_code == 200, response.text
-    body: dict[str, Any] = response.json()
+    body = response.json()
     if body.get("webhook"):
         del body["webhook"]["disabled_urls"]
     expected = settings | changed
@@ -102,7 +102,8 @@ async def test_invalid_patch(gateway: RunningGateway, path: str, patch: dict[str
 
 
 async def test_patch_of_no_object(gateway: RunningGateway) -> None:
-    for body in (None, [], 5, "state"):
+    no_objects: list[Any] = [None, [], 5, "state"]
+    for body in no_objects:
         expect_problem(await gateway.call_admin("PATCH", "/tenants/shop", json=body), 422, "invalid-options")
     expect_problem(await gateway.call_admin("PATCH", "/tenants/unknown", json={}), 404, "not-found")
     expect_problem(await gateway.call_admin("PATCH", "/accounts/unknown", json={}), 404, "not-found")
