@@ -27,7 +27,7 @@ step = @output=$$($(2) 2>&1) && echo 'ok      $(1)' || { printf '%s\n' "$$output
 
 bench_packages = UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON_DOWNLOADS=never $(UV) sync --locked --all-extras --group bench --quiet
 
-.PHONY: run demo test test-monitoring bench bench-quick check lint format types layers drift openapi dashboards chart settings release-check image-check fmt clean help
+.PHONY: run demo test test-monitoring bench bench-quick check lint format types layers drift openapi docs-viewer dashboards chart settings release-check image-check fmt clean help
 
 run: $(VENV_STAMP) ## Start the gateway with a store and a sandbox on this machine
 	@exec .venv/bin/gateway serve
@@ -71,6 +71,17 @@ drift: $(VENV_STAMP)
 
 openapi: $(VENV_STAMP) ## Write the OpenAPI documents into openapi/
 	@exec .venv/bin/gateway openapi --folder openapi
+
+docs-viewer: ## Replace the viewer of /docs: make docs-viewer SCALAR=1.76.0 (Debian: npm openssl)
+	@[ -n '$(SCALAR)' ] || { echo 'error: name the version, as in SCALAR=1.76.0' >&2; exit 1; }
+	folder=$$(mktemp -d)
+	trap 'rm -r "$$folder"' EXIT
+	npm pack --silent --pack-destination "$$folder" '@scalar/api-reference@$(SCALAR)' >/dev/null
+	tar -xzf "$$folder"/*.tgz -C "$$folder" --strip-components=3 package/dist/browser/standalone.js
+	rm -f service/api/vendor/scalar-*.js.gz
+	gzip -9nc "$$folder/standalone.js" >'service/api/vendor/scalar-$(SCALAR).js.gz'
+	integrity=$$(openssl dgst -sha256 -binary "$$folder/standalone.js" | base64)
+	sed -i "s|\"scalar-.*\.js\"|\"scalar-$(SCALAR).js\"|; s|\"sha256-.*\"|\"sha256-$$integrity\"|" service/api/docs.py
 
 dashboards: $(VENV_STAMP) ## Write the Grafana dashboards into deploy/grafana/dashboards/
 	@exec .venv/bin/python -m deploy.grafana
