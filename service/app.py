@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
-import msgspec
-from litestar import Litestar, MediaType, Request, Response, Router, get
+from litestar import Litestar, Request, Router, get
 from litestar.connection import ASGIConnection
 from litestar.datastructures import CacheControlHeader
 from litestar.di import Provide
 from litestar.handlers import BaseRouteHandler
 from litestar.openapi.config import OpenAPIConfig
+from litestar.response import Redirect
 from litestar.routes import HTTPRoute
 from litestar.types import ControllerRouterHandler
 
 from service.api import admin, artifacts, legacy, openapi, tasks, usage
 from service.api.asgi import HeadMiddleware, RequestMiddleware
-from service.api.docs import DOCS_HEADERS, docs_page
+from service.api.docs import docs_routes
 from service.api.errors import exception_handlers
 from service.api.health import health_routes, metrics_route
-from service.api.openapi_document import build_document, operators_config, tenants_config
+from service.api.openapi_document import operators_config, tenants_config
 from service.api.params import JsonRequest, check_query
 from service.api.uploads import refuse_content_encoding
 from service.container import Container
@@ -49,18 +48,9 @@ def _add_middleware(app: Litestar, container: Container, port: Port) -> RequestM
 def tenants_app(container: Container) -> Litestar:
     """Create the tenants' application without middleware."""
 
-    @cache  # built by the first request for it
-    def render_documents() -> tuple[bytes, bytes]:
-        document = build_document(app)
-        return msgspec.json.encode(document), docs_page(document)
-
-    @get("/openapi.json", include_in_schema=False)
-    async def schema() -> Response[bytes]:
-        return Response(render_documents()[0], media_type=MediaType.JSON, headers={"Cache-Control": "no-cache"})
-
-    @get("/docs", include_in_schema=False)
-    async def docs() -> Response[bytes]:
-        return Response(render_documents()[1], media_type=MediaType.HTML, headers=DOCS_HEADERS)
+    @get("/", include_in_schema=False)
+    async def root() -> Redirect:
+        return Redirect("/docs")
 
     def tenant(request: Request[Any, Any, Any]) -> Tenant:
         return container.tenant_auth.authenticate(request)
@@ -98,9 +88,7 @@ def tenants_app(container: Container) -> Litestar:
         security=[{}],
     )
     health = Router("/", route_handlers=health_routes(container.lifecycle.health), tags=["Service"], security=[{}])
-    config = tenants_config()
-    app = _create_litestar(container, [v1, old, health, schema, docs], config)
-    return app
+    return _create_litestar(container, [v1, old, health, root, *docs_routes()], tenants_config())
 
 
 def operators_app(container: Container) -> Litestar:
@@ -133,10 +121,8 @@ def operators_app(container: Container) -> Litestar:
         cache_control=CacheControlHeader(no_store=True),
     )
     health = Router("/", route_handlers=health_routes(container.lifecycle.health), tags=["Service"], security=[{}])
-    config = operators_config()
-    return _create_litestar(
-        container, [admin_routes, health, metrics_route(container.metrics, container.ledger_snapshot)], config
-    )
+    metrics = metrics_route(container.metrics, container.ledger_snapshot)
+    return _create_litestar(container, [admin_routes, health, metrics, *docs_routes()], operators_config())
 
 
 def _preregister_route_metrics(container: Container, app: Litestar, port: Port) -> None:

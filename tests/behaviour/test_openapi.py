@@ -1,4 +1,4 @@
-"""The OpenAPI documents and their page."""
+"""The OpenAPI documents."""
 
 from __future__ import annotations
 
@@ -285,21 +285,6 @@ async def test_responses_match_the_document(gateway: RunningGateway, document: d
     )
     await call_documented("healthz", "GET", "/healthz", 200)
     await call_documented("readyz", "GET", "/readyz", 200)
-
-
-async def test_docs_page_loads_nothing_external(document: dict[str, Any]) -> None:
-    async with run_fake_gateway() as (gateway, _, _):
-        response = await gateway.call("GET", "/docs", token="")
-    assert (response.status_code, response.headers["content-type"]) == (200, "text/html; charset=utf-8")
-    assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
-    assert response.headers["x-content-type-options"] == "nosniff"
-    text = re.sub(r"<[^>]*>", "", response.text)
-    for path, _, operation in iter_operations(document):
-        assert path in text
-        assert operation["summary"] in text
-    assert "default-src &#x27;none&#x27;" in response.text
-    assert not re.search(r"""(?:src|href|action)\s*=\s*["']?\s*(?:\w+:)?//""", response.text)
-    assert not re.search(r"@import|url\(\s*[\"']?https?:", response.text)
 
 
 async def test_closed_bodies_are_documented() -> None:

@@ -13,6 +13,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from service.api.docs import docs_routes
 from service.clients import artifacts, upstream
 from service.domain.ledger import AccountStatus
 from service.domain.tasks import CostBasis, Kind
@@ -142,7 +143,7 @@ def test_label_values(monitored: MonitoredSystem, scrapes: Sequence[str]) -> Non
 def _routes() -> frozenset[str]:
     """Return the documented routes, those of the documentation and metrics, and the one for all others."""
     documents = [yaml.safe_load(file.read_text("utf-8")) for file in OPENAPI.glob("*.yaml")]
-    undocumented = {"/metrics", "/docs", "/openapi.json", "unmatched"}
+    undocumented = {"/", "/metrics", "unmatched", *(path for route in docs_routes() for path in route.paths)}
     return frozenset({path for document in documents for path in document["paths"]} | undocumented)
 
 
