@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from html import escape
 from importlib.resources import files
+from re import sub
 from typing import Any
 
 import msgspec
 from litestar import MediaType, Request, Response, get
 from litestar.handlers import HTTPRouteHandler
 
+from service.api.errors import PROBLEMS, ProblemType
 from service.api.openapi_document import build_document
 
 _VIEWER = "scalar-1.76.0.js"
@@ -37,6 +40,13 @@ _PAGE = f"""{_HEAD}<title>Imaging Gateway</title>
 <script src="docs/setup.js"></script>
 <script src="docs/{_VIEWER}" integrity="{_VIEWER_INTEGRITY}"></script>
 </html>
+"""
+_PROBLEMS_STYLE = """
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse }
+td { padding: .5rem 1rem .5rem 0; vertical-align: top }
+:target { background: Mark; color: MarkText }
 """
 
 
@@ -65,9 +75,29 @@ def docs_routes() -> Sequence[HTTPRouteHandler]:
         content = _read_file(f"vendor/{_VIEWER}.gz")
         return Response(content, media_type="text/javascript", headers=headers)
 
-    return [openapi_document, page, setup_script, viewer]
+    @get("/docs/problems", include_in_schema=False)
+    async def problems() -> Response[str]:
+        return Response(_render_problems(), media_type=MediaType.HTML, headers=_HEADERS)
+
+    return [openapi_document, page, setup_script, viewer, problems]
 
 
 @cache
 def _read_file(name: str) -> bytes:
     return files(__package__).joinpath(name).read_bytes()
+
+
+@cache
+def _render_problems() -> str:
+    rows = "".join(map(_render_row, PROBLEMS))
+    return (
+        f"{_HEAD}<title>Problems</title>\n<style>{_PROBLEMS_STYLE}</style>\n<h1>Problems</h1>\n"
+        "<p>The <code>code</code> of a problem is stable. Its <code>detail</code> explains what to do.\n"
+        f"<table>\n{rows}</table>\n</html>\n"
+    )
+
+
+def _render_row(problem: ProblemType) -> str:
+    code, title = escape(problem.code), escape(problem.title)
+    description = sub(r"`([^`]+)`", r"<code>\1</code>", escape(problem.description))
+    return f'<tr id="{code}"><td>{problem.status}<td><code>{code}</code><td><b>{title}</b><br>{description}\n'

@@ -216,7 +216,12 @@ def render(problem: ProblemResponse, request_id: str) -> tuple[int, dict[str, st
         "code": problem.type.code,
         **problem.extras,
     }
-    headers = {"Content-Type": MEDIA_TYPE, "Cache-Control": "no-store", **problem.headers}
+    headers = {
+        "Content-Type": MEDIA_TYPE,
+        "Cache-Control": "no-store",
+        "Link": f'</docs/problems#{problem.type.code}>; rel="help"',
+        **problem.headers,
+    }
     return problem.type.status, headers, msgspec.json.encode(document)
 
 

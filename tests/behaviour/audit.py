@@ -32,6 +32,7 @@ def expect_problem(response: Response, status: int, code: str) -> dict[str, Any]
     assert document["title"]
     assert document["detail"]
     assert response.headers["cache-control"] == "no-store"
+    assert response.headers["link"] == f'</docs/problems#{code}>; rel="help"'
     return document
 
 

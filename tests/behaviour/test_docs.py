@@ -9,6 +9,8 @@ from urllib.parse import urljoin
 
 from httpx2 import Response
 
+from service.api.errors import PROBLEMS
+from tests.behaviour.audit import expect_problem
 from tests.behaviour.gateway_fixture import run_fake_gateway
 
 
@@ -69,3 +71,16 @@ async def test_root_leads_to_the_docs() -> None:
     async with run_fake_gateway() as (gateway, _, _):
         response = await gateway.http.get(f"{gateway.url}/")
     assert (response.status_code, response.headers["location"]) == (302, "/docs")
+
+
+async def test_problems_link_to_their_description() -> None:
+    async with run_fake_gateway() as (gateway, _, _):
+        for url in (gateway.url, gateway.ops_url):
+            problem = await gateway.http.get(f"{url}/nowhere")
+            expect_problem(problem, 404, "not-found")
+            path, _, fragment = problem.links["help"]["url"].partition("#")
+            response = await gateway.http.get(url + path)
+            assert_nothing_external(response)
+            ids = {attributes.get("id") for _, attributes in PageReader(response).elements}
+            assert fragment in ids
+            assert ids >= {problem.code for problem in PROBLEMS}
