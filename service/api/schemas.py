@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
 from typing import Annotated, Any, overload
 
@@ -244,19 +244,18 @@ class Submission(Struct, frozen=True, kw_only=True):
 
 
 class RefundBody(Struct, frozen=True, forbid_unknown_fields=True):
-    """A refund of a task, or of a submission."""
+    """A refund of a task, or of a submission. Either field takes the `id` of either."""
 
     reason: Annotated[str, Meta(min_length=1, max_length=500, description="Shown in the usage of the tenant.")]
     task: Annotated[str, Meta(description="The `id` of a task.")] | None = None
     submission: Annotated[str, Meta(description="The `id` of a submission.")] | None = None
 
-    def submission_id(self, find_by_task: Callable[[str], str]) -> str:
-        """Return the id of the submission. Raises InvalidOptions unless exactly one is named."""
-        if self.task is not None and self.submission is None:
-            return find_by_task(self.task)
-        if self.submission is None or self.task is not None:
+    def target_id(self) -> str:
+        """Return the id that is named. Raises InvalidOptions unless exactly one is."""
+        ids = [target for target in (self.task, self.submission) if target is not None]
+        if len(ids) != 1:
             raise InvalidOptions([FieldError("submission", "must be given, or `task`, but not both")])
-        return self.submission
+        return ids[0]
 
     def checked_reason(self) -> str:
         """Return the reason. Raises InvalidOptions if it is blank."""

@@ -136,9 +136,6 @@ def _usage_response(request: Request[Any, Any, Any], report: UsageReport, *, for
     return Response(content, media_type=schemas.CSV_MEDIA_TYPE, headers=headers)
 
 
-SubmissionId = Annotated[str, PathParameter(description="The `submission_id` of the problem `submission-unknown`.")]
-
-
 def submission_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHandler]:
     @get(
         "/submissions/{submission_id:str}",
@@ -149,7 +146,12 @@ def submission_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHandl
         response_headers=openapi.response_headers("Cache-Control"),
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )
-    async def read(tenant: NamedDependency[Tenant], submission_id: SubmissionId) -> Response[Submission]:
+    async def read(
+        tenant: NamedDependency[Tenant],
+        submission_id: Annotated[
+            str, PathParameter(description="The `submission_id` of the problem `submission-unknown`.")
+        ],
+    ) -> Response[Submission]:
         status = await submissions.for_tenant(tenant, submission_id)
         return Response(render_submission(status, for_operators=False), headers=PRIVATE_HEADERS)
 
@@ -164,7 +166,9 @@ def operator_submission_routes(submissions: SubmissionReports) -> Sequence[HTTPR
         response_description="The submission",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )
-    async def read(submission_id: SubmissionId) -> Submission:
+    async def read(
+        submission_id: Annotated[str, PathParameter(description="The `id` of the submission, or of its task.")],
+    ) -> Submission:
         return render_submission(await submissions.any_tenant(submission_id), for_operators=True)
 
     @post(
@@ -178,8 +182,7 @@ def operator_submission_routes(submissions: SubmissionReports) -> Sequence[HTTPR
         ),
     )
     async def refund(data: JSONBody[RefundBody]) -> Submission:
-        reason = data.checked_reason()
-        status = await submissions.refund(data.submission_id(submissions.submission_of_task), reason)
+        status = await submissions.refund(data.target_id(), data.checked_reason())
         return render_submission(status, for_operators=True)
 
     return [read, refund]

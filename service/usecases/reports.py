@@ -30,7 +30,7 @@ from service.domain.ledger import (
     policy_name,
     window_bounds,
 )
-from service.domain.tasks import Cost, CostBasis, Kind, Task, TaskIdCodec
+from service.domain.tasks import TASK_ID_PREFIX, Cost, CostBasis, Kind, Task, TaskIdCodec
 from service.domain.tenants import Tenant, Window
 from service.telemetry.logging import fen_to_yuan
 from service.usecases.ports import Ledger, RegistryView, TaskStore
@@ -337,17 +337,22 @@ class SubmissionReports:
             raise _submission_not_found()
         return await self._build_status(submission, reservation)
 
-    async def any_tenant(self, submission: str) -> SubmissionStatus:
+    async def any_tenant(self, task_or_submission: str) -> SubmissionStatus:
+        submission = self.resolve_submission_id(task_or_submission)
         return await self._build_status(submission, await self._load_reservation(submission))
 
-    def submission_of_task(self, task_id: str) -> str:
-        return self._task_ids.decode(task_id).reservation
+    def resolve_submission_id(self, task_or_submission: str) -> str:
+        """Return the submission id of a task id; any other id is returned unchanged."""
+        if task_or_submission.startswith(TASK_ID_PREFIX):
+            return self._task_ids.decode(task_or_submission).reservation
+        return task_or_submission
 
-    async def refund(self, submission: str, reason: str) -> SubmissionStatus:
+    async def refund(self, task_or_submission: str, reason: str) -> SubmissionStatus:
         """Refund a submission to its tenant's windows, once.
 
         Raises Conflict if it was refunded before, has not ended, or cost nothing.
         """
+        submission = self.resolve_submission_id(task_or_submission)
         reservation = await self._load_reservation(submission)
         result = await self._ledger.refund(reservation.tenant, submission, reason)
         if result is None:

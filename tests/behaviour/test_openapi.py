@@ -275,7 +275,7 @@ async def test_responses_match_the_document(gateway: RunningGateway, document: d
     await call_documented("read-quota", "GET", "/v1/quota", 200)
     await call_documented("read-usage", "GET", "/v1/usage", 200)
     await call_documented("read-usage", "GET", "/v1/usage?from=x", 422)
-    name = gateway.services.submissions.submission_of_task(accepted.json()["id"])
+    name = gateway.services.submissions.resolve_submission_id(accepted.json()["id"])
     await call_documented("read-submission", "GET", f"/v1/submissions/{name}", 200)
     await call_documented("read-submission", "GET", "/v1/submissions/x", 404)
     await call_documented("legacy-check", "POST", "/api/check_task_status", 200, data={"user_key": "x", "task_id": "y"})

@@ -78,8 +78,11 @@ async def test_concurrent_refunds_count_once(gateway: RunningGateway) -> None:
     await gateway.put_tenant(**UNREACHABLE_POLICIES)
     task, other = await run_task(gateway), await run_task(gateway)
     name = submission_id_of(gateway, task)
-    wishes = [post_refund(gateway, task=task["id"], reason=f"wish {number}") for number in range(5)]
-    wishes += [post_refund(gateway, submission=name, reason=f"wish {number}") for number in range(5, 10)]
+    wishes = [
+        post_refund(gateway, **{field: target}, reason=f"{target} as {field}")
+        for field in ("task", "submission")
+        for target in (task["id"], name)
+    ]
     responses = await asyncio.gather(*wishes)
     (made,) = [expect_json(item, 201) for item in responses if item.status_code == 201]
     for response in responses:
@@ -185,10 +188,11 @@ async def test_refund_needs_one_target_and_a_reason(gateway: RunningGateway) -> 
 async def test_unknown_target_is_404(gateway: RunningGateway) -> None:
     task = (await gateway.submit()).json()
     forged = task["id"][:-4] + ("AAAA" if task["id"][-4:] != "AAAA" else "BBBB")
-    for wrong in ("", "task_", "x", forged, task["id"].upper(), task["id"] + "=", "商店"):
-        expect_problem(await post_refund(gateway, task=wrong, reason="x"), 404, "not-found")
-    for wrong in ("", "x", "0" * 32, "0" * 31, "G" * 32, "../../x", task["id"], "0" * 32 + "\n"):
-        expect_problem(await post_refund(gateway, submission=wrong, reason="x"), 404, "not-found")
+    altered_tasks = ("task_", forged, task["id"].upper(), task["id"] + "=")
+    altered_submissions = ("0" * 32, "0" * 31, "G" * 32, "0" * 32 + "\n")
+    for wrong in ("", "x", "商店", "../../x", *altered_tasks, *altered_submissions):
+        for field in ("task", "submission"):
+            expect_problem(await post_refund(gateway, **{field: wrong}, reason="x"), 404, "not-found")
 
 
 async def test_lost_reservation() -> None:

@@ -51,8 +51,9 @@ async def test_accepted_submission_links_its_task(gateway: RunningGateway) -> No
         "refund": None,
     }
     assert submission == expected
-    operators = expect_json(await gateway.call_admin("GET", f"/submissions/{name}"))
-    assert operators == expected | {"settled_at": settled_at, "tenant": "shop", "account": "main"}
+    for task_or_submission in (name, task["id"]):
+        operators = expect_json(await gateway.call_admin("GET", f"/submissions/{task_or_submission}"))
+        assert operators == expected | {"settled_at": settled_at, "tenant": "shop", "account": "main"}
 
 
 async def test_finished_submission_shows_its_cost(gateway: RunningGateway) -> None:

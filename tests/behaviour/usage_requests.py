@@ -40,7 +40,7 @@ async def post_refund(gateway: RunningGateway, **body: object) -> Response:
 
 def submission_id_of(gateway: RunningGateway, task: Mapping[str, Any]) -> str:
     """Return the submission id that is encrypted in the task's id."""
-    return gateway.services.submissions.submission_of_task(task["id"])
+    return gateway.services.submissions.resolve_submission_id(task["id"])
 
 
 def expect_json(response: Response, status: int = 200) -> dict[str, Any]:
