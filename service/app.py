@@ -111,6 +111,7 @@ def operators_app(container: Container) -> Litestar:
         "/admin/v1",
         route_handlers=[
             Router("/", route_handlers=registry_routes, tags=["Registry"]),
+            Router("/", route_handlers=tasks.operator_task_routes(container.submissions), tags=["Tasks"]),
             Router("/", route_handlers=usage_routes, tags=["Usage"]),
             Router("/", route_handlers=webhook_routes, tags=["Webhooks"]),
             Router("/", route_handlers=admin.clock_routes(container.registry_admin), tags=["Service"]),

@@ -514,6 +514,7 @@ def operators_config() -> OpenAPIConfig:
         bearer="The admin token.",
         tags={
             "Registry": "Accounts, tenants and tokens.",
+            "Tasks": "Tasks of all tenants.",
             "Usage": "Spending of tenants, the outcome of each submission, and refunds.",
             "Webhooks": "Secrets that sign webhooks, and failed deliveries.",
             "Service": "State of the process, and the time of the ledger.",

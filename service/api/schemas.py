@@ -26,6 +26,7 @@ from service.usecases.reports import (
     PolicyReport,
     QuotaReport,
     SubmissionStatus,
+    TaskReport,
     UsageReport,
 )
 from service.usecases.task_cache import CachedTask, DurationEstimator
@@ -95,6 +96,21 @@ class TaskList(Struct, frozen=True):
     """Tasks, newest first. Continue with `next_cursor` until it is null."""
 
     items: list[Task]
+    next_cursor: str | None
+
+
+class OperatorTask(Task, frozen=True, kw_only=True):
+    """A task of any tenant. Its paths are those of the tenants' port."""
+
+    submission: Annotated[str, Meta(description="The `id` of its submission.")]
+    tenant: Annotated[str | None, Meta(description="Also of a deleted one. Null if unknown.")]
+    account: Annotated[str | None, Meta(description="Null once it is deleted.")]
+
+
+class OperatorTaskList(Struct, frozen=True):
+    """Tasks of a tenant, newest first. Continue with `next_cursor` until it is null."""
+
+    items: list[OperatorTask]
     next_cursor: str | None
 
 
@@ -169,6 +185,11 @@ def render_task(task: tasks.Task) -> Task:
         cost=Cost(task.cost.count, to_yuan(task.cost.money_fen), task.cost.basis),
         links=Links(self=task_path(task), events=events_path(task)),
     )
+
+
+def render_operator_task(report: TaskReport) -> OperatorTask:
+    fields = msgspec.structs.asdict(render_task(report.task))
+    return OperatorTask(**fields, submission=report.task.reservation, tenant=report.tenant, account=report.account)
 
 
 def task_headers(cached: CachedTask, estimator: DurationEstimator) -> dict[str, str]:

@@ -33,9 +33,12 @@ from service.api.schemas import (
     PRIVATE_HEADERS,
     REPLAYED_HEADERS,
     Links,
+    OperatorTask,
+    OperatorTaskList,
     Task,
     TaskList,
     events_path,
+    render_operator_task,
     render_task,
     task_headers,
     task_path,
@@ -46,6 +49,7 @@ from service.domain.ledger import parse_idempotency_key
 from service.domain.tasks import Catalogue, Kind, State, parse_metadata, parse_options
 from service.domain.tenants import Tenant
 from service.domain.webhooks import resolve_webhook_url
+from service.usecases.reports import SubmissionReports
 from service.usecases.submit import Submission, Submitter
 from service.usecases.task_cache import CachedTask, DurationEstimator
 from service.usecases.task_status import TaskReader
@@ -100,6 +104,11 @@ _SUBMIT_PROBLEMS = (
     *("invalid-options", "invalid-image", "idempotency-key-reused", 429, "upstream-rejected", 503, 504),
 )
 _STREAM_RESPONSES = {204: ResponseSpec(None, description="The task has ended", generate_examples=False)}
+_LIST_DESCRIPTION = "Continue with `next_cursor` until it is null. A page may hold fewer tasks than `limit`."
+StateFilter = Annotated[State | None, QueryParameter(name="state", description="Only tasks in this state.")]
+KindFilter = Annotated[Kind | None, QueryParameter(description="Only tasks of this kind.")]
+PageSize = Annotated[int, QueryParameter(ge=1, le=_MAX_PAGE_SIZE, description="The most tasks to return.")]
+Cursor = Annotated[str | None, QueryParameter(description="`next_cursor` of the previous page.")]
 
 
 def task_routes(
@@ -190,7 +199,7 @@ def task_routes(
         "/tasks",
         operation_id="list-tasks",
         summary="List your tasks, newest first",
-        description="Continue with `next_cursor` until it is null. A page may hold fewer tasks than `limit`.",
+        description=_LIST_DESCRIPTION,
         response_description="A page of tasks",
         response_headers=openapi.response_headers("Cache-Control"),
         responses=openapi.problem_responses(400, 401, "invalid-options", "ledger-unavailable"),
@@ -198,12 +207,10 @@ def task_routes(
     async def list_tasks(
         request: Request[Any, Any, Any],
         tenant: NamedDependency[Tenant],
-        task_state: Annotated[
-            State | None, QueryParameter(name="state", description="Only tasks in this state.")
-        ] = None,
-        kind: Annotated[Kind | None, QueryParameter(description="Only tasks of this kind.")] = None,
-        limit: Annotated[int, QueryParameter(ge=1, le=_MAX_PAGE_SIZE, description="The most tasks to return.")] = 20,
-        cursor: Annotated[str | None, QueryParameter(description="`next_cursor` of the previous page.")] = None,
+        task_state: StateFilter = None,
+        kind: KindFilter = None,
+        limit: PageSize = 20,
+        cursor: Cursor = None,
     ) -> Response[TaskList]:
         check_query(request, request.route_handler)
         page = await reader.list_tasks(tenant, state=task_state, kind=kind, limit=limit, cursor=cursor)
@@ -211,6 +218,45 @@ def task_routes(
         return Response(TaskList(tasks, page.next_cursor), headers=PRIVATE_HEADERS)
 
     return [*(make_submit_handler(kind) for kind in Kind), read, list_tasks]
+
+
+def operator_task_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHandler]:
+    @get(
+        "/tasks/{task_id:str}",
+        operation_id="read-any-task",
+        summary="Read any task and its tenant",
+        description="The task as it is stored: reading it does not check it at the upstream.",
+        response_description="The task",
+        responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
+    )
+    async def read(
+        task_id: Annotated[str, PathParameter(description="The `id` of the task, or of its submission.")],
+    ) -> OperatorTask:
+        return render_operator_task(await submissions.read_task(task_id))
+
+    @get(
+        "/tasks",
+        operation_id="list-tenant-tasks",
+        summary="List a tenant's tasks, newest first",
+        description=_LIST_DESCRIPTION,
+        response_description="A page of tasks",
+        responses=openapi.problem_responses(401, 404, "malformed-request", "invalid-options", "ledger-unavailable"),
+    )
+    async def list_tasks(
+        tenant: Annotated[
+            str, QueryParameter(description="Its name. Of a deleted one, the last of this name is listed.")
+        ],
+        task_state: StateFilter = None,
+        kind: KindFilter = None,
+        limit: PageSize = 20,
+        cursor: Cursor = None,
+    ) -> OperatorTaskList:
+        reports, next_cursor = await submissions.list_tasks(
+            tenant, state=task_state, kind=kind, limit=limit, cursor=cursor
+        )
+        return OperatorTaskList([render_operator_task(report) for report in reports], next_cursor)
+
+    return [read, list_tasks]
 
 
 def event_routes(*, reader: TaskReader, tenant_auth: TenantAuth) -> Sequence[HTTPRouteHandler]:

@@ -30,7 +30,7 @@ from service.domain.ledger import (
     policy_name,
     window_bounds,
 )
-from service.domain.tasks import TASK_ID_PREFIX, Cost, CostBasis, Kind, Task, TaskIdCodec
+from service.domain.tasks import TASK_ID_PREFIX, Cost, CostBasis, Kind, State, Task, TaskIdCodec
 from service.domain.tenants import Tenant, Window
 from service.telemetry.logging import fen_to_yuan
 from service.usecases.ports import Ledger, RegistryView, TaskStore
@@ -322,8 +322,16 @@ class SubmissionStatus(Struct, frozen=True):
         )
 
 
+class TaskReport(Struct, frozen=True):
+    """A task as it is stored; tenant and account by name, None if unknown."""
+
+    task: Task
+    tenant: str | None
+    account: str | None
+
+
 class SubmissionReports:
-    """Reports on submissions, and refunds. Everything raises NotFound or LedgerUnavailable."""
+    """Reports on submissions and their tasks, and refunds. Everything raises NotFound or LedgerUnavailable."""
 
     def __init__(self, *, ledger: Ledger, tasks: TaskStore, registry: RegistryView, task_ids: TaskIdCodec) -> None:
         self._ledger = ledger
@@ -346,6 +354,31 @@ class SubmissionReports:
         if task_or_submission.startswith(TASK_ID_PREFIX):
             return self._task_ids.decode(task_or_submission).reservation
         return task_or_submission
+
+    async def read_task(self, task_or_submission: str) -> TaskReport:
+        """Read a task of any tenant without scheduling a check of it."""
+        submission = self.resolve_submission_id(task_or_submission)
+        stored = await self._tasks.get(submission) if _SUBMISSION_ID.fullmatch(submission) else None
+        if stored is None:
+            raise NotFound("There is no such task.")
+        return self._build_task_report(stored[0])
+
+    async def list_tasks(
+        self, tenant: str, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
+    ) -> tuple[Sequence[TaskReport], str | None]:
+        """List the tasks of a tenant by name, or of the last deleted one of this name, newest first.
+
+        Also returns the cursor of the next page. Raises MalformedRequest for an invalid cursor.
+        """
+        await self._registry.refresh()
+        registry = self._registry.current
+        existing = registry.tenants.get(tenant)
+        deleted_ids = [deleted for deleted, name in registry.deleted_tenant_names.items() if name == tenant]
+        if not existing and not deleted_ids:
+            raise NotFound("There is and was no tenant of this name.")
+        tenant_id = existing.id if existing else max(deleted_ids)
+        page = await self._tasks.list_page(tenant_id, state=state, kind=kind, limit=limit, cursor=cursor)
+        return [self._build_task_report(task) for task in page.tasks], page.next_cursor
 
     async def refund(self, task_or_submission: str, reason: str) -> SubmissionStatus:
         """Refund a submission to its tenant's windows, once.
@@ -386,15 +419,20 @@ class SubmissionReports:
 
     async def _build_status(self, submission: str, reservation: Reservation) -> SubmissionStatus:
         stored = await self._tasks.get(submission) if reservation.state is ReservationState.ACCEPTED else None
-        registry = self._registry.current
-        account = registry.account_by_id(reservation.account)
         return SubmissionStatus(
             id=submission,
             reservation=reservation,
             task=stored[0] if stored else None,
-            tenant=registry.tenant_name(reservation.tenant),
-            account=account.name if account else None,
+            tenant=self._registry.current.tenant_name(reservation.tenant),
+            account=self._account_name(reservation.account),
         )
+
+    def _build_task_report(self, task: Task) -> TaskReport:
+        return TaskReport(task, self._registry.current.tenant_name(task.tenant), self._account_name(task.account))
+
+    def _account_name(self, account_id: int) -> str | None:
+        account = self._registry.current.account_by_id(account_id)
+        return account.name if account else None
 
 
 def _describe_refund(refund: Refund) -> str:

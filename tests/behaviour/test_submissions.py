@@ -155,7 +155,8 @@ async def test_not_found(gateway: RunningGateway, what: str) -> None:
         problem = expect_problem(await gateway.call("GET", f"/v1/submissions/{item}", token=other), 404, "not-found")
         assert problem | {"instance": ""} == never | {"instance": ""}, item
         if what != "another's":
-            expect_problem(await gateway.call_admin("GET", f"/submissions/{item}"), 404, "not-found")
+            for resource in ("submissions", "tasks"):
+                expect_problem(await gateway.call_admin("GET", f"/{resource}/{item}"), 404, "not-found")
     assert expect_json(await gateway.call_admin("GET", f"/submissions/{name}"))["tenant"] == "shop"
 
 

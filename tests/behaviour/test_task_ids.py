@@ -33,6 +33,7 @@ async def test_altered_id_is_not_found(gateway: RunningGateway) -> None:
     for altered in iter_alterations(task_id):
         problem = expect_problem(await gateway.call("GET", f"/v1/tasks/{altered}"), 404, "not-found")
         assert problem | {"instance": ""} == never | {"instance": ""}, altered
+        expect_problem(await gateway.call_admin("GET", f"/tasks/{altered}"), 404, "not-found")
     assert await gateway.upstream.count_checks() == 0
 
 
