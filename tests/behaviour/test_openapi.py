@@ -218,14 +218,14 @@ async def test_problems_have_codes_and_examples(document: dict[str, Any]) -> Non
 
 async def test_examples_match_their_schemas(any_document: dict[str, Any]) -> None:
     checked = 0
-    for path, node in iter_objects(any_document):
+    for _, node in iter_objects(any_document):
         if "schema" in node and "examples" in node:
             for example in node["examples"].values():
-                assert_matches_schema(any_document, example["value"], node["schema"], "/".join(path))
+                assert_matches_schema(any_document, example["value"], node["schema"])
                 checked += 1
         elif "type" in node and isinstance(node.get("examples"), list):
             for example in node["examples"]:
-                assert_matches_schema(any_document, example, node, "/".join(path))
+                assert_matches_schema(any_document, example, node)
                 checked += 1
     assert checked > 20
 
@@ -251,7 +251,7 @@ async def test_responses_match_the_document(gateway: RunningGateway, document: d
         optional = {"retry-after", "ratelimit", "ratelimit-policy", "idempotent-replayed", "preference-applied"}
         assert {name.lower() for name in response.get("headers", {})} - optional <= {*answer.headers}
         if media_type:
-            assert_matches_schema(document, answer.json(), content["schema"], operation)
+            assert_matches_schema(document, answer.json(), content["schema"])
         return answer
 
     files = {"image": ("a.png", make_png(), "image/png")}
