@@ -295,7 +295,7 @@ class Token(Struct, frozen=True):
 class Figure(Struct, frozen=True):
     """A balance, when it was received, and in the response to which call."""
 
-    value: int | float
+    value: float
     seen_at: datetime | None
     source: ReadingSource
 
@@ -599,10 +599,6 @@ def rename_old_fields(body: Any, errors: ErrorCollector) -> None:
             tenant[new] = value
 
 
-JsonValue = dict[str, Any] | list[Any] | str | bool | float | None
-"""A part of the registry."""
-
-
 class DifferenceKind(StrEnum):
     """Kind of a difference."""
 
@@ -616,8 +612,8 @@ class Difference(Struct, frozen=True, omit_defaults=True):
 
     path: Annotated[str, Meta(examples=["tenants.shop.max_active"])]
     action: DifferenceKind
-    before: Annotated[JsonValue, Meta(description="Absent if it is added.")] = None
-    after: Annotated[JsonValue, Meta(description="Absent if it is removed.")] = None
+    before: Annotated[Any, Meta(description="Absent if it is added.")] = None
+    after: Annotated[Any, Meta(description="Absent if it is removed.")] = None
 
 
 class ApplyResult(Struct, frozen=True):

@@ -32,7 +32,7 @@ from service.usecases.reports import (
 from service.usecases.task_cache import CachedTask, DurationEstimator
 
 FEN_PER_YUAN = 100
-Yuan = Annotated[int | float, Meta(description="Money in yuan (CNY).")]
+Yuan = Annotated[float, Meta(description="Money in yuan (CNY).")]
 PRIVATE_HEADERS = {"Cache-Control": "private, no-cache"}
 REPLAYED_HEADERS = {"Idempotent-Replayed": "true"}
 """For responses about an earlier submission under the same idempotency key."""
@@ -120,11 +120,11 @@ class Policy(Struct, frozen=True):
     policy: Annotated[str, Meta(description="Its name in problems and in the `RateLimit` header.")]
     unit: Annotated[str, Meta(description="`tasks`, `money` (yuan) or `active` (tasks at once).")]
     window: Window | None
-    limit: int | float
-    used: int | float
-    reserved: Annotated[int | float, Meta(description="Held for open submissions.")]
-    remaining: int | float
-    overrun: Annotated[int | float | None, Meta(description="Spent beyond a limit on money by final prices.")]
+    limit: float
+    used: float
+    reserved: Annotated[float, Meta(description="Held for open submissions.")]
+    remaining: float
+    overrun: Annotated[float | None, Meta(description="Spent beyond a limit on money by final prices.")]
     resets_at: datetime | None
 
 
@@ -374,7 +374,7 @@ class Unclear(Struct, frozen=True):
     """Spending of unknown amount."""
 
     tasks: Annotated[int, Meta(description="Ended tasks of unknown cost.")]
-    money: Annotated[int | float, Meta(description="In yuan, held for submissions of unknown outcome.")]
+    money: Annotated[float, Meta(description="In yuan, held for submissions of unknown outcome.")]
 
 
 class Spending(Struct, frozen=True):
