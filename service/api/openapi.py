@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, cast
 
 import msgspec
 from litestar import Router
@@ -19,14 +19,12 @@ from litestar.openapi.spec import (
     Components,
     Example,
     OpenAPIMediaType,
-    OpenAPIType,
     Operation,
     RequestBody,
     Schema,
     SecurityScheme,
     Tag,
 )
-from litestar.openapi.spec.enums import OpenAPIFormat
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service import __version__
@@ -82,6 +80,11 @@ NOT_MODIFIED: dict[int, ResponseSpec] = {
     304: ResponseSpec(None, description="The version named by If-None-Match is current", generate_examples=False)
 }
 
+_FILE_SCHEMA = {
+    "type": "string",
+    "format": "binary",  # of OpenAPI 3.0, the only one that most client generators support
+    "contentMediaType": "application/octet-stream",
+}
 FILE_HEADERS = ("Content-Disposition", "ETag", "Last-Modified", "Accept-Ranges", "Cache-Control")
 FILE_TYPES = tuple(EXTENSIONS)
 """Headers and media types of responses that are files."""
@@ -102,7 +105,7 @@ def _problem_response(kinds: Sequence[ProblemType]) -> ResponseSpec:
         description="\n".join(f"- `{kind.code}`: {kind.description}" for kind in kinds),
         media_type=MEDIA_TYPE,
         generate_examples=False,
-        examples=[Example(id=kind.code) for kind in kinds],  # completed by `openapi_document`
+        examples=[Example(id=kind.code) for kind in kinds],  # for `openapi_document`
     )
 
 
@@ -111,88 +114,64 @@ def response_headers(*names: str) -> list[ResponseHeader]:
     return [ResponseHeader(name=name, documentation_only=True) for name in names]
 
 
-@dataclass
-class _FormOperation(Operation):
-    """An operation that reads its body from the stream, so that Litestar can't describe it."""
-
-    body: ClassVar[RequestBody]
-
-    def __post_init__(self) -> None:
-        self.request_body = self.body
-
-
 def submit_operation(kind: Kind, catalogue: Catalogue) -> type[Operation]:
     """Return an operation that takes an image and the options of a kind."""
-    properties = {"image": _file_schema("The image: PNG, JPEG or WebP.")} | _option_schemas(kind, catalogue)
-    properties["metadata"] = Schema(
-        type=OpenAPIType.STRING,
-        content_media_type="application/json",
-        description=f"A JSON object of strings, at most {MAX_METADATA_BYTES} bytes, returned unchanged.",
-        examples=['{"order": "4711"}'],
-    )
-    properties["webhook_url"] = Schema(
-        type=OpenAPIType.STRING,
-        format=OpenAPIFormat.URI,
-        max_length=MAX_URL_CHARS,
-        description="Receives the event of this task instead of your default address. The operators must have allowed "
-        "its host.",
-    )
-    return _form_operation(properties, ["image"], "multipart/form-data", strict=True)
+    options = _option_schemas(kind)
+    if kind is Kind.UPSCALE:
+        options["model"]["examples"] = list(catalogue.models)
+        options["style"]["examples"] = list(catalogue.styles)
+    properties = {
+        "image": _FILE_SCHEMA | {"description": "The image: PNG, JPEG or WebP."},
+        **options,
+        "metadata": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "description": f"A JSON object of strings, at most {MAX_METADATA_BYTES} bytes, returned unchanged.",
+            "examples": ['{"order": "4711"}'],
+        },
+        "webhook_url": {
+            "type": "string",
+            "format": "uri",
+            "maxLength": MAX_URL_CHARS,
+            "description": "Receives the event of this task instead of your default address. The operators must have "
+            "allowed its host.",
+        },
+    }
+    return _form_operation("multipart/form-data", properties, ["image"], additionalProperties=False)
 
 
 def legacy_operation(part: str | None, names: Mapping[str, str], kind: Kind | None = None) -> type[Operation]:
     """Return an operation of the upstream's protocol, with its names of the options."""
-    # Litestar lacks this format of OpenAPI.
-    secret = cast("OpenAPIFormat", "password")
-    properties = {"user_key": Schema(type=OpenAPIType.STRING, format=secret, description="Your token.")}
+    properties: dict[str, Any] = {"user_key": {"type": "string", "format": "password", "description": "Your token."}}
     if part is None or kind is None:
-        properties |= {name: Schema(type=OpenAPIType.STRING) for name in names}
-        return _form_operation(properties, ["user_key", *names], "application/x-www-form-urlencoded")
-    options = _option_schemas(kind, None)
-    properties |= {part: _file_schema("The image.")} | {name: options[option] for name, option in names.items()}
-    return _form_operation(properties, ["user_key", part], "multipart/form-data")
+        properties |= {name: {"type": "string"} for name in names}
+        return _form_operation("application/x-www-form-urlencoded", properties, ["user_key", *names])
+    options = _option_schemas(kind)
+    properties[part] = _FILE_SCHEMA | {"description": "The image."}
+    properties |= {name: options[option] for name, option in names.items()}
+    return _form_operation("multipart/form-data", properties, ["user_key", part])
 
 
 def _form_operation(
-    properties: Mapping[str, Schema], required: list[str], media_type: str, *, strict: bool = False
+    media_type: str, properties: Mapping[str, Any], required: list[str], **keywords: Any
 ) -> type[Operation]:
-    schema = Schema(
-        type=OpenAPIType.OBJECT,
-        properties=dict(properties),
-        required=required,
-        additional_properties=False if strict else None,
-    )
-    body = RequestBody(required=True, content={media_type: OpenAPIMediaType(schema=schema)})
-    return type("FormOperation", (_FormOperation,), {"body": body})
+    """Return an operation that reads its form from the stream, so that Litestar can't describe it."""
+    schema = {"type": "object", "properties": properties, "required": required} | keywords
+
+    @dataclass
+    class FormOperation(Operation):
+        def __post_init__(self) -> None:
+            # Litestar copies what is no `Schema` as it is.
+            content = {media_type: OpenAPIMediaType(schema=cast("Schema", schema))}
+            self.request_body = RequestBody(required=True, content=content)
+
+    return FormOperation
 
 
-def _file_schema(description: str) -> Schema:
-    return Schema(
-        type=OpenAPIType.STRING,
-        format=OpenAPIFormat.BINARY,  # of OpenAPI 3.0, the only one that most client generators support
-        content_media_type="application/octet-stream",
-        description=description,
-    )
-
-
-def _option_schemas(kind: Kind, catalogue: Catalogue | None) -> dict[str, Schema]:
+def _option_schemas(kind: Kind) -> dict[str, dict[str, Any]]:
     """Return the schemas of the options of a kind, from the annotations that validate them."""
-    (reference,), components = msgspec.json.schema_components([OPTIONS[kind]])
-    properties: dict[str, Any] = components[reference["$ref"].rpartition("/")[2]]["properties"]
-    schemas = {}
-    for name, schema in properties.items():
-        schemas[name] = Schema(
-            type=OpenAPIType(schema["type"]),
-            description=schema.get("description"),
-            default=schema.get("default"),
-            minimum=schema.get("minimum"),
-            maximum=schema.get("maximum"),
-            max_length=schema.get("maxLength"),
-        )
-    if catalogue and kind is Kind.UPSCALE:
-        schemas["model"].examples = list(catalogue.models)
-        schemas["style"].examples = list(catalogue.styles)
-    return schemas
+    _, components = msgspec.json.schema_components([OPTIONS[kind]])
+    return dict(components[OPTIONS[kind].__name__]["properties"])
 
 
 def openapi_config(title: str, description: str, bearer: str, tags: Mapping[str, str]) -> OpenAPIConfig:

@@ -1,11 +1,10 @@
-"""The OpenAPI documents, with examples and webhooks."""
+"""The OpenAPI documents: Litestar's, corrected, with headers, problems, examples and webhooks."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from datetime import UTC, date, datetime
-from decimal import Decimal
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
@@ -13,44 +12,21 @@ import msgspec
 from litestar import Litestar
 from litestar.openapi.config import OpenAPIConfig
 from msgspec import Struct
-from msgspec.structs import replace
 
 from service.api import admin_schemas, health, legacy, openapi, schemas
-from service.api.admin_schemas import Delivery, DeliveryList, NewSecret, TaskEvent, Webhook
+from service.api.admin_schemas import TaskEvent
 from service.api.errors import MEDIA_TYPE, PROBLEMS, ProblemResponse, render
-from service.api.schemas import (
-    Artifact,
-    Availability,
-    Cost,
-    Links,
-    Policy,
-    Quota,
-    Submission,
-    Task,
-    TaskList,
-    render_csv,
-    render_usage,
-    tabulate_usage,
-)
-from service.api.tasks import encode_event
-from service.domain.ledger import Measure, Refund, ReservationState, Tally
-from service.domain.tasks import OPTIONS, ArtifactName, CostBasis, Kind, State, UpscaleOptions
+from service.api.schemas import Artifact, Availability, Cost, Links, Policy, Quota, Task
+from service.api.tasks import EVENT_STREAM_TYPE, encode_event
+from service.domain.tasks import ArtifactName, CostBasis, Kind, State, UpscaleOptions
 from service.domain.tenants import Window
-from service.domain.webhooks import DeliveryState, WebhookEvent
-from service.usecases.reports import (
-    BalanceSuggestion,
-    FlaggedSubmission,
-    Group,
-    Interval,
-    TenantRef,
-    UsageReport,
-    UsageRow,
-)
+from service.domain.webhooks import WebhookEvent
 
+Node = dict[str, Any]
 _TASK_ID = "task_Zm9yIHRoZSBkb2N1bWVudCBvbmx5"
 _CREATED_AT = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
 _FINISHED_AT = datetime(2026, 1, 31, 12, 0, 21, tzinfo=UTC)
-_TASK_EXAMPLE = Task(
+_TASK = Task(
     id=_TASK_ID,
     kind=Kind.UPSCALE,
     state=State.SUCCEEDED,
@@ -66,7 +42,7 @@ _TASK_EXAMPLE = Task(
     cost=Cost(count=1, money=0, basis=CostBasis.OBSERVED),
     links=Links(self=f"/v1/tasks/{_TASK_ID}", events=f"/v1/tasks/{_TASK_ID}/events"),
 )
-_QUOTA_EXAMPLE = Quota(
+_QUOTA = Quota(
     policies=[
         Policy(
             policy="day-tasks",
@@ -79,110 +55,10 @@ _QUOTA_EXAMPLE = Quota(
             overrun=None,
             resets_at=datetime(2026, 2, 1, tzinfo=UTC),
         ),
-        Policy(
-            policy="max-active",
-            unit="active",
-            window=None,
-            limit=20,
-            used=1,
-            reserved=0,
-            remaining=19,
-            overrun=None,
-            resets_at=None,
-        ),
     ],
     account=Availability(can_pay=True, look_again_at=None),
 )
-_SUBMISSION_ID = "f3a1c09b6d5e4f708192a3b4c5d6e7f8"
-_OWNER = TenantRef(1_769_860_800_000, "shop")
-_DAY = date(2026, 1, 31)
-_TALLY = Tally(
-    {
-        Measure.SUCCEEDED: 57,
-        Measure.UNKNOWN: 1,
-        Measure.OBSERVED_COUNT: 55,
-        Measure.ESTIMATED_MONEY: 100,
-        Measure.REFUNDED: 1,
-        Measure.REFUNDED_COUNT: 1,
-    }
-)
-_REFUND = Refund(int(_FINISHED_AT.timestamp()) * 1000, "The result was blank.", count=1, money_fen=0)
-
-
-def _example_report(*groups: Group) -> UsageReport:
-    return UsageReport(
-        _DAY.replace(day=1),
-        _DAY,
-        Interval.DAY,
-        groups,
-        rows=[UsageRow(str(_DAY), _OWNER if Group.TENANT in groups else None, Kind.UPSCALE, _TALLY)],
-        total=_TALLY,
-        unknown=[FlaggedSubmission(_SUBMISSION_ID, _OWNER, Kind.UPSCALE, _DAY)],
-        refunds=[(FlaggedSubmission("0c7d9f2b4a6e81c35f7092b4d6e8a1c3", _OWNER, Kind.UPSCALE, _DAY), _REFUND)],
-    )
-
-
-_SUBMISSION_EXAMPLE = Submission(
-    id=_SUBMISSION_ID,
-    outcome=ReservationState.UNKNOWN,
-    kind=Kind.UPSCALE,
-    created_at=_CREATED_AT,
-    settled_at=_FINISHED_AT,
-    task=None,
-    cost=Cost(count=0, money=1.2, basis=CostBasis.UNKNOWN),
-    balance_suggests=BalanceSuggestion.NOT_CHARGED,
-    refund=None,
-)
-_DELIVERY_EXAMPLE = Delivery(
-    id=f"msg_{_SUBMISSION_ID}",
-    tenant="shop",
-    task=_TASK_ID,
-    url="https://hooks.example/ended",
-    state=DeliveryState.FAILED,
-    attempts=11,
-    status=500,
-    error="It responded 500.",
-    answer="no space left",
-    created_at=_FINISHED_AT,
-    updated_at=datetime(2026, 2, 1, 11, 2, tzinfo=UTC),
-    due_at=None,
-)
-EXAMPLES: Mapping[str, Struct] = {
-    type(example).__name__: example
-    for example in (
-        _TASK_EXAMPLE,
-        TaskList([_TASK_EXAMPLE], next_cursor=None),
-        _QUOTA_EXAMPLE,
-        _SUBMISSION_EXAMPLE,
-        Webhook("https://hooks.example/ended", ["hooks.example", "10.20.0.0/16"], []),
-        NewSecret("whsec_Zm9yIHRoZSBkb2N1bWVudCBvbmx5LCBub3QgYSBrZXk=", _FINISHED_AT),
-        _DELIVERY_EXAMPLE,
-        DeliveryList([_DELIVERY_EXAMPLE]),
-        render_usage(_example_report(Group.KIND), for_operators=False),
-    )
-}
-"""Examples of responses by the name of their type."""
-CSV_EXAMPLES: Mapping[str, str] = {
-    "read-usage": render_csv(*tabulate_usage(_example_report(Group.KIND), for_operators=False)).decode(),
-    "read-all-usage": render_csv(
-        *tabulate_usage(_example_report(Group.TENANT, Group.KIND), for_operators=True)
-    ).decode(),
-}
-STREAM_EXAMPLES: Mapping[str, str] = {"follow-task": encode_event(_TASK_EXAMPLE, 3).decode()}
-SUBMIT_EXAMPLES: Mapping[str, Struct] = {
-    f"submit-{kind}": replace(
-        _TASK_EXAMPLE,
-        kind=kind,
-        state=State.QUEUED,
-        updated_at=_CREATED_AT,
-        finished_at=None,
-        options=msgspec.to_builtins(OPTIONS[kind]()),
-        artifacts=[],
-        cost=Cost(count=0, money=0, basis=CostBasis.UNKNOWN),
-    )
-    for kind in Kind
-}
-"""Examples of other media types and of submissions, by operation id."""
+_EXAMPLES: Mapping[str, Struct] = {type(example).__name__: example for example in (_TASK, _QUOTA)}
 _PROBLEM_EXTRAS: Mapping[str, Mapping[str, Any]] = {
     "invalid-options": {"errors": [{"field": "scale", "detail": "must be a number from 1 to 8"}]},
     "quota-exceeded": {
@@ -193,15 +69,8 @@ _PROBLEM_EXTRAS: Mapping[str, Mapping[str, Any]] = {
     },
     "too-many-active-tasks": {"violated_policies": [{"policy": "max-active", "limit": 20, "resets_at": None}]},
     "upstream-rejected": {"upstream_reason": "图片太小"},
-    "submission-unknown": {"submission_id": _SUBMISSION_ID},
+    "submission-unknown": {"submission_id": "f3a1c09b6d5e4f708192a3b4c5d6e7f8"},
 }
-
-
-def example_problem(code: str) -> Any:
-    kind = next(problem for problem in PROBLEMS if problem.code == code)
-    problem = ProblemResponse(kind, kind.description, _PROBLEM_EXTRAS.get(code, {}))
-    return msgspec.json.decode(render(problem, request_id="4f5c2d1e8b7a46f09d3c6b5a49382716")[2])
-
 
 WEBHOOKS_TAG = "Webhooks"
 """A tag of their own, since client generators write one file for each tag."""
@@ -218,55 +87,33 @@ _WEBHOOK_HEADERS = {
     "webhook-timestamp": "Time of the attempt, in seconds since the epoch.",
     "webhook-signature": "A signature, or two separated by a space during a change of your secret.",
 }
-
-
-def add_webhooks(document: dict[str, Any]) -> None:
-    """Add the webhooks and their components to a document."""
-    components = document["components"]
-    components["schemas"][TaskEvent.__name__] = _event_schema()
-    # By reference: client generators would mistake an inline operation for one of the gateway.
-    components["pathItems"] = {_WEBHOOK_NAME: {"post": _webhook_operation()}}
-    document["webhooks"] = {_WEBHOOK_NAME: {"$ref": f"#/components/pathItems/{_WEBHOOK_NAME}"}}
-
-
-def _event_schema() -> dict[str, Any]:
-    return {
-        "type": "object",
-        "description": "Event that a task has ended.",
-        "properties": {
-            "type": {"type": "string", "enum": [event.value for event in WebhookEvent]},
-            "timestamp": {"type": "string", "format": "date-time", "description": "When the task ended."},
-            "data": {"$ref": "#/components/schemas/Task"},
-        },
-        "required": ["type", "timestamp", "data"],
-    }
-
-
-def _webhook_operation() -> dict[str, Any]:
-    task = msgspec.convert(EXAMPLES["Task"], Task)
-    example = TaskEvent(WebhookEvent.SUCCEEDED, task.finished_at or task.updated_at, task)
-    schema = {"$ref": f"#/components/schemas/{TaskEvent.__name__}"}
-    return {
-        "operationId": _WEBHOOK_NAME,
-        "summary": "Your task has ended",
-        "description": _WEBHOOK_DESCRIPTION,
-        "tags": [WEBHOOKS_TAG],
-        "security": [{}],
-        "parameters": [
-            {"name": name, "in": "header", "required": True, "description": text, "schema": {"type": "string"}}
-            for name, text in _WEBHOOK_HEADERS.items()
-        ],
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": schema, "example": msgspec.to_builtins(example)}},
-        },
-        "responses": {"2XX": {"description": "Received."}},
-    }
-
-
-Node = dict[str, Any]
-_TEXT_SCHEMA = {"type": "string"}
-_FILE_SCHEMA = _TEXT_SCHEMA | {"format": "binary"}
+_EVENT_SCHEMA: Node = {
+    "type": "object",
+    "description": inspect.getdoc(TaskEvent),
+    "properties": {
+        "type": {"type": "string", "enum": list(WebhookEvent)},
+        "timestamp": {"type": "string", "format": "date-time", "description": "When the task ended."},
+        "data": {"$ref": "#/components/schemas/Task"},
+    },
+    "required": ["type", "timestamp", "data"],
+    "examples": [TaskEvent(WebhookEvent.SUCCEEDED, _FINISHED_AT, _TASK)],
+}
+_WEBHOOK: Node = {
+    "operationId": _WEBHOOK_NAME,
+    "summary": "Your task has ended",
+    "description": _WEBHOOK_DESCRIPTION,
+    "tags": [WEBHOOKS_TAG],
+    "security": [{}],
+    "parameters": [
+        {"name": name, "in": "header", "required": True, "description": text, "schema": {"type": "string"}}
+        for name, text in _WEBHOOK_HEADERS.items()
+    ],
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/TaskEvent"}}},
+    },
+    "responses": {"2XX": {"description": "Received."}},
+}
 
 
 def _header(description: str, *, type: str = "string", **schema: Any) -> Node:  # noqa: A002 - the name in JSON schema
@@ -316,175 +163,137 @@ _PROBLEM_HEADERS: Mapping[str, tuple[str, ...]] = {
 }
 _NOT_MODIFIED_HEADERS = frozenset({"ETag", "Age", "Retry-After", "Last-Modified", "Accept-Ranges", "Cache-Control"})
 """Headers of a success that a 304 has too."""
+_TEXT = {"schema": {"type": "string"}}
+_FILES = {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in openapi.FILE_TYPES}
+_EVENTS = {EVENT_STREAM_TYPE: _TEXT | {"examples": {"end": {"value": encode_event(_TASK, 3).decode()}}}}
+_USAGE = {"application/json": {"schema": {"$ref": "#/components/schemas/Usage"}}, "text/csv": _TEXT}
+_CONTENTS: Mapping[str, Mapping[str, Node]] = {
+    "read-artifact": {"200": _FILES, "206": _FILES},
+    "follow-task": {"200": _EVENTS},
+    "read-usage": {"200": _USAGE},
+    "read-all-usage": {"200": _USAGE},
+}
+"""Contents, by operation and status, for which Litestar knows a single media type."""
+_DEFAULT_PROBLEM: Node = {
+    "description": "Any other problem: an unknown path (404) or method (405), or a fault of the gateway (500).",
+    "headers": {"X-Request-Id": {"$ref": "#/components/headers/X-Request-Id"}},
+    "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+}
 _STRUCTS: Mapping[str, type[Struct]] = {
     name: value
     for module in (admin_schemas, health, legacy, openapi, schemas)
     for name, value in vars(module).items()
     if isinstance(value, type) and issubclass(value, Struct) and value.__module__ == module.__name__
 }
-"""All objects of the API. Litestar omits their docstrings, and that some forbid unknown fields."""
-_FILE_OPERATIONS = frozenset({"read-artifact"})
-_FALSE_BY_DEFAULT = ("deprecated", "allowEmptyValue", "allowReserved")
-_JSON_TYPES = frozenset({"object", "array", "string", "boolean", "number", "null"})
-_KEY_ORDER = ("openapi", "info", "servers", "security", "tags", "paths", "webhooks", "components")
+_ENCODER = msgspec.json.Encoder(decimal_format="number")
 
 
 def build_document(app: Litestar) -> Node:
-    """Build the OpenAPI document of an application."""
-    document = _normalize(app.openapi_schema.to_schema())
+    """Build the OpenAPI document of an application: Litestar's, corrected and completed."""
+    document = app.openapi_schema.to_schema()
     components = document["components"]
-    objects = components["schemas"]
-    for name, schema in objects.items():
-        schema.pop("title", None)
+    components |= {"headers": {}, "responses": {"Problem": _DEFAULT_PROBLEM}}
+    for name, schema in components["schemas"].items():
         if struct := _STRUCTS.get(name):
+            # Litestar omits docstrings, and that some objects forbid unknown fields.
             schema["description"] = inspect.getdoc(struct)
             if struct.__struct_config__.forbid_unknown_fields:
                 schema["additionalProperties"] = False
-        if name in EXAMPLES:
-            schema["examples"] = [_to_json(EXAMPLES[name])]
-    components["responses"] = {"Problem": _default_problem()}
-    used = {"X-Request-Id"}
-    for operation in _list_operations(document):
-        operation["responses"] = dict(_complete_responses(operation["responses"]))
-        used = used.union(*(response.get("headers", ()) for response in operation["responses"].values()))
-        _add_examples(operation["operationId"], operation["responses"])
-        for parameter in operation.get("parameters", ()):
-            _normalize_parameter(parameter)
-        _normalize_body(operation.get("requestBody", {}))
-    if Task.__name__ in objects:
-        add_webhooks(document)
-    components["headers"] = {name: header for name, header in _HEADER_COMPONENTS.items() if name in used}
-    components["schemas"] = dict(sorted(objects.items()))
-    # A copy without shared parts, for which YAML would write anchors.
-    return dict(_to_json({key: document[key] for key in _KEY_ORDER if key in document}))
-
-
-def _add_examples(operation: str, responses: Node) -> None:
-    if accepted := SUBMIT_EXAMPLES.get(operation):
-        responses["201"]["content"]["application/json"]["examples"] = {"accepted": {"value": _to_json(accepted)}}
-    if table := CSV_EXAMPLES.get(operation):
-        responses["200"]["content"]["text/csv"] = {"schema": _TEXT_SCHEMA, "examples": {"usage": {"value": table}}}
-    if stream := STREAM_EXAMPLES.get(operation):
-        for media in responses["200"]["content"].values():
-            media["examples"] = {"end": {"value": stream}}
-    if operation in _FILE_OPERATIONS:
-        for status in ("200", "206"):
-            responses[status]["content"] = {media_type: {"schema": _FILE_SCHEMA} for media_type in openapi.FILE_TYPES}
-
-
-def _list_operations(document: Node) -> Iterator[Node]:
+        if properties := schema.get("properties"):
+            schema["properties"] = {key: _unwrap(value, nullable=True) for key, value in properties.items()}
+        if name in _EXAMPLES:
+            schema["examples"] = [_EXAMPLES[name]]
     for item in document["paths"].values():
-        yield from item.values()
+        for operation in item.values():
+            _complete_operation(operation, components)
+    if Task.__name__ in components["schemas"]:
+        # By reference: client generators would mistake an inline operation for one of the gateway.
+        document["webhooks"] = {_WEBHOOK_NAME: {"$ref": f"#/components/pathItems/{_WEBHOOK_NAME}"}}
+        components["pathItems"] = {_WEBHOOK_NAME: {"post": _WEBHOOK}}
+        components["schemas"][TaskEvent.__name__] = _EVENT_SCHEMA
+    # ECMA-262 lacks the anchors of Python; its `$` is only the end of the text.
+    text = _ENCODER.encode(document).replace(rb"\\A", b"^").replace(rb"\\Z", b"$")
+    # Decoded, so that no parts are shared: YAML would write anchors for them.
+    return dict(msgspec.json.decode(text))
 
 
-def _complete_responses(responses: Node) -> Iterator[tuple[str, Node]]:
-    """Yield the responses by status with their headers, without those that only Litestar assumes."""
-    success_names = [_HEADER_NAMES[name.lower()] for name in responses.get("200", {}).get("headers", ())]
-    for status, response in sorted(responses.items()):
-        if _is_framework_error(response):
-            continue
-        names = [_HEADER_NAMES[name.lower()] for name in response.get("headers", ())]
-        if status == "206":
-            names += [*success_names, "Content-Range"]
-        if status == "304":
-            names += _NOT_MODIFIED_HEADERS.intersection(success_names)
-        # The body of a problem contains the request's id.
-        is_problem = MEDIA_TYPE in response.get("content", {})
-        names += _PROBLEM_HEADERS.get(status, ()) if is_problem else ("X-Request-Id",)
-        if response["description"] == HTTPStatus(int(status)).description:  # the default of Litestar
-            response["description"] = HTTPStatus(int(status)).phrase
-        for media in response.get("content", {}).values():
-            media["schema"] = _without_null(media["schema"])
-            if is_problem:
-                # Litestar's own examples lack null values.
-                media["examples"] = {code: {"value": example_problem(code)} for code in media["examples"]}
-        yield status, response | ({"headers": _header_references(names)} if names else {})
-    yield "default", {"$ref": "#/components/responses/Problem"}
-
-
-def _to_json(value: Any) -> Any:
-    return msgspec.json.decode(msgspec.json.encode(value))
-
-
-def _is_framework_error(response: Node) -> bool:
-    # The validation error of Litestar, which our exception handlers replace.
-    media = response.get("content", {}).get("application/json", {})
-    return "status_code" in media.get("schema", {}).get("properties", {})
-
-
-def _default_problem() -> Node:
-    schema = {"$ref": "#/components/schemas/Problem"}
-    return {
-        "description": "Any other problem: an unknown path (404) or method (405), or a fault of the gateway (500).",
-        "headers": _header_references(["X-Request-Id"]),
-        "content": {MEDIA_TYPE: {"schema": schema}},
-    }
-
-
-def _header_references(names: list[str]) -> Node:
-    # In a fixed order, since Litestar's is random.
-    return {name: {"$ref": f"#/components/headers/{name}"} for name in _HEADER_COMPONENTS if name in names}
-
-
-def _normalize_parameter(parameter: Node) -> None:
-    parameter["schema"].pop("description", None)
-    parameter["schema"] = _without_null(parameter["schema"])
-
-
-def _normalize_body(body: Node) -> None:
-    # Litestar describes an optional body as one that may be null.
-    for media in body.get("content", {}).values():
-        schema = _without_null(media["schema"])
+def _complete_operation(operation: Node, components: Node) -> None:
+    for parameter in operation.get("parameters", ()):
+        schema = _unwrap(parameter["schema"])
+        # Client generators ignore the default of a reference that has a description beside it.
+        parameter["schema"] = {"$ref": schema["$ref"]} if "$ref" in schema else schema
+    if body := operation.get("requestBody"):
+        (media,) = body["content"].values()
+        schema = _unwrap(media["schema"])
+        # Litestar describes an optional body as one that may be null.
         body["required"] = schema == media["schema"]
         media["schema"] = schema
+    responses = operation["responses"]
+    # The validation error of Litestar, which the exception handlers replace.
+    if MEDIA_TYPE not in responses.get("400", {}).get("content", [MEDIA_TYPE]):
+        del responses["400"]
+    for status, content in _CONTENTS.get(operation["operationId"], {}).items():
+        responses[status]["content"] = content
+    success = {_HEADER_NAMES[name.lower()] for name in responses.get("200", {}).get("headers", ())}
+    operation["responses"] = {
+        status: _problem_response(status, response, components)
+        if MEDIA_TYPE in response.get("content", {})
+        else _plain_response(status, response, success, components)
+        for status, response in sorted(responses.items())
+    } | {"default": {"$ref": "#/components/responses/Problem"}}
 
 
-def _without_null(schema: Node) -> Node:
-    """Return the schema of a value that is present: parameters and contents are never null."""
-    options: list[Node] = [option for option in schema.get("oneOf", ()) if option != {"type": "null"}]
+def _plain_response(status: str, response: Node, success_headers: set[str], components: Node) -> Node:
+    names = {"X-Request-Id"} | {_HEADER_NAMES[name.lower()] for name in response.get("headers", ())}
+    if status == "206":
+        names |= success_headers | {"Content-Range"}
+    if status == "304":
+        names |= success_headers & _NOT_MODIFIED_HEADERS
+    if response["description"] == HTTPStatus(int(status)).description:
+        response["description"] = HTTPStatus(int(status)).phrase  # Litestar's default promises a document or a URL
+    for media_type, media in response.get("content", {}).items():
+        response["content"][media_type] = media | {"schema": _unwrap(media["schema"])}
+    return response | {"headers": _refer_headers(names, components)}
+
+
+def _problem_response(status: str, response: Node, components: Node) -> Node:
+    codes = response["content"][MEDIA_TYPE]["examples"]
+    name = "-or-".join(codes)
+    components["responses"][name] = {
+        "description": response["description"],
+        "headers": _refer_headers({"X-Request-Id", *_PROBLEM_HEADERS.get(status, ())}, components),
+        "content": {
+            MEDIA_TYPE: {
+                "schema": {"$ref": "#/components/schemas/Problem"},
+                "examples": {code: {"value": _example_problem(code)} for code in codes},
+            }
+        },
+    }
+    return {"$ref": f"#/components/responses/{name}"}
+
+
+def _example_problem(code: str) -> Any:
+    kind = next(problem for problem in PROBLEMS if problem.code == code)
+    problem = ProblemResponse(kind, kind.description, _PROBLEM_EXTRAS.get(code, {}))
+    return msgspec.json.decode(render(problem, request_id="4f5c2d1e8b7a46f09d3c6b5a49382716")[2])
+
+
+def _refer_headers(names: Iterable[str], components: Node) -> Node:
+    names = sorted(names)  # Litestar's order is random
+    components["headers"] |= {name: _HEADER_COMPONENTS[name] for name in names}
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _unwrap(schema: Node, *, nullable: bool = False) -> Node:
+    """Replace a choice of one by its option: client generators would make a type of its own for it.
+
+    Litestar writes such choices for optional fields, and adds null to parameters and contents, which are never null.
+    """
+    choice = "allOf" if "allOf" in schema else "oneOf"
+    options: list[Node] = [option for option in schema.get(choice, ()) if nullable or option != {"type": "null"}]
     if len(options) != 1:
         return schema
-    return options[0] | {key: value for key, value in schema.items() if key != "oneOf"}
-
-
-def _normalize(node: Any) -> Any:
-    """Return a part of the document without defaults, in JSON types."""
-    match node:
-        case dict():
-            kept = {
-                key: _normalize(value)
-                for key, value in node.items()
-                if not (key in _FALSE_BY_DEFAULT and value is False) and not (key == "headers" and value == {})
-            }
-            return _normalize_schema(kept)
-        case list():
-            return [_normalize(item) for item in node]
-        case Decimal() | float() if node == int(node):
-            return int(node)
-        case Decimal():
-            return float(node)
-        case _:
-            return node
-
-
-def _normalize_schema(node: Node) -> Node:
-    """Correct and simplify a schema; other nodes are unchanged."""
-    if {"type": "number"} in node.get("oneOf", ()):
-        # An integer would match both, which `oneOf` forbids.
-        node = node | {"oneOf": [option for option in node["oneOf"] if option != {"type": "integer"}]}
-    if {option.get("type") for option in node.get("oneOf", ())} >= _JSON_TYPES:
-        # Client generators write invalid code for a union of all types.
-        node = {key: value for key, value in node.items() if key != "oneOf"}
-    for choice in ("oneOf", "allOf"):
-        if len(node.get(choice, ())) == 1:
-            node = node[choice][0] | {key: value for key, value in node.items() if key != choice}
-    if isinstance(pattern := node.get("pattern"), str):
-        # ECMA-262 lacks the anchors of Python; its `$` is only the end of the text.
-        node = node | {"pattern": pattern.replace(r"\A", "^").replace(r"\Z", "$")}
-    properties = node.get("properties")
-    if isinstance(properties, dict) and isinstance(node.get("required"), list):
-        node["required"] = [name for name in properties if name in node["required"]]
-    return node
+    return options[0] | {key: value for key, value in schema.items() if key != choice}
 
 
 def tenants_config() -> OpenAPIConfig:

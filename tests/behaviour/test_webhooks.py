@@ -64,9 +64,8 @@ async def test_webhook_matches_the_document(gateway: RunningGateway, receiver: W
     await finish_task(gateway)
     document = (await gateway.call("GET", "/openapi.json", token="")).json()
     operation = resolve_reference(document, document["webhooks"]["task-ended"])["post"]
-    content = operation["requestBody"]["content"]["application/json"]
-    for event in (receiver.requests[0].event, content["example"]):
-        assert_matches_schema(document, event, content["schema"])
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert_matches_schema(document, receiver.requests[0].event, schema)
     assert {parameter["name"] for parameter in operation["parameters"]} <= receiver.requests[0].headers.keys()
 
 
