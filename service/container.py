@@ -21,8 +21,8 @@ from service.api.uploads import UploadReader
 from service.clients.artifacts import ArtifactClient
 from service.clients.upstream import UpstreamClient
 from service.clients.webhooks import WebhookClient
-from service.crypto import Keyring
-from service.domain.tasks import Catalogue, TaskIdCodec
+from service.crypto import Keyring, TaskIdCodec
+from service.domain.tasks import Catalogue
 from service.settings import Role, Settings
 from service.storage.connections import connect
 from service.storage.deliveries import RedisDeliveryQueue

@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from msgspec import Struct
+
+from service.domain.errors import NotFound
+from service.domain.tasks import Cipher, TaskReference
 
 KEY_BYTES = 32
 _DERIVED_BYTES = 64
@@ -59,6 +63,32 @@ class Keyring:
         info = f"imaging-gateway/{purpose}".encode()
         derived = [HKDF(SHA256(), _DERIVED_BYTES, salt=None, info=info).derive(key) for key in self._keys]
         return AesSivCipher([AESSIV(key) for key in derived])
+
+
+TASK_ID_PREFIX = "task_"
+
+
+class TaskIdCodec:
+    """Encrypts references to task ids and back."""
+
+    def __init__(self, cipher: Cipher) -> None:
+        self._cipher = cipher
+
+    def encode(self, reference: TaskReference) -> str:
+        ciphertext = self._cipher.encrypt(msgspec.msgpack.encode(reference))
+        return TASK_ID_PREFIX + base64.urlsafe_b64encode(ciphertext).rstrip(b"=").decode()
+
+    def decode(self, task_id: str) -> TaskReference:
+        """Return the reference of an id. Raises NotFound for anything that `encode` did not return."""
+        text = task_id.removeprefix(TASK_ID_PREFIX)
+        try:
+            ciphertext = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+            plaintext = self._cipher.decrypt(ciphertext) if TASK_ID_PREFIX + text == task_id else None
+            if plaintext is not None and base64.urlsafe_b64encode(ciphertext).rstrip(b"=").decode() == text:
+                return msgspec.msgpack.decode(plaintext, type=TaskReference)
+        except (binascii.Error, msgspec.DecodeError, ValueError):
+            pass
+        raise NotFound("There is no such task.")
 
 
 class GeneratedSecrets(Struct, frozen=True):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Protocol
@@ -11,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Protocol
 import msgspec
 from msgspec import Meta, Struct
 
-from service.domain.errors import FieldError, InvalidOptions, NotFound, check_json
+from service.domain.errors import FieldError, InvalidOptions, check_json
 
 MAX_PROMPT_CHARS = 2_000
 MAX_METADATA_BYTES = 2_048
@@ -246,9 +244,6 @@ class Task(Struct, frozen=True, kw_only=True):
     trace_context: str | None = None
 
 
-TASK_ID_PREFIX = "task_"
-
-
 class Cipher(Protocol):
     """Authenticated, deterministic encryption under the gateway's secret keys."""
 
@@ -294,29 +289,6 @@ def new_task(
         version=version,
         last_checked_at=reference.created_at,
     )
-
-
-class TaskIdCodec:
-    """Encrypts references to task ids and back."""
-
-    def __init__(self, cipher: Cipher) -> None:
-        self._cipher = cipher
-
-    def encode(self, reference: TaskReference) -> str:
-        ciphertext = self._cipher.encrypt(msgspec.msgpack.encode(reference))
-        return TASK_ID_PREFIX + base64.urlsafe_b64encode(ciphertext).rstrip(b"=").decode()
-
-    def decode(self, task_id: str) -> TaskReference:
-        """Return the reference of an id. Raises NotFound for anything that `encode` did not return."""
-        text = task_id.removeprefix(TASK_ID_PREFIX)
-        try:
-            ciphertext = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-            plaintext = self._cipher.decrypt(ciphertext) if TASK_ID_PREFIX + text == task_id else None
-            if plaintext is not None and base64.urlsafe_b64encode(ciphertext).rstrip(b"=").decode() == text:
-                return msgspec.msgpack.decode(plaintext, type=TaskReference)
-        except (binascii.Error, msgspec.DecodeError, ValueError):
-            pass
-        raise NotFound("There is no such task.")
 
 
 class Backlog(Struct, frozen=True):

@@ -6,9 +6,10 @@ import asyncio
 
 import structlog
 
+from service.crypto import TaskIdCodec
 from service.domain.errors import LedgerUnavailable, NotFound
 from service.domain.ledger import Balance
-from service.domain.tasks import Task, TaskIdCodec
+from service.domain.tasks import Task
 from service.domain.tenants import Account, Registry, SpendingMode
 from service.telemetry.gauges import GaugeName
 from service.telemetry.logging import fen_to_yuan

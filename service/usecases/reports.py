@@ -10,6 +10,7 @@ from enum import StrEnum
 import structlog
 from msgspec import Struct, field
 
+from service.crypto import TASK_ID_PREFIX, TaskIdCodec
 from service.domain.availability import choose_account
 from service.domain.errors import Conflict, FieldError, InvalidOptions, NotFound
 from service.domain.ledger import (
@@ -30,7 +31,7 @@ from service.domain.ledger import (
     policy_name,
     window_bounds,
 )
-from service.domain.tasks import TASK_ID_PREFIX, Cost, CostBasis, Kind, State, Task, TaskIdCodec
+from service.domain.tasks import Cost, CostBasis, Kind, State, Task
 from service.domain.tenants import Tenant, Window
 from service.telemetry.logging import fen_to_yuan
 from service.usecases.ports import Ledger, RegistryView, TaskStore

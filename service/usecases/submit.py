@@ -17,6 +17,7 @@ import msgspec
 import structlog
 from msgspec import Struct
 
+from service.crypto import TaskIdCodec
 from service.domain import errors
 from service.domain.availability import PROBE_INTERVAL_MS
 from service.domain.errors import RateLimit
@@ -33,7 +34,7 @@ from service.domain.ledger import (
     compute_rate_limits,
     digest_submission,
 )
-from service.domain.tasks import Kind, Options, State, Task, TaskIdCodec, TaskReference, new_task
+from service.domain.tasks import Kind, Options, State, Task, TaskReference, new_task
 from service.domain.tenants import Account, Tenant, TenantPolicy, TenantStatus
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import NOOP_TRACER, Tracer

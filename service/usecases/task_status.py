@@ -16,9 +16,10 @@ import msgspec
 import structlog
 from msgspec import Struct
 
+from service.crypto import TaskIdCodec
 from service.domain.errors import GatewayError, LedgerUnavailable, NotFound, UpstreamUnavailable
 from service.domain.ledger import ReservationState
-from service.domain.tasks import Artifact, Kind, State, Task, TaskIdCodec, TaskReference, new_task
+from service.domain.tasks import Artifact, Kind, State, Task, TaskReference, new_task
 from service.domain.tenants import Tenant
 from service.telemetry.logging import upstream_wait
 from service.telemetry.metrics import Metrics, ReadSource

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from service.crypto import Keyring
-from service.domain.tasks import Kind, TaskIdCodec, TaskReference
+from service.crypto import Keyring, TaskIdCodec
+from service.domain.tasks import Kind, TaskReference
 from service.storage.redis import Keys
 from service.usecases.ports import SubmitOutcome, SubmitResult
 from tests.behaviour.gateway_fixture import SECRET_KEY, RunningGateway, run_fake_gateway, run_real_gateway

@@ -11,8 +11,8 @@ from typing import Any
 from httpx2 import Response
 
 from service.container import TASK_ID_PURPOSE
-from service.crypto import Keyring
-from service.domain.tasks import Kind, TaskIdCodec, TaskReference
+from service.crypto import Keyring, TaskIdCodec
+from service.domain.tasks import Kind, TaskReference
 from tests.behaviour.audit import UNREACHABLE_POLICIES, expect_problem
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, RunningGateway
 from tests.behaviour.upstream_control import SandboxUpstreamControl

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import msgspec
 from redis.asyncio import Redis
 
-from service.crypto import KEY_BYTES, Keyring
+from service.crypto import KEY_BYTES, Keyring, TaskIdCodec
 from service.domain.ledger import Balance, Grant, ReservationState
-from service.domain.tasks import Artifact, ArtifactName, Kind, TaskIdCodec, TaskReference, UpscaleOptions
+from service.domain.tasks import Artifact, ArtifactName, Kind, TaskReference, UpscaleOptions
 from service.domain.tenants import Account, AccountPolicy, Limit, Tenant, TenantPolicy, Window
 from service.storage.connections import connect
 from service.storage.ledger import RedisLedger

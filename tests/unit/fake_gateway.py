@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 
-from service.crypto import Keyring
+from service.crypto import Keyring, TaskIdCodec
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import AccountStatus, Verdict, WindowCounter
-from service.domain.tasks import FaceEnhanceOptions, Options, Task, TaskIdCodec
+from service.domain.tasks import FaceEnhanceOptions, Options, Task
 from service.domain.tenants import Account, AccountPolicy, Registry, Tenant, TenantPolicy, Window
 from service.telemetry.metrics import Metrics
 from service.usecases.background import TaskSupervisor

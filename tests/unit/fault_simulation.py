@@ -12,9 +12,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from service.crypto import Keyring
+from service.crypto import Keyring, TaskIdCodec
 from service.domain.ledger import Balance, Grant, ReservationState, Verdict
-from service.domain.tasks import FaceEnhanceOptions, Options, TaskIdCodec
+from service.domain.tasks import FaceEnhanceOptions, Options
 from service.domain.tenants import Account, Tenant
 from service.storage.ledger import KEEP_IDEMPOTENCY_KEY_MS
 from service.telemetry.metrics import Metrics

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from service.crypto import Keyring
-from service.domain.tasks import State, Task, TaskIdCodec
+from service.crypto import Keyring, TaskIdCodec
+from service.domain.tasks import State, Task
 from service.usecases import background, poller
 from service.usecases.ports import CheckOutcome, CheckResult
 from tests.unit.fake_gateway import UNAVAILABLE, FakeGateway, wait_until

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.crypto import Keyring
+from service.crypto import TASK_ID_PREFIX, Keyring, TaskIdCodec
 from service.domain.errors import NotFound
-from service.domain.tasks import TASK_ID_PREFIX, Kind, TaskIdCodec, TaskReference
+from service.domain.tasks import Kind, TaskReference
 
 OLD, NEW = b"o" * 32, b"n" * 32
 IDS = TaskIdCodec(Keyring([NEW]).derive("task-id"))
