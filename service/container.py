@@ -41,7 +41,7 @@ from service.storage.registry import CachedRegistry, RedisRegistry
 from service.storage.tasks import RedisTaskStore, TaskEventSubscriber
 from service.telemetry.gauges import GaugeName
 from service.telemetry.metrics import EventLoopMonitor, Metrics
-from service.telemetry.redaction import RecordingCipher, Redactor, RegisterSecret, noop
+from service.telemetry.redaction import Redactor, RegisterSecret, noop
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.admin import RegistryAdmin, RegistryUpdater, WebhookAdmin
 from service.usecases.background import TaskSupervisor, cancel_and_wait
@@ -181,7 +181,7 @@ def build_services(
     if settings.admin_token is None:
         raise ValueError("the settings are not complete")
     keyring = Keyring(settings.secret_keys)
-    user_keys = RecordingCipher(keyring.derive(USER_KEY_PURPOSE), register_secret)
+    user_keys = keyring.derive(USER_KEY_PURPOSE, lambda key: register_secret(key.decode()))
     task_ids = TaskIdCodec(keyring.derive(TASK_ID_PURPOSE))
     poller = TaskPoller(
         tasks=adapters.task_store,
@@ -200,8 +200,8 @@ def build_services(
         registry=adapters.registry,
         task_ids=task_ids,
     )
-    webhook_cipher = RecordingCipher(
-        keyring.derive(WEBHOOK_SECRET_PURPOSE), register_secret, lambda plaintext: base64.b64encode(plaintext).decode()
+    webhook_cipher = keyring.derive(
+        WEBHOOK_SECRET_PURPOSE, lambda secret: register_secret(base64.b64encode(secret).decode())
     )
     updater = RegistryUpdater(adapters.registry_store, adapters.registry)
     webhooks = WebhookAdmin(
@@ -344,7 +344,7 @@ async def open_container(
     background, keys = TaskSupervisor(), Keys(settings.key_prefix)
     metrics = Metrics(CollectorRegistry(), max_named_tenants=settings.metrics_tenants)
     metrics.preregister_scripts([READ_COMMAND, *SCRIPT_NAMES])
-    user_keys = RecordingCipher(Keyring(settings.secret_keys).derive(USER_KEY_PURPOSE), register_secret)
+    user_keys = Keyring(settings.secret_keys).derive(USER_KEY_PURPOSE, lambda key: register_secret(key.decode()))
     retention = Retention(
         lease_ms=settings.lease_seconds * 1000,
         check_interval_ms=int(settings.poll_seconds * 1000),

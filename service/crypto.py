@@ -7,7 +7,7 @@ import binascii
 import os
 import secrets
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from msgspec import Struct
 
 from service.domain.errors import NotFound
-from service.domain.tasks import Cipher, TaskReference
+from service.domain.tasks import TaskReference
 
 KEY_BYTES = 32
 _DERIVED_BYTES = 64
@@ -31,20 +31,27 @@ class SecretFileError(Exception):
 
 
 class AesSivCipher:
-    """A cipher for one purpose; ciphertexts of other purposes are not decrypted."""
+    """A cipher for one purpose; ciphertexts of other purposes are not decrypted.
 
-    def __init__(self, ciphers: Sequence[AESSIV]) -> None:
+    `on_plaintext` is called with each plaintext before it is encrypted or returned.
+    """
+
+    def __init__(self, ciphers: Sequence[AESSIV], on_plaintext: Callable[[bytes], None]) -> None:
         self._ciphers = tuple(ciphers)
+        self._on_plaintext = on_plaintext
 
     def encrypt(self, plaintext: bytes) -> bytes:
         """Encrypt with the first key; deterministic."""
+        self._on_plaintext(plaintext)
         return self._ciphers[0].encrypt(plaintext, None)
 
     def decrypt(self, ciphertext: bytes) -> bytes | None:
         """Decrypt with any of the keys; None if none matches or the bytes were altered."""
         for cipher in self._ciphers:
             with suppress(InvalidTag):
-                return cipher.decrypt(ciphertext, None)
+                plaintext = cipher.decrypt(ciphertext, None)
+                self._on_plaintext(plaintext)
+                return plaintext
         return None
 
 
@@ -59,10 +66,10 @@ class Keyring:
             raise ValueError(f"a keyring needs at least one key, each of {KEY_BYTES} bytes")
         self._keys = tuple(keys)
 
-    def derive(self, purpose: str) -> AesSivCipher:
+    def derive(self, purpose: str, on_plaintext: Callable[[bytes], None] = lambda _: None) -> AesSivCipher:
         info = f"imaging-gateway/{purpose}".encode()
         derived = [HKDF(SHA256(), _DERIVED_BYTES, salt=None, info=info).derive(key) for key in self._keys]
-        return AesSivCipher([AESSIV(key) for key in derived])
+        return AesSivCipher([AESSIV(key) for key in derived], on_plaintext)
 
 
 TASK_ID_PREFIX = "task_"
@@ -71,7 +78,7 @@ TASK_ID_PREFIX = "task_"
 class TaskIdCodec:
     """Encrypts references to task ids and back."""
 
-    def __init__(self, cipher: Cipher) -> None:
+    def __init__(self, cipher: AesSivCipher) -> None:
         self._cipher = cipher
 
     def encode(self, reference: TaskReference) -> str:

@@ -22,6 +22,7 @@ from msgspec import Struct
 from service.clients.egress import AddressRefused, GuardedTransport, IpAddress, Resolver, is_public, resolve_host
 from service.clients.http import USER_AGENT, OnCall, local_error_reason
 from service.clients.vendor_api import unmask_key
+from service.crypto import AesSivCipher
 from service.domain.errors import (
     GatewayError,
     Overloaded,
@@ -30,7 +31,7 @@ from service.domain.errors import (
     UpstreamUnavailable,
 )
 from service.domain.media import BITMAP_SNIFF_BYTES, OCTET_STREAM, SNIFF_BYTES, is_allowed_type, sniff_type
-from service.domain.tasks import Artifact, Cipher
+from service.domain.tasks import Artifact
 from service.domain.tenants import Account
 from service.telemetry.logging import upstream_wait
 from service.telemetry.metrics import Metrics
@@ -184,7 +185,7 @@ class ArtifactClient:
         *,
         max_bytes: int,
         on_call: OnCall,
-        user_keys: Cipher | None = None,
+        user_keys: AesSivCipher | None = None,
         tls: ssl.SSLContext | None = None,
         resolver: Resolver = resolve_host,
         timeouts: FetchTimeouts | None = None,

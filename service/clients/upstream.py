@@ -25,7 +25,8 @@ from service.clients.http import (
     UpstreamResponse,
 )
 from service.clients.vendor_api import mask_key, remove_key
-from service.domain.tasks import Catalogue, Cipher, Options, TaskError
+from service.crypto import AesSivCipher
+from service.domain.tasks import Catalogue, Options, TaskError
 from service.domain.tenants import Account
 from service.telemetry.gauges import GaugeName
 from service.telemetry.logging import upstream_wait
@@ -54,7 +55,7 @@ class UpstreamClient:
     def __init__(
         self,
         base_url: str,
-        user_keys: Cipher,
+        user_keys: AesSivCipher,
         catalogue: Catalogue,
         *,
         on_call: OnCall,

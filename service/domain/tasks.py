@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -242,18 +242,6 @@ class Task(Struct, frozen=True, kw_only=True):
     last_checked_at: int
     webhook_url: str | None = None
     trace_context: str | None = None
-
-
-class Cipher(Protocol):
-    """Authenticated, deterministic encryption under the gateway's secret keys."""
-
-    def encrypt(self, plaintext: bytes) -> bytes:
-        """Encrypt under the first key."""
-        ...
-
-    def decrypt(self, ciphertext: bytes) -> bytes | None:
-        """Decrypt under any key; None if none fits or the bytes were altered."""
-        ...
 
 
 class TaskReference(Struct, frozen=True, array_like=True):

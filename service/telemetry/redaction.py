@@ -13,7 +13,6 @@ from urllib.parse import quote, quote_plus
 
 import msgspec
 
-from service.domain.tasks import Cipher
 from service.domain.tenants import TOKEN_PREFIX
 from service.domain.webhooks import SECRET_PREFIX
 
@@ -264,24 +263,3 @@ RegisterSecret = Callable[[str], None]
 
 def noop(_: str) -> None:
     """Register nothing, for use without a log."""
-
-
-class RecordingCipher:
-    """A cipher that registers every plaintext with the log redactor, in the text form of `to_text`."""
-
-    def __init__(
-        self, cipher: Cipher, register_secret: RegisterSecret, to_text: Callable[[bytes], str] = bytes.decode
-    ) -> None:
-        self._cipher = cipher
-        self._register_secret = register_secret
-        self._to_text = to_text
-
-    def encrypt(self, plaintext: bytes) -> bytes:
-        self._register_secret(self._to_text(plaintext))
-        return self._cipher.encrypt(plaintext)
-
-    def decrypt(self, ciphertext: bytes) -> bytes | None:
-        plaintext = self._cipher.decrypt(ciphertext)
-        if plaintext is not None:
-            self._register_secret(self._to_text(plaintext))
-        return plaintext

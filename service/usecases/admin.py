@@ -16,6 +16,7 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
+from service.crypto import AesSivCipher
 from service.domain import webhooks
 from service.domain.errors import (
     Conflict,
@@ -27,7 +28,6 @@ from service.domain.errors import (
     field_path,
 )
 from service.domain.ledger import AccountState, AccountStatus
-from service.domain.tasks import Cipher
 from service.domain.tenants import (
     Account,
     Registry,
@@ -140,8 +140,8 @@ class RegistryAdmin:
         updater: RegistryUpdater,
         registry: RegistryView,
         ledger: Ledger,
-        user_key_cipher: Cipher,
-        webhook_cipher: Cipher,
+        user_key_cipher: AesSivCipher,
+        webhook_cipher: AesSivCipher,
         now: Callable[[], float],
         log_fields: LogFields,
     ) -> None:
@@ -421,7 +421,7 @@ def _require_same_id(table: Mapping[str, AccountOrTenant], expected: AccountOrTe
     return current
 
 
-def _reencrypt(cipher: Cipher, ciphertext: bytes) -> bytes | None:
+def _reencrypt(cipher: AesSivCipher, ciphertext: bytes) -> bytes | None:
     plaintext = cipher.decrypt(ciphertext)
     return None if plaintext is None else cipher.encrypt(plaintext)
 
@@ -449,7 +449,7 @@ class WebhookAdmin:
         updater: RegistryUpdater,
         registry: RegistryView,
         deliveries: DeliveryQueue,
-        cipher: Cipher,
+        cipher: AesSivCipher,
         now: Callable[[], float],
     ) -> None:
         self._updater = updater

@@ -16,9 +16,9 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
+from service.crypto import AesSivCipher
 from service.domain import webhooks
 from service.domain.errors import Conflict, ErrorCollector, LedgerUnavailable, VersionConflict, field_path, suggest
-from service.domain.tasks import Cipher
 from service.domain.tenants import Account, Registry, Tenant, Token, Webhook, WebhookSecrets
 from service.usecases.admin import (
     DesiredAccount,
@@ -62,7 +62,9 @@ class RegistryPlan(Struct, frozen=True):
 class RegistryPlanner:
     """Plans once, for one version of the registry at the time `now` (seconds since the epoch)."""
 
-    def __init__(self, registry: Registry, now: float, *, user_key_cipher: Cipher, webhook_cipher: Cipher) -> None:
+    def __init__(
+        self, registry: Registry, now: float, *, user_key_cipher: AesSivCipher, webhook_cipher: AesSivCipher
+    ) -> None:
         self._registry = registry
         self._now = now
         self._user_key_cipher = user_key_cipher
@@ -277,8 +279,8 @@ class RegistryApply:
         updater: RegistryUpdater,
         registry: RegistryView,
         ledger: Ledger,
-        user_key_cipher: Cipher,
-        webhook_cipher: Cipher,
+        user_key_cipher: AesSivCipher,
+        webhook_cipher: AesSivCipher,
         now: Callable[[], float],
         log_fields: LogFields,
     ) -> None:

@@ -12,9 +12,10 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
+from service.crypto import AesSivCipher
 from service.domain import tenants, webhooks
 from service.domain.errors import GatewayError
-from service.domain.tasks import Cipher, Task
+from service.domain.tasks import Task
 from service.domain.tenants import Tenant
 from service.domain.webhooks import DeliveryState
 from service.telemetry.metrics import Metrics
@@ -43,7 +44,7 @@ class WebhookDispatcher:
         tasks: TaskStore,
         webhooks: WebhookSender,
         registry: RegistryView,
-        cipher: Cipher,
+        cipher: AesSivCipher,
         disable_url: Callable[[int, str], Awaitable[None]],
         encode_task_event: Callable[[Task], bytes],
         now: Callable[[], float],
