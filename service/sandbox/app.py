@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import socket
-import struct
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +16,8 @@ import msgspec
 
 from service.sandbox.faults import Behaviour, FaultInjector, RequestLog, RequestRecord
 from service.sandbox.http import (
-    CONNECTION_EXTENSION,
     JSON_TYPE,
+    TRANSPORT_EXTENSION,
     ClientDisconnectedError,
     Exchange,
     Receive,
@@ -34,7 +32,6 @@ from service.server import HttpProtocol, HttpServer, base_url, listen
 CONTROL_PATH: Final = "/_control/"
 _TEXT_TYPE: Final = "text/plain; charset=utf-8"
 _POST_ONLY: Final = frozenset({"POST"})
-_NO_LINGER: Final = struct.pack("ii", 1, 0)
 
 
 class SandboxControl:
@@ -218,16 +215,8 @@ class _SandboxProtocol(HttpProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        extensions: dict[str, Any] = {CONNECTION_EXTENSION: self}
+        extensions: dict[str, Any] = {TRANSPORT_EXTENSION: self.transport}
         self.scope["extensions"] = extensions
-
-    def reset(self) -> None:
-        # Closing a socket without lingering sends a TCP reset.
-        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-        self.transport.abort()
-
-    def close_gracefully(self) -> None:
-        self.transport.close()
 
 
 @contextlib.asynccontextmanager

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, TypeAlias
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
-CONNECTION_EXTENSION: Final = "service.sandbox.connection"
-"""The extension of the scope that holds the request's `Connection`."""
+TRANSPORT_EXTENSION: Final = "service.sandbox.transport"
+"""The extension of the scope that holds the transport of the connection, which ASGI does not give access to."""
 JSON_TYPE: Final = "application/json"
-
-
-class Connection(Protocol):
-    """The TCP connection of a request, which ASGI does not give access to."""
-
-    def reset(self) -> None:
-        """Close it with a TCP reset."""
-
-    def close_gracefully(self) -> None:
-        """Close it after the bytes written so far."""
+_NO_LINGER: Final = struct.pack("ii", 1, 0)
 
 
 class ClientDisconnectedError(Exception):
@@ -51,10 +45,18 @@ class Exchange:
         return f"{self._scope['scheme']}://{self.header('host') or f'{host}:{port}'}"
 
     @property
-    def connection(self) -> Connection:
-        """The connection. Raises KeyError on any server but that of `service.sandbox.app`."""
-        connection: Connection = self._scope["extensions"][CONNECTION_EXTENSION]
-        return connection
+    def _transport(self) -> asyncio.Transport:
+        transport: asyncio.Transport = self._scope["extensions"][TRANSPORT_EXTENSION]
+        return transport
+
+    def reset_connection(self) -> None:
+        # Closing a socket without lingering sends a TCP reset.
+        self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        self._transport.abort()
+
+    def close_connection(self) -> None:
+        """Close the connection after the bytes written so far."""
+        self._transport.close()
 
     async def body(self) -> AsyncIterator[bytes]:
         """Yield the body in chunks. Raises ClientDisconnectedError."""

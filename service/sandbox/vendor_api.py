@@ -94,7 +94,7 @@ async def break_response(exchange: Exchange, fault: Fault) -> None:
         await exchange.respond(fault.status, "text/html; charset=utf-8", _error_page(fault.status))
         return
     if fault.reply == "reset":
-        exchange.connection.reset()
+        exchange.reset_connection()
     await exchange.wait_closed()
 
 
@@ -136,7 +136,7 @@ def _resolve_range(match: re.Match[str], size: int) -> tuple[int, int]:
 
 
 async def _close_connection(exchange: Exchange) -> None:
-    exchange.connection.close_gracefully()
+    exchange.close_connection()
     await exchange.wait_closed()
 
 
