@@ -62,7 +62,7 @@ def tenants_app(container: Container) -> Litestar:
         catalogue=container.catalogue,
         estimator=container.task_cache.durations,
     )
-    artifact_routes = artifacts.artifact_routes(container.artifact_reader)
+    artifact_routes = artifacts.artifact_routes(container.task_reader)
     event_routes = tasks.event_routes(reader=container.task_reader, tenant_auth=container.tenant_auth)
     usage_routes = [*usage.usage_routes(container.usage), *usage.submission_routes(container.submissions)]
     v1 = Router(

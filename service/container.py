@@ -48,7 +48,6 @@ from service.usecases.background import TaskSupervisor, cancel_and_wait
 from service.usecases.ledger_snapshot import LedgerSnapshot
 from service.usecases.poller import BalanceRefresher, TaskPoller
 from service.usecases.ports import (
-    Artifacts,
     CheckOutcome,
     DeliveryQueue,
     Ledger,
@@ -57,15 +56,14 @@ from service.usecases.ports import (
     SubmitOutcome,
     TaskStore,
     Upstream,
-    WebhookSender,
 )
 from service.usecases.registry_apply import RegistryApply
 from service.usecases.reports import QuotaReports, SubmissionReports, UsageReports
 from service.usecases.settlement import SettlementQueue
 from service.usecases.submit import Submitter
 from service.usecases.task_cache import DurationEstimator, TaskCache
-from service.usecases.task_status import ArtifactReader, TaskReader
-from service.usecases.webhook_delivery import WebhookDispatcher
+from service.usecases.task_status import FetchArtifact, TaskReader
+from service.usecases.webhook_delivery import PostWebhook, WebhookDispatcher
 
 Job = Callable[[], Coroutine[Any, Any, None]]
 """A task that runs as long as the process."""
@@ -102,7 +100,6 @@ class Container:
     admin_auth: AdminAuth
     submitter: Submitter
     task_reader: TaskReader
-    artifact_reader: ArtifactReader
     quota: QuotaReports
     usage: UsageReports
     ledger_snapshot: LedgerSnapshot
@@ -158,9 +155,9 @@ class Adapters:
     registry_store: RegistryStore
     registry: RegistryView
     upstream: Upstream
-    artifact_client: Artifacts
+    fetch_artifact: FetchArtifact
     delivery_queue: DeliveryQueue
-    webhook_client: WebhookSender
+    post_webhook: PostWebhook
     now: Callable[[], float]
 
 
@@ -214,7 +211,7 @@ def build_services(
     dispatcher = WebhookDispatcher(
         deliveries=adapters.delivery_queue,
         tasks=adapters.task_store,
-        webhooks=adapters.webhook_client,
+        post_webhook=adapters.post_webhook,
         registry=adapters.registry,
         cipher=webhook_cipher,
         disable_url=webhooks.disable_url,
@@ -227,6 +224,7 @@ def build_services(
         tasks=adapters.task_store,
         ledger=adapters.ledger,
         upstream=adapters.upstream,
+        fetch_artifact=adapters.fetch_artifact,
         registry=adapters.registry,
         task_ids=task_ids,
         cache=adapters.task_cache,
@@ -267,7 +265,6 @@ def build_services(
             tracer=tracer,
         ),
         task_reader=reader,
-        artifact_reader=ArtifactReader(reader=reader, artifacts=adapters.artifact_client, registry=adapters.registry),
         quota=QuotaReports(ledger=adapters.ledger, registry=adapters.registry),
         ledger_snapshot=snapshot,
         usage=UsageReports(ledger=adapters.ledger, registry=adapters.registry),
@@ -408,9 +405,9 @@ async def open_container(
             registry_store=registry_store,
             registry=registry,
             upstream=upstream,
-            artifact_client=artifact_client,
+            fetch_artifact=artifact_client.fetch,
             delivery_queue=RedisDeliveryQueue(scripts, keys),
-            webhook_client=WebhookClient(tracer=tracer),
+            post_webhook=WebhookClient(tracer=tracer).post,
             now=time.time,
         )
         jobs = [registry.run, subscriber.run]

@@ -24,7 +24,7 @@ from service.domain.media import EXTENSIONS
 from service.domain.tasks import ArtifactName, Task
 from service.domain.tenants import Tenant
 from service.usecases.ports import ArtifactStream, Coverage, RangeRequest, TransferAborted
-from service.usecases.task_status import ArtifactReader
+from service.usecases.task_status import TaskReader
 
 READER_TIMEOUT_SECONDS = 60.0
 """A client that reads nothing for this long is dropped, since it also occupies a connection to the upstream."""
@@ -50,7 +50,7 @@ _ETAG_OR_DATE = re.compile(rf"{_ETAG}|{_DATE.pattern}")
 ArtifactContext = AbstractAsyncContextManager[tuple[Task, ArtifactStream]]
 
 
-def artifact_routes(artifact_reader: ArtifactReader) -> list[HTTPRouteHandler]:
+def artifact_routes(reader: TaskReader) -> list[HTTPRouteHandler]:
     @get(
         "/tasks/{task_id:str}/artifacts/{name:str}",
         operation_id="read-artifact",
@@ -85,7 +85,7 @@ def artifact_routes(artifact_reader: ArtifactReader) -> list[HTTPRouteHandler]:
     ) -> Response[bytes]:
         del range_, if_range, if_none_match, if_modified_since  # declared for the OpenAPI document
         range_request = _parse_range_request(request.headers, is_head=HEAD_KEY in request.scope)
-        return ArtifactResponse(request, artifact_reader.open_artifact(tenant, task_id, name, range_request))
+        return ArtifactResponse(request, reader.open_artifact(tenant, task_id, name, range_request))
 
     return [read]
 

@@ -208,7 +208,7 @@ class ArtifactClient:
 
     @asynccontextmanager
     async def fetch(
-        self, account: Account | None, artifact: Artifact, range_request: RangeRequest, *, is_recent: bool = False
+        self, account: Account | None, artifact: Artifact, range_request: RangeRequest, is_recent: bool = False
     ) -> AsyncIterator[ArtifactStream]:
         """Fetch a result; the connection stays open within the block.
 

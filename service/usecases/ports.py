@@ -6,7 +6,6 @@ Calls that can't reach their store raise LedgerUnavailable; nothing is retried u
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from enum import StrEnum
 from typing import Protocol
 
@@ -26,7 +25,7 @@ from service.domain.ledger import (
     Verdict,
 )
 from service.domain.tasks import Artifact, ArtifactName, Backlog, Kind, Options, State, Task, TaskError
-from service.domain.tenants import Account, Registry, Tenant, Token, Webhook
+from service.domain.tenants import Account, Registry, Tenant, Token
 from service.domain.webhooks import DeliveryState
 
 
@@ -128,19 +127,6 @@ class ArtifactStream(Struct, frozen=True, kw_only=True):
     accept_ranges: str | None = None
 
 
-class Artifacts(Protocol):
-    """The vendor's store of results."""
-
-    def fetch(
-        self, account: Account | None, artifact: Artifact, range_request: RangeRequest, *, is_recent: bool = False
-    ) -> AbstractAsyncContextManager[ArtifactStream]:
-        """Open a result of an account's task within the block; the account is None if deleted.
-
-        Connects to public addresses and to the account's own upstream only. A missing result that `is_recent` raises
-        UpstreamUnavailable. Entering may also raise UpstreamInvalidResponse, RangeNotSatisfiable or Overloaded.
-        """
-
-
 class WebhookResponse(Struct, frozen=True, kw_only=True):
     """The response to a webhook, or in `error` why there is none."""
 
@@ -148,14 +134,6 @@ class WebhookResponse(Struct, frozen=True, kw_only=True):
     retry_after_seconds: float | None = None
     error: str | None = None
     excerpt: str | None = None
-
-
-class WebhookSender(Protocol):
-    async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> WebhookResponse:
-        """Send once, within a time limit; the host is resolved and checked on every call, redirects are not followed.
-
-        Raises Overloaded if this machine can't send, and nothing else.
-        """
 
 
 class ReserveRequest(Struct, frozen=True):

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 
 import msgspec
 import structlog
@@ -20,12 +20,11 @@ from service.crypto import TaskIdCodec
 from service.domain.errors import GatewayError, LedgerUnavailable, NotFound, UpstreamUnavailable
 from service.domain.ledger import ReservationState
 from service.domain.tasks import Artifact, Kind, State, Task, TaskReference, new_task
-from service.domain.tenants import Tenant
+from service.domain.tenants import Account, Tenant
 from service.telemetry.logging import upstream_wait
 from service.telemetry.metrics import Metrics, ReadSource
 from service.usecases.poller import report_end
 from service.usecases.ports import (
-    Artifacts,
     ArtifactStream,
     CheckOutcome,
     CheckResult,
@@ -55,6 +54,15 @@ RECENT_END_SECONDS = 300.0
 """For this long after a task's end, its results may not be in the vendor's store yet."""
 
 
+FetchArtifact = Callable[[Account | None, Artifact, RangeRequest, bool], AbstractAsyncContextManager[ArtifactStream]]
+"""Opens a result of an account's task within the block; the account is None if deleted.
+
+Connects to public addresses and to the account's own upstream only. A missing result of a task that ended recently (the
+last argument) raises UpstreamUnavailable. Entering may also raise UpstreamInvalidResponse, RangeNotSatisfiable or
+Overloaded.
+"""
+
+
 class _Query(Struct):
     """A query at the upstream, shared by all readers within an interval."""
 
@@ -69,6 +77,7 @@ class TaskReader:
         tasks: TaskStore,
         ledger: Ledger,
         upstream: Upstream,
+        fetch_artifact: FetchArtifact,
         registry: RegistryView,
         task_ids: TaskIdCodec,
         cache: TaskCache,
@@ -81,6 +90,7 @@ class TaskReader:
         self._tasks = tasks
         self._ledger = ledger
         self._upstream = upstream
+        self._fetch_artifact = fetch_artifact
         self._registry = registry
         self._task_ids = task_ids
         self._now = now
@@ -127,6 +137,21 @@ class TaskReader:
                 change = await subscription.wait_for_change(cached.task.version, min(HEARTBEAT_SECONDS, remaining))
                 cached = change or cached
                 yield change
+
+    @asynccontextmanager
+    async def open_artifact(
+        self, tenant: Tenant, task_id: str, name: str, range_request: RangeRequest
+    ) -> AsyncIterator[tuple[Task, ArtifactStream]]:
+        """Open a result at the vendor's URL within the block.
+
+        Raises before the block: NotFound if there is no such result (yet), else as `read` and FetchArtifact do.
+        """
+        cached = await self.read(tenant, task_id)
+        task = cached.task
+        artifact = _find_artifact(task, name)
+        account = self._registry.current.account_by_id(task.account)
+        async with self._fetch_artifact(account, artifact, range_request, _ended_recently(cached)) as stream:
+            yield task, stream
 
     def decode_id(self, tenant: Tenant, task_id: str) -> TaskReference:
         """Decode the id of a task of this tenant. Raises NotFound."""
@@ -313,31 +338,6 @@ def _apply_check(task: Task, check: CheckResult, now: int) -> Task:
         check.outcome, State.RUNNING
     )
     return msgspec.structs.replace(task, state=state, artifacts=check.artifacts, error=check.error, last_checked_at=now)
-
-
-class ArtifactReader:
-    """Opens the results of tasks at the vendor's URLs."""
-
-    def __init__(self, *, reader: TaskReader, artifacts: Artifacts, registry: RegistryView) -> None:
-        self._reader = reader
-        self._artifacts = artifacts
-        self._registry = registry
-
-    @asynccontextmanager
-    async def open_artifact(
-        self, tenant: Tenant, task_id: str, name: str, range_request: RangeRequest
-    ) -> AsyncIterator[tuple[Task, ArtifactStream]]:
-        """Open a result within the block.
-
-        Raises before the block: NotFound if there is no such result (yet), else as `TaskReader.read` and
-        `Artifacts.fetch` do.
-        """
-        cached = await self._reader.read(tenant, task_id)
-        task = cached.task
-        artifact = _find_artifact(task, name)
-        account = self._registry.current.account_by_id(task.account)
-        async with self._artifacts.fetch(account, artifact, range_request, is_recent=_ended_recently(cached)) as stream:
-            yield task, stream
 
 
 def _ended_recently(cached: CachedTask) -> bool:

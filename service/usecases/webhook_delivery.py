@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
 
@@ -16,7 +16,7 @@ from service.crypto import AesSivCipher
 from service.domain import tenants, webhooks
 from service.domain.errors import GatewayError
 from service.domain.tasks import Task
-from service.domain.tenants import Tenant
+from service.domain.tenants import Tenant, Webhook
 from service.domain.webhooks import DeliveryState
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import NOOP_TRACER, Tracer
@@ -28,11 +28,16 @@ from service.usecases.ports import (
     DeliveryResult,
     RegistryView,
     TaskStore,
-    WebhookSender,
+    WebhookResponse,
 )
 
 _log = structlog.get_logger(__name__)
 
+PostWebhook = Callable[[str, Mapping[str, str], bytes, Webhook], Awaitable[WebhookResponse]]
+"""Sends headers and a body to a URL once, within a time limit, to an address that is allowed.
+
+Raises Overloaded if this machine can't send, and nothing else.
+"""
 _DISABLED_ERROR = "This address is disabled."
 
 
@@ -42,7 +47,7 @@ class WebhookDispatcher:
         *,
         deliveries: DeliveryQueue,
         tasks: TaskStore,
-        webhooks: WebhookSender,
+        post_webhook: PostWebhook,
         registry: RegistryView,
         cipher: AesSivCipher,
         disable_url: Callable[[int, str], Awaitable[None]],
@@ -55,7 +60,7 @@ class WebhookDispatcher:
     ) -> None:
         self._deliveries = deliveries
         self._tasks = tasks
-        self._webhooks = webhooks
+        self._post_webhook = post_webhook
         self._registry = registry
         self._cipher = cipher
         self._disable_url = disable_url
@@ -146,7 +151,7 @@ class WebhookDispatcher:
         if not keys:  # their key was removed, and may be restored
             return self._retry_or_fail(delivery, error="None of the gateway's keys decrypts the secret.")
         headers = webhooks.sign_headers(_event_id(delivery), now, body, keys)
-        reply = await self._webhooks.post(delivery.url, headers, body, tenant.webhook)
+        reply = await self._post_webhook(delivery.url, headers, body, tenant.webhook)
         state = webhooks.classify_response(reply.status)
         if state is DeliveryState.DELIVERED:
             return DeliveryResult(state=state, status=reply.status)

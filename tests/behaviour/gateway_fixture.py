@@ -23,7 +23,7 @@ from service.storage.redis import Keys
 from service.telemetry.metrics import Metrics
 from service.telemetry.redaction import RegisterSecret, noop
 from service.usecases.background import TaskSupervisor
-from service.usecases.ports import Artifacts
+from service.usecases.task_status import FetchArtifact
 from tests.behaviour.upstream_control import USER_KEY, FakeUpstreamControl, SandboxUpstreamControl, UpstreamControl
 from tests.fakes import FakeDeliveryQueue, FakeLedger, FakeRegistry, FakeUpstream
 from tests.fakes.artifacts import FakeArtifacts
@@ -142,9 +142,9 @@ async def serve_gateway(
 
 @asynccontextmanager
 async def run_fake_gateway(
-    artifacts: Artifacts | None = None,
+    fetch_artifact: FetchArtifact | None = None,
 ) -> AsyncIterator[tuple[RunningGateway, FakeLedger, FakeUpstream]]:
-    """Run a gateway over in-memory ports; `artifacts` replaces the artifact client."""
+    """Run a gateway over in-memory ports; `fetch_artifact` replaces the artifact client."""
     ledger, upstream, background = FakeLedger(), FakeUpstream(), TaskSupervisor()
     registry = FakeRegistry(ledger)
     ports = Adapters(
@@ -154,9 +154,9 @@ async def run_fake_gateway(
         registry_store=registry,
         registry=registry,
         upstream=upstream,
-        artifact_client=artifacts or FakeArtifacts(),
+        fetch_artifact=fetch_artifact or FakeArtifacts().fetch,
         delivery_queue=FakeDeliveryQueue(ledger),
-        webhook_client=WebhookClient(),
+        post_webhook=WebhookClient().post,
         now=ledger.clock.now,
     )
     services = build_services(ports, Settings.load(ENVIRONMENT), Metrics(CollectorRegistry()), background)

@@ -74,7 +74,7 @@ async def test_other_tenants_artifacts_are_not_found(gateway: RunningGateway) ->
 
 async def test_artifact_is_fetched_with_the_paying_account() -> None:
     fake = FakeArtifacts()
-    async with run_fake_gateway(fake) as (gateway, _, _):
+    async with run_fake_gateway(fake.fetch) as (gateway, _, _):
         task = await run_task(gateway)
         await gateway.call("GET", task["artifacts"][0]["href"])
         assert fake.requests == [("main", task["artifacts"][0]["url"])]

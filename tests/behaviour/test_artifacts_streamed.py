@@ -65,7 +65,7 @@ async def run_artifact_setup(serve: Handler, *, timeouts: FetchTimeouts | None =
         on_call=lambda _operation, outcome, _seconds: outcomes.append(outcome),
         timeouts=timeouts,
     )
-    async with run_server(serve) as peer, run_fake_gateway(client) as (gateway, _, upstream):
+    async with run_server(serve) as peer, run_fake_gateway(client.fetch) as (gateway, _, upstream):
         result = Artifact(ArtifactName.IMAGE, f"{peer.url}/1.png")
         upstream.next_checks = [CheckResult(outcome=CheckOutcome.SUCCEEDED, artifacts=(result,))]
         task = await gateway.wait_for_task((await gateway.submit()).json()["id"])

@@ -23,7 +23,7 @@ class FakeArtifacts:
 
     @asynccontextmanager
     async def fetch(
-        self, account: Account | None, artifact: Artifact, range_request: RangeRequest, *, is_recent: bool = False
+        self, account: Account | None, artifact: Artifact, range_request: RangeRequest, is_recent: bool = False
     ) -> AsyncIterator[ArtifactStream]:
         del range_request, is_recent
         self.requests.append((account.name if account else None, artifact.url))

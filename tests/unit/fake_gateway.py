@@ -30,6 +30,7 @@ from service.usecases.settlement import SettlementQueue
 from service.usecases.submit import Submission, Submitter
 from service.usecases.task_status import TaskReader
 from tests.fakes import FakeLedger, FakeRegistry, FakeUpstream
+from tests.fakes.artifacts import FakeArtifacts
 
 UNAVAILABLE = LedgerUnavailable("away", retry_after=1)
 IMAGE = Image(b"bytes", b"digest", "image/png", 3, 2)
@@ -153,6 +154,7 @@ class FakeGateway:
             tasks=self.ledger,
             ledger=self.ledger,
             upstream=self.upstream,
+            fetch_artifact=FakeArtifacts().fetch,
             registry=self.registry,
             task_ids=self.task_ids,
             cache=self.ledger.cache,

@@ -35,6 +35,7 @@ from service.usecases.submit import LEASE_MARGIN_SECONDS, Submission, Submitter
 from service.usecases.task_cache import CachedTask, DurationEstimator, TaskCache
 from service.usecases.task_status import TaskReader
 from tests.fakes import START, FakeClock
+from tests.fakes.artifacts import FakeArtifacts
 from tests.unit.faulty_store import CallQueue, FaultyStore, StoreConnection
 
 IMAGE = Image(b"bytes", b"digest", "image/png", 3, 2)
@@ -253,6 +254,7 @@ class GatewayProcess:
             tasks=self._connection,
             ledger=self._connection,
             upstream=upstream,
+            fetch_artifact=FakeArtifacts().fetch,
             registry=registry,
             task_ids=task_ids,
             cache=TaskCache(DurationEstimator(0)),

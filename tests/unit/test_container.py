@@ -27,9 +27,9 @@ def make_fake_adapters() -> Adapters:
         registry_store=registry,
         registry=registry,
         upstream=FakeUpstream(),
-        artifact_client=FakeArtifacts(),
+        fetch_artifact=FakeArtifacts().fetch,
         delivery_queue=FakeDeliveryQueue(ledger),
-        webhook_client=FakeWebhookClient(),
+        post_webhook=FakeWebhookClient().post,
         now=ledger.clock.now,
     )
 

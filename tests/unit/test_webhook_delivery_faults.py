@@ -59,15 +59,10 @@ async def test_unavailable_store_repeats_the_attempt(webhook_gateway: WebhookGat
     assert webhook_gateway.delivery_state(reservation) is DeliveryState.DELIVERED
 
 
-async def test_local_failure_is_no_attempt(webhook_gateway: WebhookGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_local_failure_is_no_attempt(webhook_gateway: WebhookGateway) -> None:
     reservation = await webhook_gateway.finish_task()
-
-    async def post(*_: Any) -> Any:
-        raise Overloaded("Too many open files", retry_after=1)
-
-    with monkeypatch.context() as lacking:
-        lacking.setattr(webhook_gateway.receivers, "post", post)
-        await webhook_gateway.deliver_due()
+    webhook_gateway.receivers.errors.append(Overloaded("Too many open files", retry_after=1))
+    await webhook_gateway.deliver_due()
     assert webhook_gateway.ledger.deliveries[reservation].attempts == 0
     webhook_gateway.ledger.clock.now_ms += LEASE_MS
     await webhook_gateway.deliver_due()

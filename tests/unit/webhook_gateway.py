@@ -30,13 +30,16 @@ def encrypt_secret(key: bytes) -> bytes:
 
 @dataclass
 class FakeReceivers(FakeWebhookClient):
-    """Receivers that never respond at `unresponsive_urls`."""
+    """Receivers that never respond at `unresponsive_urls`; `errors` are raised instead of responses."""
 
     unresponsive_urls: set[str] = field(default_factory=set)
+    errors: list[Exception] = field(default_factory=list)
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> WebhookResponse:
         if url in self.unresponsive_urls:
             await asyncio.Event().wait()
+        if self.errors:
+            raise self.errors.pop()
         return await super().post(url, headers, body, webhook)
 
 
@@ -60,7 +63,7 @@ class WebhookGateway:
         return WebhookDispatcher(
             deliveries=self.deliveries,
             tasks=self.ledger,
-            webhooks=self.receivers,
+            post_webhook=self.receivers.post,
             registry=self.registry,
             cipher=CIPHER,
             disable_url=self.webhooks.disable_url,
