@@ -45,6 +45,7 @@ from service.telemetry.redaction import Redactor, RegisterSecret, noop
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.admin import RegistryAdmin, RegistryUpdater, WebhookAdmin
 from service.usecases.background import TaskSupervisor, cancel_and_wait
+from service.usecases.caches import DurationEstimator, TaskCache
 from service.usecases.ledger_snapshot import LedgerSnapshot
 from service.usecases.poller import BalanceRefresher, TaskPoller
 from service.usecases.ports import (
@@ -61,7 +62,6 @@ from service.usecases.registry_apply import RegistryApply
 from service.usecases.reports import QuotaReports, SubmissionReports, UsageReports
 from service.usecases.settlement import SettlementQueue
 from service.usecases.submit import Submitter
-from service.usecases.task_cache import DurationEstimator, TaskCache
 from service.usecases.task_status import FetchArtifact, TaskReader
 from service.usecases.webhook_delivery import PostWebhook, WebhookDispatcher
 

@@ -18,6 +18,7 @@ from service.domain.ledger import Measure, ReservationState, Tally, count_charge
 from service.domain.tasks import ArtifactName, CostBasis, Kind, State
 from service.domain.tenants import Window
 from service.usecases import reports
+from service.usecases.caches import CachedTask, DurationEstimator
 from service.usecases.reports import (
     BalanceSuggestion,
     FlaggedSubmission,
@@ -29,7 +30,6 @@ from service.usecases.reports import (
     TaskReport,
     UsageReport,
 )
-from service.usecases.task_cache import CachedTask, DurationEstimator
 
 FEN_PER_YUAN = 100
 Yuan = Annotated[float, Meta(description="Money in yuan (CNY).")]

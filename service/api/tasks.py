@@ -49,9 +49,9 @@ from service.domain.ledger import parse_idempotency_key
 from service.domain.tasks import Catalogue, Kind, State, parse_metadata, parse_options
 from service.domain.tenants import Tenant
 from service.domain.webhooks import resolve_webhook_url
+from service.usecases.caches import CachedTask, DurationEstimator
 from service.usecases.reports import SubmissionReports
 from service.usecases.submit import Submission, Submitter
-from service.usecases.task_cache import CachedTask, DurationEstimator
 from service.usecases.task_status import TaskReader
 
 _log = structlog.get_logger(__name__)

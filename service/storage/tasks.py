@@ -25,8 +25,8 @@ from service.storage.redis import (
     parse_withscores,
     run_subscription,
 )
+from service.usecases.caches import TaskCache
 from service.usecases.ports import CheckResult, ClaimedCheck, TaskPage
-from service.usecases.task_cache import TaskCache
 
 _BATCH_SIZE = 100
 _MAX_SCANNED = 2_000

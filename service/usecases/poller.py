@@ -16,6 +16,7 @@ from service.telemetry.logging import fen_to_yuan
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.background import cancel_and_wait, run_periodically
+from service.usecases.caches import TaskCache
 from service.usecases.ports import (
     BalanceCheck,
     CheckOutcome,
@@ -27,7 +28,6 @@ from service.usecases.ports import (
     Upstream,
 )
 from service.usecases.settlement import EXPIRY, log_settlement
-from service.usecases.task_cache import TaskCache
 
 _log = structlog.get_logger(__name__)
 

@@ -23,6 +23,7 @@ from service.domain.tasks import Artifact, Kind, State, Task, TaskReference, new
 from service.domain.tenants import Account, Tenant
 from service.telemetry.logging import upstream_wait
 from service.telemetry.metrics import Metrics, ReadSource
+from service.usecases.caches import CachedTask, Subscription, TaskCache
 from service.usecases.poller import report_end
 from service.usecases.ports import (
     ArtifactStream,
@@ -39,7 +40,6 @@ from service.usecases.ports import (
     Upstream,
 )
 from service.usecases.settlement import READER, log_settlement
-from service.usecases.task_cache import CachedTask, Subscription, TaskCache
 
 _log = structlog.get_logger(__name__)
 

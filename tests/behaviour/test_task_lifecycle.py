@@ -10,8 +10,8 @@ import pytest
 from service.api import legacy, tasks
 from service.api.uploads import MultipartForm
 from service.domain.tasks import Kind
+from service.usecases.caches import TaskCache
 from service.usecases.reports import QuotaReports
-from service.usecases.task_cache import TaskCache
 from service.usecases.task_status import TaskReader
 from tests.behaviour.gateway_fixture import RunningGateway
 from tests.behaviour.legacy_client import LegacyClient

@@ -11,8 +11,8 @@ from service.domain.tasks import Task
 from service.domain.tenants import AccountPolicy, TenantPolicy
 from service.storage.ledger import Retention
 from service.storage.redis import DAY_MS
+from service.usecases.caches import DurationEstimator, TaskCache
 from service.usecases.ports import Delivery
-from service.usecases.task_cache import DurationEstimator, TaskCache
 from tests.fakes.clock import FakeClock, Stopwatch
 from tests.model import ledger_model
 from tests.support.retention import make_retention

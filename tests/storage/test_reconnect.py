@@ -17,7 +17,7 @@ from service.storage.redis import OnError, OutageLogger, RedisScripts
 from service.storage.registry import CachedRegistry, RedisRegistry
 from service.storage.tasks import TaskEventSubscriber
 from service.telemetry.metrics import RedisErrorKind, RedisOutcome
-from service.usecases.task_cache import DurationEstimator, TaskCache
+from service.usecases.caches import DurationEstimator, TaskCache
 from tests.storage.store_fixture import KEYS
 from tests.support.valkey import find_free_port, run_valkey
 

@@ -14,8 +14,8 @@ from service.domain.tasks import State
 from service.storage import redis
 from service.storage.connections import connect
 from service.storage.tasks import TaskEventSubscriber, decode_task_event
+from service.usecases.caches import DurationEstimator, TaskCache
 from service.usecases.ports import CheckOutcome
-from service.usecases.task_cache import DurationEstimator, TaskCache
 from tests.storage.store_fixture import KEYS, StoreFixture, open_store
 from tests.support.valkey import Valkey, find_free_port, run_valkey
 

@@ -19,6 +19,7 @@ from service.domain.tenants import Account, Tenant
 from service.storage.ledger import KEEP_IDEMPOTENCY_KEY_MS
 from service.telemetry.metrics import Metrics
 from service.usecases.background import TaskSupervisor
+from service.usecases.caches import CachedTask, DurationEstimator, TaskCache
 from service.usecases.poller import TaskPoller
 from service.usecases.ports import (
     CheckOutcome,
@@ -32,7 +33,6 @@ from service.usecases.ports import (
 )
 from service.usecases.settlement import SettlementQueue
 from service.usecases.submit import LEASE_MARGIN_SECONDS, Submission, Submitter
-from service.usecases.task_cache import CachedTask, DurationEstimator, TaskCache
 from service.usecases.task_status import TaskReader
 from tests.fakes import START, FakeClock
 from tests.fakes.artifacts import FakeArtifacts

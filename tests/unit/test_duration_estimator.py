@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.domain.tasks import Kind, State
-from service.usecases.task_cache import DurationEstimator
+from service.usecases.caches import DurationEstimator
 from tests.support.tasks import CREATED_AT, make_succeeded_task, make_task
 
 

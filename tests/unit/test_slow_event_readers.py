@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from service.api import tasks
 from service.app import create_app
 from service.domain.tasks import State
-from service.usecases.task_cache import CachedTask
+from service.usecases.caches import CachedTask
 from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway
 from tests.unit.asgi_client import Message, make_http_scope
 from tests.unit.fake_gateway import wait_until

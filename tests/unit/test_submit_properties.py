@@ -20,9 +20,9 @@ from service.domain.ledger import AccountState, AccountStatus, Balance, Reservat
 from service.domain.tasks import TaskError
 from service.domain.tenants import Account, AccountPolicy, Limit, Registry, SpendingMode, Tenant, TenantPolicy, Window
 from service.usecases import submit as submit_module
+from service.usecases.caches import CachedTask
 from service.usecases.ports import CheckOutcome, CheckResult, SubmitOutcome
 from service.usecases.submit import Submission
-from service.usecases.task_cache import CachedTask
 from tests.fakes import FakeRegistry
 from tests.unit.fault_simulation import (
     Caller,

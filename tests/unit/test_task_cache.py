@@ -8,8 +8,8 @@ import pytest
 
 from service.domain.errors import Overloaded
 from service.domain.tasks import Kind, State, Task
-from service.usecases import task_cache
-from service.usecases.task_cache import CachedTask, DurationEstimator, Subscription, TaskCache
+from service.usecases import caches
+from service.usecases.caches import CachedTask, DurationEstimator, Subscription, TaskCache
 from tests.support.tasks import CREATED_AT, make_succeeded_task, make_task
 from tests.unit.fake_gateway import wait_until
 
@@ -70,7 +70,7 @@ def test_read_after_a_clock_step_is_no_older(cache: TaskCache) -> None:
 def test_finished_task_is_verified_once_per_interval(cache: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.put(ENDED, CREATED_AT)
     assert not cache.claim_verification("r1")
-    monkeypatch.setattr(task_cache, "FINISHED_TTL_SECONDS", -1)
+    monkeypatch.setattr(caches, "FINISHED_TTL_SECONDS", -1)
     cache.put(make_task(reservation="r2"), CREATED_AT)
     assert (cache.claim_verification("r1"), cache.claim_verification("r2"), cache.claim_verification("r3")) == (
         True,
@@ -84,7 +84,7 @@ def test_finished_task_is_verified_once_per_interval(cache: TaskCache, monkeypat
 def test_cache_lifetimes(cache: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.put(RUNNING, CREATED_AT)
     assert cache.get_fresh("r1")
-    monkeypatch.setattr(task_cache, "RUNNING_TTL_SECONDS", -1)
+    monkeypatch.setattr(caches, "RUNNING_TTL_SECONDS", -1)
     assert cache.get_fresh("r1") is None
     assert cache.latest("r1")
     cache.put(ENDED, CREATED_AT)
@@ -192,7 +192,7 @@ def test_duration_is_learned_once(cache: TaskCache, monkeypatch: pytest.MonkeyPa
 
 
 def test_least_recently_read_is_evicted(cache: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task_cache, "MAX_CACHED_TASKS", 2)
+    monkeypatch.setattr(caches, "MAX_CACHED_TASKS", 2)
     with cache.subscribe("a"):
         for name in "abcd":
             cache.put(make_succeeded_task(1, reservation=name), CREATED_AT)

@@ -10,7 +10,7 @@ import pytest
 from service.domain.errors import NotFound, UpstreamUnavailable
 from service.domain.ledger import ReservationState
 from service.domain.tasks import State, Task
-from service.usecases import task_cache, task_status
+from service.usecases import caches, task_status
 from service.usecases.ports import CheckOutcome, CheckResult
 from service.usecases.task_status import MAX_RECREATE_AGE_SECONDS
 from tests.unit.fake_gateway import UNAVAILABLE, FakeGateway, wait_until
@@ -173,7 +173,7 @@ async def finish_task(gateway: FakeGateway, reads: task_status.TaskReader) -> Ta
 async def test_lost_finished_task_is_recreated_despite_the_cache(
     gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task_cache, "FINISHED_TTL_SECONDS", -1)
+    monkeypatch.setattr(caches, "FINISHED_TTL_SECONDS", -1)
     reads = gateway.make_reader(interval=NEVER_SECONDS)
     task = await finish_task(gateway, reads)
     await forget_tasks(gateway)
@@ -185,7 +185,7 @@ async def test_lost_finished_task_is_recreated_despite_the_cache(
 
 
 async def test_cached_end_is_recorded_after_a_restore(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task_cache, "FINISHED_TTL_SECONDS", -1)
+    monkeypatch.setattr(caches, "FINISHED_TTL_SECONDS", -1)
     reads = gateway.make_reader(interval=NEVER_SECONDS)
     task = (await gateway.submit_image()).task
     before = copy.deepcopy((gateway.ledger.tasks, gateway.ledger.reservations, gateway.ledger.due_checks))
@@ -206,7 +206,7 @@ async def test_end_is_recorded_before_it_is_shown(gateway: FakeGateway) -> None:
         gateway.make_reader(interval=0),
         gateway.make_reader(interval=0),
     )
-    others._cache = task_cache.TaskCache(gateway.ledger.cache.durations)
+    others._cache = caches.TaskCache(gateway.ledger.cache.durations)
     assert (await reads.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
     assert (await others.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
     assert len(gateway.upstream.checks) == 1

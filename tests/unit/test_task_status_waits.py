@@ -11,7 +11,7 @@ import pytest
 
 from service.domain.errors import UpstreamUnavailable
 from service.domain.tasks import State, Task
-from service.usecases import task_cache
+from service.usecases import caches
 from service.usecases.ports import CheckOutcome, CheckResult
 from service.usecases.task_status import TaskReader
 from tests.unit.fake_gateway import FakeGateway, wait_until
@@ -24,7 +24,7 @@ LONG_SECONDS = 1e6
 @pytest.fixture
 def gateway(monkeypatch: pytest.MonkeyPatch) -> FakeGateway:
     """Use cases of a process that does not cache running tasks."""
-    monkeypatch.setattr(task_cache, "RUNNING_TTL_SECONDS", -1)
+    monkeypatch.setattr(caches, "RUNNING_TTL_SECONDS", -1)
     return FakeGateway()
 
 
@@ -124,7 +124,7 @@ async def test_missed_notification_is_found_later(gateway: FakeGateway, store_re
     task, follow = (await gateway.submit_image()).task, gateway.make_reader(interval=0)
     wait = asyncio.create_task(follow.read(gateway.tenant, task.id, wait_seconds=LONG_SECONDS))
     await wait_until(lambda: gateway.ledger.cache.subscription_count == 1 and len(store_reads) == 1)
-    gateway.ledger.cache = gateway.poller._cache = task_cache.TaskCache(gateway.ledger.cache.durations)
+    gateway.ledger.cache = gateway.poller._cache = caches.TaskCache(gateway.ledger.cache.durations)
     await advance_interval(gateway)
     gateway.ledger.is_unavailable = True
     async with run_touching(follow):

@@ -1,4 +1,4 @@
-"""A cache of tasks per process, and the subscriptions to their changes."""
+"""What a process holds in memory: tasks, and the subscriptions to their changes."""
 
 from __future__ import annotations
 
