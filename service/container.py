@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
@@ -34,11 +35,12 @@ from service.storage.redis import (
     DataVersionError,
     DataVersionGuard,
     Keys,
-    OutageLogger,
+    RedisMonitor,
     RedisScripts,
+    Subscriber,
 )
 from service.storage.registry import CachedRegistry, RedisRegistry
-from service.storage.tasks import RedisTaskStore, TaskEventSubscriber
+from service.storage.tasks import RedisTaskStore, put_task_event
 from service.telemetry.gauges import GaugeName
 from service.telemetry.metrics import EventLoopMonitor, Metrics
 from service.telemetry.redaction import Redactor, RegisterSecret, noop
@@ -358,22 +360,21 @@ async def open_container(
         connections = connect(settings.redis_url, timeout=REDIS_TIMEOUT_SECONDS)
         exit_stack.push_async_callback(connections.aclose)
         version_guard = DataVersionGuard(keys, on_version_error)
-        outages = OutageLogger(metrics.record_redis_call, metrics.record_redis_error)
+        monitor = RedisMonitor(metrics)
         scripts = RedisScripts(
             connections.commands,
             version_guard=version_guard,
-            on_call=outages.on_call,
-            on_error=outages.on_error,
+            monitor=monitor,
             tracer=tracer,
         )
         registry_store = RedisRegistry(scripts, keys)
-        registry = CachedRegistry(
-            registry_store, connections.open_pubsub, keys.registry_channel, on_error=outages.on_error
-        )
+        registry = CachedRegistry(registry_store)
         task_cache = TaskCache(DurationEstimator(settings.poll_seconds))
-        subscriber = TaskEventSubscriber(
-            connections.open_pubsub, keys.task_events_channel, task_cache, on_error=outages.on_error
-        )
+        subscribe = partial(Subscriber, connections.open_pubsub, monitor=monitor)
+        subscribers = [
+            subscribe(keys.registry_channel, lambda _: registry.refresh()),
+            subscribe(keys.task_events_channel, partial(put_task_event, task_cache)),
+        ]
         upstream = await exit_stack.enter_async_context(
             UpstreamClient(
                 settings.upstream_url,
@@ -410,7 +411,7 @@ async def open_container(
             post_webhook=WebhookClient(tracer=tracer).post,
             now=time.time,
         )
-        jobs = [registry.run, subscriber.run]
+        jobs = [subscriber.run for subscriber in subscribers]
         yield build_services(
             adapters, settings, metrics, background, jobs, register_secret=register_secret, tracer=tracer
         )

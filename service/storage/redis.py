@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import structlog
 from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.client import PubSub
 from redis.exceptions import ClusterDownError, DataError, NoScriptError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -21,7 +22,7 @@ from service.domain.availability import EXCLUSIVE_RETRY_MS, MAX_FAILED_BALANCE_C
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import OFFSET_UNITS_PER_MS, ClockReading, LedgerClock
 from service.domain.tenants import Window
-from service.telemetry.metrics import RedisErrorKind, RedisOutcome
+from service.telemetry.metrics import Metrics, RedisErrorKind, RedisOutcome
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 
 _log = structlog.get_logger(__name__)
@@ -37,6 +38,8 @@ AGE_PER_CHECK_INTERVAL = 20
 """The older a task is, the less often it is checked: an interval is this part of its age."""
 RETRY_AFTER_SECONDS = 2.0
 RECONNECT_SECONDS = 1.0
+REFRESH_SECONDS = 5.0
+"""A process that missed a published change of the registry reads it after at most this long."""
 QUIET_SECONDS = 5.0
 """An outage has ended when Redis responds and nothing has failed for this long."""
 READ_COMMAND = "read"
@@ -70,9 +73,6 @@ _ERROR_KINDS: Sequence[tuple[tuple[type[Exception], ...], RedisErrorKind]] = (
 SCRIPT_NAMES = tuple(
     sorted(file.name.removesuffix(".lua") for file in _LUA_FOLDER.iterdir() if file.name.endswith(".lua"))
 )
-OnCall = Callable[[str, RedisOutcome, float], None]
-"""Receives the script (or READ_COMMAND), the outcome and the duration (seconds) of each call."""
-OnError = Callable[[RedisErrorKind], None]
 
 
 class Keys:
@@ -231,26 +231,26 @@ class DataVersionGuard:
         self.is_checked = stored is not None
 
 
-class OutageLogger:
-    """Logs one line when Redis becomes unavailable and one when it is back; forwards calls and errors."""
+class RedisMonitor:
+    """Counts calls and errors; logs one line when Redis becomes unavailable and one when it is back."""
 
-    def __init__(self, on_call: OnCall, on_error: OnError) -> None:
-        self._on_call = on_call
-        self._on_error = on_error
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._started_at: float | None = None
         self._last_failure_at = 0.0
         self._failure_count = 0
 
-    def on_call(self, call: str, outcome: RedisOutcome, seconds: float) -> None:
-        self._on_call(call, outcome, seconds)
+    def record_call(self, call: str, outcome: RedisOutcome, seconds: float) -> None:
+        """Record a call of a script, or of READ_COMMAND."""
+        self._metrics.record_redis_call(call, outcome, seconds)
         if outcome is RedisOutcome.UNAVAILABLE:
             self._failure_count += 1
             self._mark_unavailable(RedisErrorKind.RESPONSE)
         elif self._started_at is not None and outcome is RedisOutcome.OK:
             self._mark_available()
 
-    def on_error(self, error: RedisErrorKind) -> None:
-        self._on_error(error)
+    def record_error(self, error: RedisErrorKind) -> None:
+        self._metrics.record_redis_error(error)
         if error is not RedisErrorKind.RESPONSE:  # which may be an error in a script
             self._mark_unavailable(error)
 
@@ -279,14 +279,12 @@ class RedisScripts:
         client: Client,
         *,
         version_guard: DataVersionGuard | None = None,
-        on_call: OnCall | None = None,
-        on_error: OnError | None = None,
+        monitor: RedisMonitor | None = None,
         tracer: Tracer = NOOP_TRACER,
     ) -> None:
         self._client = client
         self._version_guard = version_guard
-        self._on_call = on_call
-        self._on_error = on_error
+        self._monitor = monitor
         self._tracer = tracer
         self._sources: dict[str, str] = {}
         self._hashes: dict[str, str] = {}
@@ -339,8 +337,8 @@ class RedisScripts:
             yield
             outcome = RedisOutcome.OK
         except RedisError as error:
-            if self._on_error:
-                self._on_error(classify_error(error))
+            if self._monitor:
+                self._monitor.record_error(classify_error(error))
             if isinstance(error, DataError) or (type(error) is ResponseError and str(error).startswith("user_script")):
                 raise  # an error of the gateway's own: Redis is not away
             if type(error) is ResponseError and str(error).startswith(_VERSION_ERROR_PREFIX):
@@ -351,8 +349,8 @@ class RedisScripts:
             outcome = RedisOutcome.CANCELLED
             raise
         finally:
-            if self._on_call:
-                self._on_call(call, outcome, time.perf_counter() - started_at)
+            if self._monitor:
+                self._monitor.record_call(call, outcome, time.perf_counter() - started_at)
 
     async def _run(self, name: str, keys: Sequence[str], values: Sequence[bytes | str]) -> list[Any]:
         result = await self._client.evalsha(self._hashes[name], len(keys), *keys, *values)
@@ -404,15 +402,41 @@ def classify_error(error: RedisError) -> RedisErrorKind:
     return RedisErrorKind.OTHER
 
 
-async def run_subscription(receive: Callable[[], Awaitable[None]], on_error: OnError | None) -> None:
-    """Run `receive` for ever, again after each error."""
-    while True:
-        try:
-            await receive()
-        except (RedisError, LedgerUnavailable) as error:
-            if on_error and isinstance(error, RedisError):  # a LedgerUnavailable was counted before
-                on_error(classify_error(error))
-            await asyncio.sleep(RECONNECT_SECONDS)
+class Subscriber:
+    """Passes the messages of a channel on.
+
+    Calls `handle` with None after each (re)connection, when messages may have been missed, and every REFRESH_SECONDS.
+    """
+
+    def __init__(
+        self,
+        open_pubsub: Callable[[], Awaitable[PubSub]],
+        channel: str,
+        handle: Callable[[bytes | None], Awaitable[None]],
+        monitor: RedisMonitor | None = None,
+    ) -> None:
+        self._open_pubsub = open_pubsub
+        self._channel = channel
+        self._handle = handle
+        self._monitor = monitor
+
+    async def run(self) -> None:
+        """Receive for ever; reconnect after each error."""
+        while True:
+            try:
+                await self._receive()
+            except (RedisError, LedgerUnavailable) as error:
+                if self._monitor and isinstance(error, RedisError):  # a LedgerUnavailable was counted before
+                    self._monitor.record_error(classify_error(error))
+                await asyncio.sleep(RECONNECT_SECONDS)
+
+    async def _receive(self) -> None:
+        async with await self._open_pubsub() as pubsub:
+            await pubsub.subscribe(self._channel)
+            message = None
+            while True:
+                await self._handle(message["data"] if message else None)
+                message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=REFRESH_SECONDS)
 
 
 def parse_withscores(rows: Sequence[bytes]) -> list[tuple[str, int]]:

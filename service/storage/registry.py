@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-
 import msgspec
 import structlog
-from redis.asyncio.client import PubSub
 
 from service.domain.tenants import Account, Registry, Tenant, Token
-from service.storage.redis import Keys, OnError, RedisScripts, run_subscription
+from service.storage.redis import Keys, RedisScripts
 from service.usecases.ports import RegistryChange
 
 _log = structlog.get_logger(__name__)
-REFRESH_SECONDS = 5.0
-"""A process that missed the publication of a change reads it after at most this long."""
 
 
 class RedisRegistry:
@@ -84,24 +79,14 @@ class RedisRegistry:
 
 
 class CachedRegistry:
-    """The registry in the memory of this process, kept up to date by `run`.
+    """The registry in the memory of this process, kept up to date by `refresh`.
 
     Reading `current` never waits. It is empty and not ready until `refresh` has succeeded once. While Redis is away it
     stays as it was, and it is written back to a Redis that has lost it.
     """
 
-    def __init__(
-        self,
-        store: RedisRegistry,
-        open_pubsub: Callable[[], Awaitable[PubSub]],
-        channel: str,
-        *,
-        on_error: OnError | None = None,
-    ) -> None:
-        self._on_error = on_error
+    def __init__(self, store: RedisRegistry) -> None:
         self._store = store
-        self._open_pubsub = open_pubsub
-        self._channel = channel
         self.is_ready = False
         self.current = Registry()
 
@@ -137,14 +122,3 @@ class CachedRegistry:
         )
         restored = await self._store.write(change)
         _log.error("registry.restored_from_memory", stored=stored.version, held=held.version, restored=restored)
-
-    async def run(self) -> None:
-        """Load each published change for ever."""
-        await run_subscription(self._receive, self._on_error)
-
-    async def _receive(self) -> None:
-        async with await self._open_pubsub() as channel:
-            await channel.subscribe(self._channel)
-            while True:
-                await self.refresh()
-                await channel.get_message(ignore_subscribe_messages=True, timeout=REFRESH_SECONDS)

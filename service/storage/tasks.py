@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 import structlog
 from msgspec import MsgspecError, Struct
-from redis.asyncio.client import PubSub
 
 from service.domain.errors import MalformedRequest
 from service.domain.tasks import Artifact, Backlog, Cost, CostBasis, Kind, State, Task, TaskError
@@ -17,17 +16,16 @@ from service.storage.deliveries import delivery_arguments
 from service.storage.ledger import KEEP_USAGE_MS, Retention
 from service.storage.redis import (
     Keys,
-    OnError,
     RedisScripts,
     overdue_ms,
     parse_ledger_time,
     parse_server_time,
     parse_withscores,
-    run_subscription,
 )
 from service.usecases.caches import TaskCache
 from service.usecases.ports import CheckResult, ClaimedCheck, TaskPage
 
+_log = structlog.get_logger(__name__)
 _BATCH_SIZE = 100
 _MAX_SCANNED = 2_000
 _LOST_ERROR = TaskError("task-lost", "The upstream no longer knows this task. It may have been charged.")
@@ -241,42 +239,13 @@ def _decode_cursor(cursor: str, tenant: int) -> tuple[str, int]:
     return reservation, created
 
 
-_log = structlog.get_logger(__name__)
-_MESSAGE_WAIT_SECONDS = 5.0
-
-
-class TaskEventSubscriber:
-    """Puts published changes of tasks into the cache of this process."""
-
-    def __init__(
-        self,
-        open_pubsub: Callable[[], Awaitable[PubSub]],
-        channel: str,
-        cache: TaskCache,
-        *,
-        on_error: OnError | None = None,
-    ) -> None:
-        self._on_error = on_error
-        self._open_pubsub = open_pubsub
-        self._channel = channel
-        self._cache = cache
-
-    async def run(self) -> None:
-        """Put changes into the cache for ever. Waiting callers read by themselves what is missed meanwhile."""
-        await run_subscription(self._receive, self._on_error)
-
-    async def _receive(self) -> None:
-        async with await self._open_pubsub() as channel:
-            await channel.subscribe(self._channel)
-            while True:
-                message = await channel.get_message(ignore_subscribe_messages=True, timeout=_MESSAGE_WAIT_SECONDS)
-                if message:
-                    self._handle_message(message["data"])
-
-    def _handle_message(self, message: bytes) -> None:
-        try:
-            change = decode_task_event(message)
-        except MsgspecError:  # of another version of the gateway
-            _log.warning("pubsub.invalid_message")
-        else:
-            self._cache.on_published(*change)
+async def put_task_event(cache: TaskCache, message: bytes | None) -> None:
+    """Put a published change into the cache; clients that wait read by themselves what was missed."""
+    if message is None:
+        return
+    try:
+        change = decode_task_event(message)
+    except MsgspecError:  # of another version of the gateway
+        _log.warning("pubsub.invalid_message")
+    else:
+        cache.on_published(*change)

@@ -117,7 +117,7 @@ async def test_two_versions_at_once(store: RunningStore) -> None:
 async def test_replaced_while_it_runs(store: RunningStore) -> None:
     """No script writes to data of another version that replaced its own, and the registry is not restored."""
     async with Gateway(store) as gateway:
-        live = CachedRegistry(gateway.registry, gateway.connections.open_pubsub, KEYS.registry_channel)
+        live = CachedRegistry(gateway.registry)
         await gateway.registry.write(CHANGE)
         await live.refresh()
         store.execute("FLUSHALL")
@@ -135,7 +135,7 @@ async def test_replaced_while_it_runs(store: RunningStore) -> None:
 async def test_replaced_while_idle(store: RunningStore, job: str) -> None:
     """An idle gateway detects the replacement through its periodic jobs."""
     async with Gateway(store) as gateway:
-        live = CachedRegistry(gateway.registry, gateway.connections.open_pubsub, KEYS.registry_channel)
+        live = CachedRegistry(gateway.registry)
         await gateway.registry.write(CHANGE)
         await live.refresh()
         store.execute("FLUSHALL")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from redis.asyncio import Redis
 from service.domain.tasks import State
 from service.storage import redis
 from service.storage.connections import connect
-from service.storage.tasks import TaskEventSubscriber, decode_task_event
+from service.storage.redis import Subscriber
+from service.storage.tasks import decode_task_event, put_task_event
 from service.usecases.caches import DurationEstimator, TaskCache
 from service.usecases.ports import CheckOutcome
 from tests.storage.store_fixture import KEYS, StoreFixture, open_store
@@ -51,7 +53,8 @@ async def subscriber_ids(client: Redis) -> set[str]:
 async def open_cache(url: str, client: Redis | None = None) -> AsyncIterator[TaskCache]:
     """Open the task cache of another process, subscribed to the task events."""
     cache, connections = TaskCache(DurationEstimator(2.5)), connect(url, timeout=5)
-    following = asyncio.create_task(TaskEventSubscriber(connections.open_pubsub, KEYS.task_events_channel, cache).run())
+    subscriber = Subscriber(connections.open_pubsub, KEYS.task_events_channel, partial(put_task_event, cache))
+    following = asyncio.create_task(subscriber.run())
     try:
         async with asyncio.timeout(TIMEOUT_SECONDS):
             while client and not await count_subscribers(client):

@@ -14,7 +14,7 @@ from service.domain.tasks import Artifact, ArtifactName, Kind, State
 from service.domain.tenants import Account, Limit, Tenant, TenantPolicy, Token, Window
 from service.storage.connections import connect
 from service.storage.ledger import RedisLedger
-from service.storage.redis import Keys, RedisScripts
+from service.storage.redis import Keys, RedisScripts, Subscriber
 from service.storage.registry import CachedRegistry, RedisRegistry
 from service.storage.tasks import RedisTaskStore
 from service.usecases.ports import CheckOutcome, CheckResult, NewTask, RegistryChange, ReserveRequest, Settlement
@@ -118,8 +118,9 @@ async def test_registry_change_is_received(store: RunningStore) -> None:
     store.execute("FLUSHALL")
     connections = connect(store.url, timeout=5)
     registry = RedisRegistry(RedisScripts(connections.commands), KEYS)
-    live = CachedRegistry(registry, connections.open_pubsub, KEYS.registry_channel)
-    following = asyncio.create_task(live.run())
+    live = CachedRegistry(registry)
+    subscriber = Subscriber(connections.open_pubsub, KEYS.registry_channel, lambda _: live.refresh())
+    following = asyncio.create_task(subscriber.run())
     async with asyncio.timeout(4):  # less than the interval at which it reloads anyway
         while not live.is_ready:
             await asyncio.sleep(0)
