@@ -39,7 +39,7 @@ from service.storage.redis import (
     RedisScripts,
     Subscriber,
 )
-from service.storage.registry import CachedRegistry, RedisRegistry
+from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore, put_task_event
 from service.telemetry.gauges import GaugeName
 from service.telemetry.metrics import EventLoopMonitor, Metrics
@@ -47,7 +47,7 @@ from service.telemetry.redaction import Redactor, RegisterSecret, noop
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.admin import RegistryAdmin, RegistryUpdater, WebhookAdmin
 from service.usecases.background import TaskSupervisor, cancel_and_wait
-from service.usecases.caches import DurationEstimator, TaskCache
+from service.usecases.caches import CachedRegistry, DurationEstimator, TaskCache
 from service.usecases.ledger_snapshot import LedgerSnapshot
 from service.usecases.poller import BalanceRefresher, TaskPoller
 from service.usecases.ports import (
@@ -55,7 +55,6 @@ from service.usecases.ports import (
     DeliveryQueue,
     Ledger,
     RegistryStore,
-    RegistryView,
     SubmitOutcome,
     TaskStore,
     Upstream,
@@ -75,7 +74,7 @@ JOB_RESTART_SECONDS = 1.0
 class Lifecycle:
     """The state of the process between start and shutdown."""
 
-    def __init__(self, registry: RegistryView, task_cache: TaskCache) -> None:
+    def __init__(self, registry: CachedRegistry, task_cache: TaskCache) -> None:
         self._registry = registry
         self._task_cache = task_cache
         self._is_draining = False
@@ -116,7 +115,7 @@ class Container:
     tracer: Tracer
     logger: FilteringBoundLogger
     lifecycle: Lifecycle
-    registry: RegistryView
+    registry: CachedRegistry
     task_poller: TaskPoller
     balance_refresher: BalanceRefresher
     webhook_dispatcher: WebhookDispatcher
@@ -155,7 +154,7 @@ class Adapters:
     task_store: TaskStore
     task_cache: TaskCache
     registry_store: RegistryStore
-    registry: RegistryView
+    registry: CachedRegistry
     upstream: Upstream
     fetch_artifact: FetchArtifact
     delivery_queue: DeliveryQueue

@@ -24,7 +24,7 @@ from service.domain.tenants import Account, Tenant
 from service.settings import Settings
 from service.usecases.admin import DesiredAccount, DesiredTenant, RegistryAdmin
 from service.usecases.background import cancel_and_wait
-from service.usecases.ports import RegistryView
+from service.usecases.caches import CachedRegistry
 
 _log = structlog.get_logger(__name__)
 
@@ -225,7 +225,7 @@ DEMO_NAME = "demo"
 
 
 async def ensure_demo_token(
-    registry_admin: RegistryAdmin, registry: RegistryView, user_key: str, known_token: str | None
+    registry_admin: RegistryAdmin, registry: CachedRegistry, user_key: str, known_token: str | None
 ) -> str:
     """Create the tenant `demo` and its account if missing; return a valid token, `known_token` if it is.
 

@@ -12,7 +12,7 @@ from litestar.connection import ASGIConnection
 from service.domain import tenants
 from service.domain.errors import TenantDisabled, Unauthenticated
 from service.domain.tenants import Tenant, TenantStatus
-from service.usecases.ports import RegistryView
+from service.usecases.caches import CachedRegistry
 
 _MISSING_TOKEN = "Send your token as `Authorization: Bearer TOKEN`."  # noqa: S105 - a message
 _INVALID_TOKEN = "This token is not valid or has expired. Request a new one from the operators of the gateway."  # noqa: S105 - a message
@@ -21,7 +21,7 @@ _INVALID_TOKEN = "This token is not valid or has expired. Request a new one from
 class TenantAuth:
     """Authenticates tenants against the registry in memory."""
 
-    def __init__(self, registry: RegistryView, now: Callable[[], float]) -> None:
+    def __init__(self, registry: CachedRegistry, now: Callable[[], float]) -> None:
         self._registry = registry
         self._now = now
 

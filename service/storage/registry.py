@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import msgspec
-import structlog
 
 from service.domain.tenants import Account, Registry, Tenant, Token
 from service.storage.redis import Keys, RedisScripts
 from service.usecases.ports import RegistryChange
-
-_log = structlog.get_logger(__name__)
 
 
 class RedisRegistry:
@@ -76,49 +73,3 @@ class RedisRegistry:
             *policies.values(),
         )
         return bool(answer[0] == b"written")
-
-
-class CachedRegistry:
-    """The registry in the memory of this process, kept up to date by `refresh`.
-
-    Reading `current` never waits. It is empty and not ready until `refresh` has succeeded once. While Redis is away it
-    stays as it was, and it is written back to a Redis that has lost it.
-    """
-
-    def __init__(self, store: RedisRegistry) -> None:
-        self._store = store
-        self.is_ready = False
-        self.current = Registry()
-
-    async def refresh(self) -> None:
-        """Load the newest version. Raises LedgerUnavailable."""
-        if self.is_ready:
-            held, version = self.current, await self._store.read_version()
-            if version == held.version:
-                return
-            if version < held.version:
-                await self._restore(held)
-        self.current = await self._store.load()
-        self.is_ready = True
-
-    async def _restore(self, held: Registry) -> None:
-        """Write back what the store has lost: tokens and limits stay in force, revoked tokens stay revoked.
-
-        Only a loss makes versions go back. The first of several processes that notice it restores the registry.
-        """
-        stored = await self._store.load()
-        replaced = {tenant.id: name for name, tenant in stored.tenants.items() if held.tenant_by_id(tenant.id) is None}
-        change = RegistryChange(
-            version=stored.version,
-            next_id=held.next_id,
-            newer_than=held.version,
-            tenants=tuple(held.tenants.values()),
-            accounts=tuple(held.accounts.values()),
-            tokens=tuple(held.tokens.values()),
-            drop_tenants=tuple(tenant for name, tenant in stored.tenants.items() if name not in held.tenants),
-            drop_accounts=tuple(account for name, account in stored.accounts.items() if name not in held.accounts),
-            drop_tokens=tuple(token for name, token in stored.tokens.items() if name not in held.tokens),
-            deleted_tenant_names={**replaced, **held.deleted_tenant_names},
-        )
-        restored = await self._store.write(change)
-        _log.error("registry.restored_from_memory", stored=stored.version, held=held.version, restored=restored)

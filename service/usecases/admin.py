@@ -39,7 +39,8 @@ from service.domain.tenants import (
     hash_token,
     strip_query,
 )
-from service.usecases.ports import Delivery, DeliveryQueue, Ledger, RegistryChange, RegistryStore, RegistryView
+from service.usecases.caches import CachedRegistry
+from service.usecases.ports import Delivery, DeliveryQueue, Ledger, RegistryChange, RegistryStore
 
 _log = structlog.get_logger(__name__)
 
@@ -73,7 +74,7 @@ class DesiredTenant(Struct, frozen=True):
 class RegistryUpdater:
     """Writes changes of the registry; one per process."""
 
-    def __init__(self, store: RegistryStore, registry: RegistryView) -> None:
+    def __init__(self, store: RegistryStore, registry: CachedRegistry) -> None:
         self._store = store
         self._registry = registry
         self._lock = asyncio.Lock()
@@ -138,7 +139,7 @@ class RegistryAdmin:
         self,
         *,
         updater: RegistryUpdater,
-        registry: RegistryView,
+        registry: CachedRegistry,
         ledger: Ledger,
         user_key_cipher: AesSivCipher,
         webhook_cipher: AesSivCipher,
@@ -447,7 +448,7 @@ class WebhookAdmin:
         self,
         *,
         updater: RegistryUpdater,
-        registry: RegistryView,
+        registry: CachedRegistry,
         deliveries: DeliveryQueue,
         cipher: AesSivCipher,
         now: Callable[[], float],

@@ -14,7 +14,8 @@ from service.domain.tasks import Kind
 from service.domain.tenants import Registry, Tenant, Window
 from service.telemetry.gauges import AccountSample, MetricsSnapshot, QuotaSample
 from service.telemetry.metrics import Metrics
-from service.usecases.ports import DeliveryQueue, Ledger, RegistryView, TaskStore
+from service.usecases.caches import CachedRegistry
+from service.usecases.ports import DeliveryQueue, Ledger, TaskStore
 from service.usecases.reports import PolicyReport, report_policies
 
 _log = structlog.get_logger(__name__)
@@ -29,7 +30,7 @@ class LedgerSnapshot:
     """Reads the ledger for `/metrics`."""
 
     def __init__(
-        self, *, ledger: Ledger, tasks: TaskStore, deliveries: DeliveryQueue, registry: RegistryView, metrics: Metrics
+        self, *, ledger: Ledger, tasks: TaskStore, deliveries: DeliveryQueue, registry: CachedRegistry, metrics: Metrics
     ) -> None:
         self._ledger = ledger
         self._tasks = tasks

@@ -16,14 +16,13 @@ from service.telemetry.logging import fen_to_yuan
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.background import cancel_and_wait, run_periodically
-from service.usecases.caches import TaskCache
+from service.usecases.caches import CachedRegistry, TaskCache
 from service.usecases.ports import (
     BalanceCheck,
     CheckOutcome,
     CheckResult,
     ClaimedCheck,
     Ledger,
-    RegistryView,
     TaskStore,
     Upstream,
 )
@@ -45,7 +44,7 @@ class TaskPoller:
         tasks: TaskStore,
         ledger: Ledger,
         upstream: Upstream,
-        registry: RegistryView,
+        registry: CachedRegistry,
         task_ids: TaskIdCodec,
         cache: TaskCache,
         metrics: Metrics,
@@ -152,7 +151,7 @@ def report_end(task: Task, registry: Registry, metrics: Metrics) -> None:
     )
 
 
-async def check_task(task: Task, registry: RegistryView, task_ids: TaskIdCodec, upstream: Upstream) -> CheckResult:
+async def check_task(task: Task, registry: CachedRegistry, task_ids: TaskIdCodec, upstream: Upstream) -> CheckResult:
     """Query the upstream about a task."""
     account = registry.current.account_by_id(task.account)
     if account is None:
@@ -173,7 +172,7 @@ class BalanceRefresher:
     """
 
     def __init__(
-        self, *, ledger: Ledger, tasks: TaskStore, upstream: Upstream, registry: RegistryView, task_ids: TaskIdCodec
+        self, *, ledger: Ledger, tasks: TaskStore, upstream: Upstream, registry: CachedRegistry, task_ids: TaskIdCodec
     ) -> None:
         self._ledger = ledger
         self._tasks = tasks

@@ -262,22 +262,12 @@ class RegistryChange(Struct, frozen=True, kw_only=True):
 
 
 class RegistryStore(Protocol):
+    async def load(self) -> Registry: ...
+
+    async def read_version(self) -> int: ...
+
     async def write(self, change: RegistryChange) -> bool:
         """Write a change; return False if its version is no longer the latest."""
-
-
-class RegistryView(Protocol):
-    """The registry in the memory of this process; reading `current` never waits."""
-
-    @property
-    def current(self) -> Registry: ...
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it was loaded at least once."""
-
-    async def refresh(self) -> None:
-        """Load the latest version."""
 
 
 class Image(Struct, frozen=True):

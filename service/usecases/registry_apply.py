@@ -28,7 +28,8 @@ from service.usecases.admin import (
     affects_availability,
     no_change,
 )
-from service.usecases.ports import Ledger, RegistryChange, RegistryView
+from service.usecases.caches import CachedRegistry
+from service.usecases.ports import Ledger, RegistryChange
 
 _log = structlog.get_logger(__name__)
 
@@ -277,7 +278,7 @@ class RegistryApply:
         self,
         *,
         updater: RegistryUpdater,
-        registry: RegistryView,
+        registry: CachedRegistry,
         ledger: Ledger,
         user_key_cipher: AesSivCipher,
         webhook_cipher: AesSivCipher,

@@ -34,7 +34,8 @@ from service.domain.ledger import (
 from service.domain.tasks import Cost, CostBasis, Kind, State, Task
 from service.domain.tenants import Tenant, Window
 from service.telemetry.logging import fen_to_yuan
-from service.usecases.ports import Ledger, RegistryView, TaskStore
+from service.usecases.caches import CachedRegistry
+from service.usecases.ports import Ledger, TaskStore
 
 _log = structlog.get_logger(__name__)
 
@@ -82,7 +83,7 @@ class RemainingQuota(Struct, frozen=True):
 
 
 class QuotaReports:
-    def __init__(self, *, ledger: Ledger, registry: RegistryView) -> None:
+    def __init__(self, *, ledger: Ledger, registry: CachedRegistry) -> None:
         self._ledger = ledger
         self._registry = registry
 
@@ -207,7 +208,7 @@ class UsageReport(Struct):
 class UsageReports:
     """Reports on usage. Everything raises InvalidOptions for unavailable days, or LedgerUnavailable."""
 
-    def __init__(self, *, ledger: Ledger, registry: RegistryView) -> None:
+    def __init__(self, *, ledger: Ledger, registry: CachedRegistry) -> None:
         self._ledger = ledger
         self._registry = registry
 
@@ -334,7 +335,7 @@ class TaskReport(Struct, frozen=True):
 class SubmissionReports:
     """Reports on submissions and their tasks, and refunds. Everything raises NotFound or LedgerUnavailable."""
 
-    def __init__(self, *, ledger: Ledger, tasks: TaskStore, registry: RegistryView, task_ids: TaskIdCodec) -> None:
+    def __init__(self, *, ledger: Ledger, tasks: TaskStore, registry: CachedRegistry, task_ids: TaskIdCodec) -> None:
         self._ledger = ledger
         self._tasks = tasks
         self._registry = registry

@@ -14,7 +14,8 @@ from service.domain.ledger import ReservationState
 from service.domain.tenants import Registry
 from service.telemetry.logging import fen_to_yuan
 from service.usecases.background import TaskSupervisor
-from service.usecases.ports import Ledger, RegistryView, ReserveRequest, Settlement
+from service.usecases.caches import CachedRegistry
+from service.usecases.ports import Ledger, ReserveRequest, Settlement
 
 _log = structlog.get_logger(__name__)
 
@@ -26,7 +27,7 @@ RETRY_SECONDS = (0.1, 0.3, 1.0, 3.0, 5.0)
 class SettlementQueue:
     """Settles reservations; an outcome that can't be written now is retried in the background."""
 
-    def __init__(self, ledger: Ledger, supervisor: TaskSupervisor, registry: RegistryView) -> None:
+    def __init__(self, ledger: Ledger, supervisor: TaskSupervisor, registry: CachedRegistry) -> None:
         self._ledger = ledger
         self._registry = registry
         self._supervisor = supervisor

@@ -39,11 +39,11 @@ from service.domain.tenants import Account, Tenant, TenantPolicy, TenantStatus
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.background import TaskSupervisor
+from service.usecases.caches import CachedRegistry
 from service.usecases.ports import (
     Image,
     Ledger,
     NewTask,
-    RegistryView,
     ReserveRequest,
     Settlement,
     SubmitOutcome,
@@ -114,7 +114,7 @@ class Submitter:
         settlements: SettlementQueue,
         tasks: TaskStore,
         upstream: Upstream,
-        registry: RegistryView,
+        registry: CachedRegistry,
         task_ids: TaskIdCodec,
         supervisor: TaskSupervisor,
         metrics: Metrics,

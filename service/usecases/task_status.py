@@ -23,7 +23,7 @@ from service.domain.tasks import Artifact, Kind, State, Task, TaskReference, new
 from service.domain.tenants import Account, Tenant
 from service.telemetry.logging import upstream_wait
 from service.telemetry.metrics import Metrics, ReadSource
-from service.usecases.caches import CachedTask, Subscription, TaskCache
+from service.usecases.caches import CachedRegistry, CachedTask, Subscription, TaskCache
 from service.usecases.poller import report_end
 from service.usecases.ports import (
     ArtifactStream,
@@ -33,7 +33,6 @@ from service.usecases.ports import (
     Ledger,
     NewTask,
     RangeRequest,
-    RegistryView,
     Settlement,
     TaskPage,
     TaskStore,
@@ -78,7 +77,7 @@ class TaskReader:
         ledger: Ledger,
         upstream: Upstream,
         fetch_artifact: FetchArtifact,
-        registry: RegistryView,
+        registry: CachedRegistry,
         task_ids: TaskIdCodec,
         cache: TaskCache,
         now: Callable[[], float],

@@ -21,12 +21,12 @@ from service.domain.webhooks import DeliveryState
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.background import cancel_and_wait, run_periodically
+from service.usecases.caches import CachedRegistry
 from service.usecases.ports import (
     ClaimedDelivery,
     Delivery,
     DeliveryQueue,
     DeliveryResult,
-    RegistryView,
     TaskStore,
     WebhookResponse,
 )
@@ -48,7 +48,7 @@ class WebhookDispatcher:
         deliveries: DeliveryQueue,
         tasks: TaskStore,
         post_webhook: PostWebhook,
-        registry: RegistryView,
+        registry: CachedRegistry,
         cipher: AesSivCipher,
         disable_url: Callable[[int, str], Awaitable[None]],
         encode_task_event: Callable[[Task], bytes],

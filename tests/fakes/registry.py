@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from service.domain.errors import LedgerUnavailable
 from service.domain.tenants import Registry
+from service.usecases.caches import CachedRegistry
 from service.usecases.ports import RegistryChange
 from tests.fakes.ledger import FakeLedger
 
 
-@dataclass
-class FakeRegistry:
-    """RegistryStore and RegistryView in memory; policies are written to the ledger at once."""
+class FakeRegistry(CachedRegistry):
+    """A registry that is its own store, and ready; policies are written to the ledger at once."""
 
-    ledger: FakeLedger
-    current: Registry = field(default_factory=Registry)
-    is_ready: bool = True
+    def __init__(self, ledger: FakeLedger, registry: Registry | None = None) -> None:
+        super().__init__(self)
+        self.ledger = ledger
+        self.current = registry or Registry()
+        self.is_ready = True
 
-    async def refresh(self) -> None:
+    async def load(self) -> Registry:
         if self.ledger.is_unavailable:
             raise LedgerUnavailable("away", retry_after=2)
+        return self.current
+
+    async def read_version(self) -> int:
+        return (await self.load()).version
 
     async def write(self, change: RegistryChange) -> bool:
-        await self.refresh()
-        now = self.current
+        now = await self.load()
         if change.version != now.version:
             return False
         tenants = dict(now.tenants) | {item.name: item for item in change.tenants}

@@ -13,7 +13,8 @@ from service.domain.tenants import Tenant
 from service.storage.connections import connect
 from service.storage.ledger import RedisLedger
 from service.storage.redis import DATA_VERSION, DataVersionError, DataVersionGuard, Keys, RedisScripts
-from service.storage.registry import CachedRegistry, RedisRegistry
+from service.storage.registry import RedisRegistry
+from service.usecases.caches import CachedRegistry
 from service.usecases.ports import RegistryChange
 from tests.support.retention import make_retention
 from tests.support.stores import RunningStore, run_cluster, run_single

@@ -15,8 +15,9 @@ from service.domain.tenants import Account, Limit, Tenant, TenantPolicy, Token, 
 from service.storage.connections import connect
 from service.storage.ledger import RedisLedger
 from service.storage.redis import Keys, RedisScripts, Subscriber
-from service.storage.registry import CachedRegistry, RedisRegistry
+from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore
+from service.usecases.caches import CachedRegistry
 from service.usecases.ports import CheckOutcome, CheckResult, NewTask, RegistryChange, ReserveRequest, Settlement
 from tests.support.retention import make_retention
 from tests.support.stores import RunningStore, run_cluster, run_on_socket, run_single, run_with_sentinel

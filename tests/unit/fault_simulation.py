@@ -19,13 +19,12 @@ from service.domain.tenants import Account, Tenant
 from service.storage.ledger import KEEP_IDEMPOTENCY_KEY_MS
 from service.telemetry.metrics import Metrics
 from service.usecases.background import TaskSupervisor
-from service.usecases.caches import CachedTask, DurationEstimator, TaskCache
+from service.usecases.caches import CachedRegistry, CachedTask, DurationEstimator, TaskCache
 from service.usecases.poller import TaskPoller
 from service.usecases.ports import (
     CheckOutcome,
     CheckResult,
     Image,
-    RegistryView,
     ReserveRequest,
     SubmitOutcome,
     SubmitResult,
@@ -233,7 +232,7 @@ class FaultyUpstream:
 
 
 class GatewayProcess:
-    def __init__(self, store: FaultyStore, post: CallQueue, upstream: FaultyUpstream, registry: RegistryView) -> None:
+    def __init__(self, store: FaultyStore, post: CallQueue, upstream: FaultyUpstream, registry: CachedRegistry) -> None:
         self.is_dead = False
         self.is_stopping = False
         self.open_requests: list[UpstreamRequest] = []
