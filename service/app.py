@@ -25,9 +25,10 @@ from service.api.params import JsonRequest, check_query
 from service.api.uploads import refuse_content_encoding
 from service.container import Container
 from service.domain.tenants import Tenant
-from service.telemetry.metrics import Port
+from service.telemetry.metrics import Port, preregister
 
 _ADMIN_BODY_BYTES = 1_000_000
+_SERVER_ERRORS = (500, 502, 503, 504)
 
 
 def create_app(container: Container) -> RequestMiddleware:
@@ -128,11 +129,9 @@ def operators_app(container: Container) -> Litestar:
 
 def _preregister_route_metrics(container: Container, app: Litestar, port: Port) -> None:
     # So that their errors are counted from zero.
-    served = (route for route in app.routes if not route.path.startswith(openapi.UNSERVED_PATH))
-    routes = [route for route in served if isinstance(route, HTTPRoute)]
-    container.metrics.preregister_routes(
-        port, [(str(method), route.path_format) for route in routes for method in route.methods]
-    )
+    for route in app.routes:
+        if isinstance(route, HTTPRoute) and not route.path.startswith(openapi.UNSERVED_PATH):
+            preregister(container.metrics.http_requests, [port], route.methods, [route.path_format], _SERVER_ERRORS)
 
 
 def _create_litestar(

@@ -23,7 +23,7 @@ from service.clients.artifacts import ArtifactClient
 from service.clients.upstream import UpstreamClient
 from service.clients.webhooks import WebhookClient
 from service.crypto import Keyring, TaskIdCodec
-from service.domain.tasks import Catalogue
+from service.domain.tasks import Catalogue, Kind
 from service.settings import Role, Settings
 from service.storage.connections import connect
 from service.storage.deliveries import RedisDeliveryQueue
@@ -42,7 +42,7 @@ from service.storage.redis import (
 from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore, put_task_event
 from service.telemetry.gauges import GaugeName
-from service.telemetry.metrics import EventLoopMonitor, Metrics
+from service.telemetry.metrics import Metrics, RedisOutcome, preregister
 from service.telemetry.redaction import Redactor, RegisterSecret, noop
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.admin import RegistryAdmin, RegistryUpdater, WebhookAdmin
@@ -245,8 +245,9 @@ def build_services(
     uploads.register_metrics(metrics.gauges)
     metrics.gauges.register(GaugeName.WAITING_CLIENTS, lambda: {(): adapters.task_cache.subscription_count})
     metrics.gauges.register(GaugeName.SETTLEMENTS_PENDING, lambda: {(): settlements.pending_count})
-    metrics.set_registry_source(lambda: adapters.registry.current)
-    metrics.preregister_submissions(SubmitOutcome, CheckOutcome)
+    metrics.label_names.read_registry = lambda: adapters.registry.current
+    preregister(metrics.submissions, Kind, SubmitOutcome)
+    preregister(metrics.poll_checks, CheckOutcome)
     worker_jobs: list[Job] = (
         [] if settings.role is Role.API else [poller.run, poller.expire_leases, balance_refresher.run, dispatcher.run]
     )
@@ -302,7 +303,7 @@ def build_services(
         task_poller=poller,
         balance_refresher=balance_refresher,
         webhook_dispatcher=dispatcher,
-        jobs=[*jobs, *worker_jobs, *api_jobs, EventLoopMonitor(metrics).run],
+        jobs=[*jobs, *worker_jobs, *api_jobs, metrics.measure_event_loop_lag],
         drain_seconds=settings.lease_seconds,
     )
 
@@ -341,7 +342,7 @@ async def open_container(
         raise ValueError("the settings are not complete")
     background, keys = TaskSupervisor(), Keys(settings.key_prefix)
     metrics = Metrics(CollectorRegistry(), max_named_tenants=settings.metrics_tenants)
-    metrics.preregister_scripts([READ_COMMAND, *SCRIPT_NAMES])
+    preregister(metrics.redis_calls, [READ_COMMAND, *SCRIPT_NAMES], RedisOutcome)
     user_keys = Keyring(settings.secret_keys).derive(USER_KEY_PURPOSE, lambda key: register_secret(key.decode()))
     retention = Retention(
         lease_ms=settings.lease_seconds * 1000,

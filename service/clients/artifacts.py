@@ -34,7 +34,7 @@ from service.domain.media import BITMAP_SNIFF_BYTES, OCTET_STREAM, SNIFF_BYTES, 
 from service.domain.tasks import Artifact
 from service.domain.tenants import Account
 from service.telemetry.logging import upstream_wait
-from service.telemetry.metrics import Metrics
+from service.telemetry.metrics import Metrics, preregister
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.ports import ArtifactStream, Coverage, RangeRequest, TransferAborted
 
@@ -204,7 +204,7 @@ class ArtifactClient:
 
     @staticmethod
     def register_metrics(metrics: Metrics) -> None:
-        metrics.preregister_upstream_calls({ArtifactOperation.FETCH: FetchOutcome})
+        preregister(metrics.upstream_requests, ArtifactOperation, FetchOutcome)
 
     @asynccontextmanager
     async def fetch(

@@ -30,7 +30,7 @@ from service.domain.tasks import Catalogue, Options, TaskError
 from service.domain.tenants import Account
 from service.telemetry.gauges import GaugeName
 from service.telemetry.logging import upstream_wait
-from service.telemetry.metrics import Metrics
+from service.telemetry.metrics import Metrics, preregister
 from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.ports import CheckOutcome, CheckResult, Image, SubmitOutcome, SubmitResult
 
@@ -85,9 +85,8 @@ class UpstreamClient:
             await self._check_pool.aclose()
 
     def register_metrics(self, metrics: Metrics) -> None:
-        metrics.preregister_upstream_calls(
-            {UpstreamOperation.SUBMIT: SubmitOutcome, UpstreamOperation.CHECK: CheckOutcome}
-        )
+        preregister(metrics.upstream_requests, [UpstreamOperation.SUBMIT], SubmitOutcome)
+        preregister(metrics.upstream_requests, [UpstreamOperation.CHECK], CheckOutcome)
         gauges = metrics.gauges
         pools = {UpstreamOperation.SUBMIT.value: self._submit_pool, UpstreamOperation.CHECK.value: self._check_pool}
 

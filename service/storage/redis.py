@@ -250,7 +250,7 @@ class RedisMonitor:
             self._mark_available()
 
     def record_error(self, error: RedisErrorKind) -> None:
-        self._metrics.record_redis_error(error)
+        self._metrics.redis_errors.labels(error).inc()
         if error is not RedisErrorKind.RESPONSE:  # which may be an error in a script
             self._mark_unavailable(error)
 

@@ -7,9 +7,11 @@ that their number is bounded. Counters and histograms add up over all processes;
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum, StrEnum
+from enum import StrEnum
+from itertools import product
 from platform import python_version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, disable_created_metrics
@@ -79,10 +81,6 @@ class RedisErrorKind(StrEnum):
     OTHER = "other"
 
 
-def _join_values(enum: type[Enum]) -> str:
-    return ", ".join(str(member.value) for member in enum)
-
-
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _NAME_SUFFIXES = {"counter": "_total", "info": "_info"}
 _TEXT_TYPES = {"info": "gauge", "stateset": "gauge", "gaugehistogram": "histogram", "unknown": "untyped"}
@@ -126,7 +124,13 @@ UNMATCHED_ROUTE = "unmatched"
 MAX_NAMED_TENANTS = 200
 """Default number of tenants with metrics of their own."""
 _KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_SERVER_ERRORS = (500, 502, 503, 504)
+_LOOP_SAMPLE_SECONDS = 1.0
+
+
+def preregister(family: Counter | Histogram, *labels: Iterable[object]) -> None:
+    """Start the series of all combinations of label values at zero: `increase()` misses the first event otherwise."""
+    for values in product(*labels):
+        family.labels(*values)
 
 
 class Metrics:
@@ -138,21 +142,11 @@ class Metrics:
         self.registry = registry
         self.gauges = GaugeCollector()
         self.ledger_collector = LedgerCollector()
+        self.families_by_label: defaultdict[str, list[MetricWrapperBase]] = defaultdict(list)
         self._create_request_metrics()
         self._create_task_metrics()
         self._create_job_metrics()
-        self.tenant_families: Sequence[MetricWrapperBase] = (
-            self.tasks_submitted,
-            self.tasks_finished,
-            self.tenant_task_duration,
-            self.quota_denials,
-            self.balance_denials,
-            self.spent_uses,
-            self.spent_yuan,
-        )
-        self.account_families = (self.account_spent_uses, self.account_spent_yuan)
-        self._preregister_labels()
-        self._label_names = _LabelNames(self, max_named_tenants)
+        self.label_names = LabelNames(self, max_named_tenants)
         self._requests_in_progress = dict.fromkeys(Port, 0)
         self.gauges.register(
             GaugeName.REQUESTS_IN_PROGRESS, lambda: {(port.value,): n for port, n in self._requests_in_progress.items()}
@@ -172,18 +166,18 @@ class Metrics:
         route = ("port", "method", "route")
         self.http_requests = counter(
             "gateway_http_requests",
-            f"HTTP requests, by port ({_join_values(Port)}), method, route template and status;"
+            f"HTTP requests, by port ({', '.join(Port)}), method, route template and status;"
             " 499 if the client disconnected before the response.",
             *route,
             "status",
         )
-        self.http_request_duration = histogram(
+        self.http_request_duration_seconds = histogram(
             "gateway_http_request_duration_seconds",
             "Duration of requests other than streams and waits, by port, method and route template.",
             _REQUEST_SECONDS,
             *route,
         )
-        self.http_stream_duration = histogram(
+        self.http_stream_duration_seconds = histogram(
             "gateway_http_stream_duration_seconds",
             "Duration of streams and of waits for the end of a task, by port, method and route template.",
             _STREAM_SECONDS,
@@ -193,65 +187,62 @@ class Metrics:
         self.upstream_requests = counter(
             "gateway_upstream_requests", "Requests to the upstream, by operation and outcome.", *call
         )
-        self.upstream_request_duration = histogram(
+        self.upstream_request_duration_seconds = histogram(
             "gateway_upstream_request_duration_seconds",
             "Duration of requests to the upstream, by operation and outcome.",
             _UPSTREAM_SECONDS,
             *call,
         )
+        outcomes, errors = ", ".join(RedisOutcome), ", ".join(RedisErrorKind)
         self.redis_calls = counter(
             "gateway_redis_calls",
-            f"Redis calls, by script (or plain reads) and outcome ({_join_values(RedisOutcome)}).",
+            f"Redis calls, by script (or plain reads) and outcome ({outcomes}).",
             "command",
             "outcome",
         )
-        self.redis_call_duration = histogram(
+        self.redis_call_duration_seconds = histogram(
             "gateway_redis_call_duration_seconds",
             "Duration of Redis calls, by script (or plain reads).",
             _REDIS_SECONDS,
             "command",
         )
         self.redis_errors = counter(
-            "gateway_redis_errors",
-            f"Errors of Redis or of the connection to it ({_join_values(RedisErrorKind)}).",
-            "error",
+            "gateway_redis_errors", f"Errors of Redis or of the connection to it ({errors}).", "error"
         )
+        preregister(self.redis_errors, RedisErrorKind)
 
     def _create_task_metrics(self) -> None:
-        counter, kinds = self._create_counter, f"kind ({_join_values(Kind)})"
+        counter, kinds, states = self._create_counter, f"kind ({', '.join(Kind)})", ", ".join(FINAL_STATES)
         self.submissions = counter(
-            "gateway_submissions",
-            f"Submissions with a reservation, by {kinds} and outcome.",
-            "kind",
-            "outcome",
+            "gateway_submissions", f"Submissions with a reservation, by {kinds} and outcome.", "kind", "outcome"
         )
         self.idempotent_replays = counter(
-            "gateway_idempotent_replays",
-            "Submissions answered from an earlier one with the same idempotency key.",
+            "gateway_idempotent_replays", "Submissions answered from an earlier one with the same idempotency key."
         )
         self.tasks_submitted = counter(
             "gateway_tasks_submitted", f"Tasks accepted, by tenant and {kinds}.", "tenant", "kind"
         )
         self.tasks_finished = counter(
             "gateway_tasks_finished",
-            f"Finished tasks, by tenant, {kinds} and state ({', '.join(FINAL_STATES)}).",
+            f"Finished tasks, by tenant, {kinds} and state ({states}).",
             "tenant",
             "kind",
             "state",
         )
-        self.task_duration = self._create_histogram(
+        self.task_duration_seconds = self._create_histogram(
             "gateway_task_duration_seconds",
             f"Time from submit to end of a task, by {kinds} and state.",
             _TASK_SECONDS,
             "kind",
             "state",
         )
-        self.tenant_task_duration = Summary(
+        self.tenant_task_duration_seconds = Summary(
             "gateway_tenant_task_duration_seconds",
             f"Time from submit to end of a task, by tenant and {kinds}.",
             ("tenant", "kind"),
             registry=self.registry,
         )
+        self.families_by_label["tenant"].append(self.tenant_task_duration_seconds)
         self.quota_denials = counter(
             "gateway_quota_denials",
             f"Submissions refused by a quota, by tenant and policy ({', '.join(POLICIES)}).",
@@ -273,17 +264,16 @@ class Metrics:
         self.account_spent_yuan = counter(
             "gateway_account_spent_yuan", "Money spent by finished tasks, by account.", "account"
         )
+        bases = ", ".join(CostBasis)
         self.task_costs = counter(
-            "gateway_task_costs",
-            f"Costs of finished tasks, by {kinds} and basis ({_join_values(CostBasis)}).",
-            "kind",
-            "basis",
+            "gateway_task_costs", f"Costs of finished tasks, by {kinds} and basis ({bases}).", "kind", "basis"
         )
         self.task_reads = counter(
-            "gateway_task_reads",
-            f"Reads of tasks, by source ({_join_values(ReadSource)}).",
-            "source",
+            "gateway_task_reads", f"Reads of tasks, by source ({', '.join(ReadSource)}).", "source"
         )
+        preregister(self.task_reads, ReadSource)
+        preregister(self.task_duration_seconds, Kind, FINAL_STATES)
+        preregister(self.task_costs, Kind, CostBasis)
 
     def _create_job_metrics(self) -> None:
         counter, histogram = self._create_counter, self._create_histogram
@@ -291,72 +281,35 @@ class Metrics:
             "gateway_reservations_expired", "Submissions whose process died before their outcome was known."
         )
         self.poll_checks = counter("gateway_poll_checks", "Checks of tasks at the upstream, by outcome.", "outcome")
-        self.poll_lag = histogram("gateway_poll_lag_seconds", "Delay of checks after they were due.", _LAG_SECONDS)
+        self.poll_lag_seconds = histogram(
+            "gateway_poll_lag_seconds", "Delay of checks after they were due.", _LAG_SECONDS
+        )
         self.poll_batch_size = histogram("gateway_poll_batch_size", "Checks claimed in one call.", _BATCH_SIZES)
         self.webhook_attempts = counter(
             "gateway_webhook_attempts",
-            f"Attempts to deliver a webhook, by the state of the delivery after it ({_join_values(DeliveryState)}).",
+            f"Attempts to deliver a webhook, by the state of the delivery after it ({', '.join(DeliveryState)}).",
             "state",
         )
-        self.webhook_age = histogram(
+        self.webhook_age_seconds = histogram(
             "gateway_webhook_age_seconds",
             "Time from the end of a task to the end of its delivery, by state.",
             _AGE_SECONDS,
             "state",
         )
-        self.event_loop_lag = histogram("gateway_event_loop_lag_seconds", "Delay of the event loop.", _LOOP_LAG_SECONDS)
-
-    def _preregister_labels(self) -> None:
-        """Start known series at zero: otherwise `increase()` misses the first event."""
-        for delivery_state in DeliveryState:
-            self.webhook_attempts.labels(delivery_state.value)
-            if delivery_state is not DeliveryState.PENDING:
-                self.webhook_age.labels(delivery_state.value)
-        for source in ReadSource:
-            self.task_reads.labels(source.value)
-        for error in RedisErrorKind:
-            self.redis_errors.labels(error.value)
-        for kind in Kind:
-            for state in FINAL_STATES:
-                self.task_duration.labels(kind.value, state.value)
-            for basis in CostBasis:
-                self.task_costs.labels(kind.value, basis.value)
+        self.event_loop_lag_seconds = histogram(
+            "gateway_event_loop_lag_seconds", "Delay of the event loop.", _LOOP_LAG_SECONDS
+        )
+        preregister(self.webhook_attempts, DeliveryState)
+        preregister(self.webhook_age_seconds, (state for state in DeliveryState if state is not DeliveryState.PENDING))
 
     def _create_counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, labels, registry=self.registry)
+        family = Counter(name, text, labels, registry=self.registry)
+        for label in labels:
+            self.families_by_label[label].append(family)
+        return family
 
     def _create_histogram(self, name: str, text: str, buckets: Iterable[float], *labels: str) -> Histogram:
         return Histogram(name, text, labels, buckets=tuple(buckets), registry=self.registry)
-
-    def preregister_routes(self, port: Port, routes: Iterable[tuple[str, str]]) -> None:
-        """Start the server errors of these routes (method and template) at zero."""
-        for method, route in routes:
-            for status in _SERVER_ERRORS:
-                self.http_requests.labels(port.value, method, route, str(status))
-
-    def preregister_upstream_calls(self, operations: Mapping[StrEnum, type[StrEnum]]) -> None:
-        for operation, outcomes in operations.items():
-            for outcome in outcomes:
-                self.upstream_requests.labels(operation.value, outcome.value)
-
-    def preregister_submissions(self, outcomes: type[StrEnum], check_outcomes: type[StrEnum]) -> None:
-        for outcome in outcomes:
-            for kind in Kind:
-                self.submissions.labels(kind.value, outcome.value)
-        for outcome in check_outcomes:
-            self.poll_checks.labels(outcome.value)
-
-    def preregister_scripts(self, names: Iterable[str]) -> None:
-        for name in names:
-            for outcome in RedisOutcome:
-                self.redis_calls.labels(name, outcome.value)
-
-    def set_registry_source(self, read_registry: Callable[[], Registry]) -> None:
-        """Set the source of the names of tenants and accounts."""
-        self._label_names.read_registry = read_registry
-
-    def tenant_label(self, tenant_id: int) -> str:
-        return self._label_names.tenant_label(tenant_id)
 
     @contextmanager
     def track_request(self, port: Port) -> Iterator[None]:
@@ -373,7 +326,7 @@ class Metrics:
         key = port, method if method in _KNOWN_METHODS else OTHER_LABEL, route, status, is_stream
         children = self._request_children.get(key)
         if children is None:
-            duration = self.http_stream_duration if is_stream else self.http_request_duration
+            duration = self.http_stream_duration_seconds if is_stream else self.http_request_duration_seconds
             children = self._request_children[key] = (
                 self.http_requests.labels(port.value, key[1], route, str(status)),
                 duration.labels(port.value, key[1], route),
@@ -383,7 +336,7 @@ class Metrics:
 
     def record_upstream_call(self, operation: StrEnum, outcome: StrEnum, seconds: float) -> None:
         self.upstream_requests.labels(operation.value, outcome.value).inc()
-        self.upstream_request_duration.labels(operation.value, outcome.value).observe(seconds)
+        self.upstream_request_duration_seconds.labels(operation.value, outcome.value).observe(seconds)
 
     def record_redis_call(self, call: str, outcome: RedisOutcome, seconds: float) -> None:
         """Record a call: a script by its name, or plain reads."""
@@ -391,79 +344,46 @@ class Metrics:
         if children is None:
             children = self._call_children[call, outcome] = (
                 self.redis_calls.labels(call, outcome.value),
-                self.redis_call_duration.labels(call),
+                self.redis_call_duration_seconds.labels(call),
             )
         children[0].inc()
         children[1].observe(seconds)
 
-    def record_redis_error(self, error: RedisErrorKind) -> None:
-        self.redis_errors.labels(error.value).inc()
-
-    def record_submission(self, kind: Kind, outcome: StrEnum) -> None:
-        self.submissions.labels(kind.value, outcome.value).inc()
-
-    def record_submitted_task(self, tenant: int, kind: Kind) -> None:
-        self.tasks_submitted.labels(self.tenant_label(tenant), kind.value).inc()
-
-    def record_quota_denial(self, tenant: int, policy: str) -> None:
-        self.quota_denials.labels(self.tenant_label(tenant), policy).inc()
-
-    def record_balance_denial(self, tenant: int) -> None:
-        self.balance_denials.labels(self.tenant_label(tenant)).inc()
-
     def record_finished_task(self, task: Task) -> None:
-        tenant, kind = self.tenant_label(task.tenant), task.kind.value
+        tenant, kind = self.label_names.of_tenant(task.tenant), task.kind.value
         seconds = (task.updated_at - task.created_at) / 1000
         self.tasks_finished.labels(tenant, kind, task.state.value).inc()
-        self.task_duration.labels(kind, task.state.value).observe(seconds)
-        self.tenant_task_duration.labels(tenant, kind).observe(seconds)
+        self.task_duration_seconds.labels(kind, task.state.value).observe(seconds)
+        self.tenant_task_duration_seconds.labels(tenant, kind).observe(seconds)
         self.task_costs.labels(kind, task.cost.basis.value).inc()
         self.spent_uses.labels(tenant, kind).inc(task.cost.count)
         self.spent_yuan.labels(tenant, kind).inc(fen_to_yuan(task.cost.money_fen))
-        account = self._label_names.account_label(task.account)
+        account = self.label_names.of_account(task.account)
         if account:
             self.account_spent_uses.labels(account).inc(task.cost.count)
             self.account_spent_yuan.labels(account).inc(fen_to_yuan(task.cost.money_fen))
-
-    def record_task_read(self, source: ReadSource) -> None:
-        self.task_reads.labels(source.value).inc()
-
-    def record_replay(self) -> None:
-        self.idempotent_replays.inc()
-
-    def record_expired_reservations(self, count: int) -> None:
-        self.reservations_expired.inc(count)
-
-    def record_claimed_checks(self, lags: Iterable[float]) -> None:
-        """Record a claimed count; `lags` are seconds after the due times."""
-        count = 0
-        for lag in lags:
-            self.poll_lag.observe(lag)
-            count += 1
-        self.poll_batch_size.observe(count)
-
-    def record_check(self, outcome: StrEnum) -> None:
-        self.poll_checks.labels(outcome.value).inc()
 
     def record_delivery(self, state: DeliveryState, age_seconds: float) -> None:
         """Record the state after an attempt; `age_seconds` is the time since the event."""
         self.webhook_attempts.labels(state.value).inc()
         if state is not DeliveryState.PENDING:
-            self.webhook_age.labels(state.value).observe(age_seconds)
+            self.webhook_age_seconds.labels(state.value).observe(age_seconds)
 
-    def record_loop_lag(self, seconds: float) -> None:
-        self.event_loop_lag.observe(seconds)
-
-    def refresh_labels(self) -> None:
-        self._label_names.refresh_labels()
+    async def measure_event_loop_lag(self) -> None:
+        """Measure the delay of the event loop once a second, for ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + _LOOP_SAMPLE_SECONDS
+            await asyncio.sleep(_LOOP_SAMPLE_SECONDS)
+            self.event_loop_lag_seconds.observe(max(loop.time() - due, 0.0))
 
     def render(self) -> tuple[bytes, str]:
         """Return the text format and its content type; callable from any thread."""
         return format_exposition(self.registry), CONTENT_TYPE
 
 
-class _LabelNames:
-    """The tenants and accounts with metrics of their own.
+class LabelNames:
+    """The tenants and accounts with metrics of their own, out of what `read_registry` returns.
 
     The oldest tenants come first, so that every process selects the same ones. The series of deleted ones are removed:
     otherwise the number of names would only grow.
@@ -477,59 +397,39 @@ class _LabelNames:
         self._tenants: Mapping[int, str] = {}
         self._accounts: Mapping[int, str] = {}
 
-    def tenant_label(self, tenant_id: int) -> str:
-        self.refresh_labels()
+    def of_tenant(self, tenant_id: int) -> str:
+        self.refresh()
         return self._tenants.get(tenant_id, OTHER_LABEL)
 
-    def account_label(self, account_id: int) -> str | None:
-        self.refresh_labels()
+    def of_account(self, account_id: int) -> str | None:
+        self.refresh()
         return self._accounts.get(account_id)
 
-    def refresh_labels(self) -> None:
+    def refresh(self) -> None:
+        """Follow a change of the registry: remove the series of deleted names, start those of new ones."""
         registry = self.read_registry()
         if registry is self._current:
             return
         oldest = sorted(registry.tenants.values(), key=lambda tenant: tenant.id)[: self._max_named_tenants]
-        old_names = {"tenant": set(self._tenants.values()), "account": set(self._accounts.values())}
         self._current = registry
-        self._tenants = {tenant.id: tenant.name for tenant in oldest}
-        self._accounts = {account.id: account.name for account in registry.accounts.values()}
-        for name in old_names["tenant"] - set(self._tenants.values()):
-            for family in self._metrics.tenant_families:
-                family.remove_by_labels({"tenant": name})
-        for name in old_names["account"] - set(self._accounts.values()):
-            for family in self._metrics.account_families:
-                family.remove_by_labels({"account": name})
+        former_tenants, self._tenants = self._tenants, {tenant.id: tenant.name for tenant in oldest}
+        former_accounts, self._accounts = self._accounts, {item.id: item.name for item in registry.accounts.values()}
+        self._remove_series("tenant", former_tenants, self._tenants)
+        self._remove_series("account", former_accounts, self._accounts)
         for tenant in oldest:
             self._preregister_tenant(tenant)
-        for name in self._accounts.values():
-            for family in self._metrics.account_families:
-                family.labels(name)
+        for counter in (self._metrics.account_spent_uses, self._metrics.account_spent_yuan):
+            preregister(counter, self._accounts.values())
+
+    def _remove_series(self, label: str, former: Mapping[int, str], current: Mapping[int, str]) -> None:
+        for name in set(former.values()) - set(current.values()):
+            for family in self._metrics.families_by_label[label]:
+                family.remove_by_labels({label: name})
 
     def _preregister_tenant(self, tenant: Tenant) -> None:
-        metrics = self._metrics
-        for policy in policy_names(tenant.policy):
-            metrics.quota_denials.labels(tenant.name, policy)
-        metrics.balance_denials.labels(tenant.name)
-        for kind in filter(tenant.can_submit, Kind):
-            for family in (metrics.tasks_submitted, metrics.spent_uses, metrics.spent_yuan):
-                family.labels(tenant.name, kind.value)
-            for state in FINAL_STATES:
-                metrics.tasks_finished.labels(tenant.name, kind.value, state.value)
-
-
-LOOP_SAMPLE_SECONDS = 1.0
-
-
-class EventLoopMonitor:
-    """A job that measures the delay of the event loop once a second."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            due = loop.time() + LOOP_SAMPLE_SECONDS
-            await asyncio.sleep(LOOP_SAMPLE_SECONDS)
-            self._metrics.record_loop_lag(max(loop.time() - due, 0.0))
+        metrics, names, kinds = self._metrics, [tenant.name], list(filter(tenant.can_submit, Kind))
+        preregister(metrics.quota_denials, names, policy_names(tenant.policy))
+        preregister(metrics.balance_denials, names)
+        for counter in (metrics.tasks_submitted, metrics.spent_uses, metrics.spent_yuan):
+            preregister(counter, names, kinds)
+        preregister(metrics.tasks_finished, names, kinds, FINAL_STATES)

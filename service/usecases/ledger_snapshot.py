@@ -46,7 +46,7 @@ class LedgerSnapshot:
         await asyncio.shield(self._refresh_task)
 
     async def _take(self) -> None:
-        self._metrics.refresh_labels()
+        self._metrics.label_names.refresh()
         snapshot = None
         try:
             async with asyncio.timeout(SNAPSHOT_TIMEOUT_SECONDS):
@@ -84,7 +84,7 @@ class LedgerSnapshot:
         reports: dict[tuple[str, str], PolicyReport] = {}
         for tenant in tenants:
             for report in report_policies(tenant, states[tenant.id], now):
-                key = self._metrics.tenant_label(tenant.id), report.policy
+                key = self._metrics.label_names.of_tenant(tenant.id), report.policy
                 reports[key] = max(reports.get(key, report), report, key=_used_ratio)
         return tuple(_to_quota_usage(tenant, report) for (tenant, _), report in reports.items())
 
@@ -93,7 +93,7 @@ class LedgerSnapshot:
     ) -> Mapping[tuple[str, str], int]:
         counts: Counter[tuple[str, str]] = Counter()
         for tenant in tenants:
-            name, kinds = self._metrics.tenant_label(tenant.id), states[tenant.id].active_by_kind
+            name, kinds = self._metrics.label_names.of_tenant(tenant.id), states[tenant.id].active_by_kind
             for kind in Kind:
                 if kind in kinds or tenant.can_submit(kind):
                     counts[name, kind.value] += kinds.get(kind, 0)
@@ -106,7 +106,7 @@ class LedgerSnapshot:
         for tenant in tenants:
             for window in _REPORTED_WINDOWS:
                 money = current_counter(states[tenant.id], window, now).money_fen
-                spent[self._metrics.tenant_label(tenant.id), window.value] += money
+                spent[self._metrics.label_names.of_tenant(tenant.id), window.value] += money
         return spent
 
 

@@ -83,8 +83,9 @@ class TaskPoller:
             await asyncio.wait(self._checks, return_when=asyncio.FIRST_COMPLETED)
             return True
         due = await self._tasks.claim_checks(capacity)
-        self._metrics.record_claimed_checks((claimed.claimed_at - claimed.due_at) / 1000 for claimed in due)
+        self._metrics.poll_batch_size.observe(len(due))
         for claimed in due:
+            self._metrics.poll_lag_seconds.observe((claimed.claimed_at - claimed.due_at) / 1000)
             check = asyncio.create_task(self._check_safely(claimed))
             self._checks.add(check)
             check.add_done_callback(self._checks.discard)
@@ -105,7 +106,7 @@ class TaskPoller:
             except Exception:  # noqa: BLE001 - one error must not leave all other places held
                 _log.exception("expiry.error")
                 settled = ()
-            self._metrics.record_expired_reservations(len(settled))
+            self._metrics.reservations_expired.inc(len(settled))
             for settlement in settled:
                 log_settlement(self._registry.current, settlement, source=EXPIRY, booked=True)
             await asyncio.sleep(EXPIRY_INTERVAL_SECONDS)
@@ -119,7 +120,7 @@ class TaskPoller:
 
     async def _check_and_record(self, claimed: ClaimedCheck) -> None:
         check = await check_task(claimed.task, self._registry, self._task_ids, self._upstream)
-        self._metrics.record_check(check.outcome)
+        self._metrics.poll_checks.labels(check.outcome).inc()
         try:
             recorded = await self._tasks.record_check(claimed, check)
         except LedgerUnavailable:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import msgspec
 import structlog
@@ -192,19 +191,22 @@ class Submitter:
         except Exception:  # noqa: BLE001 - the image may have been sent already
             _log.exception("submission.error", reservation=pending.request.reservation)
             result, task = _UNKNOWN_RESULT, None
-        self._count_safely(request, self._metrics.record_submission, options.kind, result.outcome)
+        with self._log_errors(request):
+            self._metrics.submissions.labels(options.kind, result.outcome).inc()
         if task is None:
             await self._settlements.settle(self._make_settlement(pending, result))
             raise self._count_denial(request, _error_of(result, request.reservation))
         draft = NewTask(task.id, task.options, task.metadata, webhook_url or tenant.webhook.url, traceparent)
         with suppress(asyncio.CancelledError):  # the process ends; an acceptance is answered all the same
             await self._settlements.settle(self._make_settlement(pending, result, draft))
-        self._count_safely(request, self._metrics.record_submitted_task, tenant.id, options.kind)
+        with self._log_errors(request):
+            self._metrics.tasks_submitted.labels(self._metrics.label_names.of_tenant(tenant.id), options.kind).inc()
         return Submission(task, task.created_at, limits)
 
-    def _count_safely(self, request: ReserveRequest, count: Callable[..., None], *labels: Any) -> None:
+    @contextmanager
+    def _log_errors(self, request: ReserveRequest) -> Iterator[None]:
         try:
-            count(*labels)
+            yield
         except Exception:  # noqa: BLE001 - an error in a metric must not change the response
             _log.exception("submission.response_error", reservation=request.reservation)
 
@@ -232,8 +234,9 @@ class Submitter:
         """Return the granted reservation. Raises the caller's error for any other verdict."""
         match verdict:
             case PolicyDenial():
+                name = self._metrics.label_names.of_tenant(request.tenant)
                 for violation in verdict.violations:
-                    self._metrics.record_quota_denial(request.tenant, violation.policy)
+                    self._metrics.quota_denials.labels(name, violation.policy).inc()
                 raise _quota_denied(verdict, limits)
             case NoAccount():
                 raise self._count_denial(request, _no_account(verdict))
@@ -255,11 +258,11 @@ class Submitter:
 
     def _count_denial(self, request: ReserveRequest, error: errors.GatewayError) -> errors.GatewayError:
         if isinstance(error, errors.BalanceExhausted):
-            self._metrics.record_balance_denial(request.tenant)
+            self._metrics.balance_denials.labels(self._metrics.label_names.of_tenant(request.tenant)).inc()
         return error
 
     async def _load_replay(self, verdict: Replay, limits: tuple[RateLimit, ...]) -> Submission:
-        self._metrics.record_replay()
+        self._metrics.idempotent_replays.inc()
         stored = await self._tasks.get(verdict.reservation) if verdict.state is ReservationState.ACCEPTED else None
         if stored is None:
             raise _unknown_outcome(verdict.reservation, is_replay=True)

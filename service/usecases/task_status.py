@@ -192,7 +192,7 @@ class TaskReader:
 
     async def _read_task(self, reference: TaskReference, task_id: str) -> CachedTask:
         if cached := self._cache.get_fresh(reference.reservation):
-            self._metrics.record_task_read(ReadSource.MEMORY)
+            self._metrics.task_reads.labels(ReadSource.MEMORY).inc()
             if self._cache.claim_verification(reference.reservation):
                 self._start_verification(reference, task_id)
             return cached
@@ -202,12 +202,12 @@ class TaskReader:
         except LedgerUnavailable:
             stored, can_recreate = None, False
         if stored:
-            self._metrics.record_task_read(ReadSource.STORE)
+            self._metrics.task_reads.labels(ReadSource.STORE).inc()
             cached = self._cache.put(*stored)
             if cached.task.state.is_final and not stored[0].state.is_final:
                 self._start_verification(reference, task_id)
             return cached
-        self._metrics.record_task_read(ReadSource.UPSTREAM)
+        self._metrics.task_reads.labels(ReadSource.UPSTREAM).inc()
         return await self._query_upstream(reference, task_id, can_recreate=can_recreate)
 
     def _start_verification(self, reference: TaskReference, task_id: str) -> None:

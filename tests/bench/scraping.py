@@ -126,7 +126,7 @@ async def request_overhead() -> Sequence[Figure]:
     with Path("/dev/null").open("wb") as nowhere:
         logger = configure_logging(json=True, level="info", stream=nowhere, redactor=Redactor())
         metrics = Metrics(CollectorRegistry())
-        metrics.set_registry_source(lambda: Registry(tenants={"shop": Tenant(1, "shop", ())}))
+        metrics.label_names.read_registry = lambda: Registry(tenants={"shop": Tenant(1, "shop", ())})
         edge = RequestMiddleware(_app, metrics, logger, Port.TENANTS)
         bare = min([await _time_request(_app) for _ in range(ROUNDS)])
         complete = min([await _time_request(edge) for _ in range(ROUNDS)])
@@ -170,6 +170,6 @@ def _time_metrics(metrics: Metrics) -> float:
     started_at = time.perf_counter()
     for _ in range(REQUESTS):
         with metrics.track_request(Port.TENANTS):
-            metrics.record_task_read(ReadSource.MEMORY)
+            metrics.task_reads.labels(ReadSource.MEMORY).inc()
         metrics.record_request(Port.TENANTS, "GET", "/v1/tasks/{task_id}", 200, 0.001)
     return (time.perf_counter() - started_at) / REQUESTS * 1e6

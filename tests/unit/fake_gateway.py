@@ -127,7 +127,7 @@ class FakeGateway:
         self.ledger.account_policies |= {account.id: account.policy for account in ACCOUNTS.values()}
         self.task_ids = TaskIdCodec(Keyring([b"k" * 32]).derive("task-id"))
         self.metrics = metrics = Metrics(CollectorRegistry())
-        metrics.set_registry_source(lambda: self.registry.current)
+        metrics.label_names.read_registry = lambda: self.registry.current
         self.submitter = Submitter(
             ledger=self.ledger,
             settlements=SettlementQueue(self.ledger, self.background, self.registry),

@@ -35,9 +35,9 @@ def test_all_metric_types() -> None:
 
 def test_whole_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = Metrics(CollectorRegistry())
-    metrics.set_registry_source(lambda: REGISTRY)
+    metrics.label_names.read_registry = lambda: REGISTRY
     metrics.ledger_collector.set_snapshot(SNAPSHOT)
-    metrics.refresh_labels()
+    metrics.label_names.refresh()
     families = list(metrics.registry.collect())
     monkeypatch.setattr(metrics.registry, "collect", lambda: iter(families))
     body = metrics.render()[0]

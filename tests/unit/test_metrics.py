@@ -12,7 +12,7 @@ from service.domain.tasks import Cost, CostBasis, Kind
 from service.domain.tenants import AccountPolicy
 from service.domain.webhooks import DeliveryState
 from service.telemetry.gauges import AccountSample, GaugeName
-from service.telemetry.metrics import Metrics, Port, ReadSource, RedisErrorKind, RedisOutcome
+from service.telemetry.metrics import Metrics, Port, RedisOutcome, preregister
 from tests.unit.metric_samples import (
     GATEWAY_COLLECTORS,
     REGISTRY,
@@ -57,35 +57,19 @@ def test_requests_in_progress_are_counted(metrics: Metrics) -> None:
     assert read_sample(metrics, "gateway_http_requests_in_progress", port="tenants") == 0
 
 
-def test_each_event_has_its_counter(metrics: Metrics) -> None:
+def test_calls_are_counted_and_timed(metrics: Metrics) -> None:
     metrics.record_upstream_call(SampleOutcome.GOOD, SampleOutcome.GOOD, 3)
-    metrics.record_submission(Kind.UPSCALE, SampleOutcome.GOOD)
-    metrics.record_replay()
-    metrics.record_check(SampleOutcome.GOOD)
-    metrics.record_task_read(ReadSource.MEMORY)
-    metrics.record_expired_reservations(2)
-    metrics.record_redis_error(RedisErrorKind.TIMEOUT)
     metrics.record_redis_call("reserve", RedisOutcome.OK, 0.25)
-    metrics.record_loop_lag(0.5)
     assert read_sample(metrics, "gateway_upstream_requests_total", operation="good", outcome="good") == 1
     assert read_sample(metrics, "gateway_upstream_request_duration_seconds_sum", operation="good", outcome="good") == 3
-    assert read_sample(metrics, "gateway_submissions_total", kind="upscale", outcome="good") == 1
-    assert read_sample(metrics, "gateway_idempotent_replays_total") == 1
-    assert read_sample(metrics, "gateway_poll_checks_total", outcome="good") == 1
-    assert read_sample(metrics, "gateway_task_reads_total", source="memory") == 1
-    assert read_sample(metrics, "gateway_reservations_expired_total") == 2
-    assert read_sample(metrics, "gateway_redis_errors_total", error="timeout") == 1
     assert read_sample(metrics, "gateway_redis_calls_total", command="reserve", outcome="ok") == 1
     assert read_sample(metrics, "gateway_redis_call_duration_seconds_sum", command="reserve") == 0.25
-    assert read_sample(metrics, "gateway_event_loop_lag_seconds_sum") == 0.5
 
 
 def test_finished_task_counts_for_tenant_and_account(metrics: Metrics) -> None:
-    metrics.set_registry_source(lambda: REGISTRY)
-    metrics.record_submitted_task(1, Kind.SEAMLESS)
+    metrics.label_names.read_registry = lambda: REGISTRY
     metrics.record_finished_task(make_finished_task(Cost(1, 250, CostBasis.ESTIMATED)))
     of_shop = {"tenant": "shop", "kind": "seamless"}
-    assert read_sample(metrics, "gateway_tasks_submitted_total", **of_shop) == 1
     assert read_sample(metrics, "gateway_tasks_finished_total", **of_shop, state="failed") == 1
     assert read_sample(metrics, "gateway_tenant_task_duration_seconds_sum", **of_shop) == 7
     assert read_sample(metrics, "gateway_task_duration_seconds_bucket", kind="seamless", state="failed", le="10.0") == 1
@@ -98,16 +82,9 @@ def test_finished_task_counts_for_tenant_and_account(metrics: Metrics) -> None:
 
 def test_known_series_start_at_zero(metrics: Metrics) -> None:
     """Otherwise `increase()` misses the first event."""
-    metrics.set_registry_source(lambda: REGISTRY)
-    metrics.preregister_routes(Port.TENANTS, [("GET", "/v1/quota")])
-    metrics.preregister_upstream_calls({SampleOutcome.GOOD: SampleOutcome})
-    metrics.preregister_submissions(SampleOutcome, SampleOutcome)
-    metrics.preregister_scripts(["reserve"])
-    metrics.refresh_labels()
-    assert read_sample(metrics, "gateway_http_requests_total", route="/v1/quota", method="GET", status="503") == 0
-    assert read_sample(metrics, "gateway_upstream_requests_total", operation="good", outcome="good") == 0
-    assert read_sample(metrics, "gateway_submissions_total", kind="upscale", outcome="good") == 0
-    assert read_sample(metrics, "gateway_poll_checks_total", outcome="good") == 0
+    metrics.label_names.read_registry = lambda: REGISTRY
+    preregister(metrics.redis_calls, ["reserve"], RedisOutcome)
+    metrics.label_names.refresh()
     assert read_sample(metrics, "gateway_redis_calls_total", command="reserve", outcome="unavailable") == 0
     assert read_sample(metrics, "gateway_redis_errors_total", error="connection") == 0
     assert read_sample(metrics, "gateway_webhook_attempts_total", state="failed") == 0
@@ -121,20 +98,16 @@ def test_known_series_start_at_zero(metrics: Metrics) -> None:
         assert read_sample(metrics, f"gateway_{name}_total", tenant="shop", kind="vectorize") is None
 
 
-def test_denials_are_counted_by_tenant_and_policy(metrics: Metrics) -> None:
-    metrics.set_registry_source(lambda: REGISTRY)
-    metrics.record_quota_denial(1, "day-tasks")
-    metrics.record_balance_denial(1)
-    assert read_sample(metrics, "gateway_quota_denials_total", tenant="shop", policy="day-tasks") == 1
-    assert read_sample(metrics, "gateway_balance_denials_total", tenant="shop") == 1
+def count_submitted_task(metrics: Metrics, tenant: int) -> None:
+    metrics.tasks_submitted.labels(metrics.label_names.of_tenant(tenant), Kind.UPSCALE).inc()
 
 
 def test_tenants_beyond_the_cap_share_a_label() -> None:
     metrics = Metrics(CollectorRegistry(), max_named_tenants=2)
-    metrics.set_registry_source(lambda: make_registry("third", "first", "second", ids=(9, 3, 5)))
-    assert [metrics.tenant_label(value) for value in (3, 5, 9, 77)] == ["first", "second", "other", "other"]
+    metrics.label_names.read_registry = lambda: make_registry("third", "first", "second", ids=(9, 3, 5))
+    assert [metrics.label_names.of_tenant(value) for value in (3, 5, 9, 77)] == ["first", "second", "other", "other"]
     for tenant in (3, 5, 9, 77):
-        metrics.record_submitted_task(tenant, Kind.UPSCALE)
+        count_submitted_task(metrics, tenant)
     counted = {
         name: read_sample(metrics, "gateway_tasks_submitted_total", tenant=name) for name in ("first", "other", "third")
     }
@@ -144,13 +117,13 @@ def test_tenants_beyond_the_cap_share_a_label() -> None:
 def test_deleted_tenant_loses_its_series() -> None:
     metrics = Metrics(CollectorRegistry(), max_named_tenants=1)
     registries = [make_registry("first", "second", ids=(1, 2))]
-    metrics.set_registry_source(lambda: registries[0])
-    metrics.record_submitted_task(1, Kind.UPSCALE)
-    metrics.record_submitted_task(2, Kind.UPSCALE)
+    metrics.label_names.read_registry = lambda: registries[0]
+    count_submitted_task(metrics, 1)
+    count_submitted_task(metrics, 2)
     registries[0] = make_registry("second", ids=(2,))
-    metrics.refresh_labels()
-    metrics.record_submitted_task(1, Kind.UPSCALE)
-    metrics.record_submitted_task(2, Kind.UPSCALE)
+    metrics.label_names.refresh()
+    count_submitted_task(metrics, 1)
+    count_submitted_task(metrics, 2)
     names = ("first", "second", "other")
     counted = {
         name: read_sample(metrics, "gateway_tasks_submitted_total", tenant=name, kind="upscale") for name in names
@@ -164,15 +137,6 @@ def test_finished_delivery_observes_its_age(metrics: Metrics) -> None:
     attempts = [read_sample(metrics, "gateway_webhook_attempts_total", state=name) for name in ("pending", "failed")]
     ages = [read_sample(metrics, "gateway_webhook_age_seconds_sum", state=name) for name in ("pending", "failed")]
     assert (attempts, ages) == ([1, 1], [None, 40])
-
-
-def test_batch_observes_lag_and_size(metrics: Metrics) -> None:
-    metrics.record_claimed_checks(iter([0.2, 3]))
-    metrics.record_claimed_checks(iter([]))
-    assert read_sample(metrics, "gateway_poll_lag_seconds_sum") == 3.2
-    assert read_sample(metrics, "gateway_poll_lag_seconds_count") == 2
-    assert read_sample(metrics, "gateway_poll_batch_size_sum") == 2
-    assert read_sample(metrics, "gateway_poll_batch_size_count") == 2
 
 
 def test_gauges_are_read_at_each_scrape(metrics: Metrics) -> None:
@@ -192,9 +156,9 @@ def test_no_created_series(metrics: Metrics) -> None:
 
 
 def test_all_metrics_are_described(metrics: Metrics) -> None:
-    metrics.set_registry_source(lambda: REGISTRY)
+    metrics.label_names.read_registry = lambda: REGISTRY
     metrics.ledger_collector.set_snapshot(SNAPSHOT)
-    metrics.refresh_labels()
+    metrics.label_names.refresh()
     collectors = [
         collector_to_name
         for collector_to_name in metrics.registry._collector_to_names

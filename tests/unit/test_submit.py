@@ -51,17 +51,17 @@ async def test_error_after_the_acceptance_is_unknown(gateway: FakeGateway, monke
 @pytest.mark.parametrize(
     "fault", [KeyError("x"), OSError("x"), asyncio.CancelledError(), ExceptionGroup("x", [ValueError()])]
 )
-@pytest.mark.parametrize("step", ["record_submission", "settle", "settled", "record_submitted_task"])
+@pytest.mark.parametrize("step", ["submissions", "settle", "settled", "tasks_submitted"])
 async def test_any_exception_after_the_acceptance_returns_the_task(
     gateway: FakeGateway, step: str, fault: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: object) -> None:
         raise fault
 
-    if step in {"record_submission", "record_submitted_task"}:
+    if step in {"submissions", "tasks_submitted"}:
         if isinstance(fault, asyncio.CancelledError):
             fault = RuntimeError("what counts is never cancelled")
-        monkeypatch.setattr(gateway.metrics, step, failing)
+        monkeypatch.setattr(getattr(gateway.metrics, step), "labels", failing)
     else:
         times = gateway.ledger.errors_before if step == "settle" else gateway.ledger.errors_after
         times["settle"] = [fault]
