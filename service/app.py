@@ -88,7 +88,7 @@ def tenants_app(container: Container) -> Litestar:
         tags=["Old clients"],
         security=[{}],
     )
-    health = Router("/", route_handlers=health_routes(container.lifecycle.health), tags=["Service"], security=[{}])
+    health = Router("/", route_handlers=health_routes(container.health), tags=["Service"], security=[{}])
     return _create_litestar(container, [v1, old, health, root, *docs_routes()], tenants_config())
 
 
@@ -122,7 +122,7 @@ def operators_app(container: Container) -> Litestar:
         # Responses show the present state, and one of them a token.
         cache_control=CacheControlHeader(no_store=True),
     )
-    health = Router("/", route_handlers=health_routes(container.lifecycle.health), tags=["Service"], security=[{}])
+    health = Router("/", route_handlers=health_routes(container.health), tags=["Service"], security=[{}])
     metrics = metrics_route(container.metrics, container.ledger_snapshot)
     return _create_litestar(container, [admin_routes, health, metrics, *docs_routes()], operators_config())
 

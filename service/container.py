@@ -7,7 +7,6 @@ import base64
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,8 +21,8 @@ from service.api.uploads import UploadReader
 from service.clients.artifacts import ArtifactClient
 from service.clients.upstream import UpstreamClient
 from service.clients.webhooks import WebhookClient
-from service.crypto import Keyring, TaskIdCodec
-from service.domain.tasks import Catalogue, Kind
+from service.crypto import AesSivCipher, Keyring, TaskIdCodec
+from service.domain.tasks import Kind
 from service.settings import Role, Settings
 from service.storage.connections import connect
 from service.storage.deliveries import RedisDeliveryQueue
@@ -54,7 +53,6 @@ from service.usecases.ports import (
     CheckOutcome,
     DeliveryQueue,
     Ledger,
-    RegistryStore,
     SubmitOutcome,
     TaskStore,
     Upstream,
@@ -71,56 +69,157 @@ Job = Callable[[], Coroutine[Any, Any, None]]
 JOB_RESTART_SECONDS = 1.0
 
 
-class Lifecycle:
-    """The state of the process between start and shutdown."""
+TASK_ID_PURPOSE, USER_KEY_PURPOSE, WEBHOOK_SECRET_PURPOSE = "task-id", "user-key", "webhook-secret"
+"""Purposes of encryption, each with derived keys of its own."""
+REDIS_TIMEOUT_SECONDS = 5.0
 
-    def __init__(self, registry: CachedRegistry, task_cache: TaskCache) -> None:
-        self._registry = registry
-        self._task_cache = task_cache
+
+class Container:
+    """The parts of the two applications, over an implementation of each port.
+
+    `jobs` are those of the implementations; `register_secret` is called with every secret that is encrypted or
+    decrypted. `drain_seconds` is how long shutdown waits for work in progress: as long as a submission may take.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        background: TaskSupervisor,
+        *,
+        ledger: Ledger,
+        tasks: TaskStore,
+        deliveries: DeliveryQueue,
+        upstream: Upstream,
+        registry: CachedRegistry,
+        task_cache: TaskCache,
+        fetch_artifact: FetchArtifact,
+        post_webhook: PostWebhook,
+        now: Callable[[], float] = time.time,
+        jobs: Sequence[Job] = (),
+        register_secret: RegisterSecret = noop,
+        tracer: Tracer = NOOP_TRACER,
+    ) -> None:
+        if settings.admin_token is None:
+            raise ValueError("the settings are not complete")
+        self.metrics = metrics
+        self.tracer = tracer
+        self.logger: FilteringBoundLogger = structlog.get_logger("service")
+        self.registry = registry
+        self.task_cache = task_cache
+        self.catalogue = settings.catalogue
+        self.drain_seconds = settings.lease_seconds
         self._is_draining = False
+        keyring = Keyring(settings.secret_keys)
+        user_keys = derive_user_key_cipher(settings, register_secret)
+        webhook_cipher = keyring.derive(
+            WEBHOOK_SECRET_PURPOSE, lambda secret: register_secret(base64.b64encode(secret).decode())
+        )
+        task_ids = TaskIdCodec(keyring.derive(TASK_ID_PURPOSE))
+        updater = RegistryUpdater(registry)
+        settlements = SettlementQueue(ledger, background, registry)
+        self.tenant_auth = TenantAuth(registry, now)
+        self.admin_auth = AdminAuth(settings.admin_token)
+        self.uploads = UploadReader(
+            max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels
+        )
+        self.submitter = Submitter(
+            ledger=ledger,
+            settlements=settlements,
+            tasks=tasks,
+            upstream=upstream,
+            registry=registry,
+            task_ids=task_ids,
+            supervisor=background,
+            metrics=metrics,
+            tracer=tracer,
+        )
+        self.task_reader = TaskReader(
+            tasks=tasks,
+            ledger=ledger,
+            upstream=upstream,
+            fetch_artifact=fetch_artifact,
+            registry=registry,
+            task_ids=task_ids,
+            cache=task_cache,
+            now=now,
+            metrics=metrics,
+            interval_seconds=settings.poll_seconds,
+        )
+        self.quota = QuotaReports(ledger=ledger, registry=registry)
+        self.usage = UsageReports(ledger=ledger, registry=registry)
+        self.submissions = SubmissionReports(ledger=ledger, tasks=tasks, registry=registry, task_ids=task_ids)
+        self.ledger_snapshot = LedgerSnapshot(
+            ledger=ledger, tasks=tasks, deliveries=deliveries, registry=registry, metrics=metrics
+        )
+        self.registry_admin = RegistryAdmin(
+            updater=updater,
+            registry=registry,
+            ledger=ledger,
+            user_key_cipher=user_keys,
+            webhook_cipher=webhook_cipher,
+            now=now,
+            log_fields=log_fields,
+        )
+        self.registry_apply = RegistryApply(
+            updater=updater,
+            registry=registry,
+            ledger=ledger,
+            user_key_cipher=user_keys,
+            webhook_cipher=webhook_cipher,
+            now=now,
+            log_fields=log_fields,
+        )
+        self.webhook_admin = WebhookAdmin(
+            updater=updater, registry=registry, deliveries=deliveries, cipher=webhook_cipher, now=now
+        )
+        self.task_poller = TaskPoller(
+            tasks=tasks,
+            ledger=ledger,
+            upstream=upstream,
+            registry=registry,
+            task_ids=task_ids,
+            cache=task_cache,
+            metrics=metrics,
+            tracer=tracer,
+        )
+        self.balance_refresher = BalanceRefresher(
+            ledger=ledger, tasks=tasks, upstream=upstream, registry=registry, task_ids=task_ids
+        )
+        self.webhook_dispatcher = WebhookDispatcher(
+            deliveries=deliveries,
+            tasks=tasks,
+            post_webhook=post_webhook,
+            registry=registry,
+            cipher=webhook_cipher,
+            disable_url=self.webhook_admin.disable_url,
+            encode_task_event=encode_task_event,
+            now=now,
+            metrics=metrics,
+            tracer=tracer,
+        )
+        self.uploads.register_metrics(metrics.gauges)
+        metrics.gauges.register(GaugeName.WAITING_CLIENTS, lambda: {(): task_cache.subscription_count})
+        metrics.gauges.register(GaugeName.SETTLEMENTS_PENDING, lambda: {(): settlements.pending_count})
+        metrics.label_names.read_registry = lambda: registry.current
+        preregister(metrics.submissions, Kind, SubmitOutcome)
+        preregister(metrics.poll_checks, CheckOutcome)
+        self.jobs = [*jobs, metrics.measure_event_loop_lag]
+        if settings.role is not Role.API:
+            poller = self.task_poller
+            self.jobs += [poller.run, poller.expire_leases, self.balance_refresher.run, self.webhook_dispatcher.run]
+        if settings.role is not Role.WORKER:
+            self.jobs.append(self.task_reader.touch_watched)
 
     def start_draining(self) -> None:
         """Become unready, so that no new requests arrive, and end all waits for tasks."""
         self._is_draining = True
-        self._task_cache.close()
+        self.task_cache.close()
 
     def health(self) -> Health:
         if self._is_draining:
             return Health.DRAINING
-        return Health.OK if self._registry.is_ready else Health.STARTING
-
-
-@dataclass(frozen=True, kw_only=True)
-class Container:
-    """The parts of the two applications.
-
-    `drain_seconds` is how long shutdown waits for work in progress: as long as a submission may take.
-    """
-
-    tenant_auth: TenantAuth
-    admin_auth: AdminAuth
-    submitter: Submitter
-    task_reader: TaskReader
-    quota: QuotaReports
-    usage: UsageReports
-    ledger_snapshot: LedgerSnapshot
-    submissions: SubmissionReports
-    registry_admin: RegistryAdmin
-    registry_apply: RegistryApply
-    webhook_admin: WebhookAdmin
-    uploads: UploadReader
-    catalogue: Catalogue
-    task_cache: TaskCache
-    metrics: Metrics
-    tracer: Tracer
-    logger: FilteringBoundLogger
-    lifecycle: Lifecycle
-    registry: CachedRegistry
-    task_poller: TaskPoller
-    balance_refresher: BalanceRefresher
-    webhook_dispatcher: WebhookDispatcher
-    jobs: Sequence[Job]
-    drain_seconds: int
+        return Health.OK if self.registry.is_ready else Health.STARTING
 
     @asynccontextmanager
     async def run_jobs(self) -> AsyncIterator[None]:
@@ -141,171 +240,8 @@ class Container:
             await asyncio.sleep(JOB_RESTART_SECONDS)
 
 
-TASK_ID_PURPOSE, USER_KEY_PURPOSE, WEBHOOK_SECRET_PURPOSE = "task-id", "user-key", "webhook-secret"
-"""Purposes of encryption, each with derived keys of its own."""
-REDIS_TIMEOUT_SECONDS = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adapters:
-    """An implementation of each port."""
-
-    ledger: Ledger
-    task_store: TaskStore
-    task_cache: TaskCache
-    registry_store: RegistryStore
-    registry: CachedRegistry
-    upstream: Upstream
-    fetch_artifact: FetchArtifact
-    delivery_queue: DeliveryQueue
-    post_webhook: PostWebhook
-    now: Callable[[], float]
-
-
-def build_services(
-    adapters: Adapters,
-    settings: Settings,
-    metrics: Metrics,
-    background: TaskSupervisor,
-    jobs: Sequence[Job] = (),
-    *,
-    register_secret: RegisterSecret = noop,
-    tracer: Tracer = NOOP_TRACER,
-) -> Container:
-    """Build the use cases over the adapters.
-
-    `jobs` are the adapters' own; `register_secret` is called with every secret that is encrypted or decrypted.
-    """
-    if settings.admin_token is None:
-        raise ValueError("the settings are not complete")
-    keyring = Keyring(settings.secret_keys)
-    user_keys = keyring.derive(USER_KEY_PURPOSE, lambda key: register_secret(key.decode()))
-    task_ids = TaskIdCodec(keyring.derive(TASK_ID_PURPOSE))
-    poller = TaskPoller(
-        tasks=adapters.task_store,
-        ledger=adapters.ledger,
-        upstream=adapters.upstream,
-        registry=adapters.registry,
-        task_ids=task_ids,
-        cache=adapters.task_cache,
-        metrics=metrics,
-        tracer=tracer,
-    )
-    balance_refresher = BalanceRefresher(
-        ledger=adapters.ledger,
-        tasks=adapters.task_store,
-        upstream=adapters.upstream,
-        registry=adapters.registry,
-        task_ids=task_ids,
-    )
-    webhook_cipher = keyring.derive(
-        WEBHOOK_SECRET_PURPOSE, lambda secret: register_secret(base64.b64encode(secret).decode())
-    )
-    updater = RegistryUpdater(adapters.registry_store, adapters.registry)
-    webhooks = WebhookAdmin(
-        updater=updater,
-        registry=adapters.registry,
-        deliveries=adapters.delivery_queue,
-        cipher=webhook_cipher,
-        now=adapters.now,
-    )
-    dispatcher = WebhookDispatcher(
-        deliveries=adapters.delivery_queue,
-        tasks=adapters.task_store,
-        post_webhook=adapters.post_webhook,
-        registry=adapters.registry,
-        cipher=webhook_cipher,
-        disable_url=webhooks.disable_url,
-        encode_task_event=encode_task_event,
-        now=adapters.now,
-        metrics=metrics,
-        tracer=tracer,
-    )
-    reader = TaskReader(
-        tasks=adapters.task_store,
-        ledger=adapters.ledger,
-        upstream=adapters.upstream,
-        fetch_artifact=adapters.fetch_artifact,
-        registry=adapters.registry,
-        task_ids=task_ids,
-        cache=adapters.task_cache,
-        now=adapters.now,
-        metrics=metrics,
-        interval_seconds=settings.poll_seconds,
-    )
-    snapshot = LedgerSnapshot(
-        ledger=adapters.ledger,
-        tasks=adapters.task_store,
-        deliveries=adapters.delivery_queue,
-        registry=adapters.registry,
-        metrics=metrics,
-    )
-    settlements = SettlementQueue(adapters.ledger, background, adapters.registry)
-    uploads = UploadReader(max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels)
-    uploads.register_metrics(metrics.gauges)
-    metrics.gauges.register(GaugeName.WAITING_CLIENTS, lambda: {(): adapters.task_cache.subscription_count})
-    metrics.gauges.register(GaugeName.SETTLEMENTS_PENDING, lambda: {(): settlements.pending_count})
-    metrics.label_names.read_registry = lambda: adapters.registry.current
-    preregister(metrics.submissions, Kind, SubmitOutcome)
-    preregister(metrics.poll_checks, CheckOutcome)
-    worker_jobs: list[Job] = (
-        [] if settings.role is Role.API else [poller.run, poller.expire_leases, balance_refresher.run, dispatcher.run]
-    )
-    api_jobs: list[Job] = [] if settings.role is Role.WORKER else [reader.touch_watched]
-    return Container(
-        tenant_auth=TenantAuth(adapters.registry, adapters.now),
-        admin_auth=AdminAuth(settings.admin_token),
-        submitter=Submitter(
-            ledger=adapters.ledger,
-            settlements=settlements,
-            tasks=adapters.task_store,
-            upstream=adapters.upstream,
-            registry=adapters.registry,
-            task_ids=task_ids,
-            supervisor=background,
-            metrics=metrics,
-            tracer=tracer,
-        ),
-        task_reader=reader,
-        quota=QuotaReports(ledger=adapters.ledger, registry=adapters.registry),
-        ledger_snapshot=snapshot,
-        usage=UsageReports(ledger=adapters.ledger, registry=adapters.registry),
-        submissions=SubmissionReports(
-            ledger=adapters.ledger, tasks=adapters.task_store, registry=adapters.registry, task_ids=task_ids
-        ),
-        registry_admin=RegistryAdmin(
-            updater=updater,
-            registry=adapters.registry,
-            ledger=adapters.ledger,
-            user_key_cipher=user_keys,
-            webhook_cipher=webhook_cipher,
-            now=adapters.now,
-            log_fields=log_fields,
-        ),
-        registry_apply=RegistryApply(
-            updater=updater,
-            registry=adapters.registry,
-            ledger=adapters.ledger,
-            user_key_cipher=user_keys,
-            webhook_cipher=webhook_cipher,
-            now=adapters.now,
-            log_fields=log_fields,
-        ),
-        webhook_admin=webhooks,
-        uploads=uploads,
-        catalogue=settings.catalogue,
-        task_cache=adapters.task_cache,
-        metrics=metrics,
-        tracer=tracer,
-        logger=structlog.get_logger("service"),
-        lifecycle=Lifecycle(adapters.registry, adapters.task_cache),
-        registry=adapters.registry,
-        task_poller=poller,
-        balance_refresher=balance_refresher,
-        webhook_dispatcher=dispatcher,
-        jobs=[*jobs, *worker_jobs, *api_jobs, metrics.measure_event_loop_lag],
-        drain_seconds=settings.lease_seconds,
-    )
+def derive_user_key_cipher(settings: Settings, register_secret: RegisterSecret) -> AesSivCipher:
+    return Keyring(settings.secret_keys).derive(USER_KEY_PURPOSE, lambda key: register_secret(key.decode()))
 
 
 @asynccontextmanager
@@ -343,7 +279,7 @@ async def open_container(
     background, keys = TaskSupervisor(), Keys(settings.key_prefix)
     metrics = Metrics(CollectorRegistry(), max_named_tenants=settings.metrics_tenants)
     preregister(metrics.redis_calls, [READ_COMMAND, *SCRIPT_NAMES], RedisOutcome)
-    user_keys = Keyring(settings.secret_keys).derive(USER_KEY_PURPOSE, lambda key: register_secret(key.decode()))
+    user_keys = derive_user_key_cipher(settings, register_secret)
     retention = Retention(
         lease_ms=settings.lease_seconds * 1000,
         check_interval_ms=int(settings.poll_seconds * 1000),
@@ -361,14 +297,8 @@ async def open_container(
         exit_stack.push_async_callback(connections.aclose)
         version_guard = DataVersionGuard(keys, on_version_error)
         monitor = RedisMonitor(metrics)
-        scripts = RedisScripts(
-            connections.commands,
-            version_guard=version_guard,
-            monitor=monitor,
-            tracer=tracer,
-        )
-        registry_store = RedisRegistry(scripts, keys)
-        registry = CachedRegistry(registry_store)
+        scripts = RedisScripts(connections.commands, version_guard=version_guard, monitor=monitor, tracer=tracer)
+        registry = CachedRegistry(RedisRegistry(scripts, keys))
         task_cache = TaskCache(DurationEstimator(settings.poll_seconds))
         subscribe = partial(Subscriber, connections.open_pubsub, monitor=monitor)
         subscribers = [
@@ -399,19 +329,19 @@ async def open_container(
             await background.drain(0 if version_guard.is_mismatched else settings.lease_seconds)
 
         exit_stack.push_async_callback(drain)
-        adapters = Adapters(
+        yield Container(
+            settings,
+            metrics,
+            background,
             ledger=RedisLedger(scripts, keys, retention),
-            task_store=RedisTaskStore(scripts, keys, retention),
-            task_cache=task_cache,
-            registry_store=registry_store,
-            registry=registry,
+            tasks=RedisTaskStore(scripts, keys, retention),
+            deliveries=RedisDeliveryQueue(scripts, keys),
             upstream=upstream,
+            registry=registry,
+            task_cache=task_cache,
             fetch_artifact=artifact_client.fetch,
-            delivery_queue=RedisDeliveryQueue(scripts, keys),
             post_webhook=WebhookClient(tracer=tracer).post,
-            now=time.time,
-        )
-        jobs = [subscriber.run for subscriber in subscribers]
-        yield build_services(
-            adapters, settings, metrics, background, jobs, register_secret=register_secret, tracer=tracer
+            jobs=[subscriber.run for subscriber in subscribers],
+            register_secret=register_secret,
+            tracer=tracer,
         )

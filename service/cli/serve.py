@@ -154,7 +154,7 @@ async def _serve(settings: Settings, redactor: Redactor) -> None:
             gc.freeze()  # later collections skip the objects of the startup, which live until the end
             await signals.wait_for_stop()
             _log.info("shutdown.begun")
-            container.lifecycle.start_draining()
+            container.start_draining()
             if demo_setup:
                 demo_setup.cancel()
             for server in servers:

@@ -40,7 +40,7 @@ from service.domain.tenants import (
     strip_query,
 )
 from service.usecases.caches import CachedRegistry
-from service.usecases.ports import Delivery, DeliveryQueue, Ledger, RegistryChange, RegistryStore
+from service.usecases.ports import Delivery, DeliveryQueue, Ledger, RegistryChange
 
 _log = structlog.get_logger(__name__)
 
@@ -74,8 +74,7 @@ class DesiredTenant(Struct, frozen=True):
 class RegistryUpdater:
     """Writes changes of the registry; one per process."""
 
-    def __init__(self, store: RegistryStore, registry: CachedRegistry) -> None:
-        self._store = store
+    def __init__(self, registry: CachedRegistry) -> None:
         self._registry = registry
         self._lock = asyncio.Lock()
 
@@ -95,7 +94,7 @@ class RegistryUpdater:
             for _ in range(_MAX_TRIES):
                 await self._registry.refresh()
                 change, result = make_change(self._registry.current)
-                if await self._store.write(change):
+                if await self._registry.store.write(change):
                     _log.info(event, version=change.version + 1, **log_fields, **describe(result))
                     with suppress(LedgerUnavailable):  # the change is written; this copy follows in the background
                         await self._registry.refresh()

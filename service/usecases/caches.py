@@ -231,19 +231,19 @@ class CachedRegistry:
     """
 
     def __init__(self, store: RegistryStore) -> None:
-        self._store = store
+        self.store = store
         self.is_ready = False
         self.current = Registry()
 
     async def refresh(self) -> None:
         """Load the newest version. Raises LedgerUnavailable."""
         if self.is_ready:
-            held, version = self.current, await self._store.read_version()
+            held, version = self.current, await self.store.read_version()
             if version == held.version:
                 return
             if version < held.version:
                 await self._restore(held)
-        self.current = await self._store.load()
+        self.current = await self.store.load()
         self.is_ready = True
 
     async def _restore(self, held: Registry) -> None:
@@ -251,7 +251,7 @@ class CachedRegistry:
 
         Only a loss makes versions go back. The first of several processes that notice it restores the registry.
         """
-        stored = await self._store.load()
+        stored = await self.store.load()
         replaced = {tenant.id: name for name, tenant in stored.tenants.items() if held.tenant_by_id(tenant.id) is None}
         change = RegistryChange(
             version=stored.version,
@@ -265,5 +265,5 @@ class CachedRegistry:
             drop_tokens=tuple(token for name, token in stored.tokens.items() if name not in held.tokens),
             deleted_tenant_names={**replaced, **held.deleted_tenant_names},
         )
-        restored = await self._store.write(change)
+        restored = await self.store.write(change)
         _log.error("registry.restored_from_memory", stored=stored.version, held=held.version, restored=restored)

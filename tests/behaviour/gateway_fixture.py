@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from service.app import create_app, create_ops_app
 from service.clients.webhooks import WebhookClient
-from service.container import Adapters, Container, build_services, open_container
+from service.container import Container, open_container
 from service.sandbox.app import SandboxConfig, open_sandbox
 from service.sandbox.store import AccountBalance
 from service.settings import Settings
@@ -146,20 +146,20 @@ async def run_fake_gateway(
 ) -> AsyncIterator[tuple[RunningGateway, FakeLedger, FakeUpstream]]:
     """Run a gateway over in-memory ports; `fetch_artifact` replaces the artifact client."""
     ledger, upstream, background = FakeLedger(), FakeUpstream(), TaskSupervisor()
-    registry = FakeRegistry(ledger)
-    ports = Adapters(
+    services = Container(
+        Settings.load(ENVIRONMENT),
+        Metrics(CollectorRegistry()),
+        background,
         ledger=ledger,
-        task_store=ledger,
-        task_cache=ledger.cache,
-        registry_store=registry,
-        registry=registry,
+        tasks=ledger,
+        deliveries=FakeDeliveryQueue(ledger),
         upstream=upstream,
+        registry=FakeRegistry(ledger),
+        task_cache=ledger.cache,
         fetch_artifact=fetch_artifact or FakeArtifacts().fetch,
-        delivery_queue=FakeDeliveryQueue(ledger),
         post_webhook=WebhookClient().post,
         now=ledger.clock.now,
     )
-    services = build_services(ports, Settings.load(ENVIRONMENT), Metrics(CollectorRegistry()), background)
 
     async def pass_time(seconds: float) -> None:
         ledger.clock.now_ms += int(seconds * 1000)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import gc
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
@@ -30,8 +29,10 @@ BODY = encode_form(encode_field("colors", "5"), encode_file("image", make_png())
 async def port(gateway: RunningGateway, valkey: Valkey) -> AsyncIterator[int]:
     """Serve a gateway with short timeouts; assert at the end that nothing was spent."""
     await gateway.put_tenant(**UNREACHABLE_POLICIES)
-    patience = UploadReader(max_image_bytes=MAX_BYTES, max_image_pixels=MAX_PIXELS, idle_seconds=0.1, total_seconds=0.4)
-    async with serve_app(create_app(dataclasses.replace(gateway.services, uploads=patience))) as url:
+    gateway.services.uploads = UploadReader(
+        max_image_bytes=MAX_BYTES, max_image_pixels=MAX_PIXELS, idle_seconds=0.1, total_seconds=0.4
+    )
+    async with serve_app(create_app(gateway.services)) as url:
         yield get_port(url)
     await assert_nothing_happened(gateway, valkey)
 

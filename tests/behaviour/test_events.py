@@ -127,7 +127,7 @@ async def test_streams_end_at_shutdown(gateway: RunningGateway, task: dict[str, 
     async with open_event_stream(gateway, task) as early, open_event_stream(gateway, task, "1-queued") as resumed:
         assert await early.next_event()
         await resumed.wait_for_comment()
-        gateway.services.lifecycle.start_draining()
+        gateway.services.start_draining()
         assert await early.read_remaining() == await resumed.read_remaining() == []
     async with open_event_stream(gateway, task) as late:
         assert [event.id for event in await late.read_remaining()] == ["1-queued"]

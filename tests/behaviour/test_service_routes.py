@@ -19,7 +19,7 @@ async def test_health(gateway: RunningGateway) -> None:
 
 
 async def test_draining_process_is_not_ready(gateway: RunningGateway) -> None:
-    gateway.services.lifecycle.start_draining()
+    gateway.services.start_draining()
     for url in (gateway.url, gateway.ops_url):
         assert (await gateway.http.get(f"{url}/healthz")).status_code == 200
         response = await gateway.http.get(f"{url}/readyz")

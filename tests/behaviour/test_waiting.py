@@ -111,7 +111,7 @@ async def test_replay_waits_by_its_own_preference(gateway: RunningGateway) -> No
 
 async def test_shutdown_answers_all_waiters(gateway: RunningGateway, task: dict[str, Any]) -> None:
     readings = [await start_waiting_read(gateway, task_path(task)) for _ in range(3)]
-    gateway.services.lifecycle.start_draining()
+    gateway.services.start_draining()
     async with asyncio.timeout(20):
         responses = [*await asyncio.gather(*readings), await gateway.call("GET", task_path(task), headers=PREFERS)]
     for response in responses:

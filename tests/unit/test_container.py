@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from service import container
-from service.container import Adapters, build_services, open_container
+from service.container import Container, Job, open_container
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.usecases.background import TaskSupervisor
@@ -17,27 +17,28 @@ from tests.fakes import FakeDeliveryQueue, FakeLedger, FakeRegistry, FakeUpstrea
 from tests.fakes.artifacts import FakeArtifacts
 
 
-def make_fake_adapters() -> Adapters:
+def make_container(*jobs: Job, **settings: str) -> Container:
     ledger = FakeLedger()
-    registry = FakeRegistry(ledger)
-    return Adapters(
+    return Container(
+        Settings.load(ENVIRONMENT | {"GATEWAY_REDIS_URL": "redis://localhost"} | settings),
+        Metrics(CollectorRegistry()),
+        TaskSupervisor(),
         ledger=ledger,
-        task_store=ledger,
-        task_cache=ledger.cache,
-        registry_store=registry,
-        registry=registry,
+        tasks=ledger,
+        deliveries=FakeDeliveryQueue(ledger),
         upstream=FakeUpstream(),
+        registry=FakeRegistry(ledger),
+        task_cache=ledger.cache,
         fetch_artifact=FakeArtifacts().fetch,
-        delivery_queue=FakeDeliveryQueue(ledger),
         post_webhook=FakeWebhookClient().post,
         now=ledger.clock.now,
+        jobs=jobs,
     )
 
 
 @pytest.mark.parametrize(("role", "works"), [("api", False), ("worker", True), ("all", True)])
 async def test_jobs_by_role(role: str, works: bool) -> None:
-    settings = Settings.load(ENVIRONMENT | {"GATEWAY_ROLE": role, "GATEWAY_REDIS_URL": "redis://localhost"})
-    services = build_services(make_fake_adapters(), settings, Metrics(CollectorRegistry()), TaskSupervisor())
+    services = make_container(GATEWAY_ROLE=role)
     assert {job in services.jobs for job in (services.task_poller.run, services.webhook_dispatcher.run)} == {works}
 
 
@@ -53,12 +54,7 @@ async def test_failed_jobs_are_restarted(monkeypatch: pytest.MonkeyPatch) -> Non
             third.set()
             await asyncio.Event().wait()
 
-    settings = Settings.load(
-        ENVIRONMENT | {"GATEWAY_ROLE": "api", "GATEWAY_REDIS_URL": "redis://localhost", "GATEWAY_LEASE_SECONDS": "240"}
-    )
-    services = build_services(
-        make_fake_adapters(), settings, Metrics(CollectorRegistry()), TaskSupervisor(), jobs=[job]
-    )
+    services = make_container(job, GATEWAY_ROLE="api", GATEWAY_LEASE_SECONDS="240")
     assert services.drain_seconds == 240
     async with services.run_jobs(), asyncio.timeout(10):
         await third.wait()

@@ -52,7 +52,7 @@ class WebhookGateway:
         self.deliveries = FakeDeliveryQueue(self.ledger)
         self.metrics = Metrics(CollectorRegistry())
         clock = self.ledger.clock
-        change = RegistryUpdater(self.registry, self.registry)
+        change = RegistryUpdater(self.registry)
         self.webhooks = WebhookAdmin(
             updater=change, registry=self.registry, deliveries=self.deliveries, cipher=CIPHER, now=clock.now
         )
