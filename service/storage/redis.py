@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import resources
 from typing import Any
@@ -63,12 +63,12 @@ _CONSTANTS: Mapping[str, int | Sequence[str]] = {
 _LUA_FOLDER = resources.files("service.storage") / "lua"
 _USES = re.compile(r"^-- USES: (.+)$", re.MULTILINE)
 _VERSION_ERROR_PREFIX = "DATAVERSION "
-_ERROR_KINDS: Sequence[tuple[tuple[type[Exception], ...], RedisErrorKind]] = (
-    ((RedisTimeoutError,), RedisErrorKind.TIMEOUT),
-    ((ReadOnlyError,), RedisErrorKind.READONLY),
-    ((ClusterDownError,), RedisErrorKind.CLUSTER),
-    ((RedisConnectionError,), RedisErrorKind.CONNECTION),
-    ((ResponseError,), RedisErrorKind.RESPONSE),
+_ERROR_KINDS: Sequence[tuple[type[Exception], RedisErrorKind]] = (
+    (RedisTimeoutError, RedisErrorKind.TIMEOUT),
+    (ReadOnlyError, RedisErrorKind.READONLY),
+    (ClusterDownError, RedisErrorKind.CLUSTER),
+    (RedisConnectionError, RedisErrorKind.CONNECTION),
+    (ResponseError, RedisErrorKind.RESPONSE),
 )
 SCRIPT_NAMES = tuple(
     sorted(file.name.removesuffix(".lua") for file in _LUA_FOLDER.iterdir() if file.name.endswith(".lua"))
@@ -366,9 +366,9 @@ def _assemble(name: str, *, has_version: bool) -> str:
     """Return a script after what it uses: constants, the check of the data version, shared parts."""
     parts: dict[str, str] = {}
     if has_version:
-        _add_part("version", parts)
+        _add_parts(["version"], parts)
     script = (_LUA_FOLDER / f"{name}.lua").read_text(encoding="utf-8")
-    _add_parts_of(script, parts)
+    _add_parts(_used_parts(script), parts)
     text = "\n".join([*parts.values(), script])
     constants = [
         f"local {constant} = {_to_lua(value)}\n"
@@ -378,17 +378,17 @@ def _assemble(name: str, *, has_version: bool) -> str:
     return "".join(constants) + text
 
 
-def _add_part(name: str, parts: dict[str, str]) -> None:
-    if name not in parts:
-        text = (_LUA_FOLDER / "shared" / f"{name}.lua").read_text(encoding="utf-8")
-        _add_parts_of(text, parts)
-        parts[name] = text
+def _add_parts(names: Iterable[str], parts: dict[str, str]) -> None:
+    for name in names:
+        if name not in parts:
+            text = (_LUA_FOLDER / "shared" / f"{name}.lua").read_text(encoding="utf-8")
+            _add_parts(_used_parts(text), parts)
+            parts[name] = text
 
 
-def _add_parts_of(text: str, parts: dict[str, str]) -> None:
+def _used_parts(text: str) -> Sequence[str]:
     uses = _USES.search(text)
-    for name in uses[1].split(", ") if uses else ():
-        _add_part(name, parts)
+    return uses[1].split(", ") if uses else ()
 
 
 def _to_lua(value: int | Sequence[str]) -> str:
@@ -396,10 +396,7 @@ def _to_lua(value: int | Sequence[str]) -> str:
 
 
 def classify_error(error: RedisError) -> RedisErrorKind:
-    for classes, kind in _ERROR_KINDS:
-        if isinstance(error, classes):
-            return kind
-    return RedisErrorKind.OTHER
+    return next((kind for error_type, kind in _ERROR_KINDS if isinstance(error, error_type)), RedisErrorKind.OTHER)
 
 
 class Subscriber:
