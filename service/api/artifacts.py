@@ -59,7 +59,7 @@ def artifact_routes(reader: TaskReader) -> list[HTTPRouteHandler]:
         response_description="The whole result",
         response_headers=openapi.response_headers(*openapi.FILE_HEADERS),
         responses=openapi.problem_responses(
-            401, 404, 416, "upstream-invalid-response", "upstream-unavailable", "overloaded"
+            401, "tenant-disabled", 404, 416, "upstream-invalid-response", "upstream-unavailable", "overloaded"
         )
         | openapi.NOT_MODIFIED
         | {206: ResponseSpec(bytes, description="The requested range", generate_examples=False)},

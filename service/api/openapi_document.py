@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 from litestar import Litestar
 from litestar.openapi.config import OpenAPIConfig
-from msgspec import Struct
+from msgspec import UNSET, Struct
+from msgspec.structs import fields
 
 from service.api import admin_schemas, health, legacy, openapi, schemas
 from service.api.admin_schemas import TaskEvent
@@ -194,18 +195,12 @@ def build_document(app: Litestar) -> Node:
     components = document["components"]
     components |= {"headers": {}, "responses": {"Problem": _DEFAULT_PROBLEM}}
     for name, schema in components["schemas"].items():
-        if struct := _STRUCTS.get(name):
-            # Litestar omits docstrings, and that some objects forbid unknown fields.
-            schema["description"] = inspect.getdoc(struct)
-            if struct.__struct_config__.forbid_unknown_fields:
-                schema["additionalProperties"] = False
-        if properties := schema.get("properties"):
-            schema["properties"] = {key: _unwrap(value, nullable=True) for key, value in properties.items()}
-        if name in _EXAMPLES:
-            schema["examples"] = [_EXAMPLES[name]]
+        _complete_schema(name, schema)
     for item in document["paths"].values():
         for operation in item.values():
             _complete_operation(operation, components)
+    if "AccountBody" in components["schemas"]:
+        _describe_patches(document)
     if Task.__name__ in components["schemas"]:
         # By reference: client generators would mistake an inline operation for one of the gateway.
         document["webhooks"] = {_WEBHOOK_NAME: {"$ref": f"#/components/pathItems/{_WEBHOOK_NAME}"}}
@@ -215,6 +210,21 @@ def build_document(app: Litestar) -> Node:
     text = _ENCODER.encode(document).replace(rb"\\A", b"^").replace(rb"\\Z", b"$")
     # Decoded, so that no parts are shared: YAML would write anchors for them.
     return dict(msgspec.json.decode(text))
+
+
+def _complete_schema(name: str, schema: Node) -> None:
+    if struct := _STRUCTS.get(name):
+        # Litestar omits docstrings, and that some objects forbid unknown fields.
+        schema["description"] = inspect.getdoc(struct)
+        if struct.__struct_config__.forbid_unknown_fields:
+            schema["additionalProperties"] = False
+        elif not struct.__struct_config__.omit_defaults:
+            # A response has all its fields, also those that are optional in the request.
+            schema["required"] = [field.encode_name for field in fields(struct) if field.default is not UNSET]
+    if properties := schema.get("properties"):
+        schema["properties"] = {key: _unwrap(value, nullable=True) for key, value in properties.items()}
+    if name in _EXAMPLES:
+        schema["examples"] = [_EXAMPLES[name]]
 
 
 def _complete_operation(operation: Node, components: Node) -> None:
@@ -276,6 +286,25 @@ def _example_problem(code: str) -> Any:
     kind = next(problem for problem in PROBLEMS if problem.code == code)
     problem = ProblemResponse(kind, kind.description, _PROBLEM_EXTRAS.get(code, {}))
     return msgspec.json.decode(render(problem, request_id="4f5c2d1e8b7a46f09d3c6b5a49382716")[2])
+
+
+def _describe_patches(document: Node) -> None:
+    """Describe merge patches: as the bodies that they change, with null for each field, and none required."""
+    schemas = document["components"]["schemas"]
+    for name in ("Account", "Tenant", "Webhook"):
+        body = schemas[f"{name}Body"]
+        properties = {
+            key: schema
+            if "oneOf" in schema
+            # Without the default, which a generated client would send.
+            else {"oneOf": [{word: value for word, value in schema.items() if word != "default"}, {"type": "null"}]}
+            for key, schema in body["properties"].items()
+        }
+        text = _ENCODER.encode(body | {"properties": properties, "required": []})
+        schemas[f"{name}Patch"] = msgspec.json.decode(text.replace(b'Body"', b'Patch"'))
+    for path, name in (("accounts", "Account"), ("tenants", "Tenant")):
+        (media,) = document["paths"][f"/admin/v1/{path}/{{name}}"]["patch"]["requestBody"]["content"].values()
+        media["schema"] = {"$ref": f"#/components/schemas/{name}Patch"}
 
 
 def _refer_headers(names: Iterable[str], components: Node) -> Node:

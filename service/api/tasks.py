@@ -177,7 +177,8 @@ def task_routes(
         description=_READ_DESCRIPTION,
         response_description="The current task",
         response_headers=openapi.response_headers("ETag", "Age", "Retry-After", "Preference-Applied", "Cache-Control"),
-        responses=openapi.problem_responses(401, 404, "overloaded", "upstream-unavailable") | openapi.NOT_MODIFIED,
+        responses=openapi.problem_responses(401, "tenant-disabled", 404, "overloaded", "upstream-unavailable")
+        | openapi.NOT_MODIFIED,
     )
     async def read(
         request: Request[Any, Any, Any],
@@ -202,7 +203,7 @@ def task_routes(
         description=_LIST_DESCRIPTION,
         response_description="A page of tasks",
         response_headers=openapi.response_headers("Cache-Control"),
-        responses=openapi.problem_responses(400, 401, "invalid-options", "ledger-unavailable"),
+        responses=openapi.problem_responses(400, 401, "tenant-disabled", "invalid-options", "ledger-unavailable"),
     )
     async def list_tasks(
         request: Request[Any, Any, Any],
@@ -268,7 +269,8 @@ def event_routes(*, reader: TaskReader, tenant_auth: TenantAuth) -> Sequence[HTT
         media_type=EVENT_STREAM_TYPE,
         response_description="The changes of the task",
         response_headers=openapi.response_headers("Cache-Control"),
-        responses=openapi.problem_responses(401, 404, "overloaded", "upstream-unavailable") | _STREAM_RESPONSES,
+        responses=openapi.problem_responses(401, "tenant-disabled", 404, "overloaded", "upstream-unavailable")
+        | _STREAM_RESPONSES,
     )
     async def events(
         request: Request[Any, Any, Any],

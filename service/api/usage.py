@@ -44,7 +44,7 @@ def quota_routes(quota: QuotaReports) -> Sequence[HTTPRouteHandler]:
         description="The present state of your policies, and whether an account can pay.",
         response_description="Your policies",
         response_headers=openapi.response_headers("Cache-Control"),
-        responses=openapi.problem_responses(401, "ledger-unavailable"),
+        responses=openapi.problem_responses(401, "tenant-disabled", "ledger-unavailable"),
     )
     async def read(tenant: NamedDependency[Tenant]) -> Response[Quota]:
         return Response(render_quota(await quota.for_tenant(tenant)), headers=PRIVATE_HEADERS)
@@ -80,7 +80,7 @@ def usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
         description=_USAGE_DESCRIPTION,
         response_description="Your usage",
         response_headers=openapi.response_headers("Cache-Control"),
-        responses=openapi.problem_responses(401, "invalid-options", "ledger-unavailable"),
+        responses=openapi.problem_responses(401, "tenant-disabled", "invalid-options", "ledger-unavailable"),
     )
     async def read(
         request: Request[Any, Any, Any],
@@ -144,7 +144,7 @@ def submission_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHandl
         description="The outcome may be provisional: `unknown` becomes `accepted` if its task is discovered.",
         response_description="The submission",
         response_headers=openapi.response_headers("Cache-Control"),
-        responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
+        responses=openapi.problem_responses(401, "tenant-disabled", 404, "ledger-unavailable"),
     )
     async def read(
         tenant: NamedDependency[Tenant],
