@@ -85,7 +85,7 @@ async def test_unmarked_data(store: RunningStore) -> None:
     assert "has version 1," in gateway.errors[0].reason
 
 
-@pytest.mark.parametrize("version", ["0", "1", "3", "11", "", "x" * 100, "\xff"])
+@pytest.mark.parametrize("version", ["0", "1", str(DATA_VERSION + 1), "11", "", "x" * 100, "\xff"])
 async def test_other_version(store: RunningStore, version: str) -> None:
     """Data of another version is neither read nor written, and the error names both versions."""
     store.execute("SET", KEYS.data_version, version)
@@ -122,7 +122,7 @@ async def test_replaced_while_it_runs(store: RunningStore) -> None:
         await gateway.registry.write(CHANGE)
         await live.refresh()
         store.execute("FLUSHALL")
-        store.execute("SET", KEYS.data_version, "3")
+        store.execute("SET", KEYS.data_version, str(DATA_VERSION + 1))
         before = read_all_keys(store)
         with pytest.raises(DataVersionError):
             await gateway.ledger.reopen_account(1)
@@ -140,7 +140,7 @@ async def test_replaced_while_idle(store: RunningStore, job: str) -> None:
         await gateway.registry.write(CHANGE)
         await live.refresh()
         store.execute("FLUSHALL")
-        store.execute("SET", KEYS.data_version, "3")
+        store.execute("SET", KEYS.data_version, str(DATA_VERSION + 1))
         store.execute("ZADD", KEYS.leases, "1", "r")
         store.execute("HSET", KEYS.registry, "version", "1")
         before = read_all_keys(store)
