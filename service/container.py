@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import structlog
+from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 from structlog.typing import FilteringBoundLogger
 
@@ -40,10 +41,10 @@ from service.storage.redis import (
 )
 from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore, put_task_event
+from service.telemetry import tracing
 from service.telemetry.gauges import GaugeName
 from service.telemetry.metrics import Metrics, RedisOutcome, preregister
 from service.telemetry.redaction import Redactor, RegisterSecret, noop
-from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.admin import RegistryAdmin, RegistryUpdater, WebhookAdmin
 from service.usecases.background import TaskSupervisor, cancel_and_wait
 from service.usecases.caches import CachedRegistry, DurationEstimator, TaskCache
@@ -98,7 +99,7 @@ class Container:
         now: Callable[[], float] = time.time,
         jobs: Sequence[Job] = (),
         register_secret: RegisterSecret = noop,
-        tracer: Tracer = NOOP_TRACER,
+        tracer: Tracer = tracing.NOOP_TRACER,
     ) -> None:
         if settings.admin_token is None:
             raise ValueError("the settings are not complete")
@@ -132,7 +133,6 @@ class Container:
             task_ids=task_ids,
             supervisor=background,
             metrics=metrics,
-            tracer=tracer,
         )
         self.task_reader = TaskReader(
             tasks=tasks,
@@ -252,7 +252,7 @@ async def open_tracer(url: str | None, sample_ratio: float, redact: Callable[[st
     spans are sent as the block ends.
     """
     if url is None:
-        yield NOOP_TRACER
+        yield tracing.NOOP_TRACER
         return
     from service.telemetry.tracing_otel import open_exporting_tracer  # noqa: PLC0415 - optional and slow to import
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.util import find_spec
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Any, Self, get_type_hints
@@ -21,7 +22,6 @@ from msgspec import Struct
 from service.crypto import parse_secret_key
 from service.domain.tasks import DEFAULT_CATALOGUE, Catalogue
 from service.storage.connections import RedisAddress, parse_redis_url
-from service.telemetry import tracing
 
 FILE_SUFFIX = "_FILE"
 _MAX_FILE_BYTES = 65_536
@@ -572,11 +572,18 @@ def _find_conflicts(values: Mapping[str, Any]) -> Iterator[str]:
         yield "GATEWAY_UPSTREAM_USER_KEY needs GATEWAY_UPSTREAM_URL: the sandbox has an account of its own"
     if values.get("host") == values.get("ops_host") and _has_same_port(values, "ops_port", "port"):
         yield "GATEWAY_OPS_PORT must differ from GATEWAY_PORT"
-    if values.get("traces_url") and not tracing.is_exporter_installed():
+    if values.get("traces_url") and not _is_exporter_installed():
         yield "GATEWAY_TRACES_URL needs the exporter: pip install 'imaging-gateway[otel]'"
     for other in ("port", "ops_port"):
         if _is_missing(values, "upstream_url") and _has_same_port(values, "sandbox_port", other):
             yield f"GATEWAY_SANDBOX_PORT must differ from {_variable_name(other)}"
+
+
+def _is_exporter_installed() -> bool:
+    try:
+        return find_spec("opentelemetry.exporter.otlp.proto.http.trace_exporter") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _is_missing(values: Mapping[str, Any], field: str) -> bool:

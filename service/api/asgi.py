@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import structlog
 from litestar import Request
+from opentelemetry.trace import Span, Tracer
 from structlog.typing import FilteringBoundLogger
 
 from service.api.errors import (
@@ -28,10 +29,9 @@ from service.api.errors import (
     ProblemResponse,
     render,
 )
-from service.telemetry import logging
+from service.telemetry import logging, tracing
 from service.telemetry.logging import OUTCOME_ANSWERED, WaitTimer
 from service.telemetry.metrics import OTHER_LABEL, UNMATCHED_ROUTE, Metrics, Port
-from service.telemetry.tracing import NOOP_TRACER, RequestSpan, Tracer
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -88,7 +88,7 @@ class RequestMiddleware:
     """Gives every request of one port an id, a log line and its place in the metrics."""
 
     def __init__(
-        self, app: App, metrics: Metrics, logger: FilteringBoundLogger, port: Port, tracer: Tracer = NOOP_TRACER
+        self, app: App, metrics: Metrics, logger: FilteringBoundLogger, port: Port, tracer: Tracer = tracing.NOOP_TRACER
     ) -> None:
         self._app = app
         self._metrics = metrics
@@ -104,8 +104,9 @@ class RequestMiddleware:
         # The server may share one state among all requests.
         state = scope["state"] = {**scope.get("state", {})}
         request_id = state[REQUEST_ID] = _request_id(scope)
-        with self._tracer.start_request_span(scope) as span:
-            names = {"request_id": request_id} | ({"trace_id": span.trace_id} if span.trace_id else {})
+        with tracing.start_request_span(self._tracer, scope) as span:
+            trace_id = tracing.trace_id_of(span)
+            names = {"request_id": request_id} | ({"trace_id": trace_id} if trace_id else {})
             with (
                 structlog.contextvars.bound_contextvars(**names),
                 logging.measure_upstream_wait() as upstream,
@@ -132,7 +133,7 @@ class RequestMiddleware:
         return [*fields, (_REQUEST_ID_HEADER, request_id.encode())], body
 
     async def _serve(
-        self, scope: Message, receive: Receive, recorder: _ResponseRecorder, upstream_wait: WaitTimer, span: RequestSpan
+        self, scope: Message, receive: Receive, recorder: _ResponseRecorder, upstream_wait: WaitTimer, span: Span
     ) -> None:
         method, path = scope["method"], quote(scope["path"])[:_MAX_PATH_CHARS]  # read now: Litestar changes it
         state = scope["state"]
@@ -152,7 +153,9 @@ class RequestMiddleware:
             status = recorder.status or CLIENT_DISCONNECTED_STATUS
             route = scope.get("path_template") or UNMATCHED_ROUTE
             outcome, tenant = state.get(OUTCOME, OUTCOME_ANSWERED), state.get(TENANT)
-            span.record_response(recorder.status, route=scope.get("path_template"), outcome=outcome, tenant=tenant)
+            tracing.record_request_end(
+                span, method, recorder.status, route=scope.get("path_template"), outcome=outcome, tenant=tenant
+            )
             self._metrics.record_request(self._port, method, route, status, seconds, is_stream=LONG_LIVED in state)
             self._logger.info(
                 "request.ended",

@@ -18,6 +18,7 @@ import httpx2
 import structlog
 from httpx2 import Headers
 from msgspec import Struct
+from opentelemetry.trace import Tracer
 
 from service.clients.egress import AddressRefused, GuardedTransport, IpAddress, Resolver, is_public, resolve_host
 from service.clients.http import USER_AGENT, OnCall, local_error_reason
@@ -33,9 +34,9 @@ from service.domain.errors import (
 from service.domain.media import BITMAP_SNIFF_BYTES, OCTET_STREAM, SNIFF_BYTES, is_allowed_type, sniff_type
 from service.domain.tasks import Artifact
 from service.domain.tenants import Account
+from service.telemetry import tracing
 from service.telemetry.logging import upstream_wait
 from service.telemetry.metrics import Metrics, preregister
-from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.ports import ArtifactStream, Coverage, RangeRequest, TransferAborted
 
 _log = structlog.get_logger(__name__)
@@ -189,7 +190,7 @@ class ArtifactClient:
         tls: ssl.SSLContext | None = None,
         resolver: Resolver = resolve_host,
         timeouts: FetchTimeouts | None = None,
-        tracer: Tracer = NOOP_TRACER,
+        tracer: Tracer = tracing.NOOP_TRACER,
     ) -> None:
         self._upstream_url = upstream_url
         self._max_bytes = max_bytes
@@ -358,9 +359,9 @@ class _Fetch:
         """Return the final response; the transport checks the address of every hop."""
         for resend_count in range(1 + MAX_REDIRECTS):
             # No trace headers are sent to the upstream's servers.
-            with self.tracer.start_client_span("GET", str(url), resend_count=resend_count) as span:
+            with tracing.start_client_span(self.tracer, "GET", str(url), resend_count=resend_count) as span:
                 response = await self._send_request(transport, url, range_request)
-                span.record_response(response.status_code)
+                tracing.record_status(span, response.status_code)
             if response.status_code not in _REDIRECT_STATUSES:
                 return response
             target = url.join(response.headers.get("location", ""))

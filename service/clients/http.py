@@ -23,9 +23,10 @@ import httpx2
 import msgspec
 import structlog
 from msgspec import Struct
+from opentelemetry.trace import Tracer
 
 from service import __version__
-from service.telemetry.tracing import NOOP_TRACER, Tracer
+from service.telemetry import tracing
 
 _log = structlog.get_logger(__name__)
 
@@ -301,7 +302,12 @@ class UpstreamPool:
     """
 
     def __init__(
-        self, breakers: Mapping[str, Breaker], tls: ssl.SSLContext, *, keep_alive: bool, tracer: Tracer = NOOP_TRACER
+        self,
+        breakers: Mapping[str, Breaker],
+        tls: ssl.SSLContext,
+        *,
+        keep_alive: bool,
+        tracer: Tracer = tracing.NOOP_TRACER,
     ) -> None:
         self.busy_count = self.waiting_count = 0
         self._breakers = breakers
@@ -337,7 +343,7 @@ class UpstreamPool:
         try:
             # No trace headers: they would reveal to a third party which requests belong together, and in
             # `tracestate` whatever the tools of our callers write there.
-            with self._tracer.start_client_span("POST", url, hide_path=False) as span:
+            with tracing.start_client_span(self._tracer, "POST", url, hide_path=False) as span:
                 async with Deadline(timeout_seconds) as deadline, self._acquire_slot():
                     request = httpx2.Request(
                         "POST",
@@ -349,7 +355,7 @@ class UpstreamPool:
                     )
                     request_trace.start(deadline)
                     response = await self._send_request(request, deadline, request_trace)
-                span.record_response(response.status)
+                tracing.record_status(span, response.status)
                 return response
         except Exception as error:  # noqa: BLE001 - the libraries raise more than they declare
             if request_trace.response is None:

@@ -13,6 +13,7 @@ from typing import Self
 import httpx2
 import structlog
 from msgspec.structs import replace
+from opentelemetry.trace import Tracer
 
 from service.clients import vendor_api
 from service.clients.http import (
@@ -28,10 +29,10 @@ from service.clients.vendor_api import mask_key, remove_key
 from service.crypto import AesSivCipher
 from service.domain.tasks import Catalogue, Options, TaskError
 from service.domain.tenants import Account
+from service.telemetry import tracing
 from service.telemetry.gauges import GaugeName
 from service.telemetry.logging import upstream_wait
 from service.telemetry.metrics import Metrics, preregister
-from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.ports import CheckOutcome, CheckResult, Image, SubmitOutcome, SubmitResult
 
 _log = structlog.get_logger(__name__)
@@ -59,7 +60,7 @@ class UpstreamClient:
         catalogue: Catalogue,
         *,
         on_call: OnCall,
-        tracer: Tracer = NOOP_TRACER,
+        tracer: Tracer = tracing.NOOP_TRACER,
     ) -> None:
         self._base_url = base_url
         self._user_keys = user_keys

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import httpx2
 import structlog
+from opentelemetry.trace import Tracer
 
 from service.clients.egress import (
     AddressRefused,
@@ -20,7 +21,7 @@ from service.clients.egress import (
 from service.clients.http import USER_AGENT, Deadline, local_error_reason, parse_retry_after
 from service.domain.errors import Overloaded
 from service.domain.tenants import Webhook
-from service.telemetry.tracing import NOOP_TRACER, Tracer
+from service.telemetry import tracing
 from service.usecases.ports import WebhookResponse
 
 _log = structlog.get_logger(__name__)
@@ -47,7 +48,7 @@ class WebhookClient:
         *,
         resolver: Resolver = resolve_host,
         timeout_seconds: float = TIMEOUT_SECONDS,
-        tracer: Tracer = NOOP_TRACER,
+        tracer: Tracer = tracing.NOOP_TRACER,
     ) -> None:
         self._tracer = tracer
         self._resolver = resolver
@@ -64,15 +65,15 @@ class WebhookClient:
             return is_public(ip) or webhook.allows_address(ip)
 
         try:
-            with self._tracer.start_client_span("POST", url) as span:
+            with tracing.start_client_span(self._tracer, "POST", url) as span:
                 async with Deadline(self._timeout_seconds):
                     # The allowed addresses depend on the tenant; no connection is reused.
                     transport = GuardedTransport(is_allowed, tls=self._tls, resolver=self._resolver)
                     async with self._create_client(transport) as client:
                         # The tenant chose the receiver, so it may join the trace.
-                        response = await _send(client, url, {**headers, **span.propagation_headers}, body)
+                        response = await _send(client, url, {**headers, **tracing.trace_headers()}, body)
                 if response.status:
-                    span.record_response(response.status)
+                    tracing.record_status(span, response.status)
                 return response
         except Exception as error:
             if local_reason := local_error_reason(error):

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import structlog
+from opentelemetry.trace import Tracer
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.client import PubSub
 from redis.exceptions import ClusterDownError, DataError, NoScriptError, ReadOnlyError, RedisError, ResponseError
@@ -22,8 +23,8 @@ from service.domain.availability import EXCLUSIVE_RETRY_MS, MAX_FAILED_BALANCE_C
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import OFFSET_UNITS_PER_MS, ClockReading, LedgerClock
 from service.domain.tenants import Window
+from service.telemetry import tracing
 from service.telemetry.metrics import Metrics, RedisErrorKind, RedisOutcome
-from service.telemetry.tracing import NOOP_TRACER, Tracer
 
 _log = structlog.get_logger(__name__)
 Client = Redis | RedisCluster
@@ -280,7 +281,7 @@ class RedisScripts:
         *,
         version_guard: DataVersionGuard | None = None,
         monitor: RedisMonitor | None = None,
-        tracer: Tracer = NOOP_TRACER,
+        tracer: Tracer = tracing.NOOP_TRACER,
     ) -> None:
         self._client = client
         self._version_guard = version_guard
@@ -301,7 +302,7 @@ class RedisScripts:
             guarded = self._version_guard.keys
             keys = (*keys, guarded.registry, guarded.data_version)
             values = (*values, str(self._version_guard.version))
-        with self._observe_call(name), self._tracer.start_redis_span("EVALSHA", script=name):
+        with self._observe_call(name), tracing.start_redis_span(self._tracer, "EVALSHA", script=name):
             await self._check_version()
             if name not in self._hashes:
                 await self._load(name)
@@ -316,8 +317,9 @@ class RedisScripts:
         pipeline = self._client.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
-        operation = str(commands[0][0]) if len(commands) == 1 else "PIPELINE"
-        with self._observe_call(READ_COMMAND), self._tracer.start_redis_span(operation, batch_size=len(commands)):
+        count = len(commands)
+        operation = str(commands[0][0]) if count == 1 else "PIPELINE"
+        with self._observe_call(READ_COMMAND), tracing.start_redis_span(self._tracer, operation, batch_size=count):
             await self._check_version()
             return await pipeline.execute()
 

@@ -1,142 +1,204 @@
-"""Traces of requests across processes and servers.
+"""Spans by OpenTelemetry's semantic conventions for HTTP, databases and errors.
 
-The gateway reports to a `Tracer`. Without a collector that is NOOP_TRACER; only `tracing_otel` imports OpenTelemetry,
-which is an optional dependency.
+Without a provider (see `tracing_otel`) the tracer is a NoOpTracer, no span becomes current, and nothing is recorded or
+sent. Server spans are errors from status 500, client spans from 400. Messages of exceptions are never recorded: they
+contain addresses and texts of others. The provider redacts the attributes given at the start of a span.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
-from importlib.util import find_spec
-from types import MappingProxyType
-from typing import Any, Protocol, Self
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any
+from urllib.parse import quote, urlsplit
 
-Headers = Iterable[tuple[bytes, bytes]]
-"""The headers of an ASGI request; names in lower case."""
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace import INVALID_SPAN, Link, NoOpTracer, Span, SpanKind, StatusCode, Tracer
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from service.telemetry.logging import OUTCOME_ANSWERED
+
+NOOP_TRACER = NoOpTracer()
 CLIENT_OUTCOME_PREFIX = "client-"
 """Outcomes with this prefix are caused by the client."""
-_TRACEPARENT = re.compile(
-    rb"(?P<version>(?!ff)[0-9a-f]{2})"
-    rb"-(?P<trace>(?!0{32})[0-9a-f]{32})"
-    rb"-(?P<span>(?!0{16})[0-9a-f]{16})"
-    rb"-(?P<flags>[0-9a-f]{2})"
-    rb"(?P<more>-.*)?"
-)
+PROBE_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Requested every few seconds by machines: they would outnumber everything else."""
+_HIDDEN_PATH = "/REDACTED"
+_KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_TRACE_HEADERS = {b"traceparent": "traceparent", b"tracestate": "tracestate"}
+_PROPAGATOR = TraceContextTextMapPropagator()
+_ROOT = Context()
 
 
-def parse_trace_id(headers: Headers) -> str | None:
-    """Return the trace id of a valid `traceparent` as 32 hex digits, else None.
+@contextmanager
+def start_request_span(tracer: Tracer, scope: Mapping[str, Any]) -> Iterator[Span]:
+    """Start the span of an ASGI request. Yields the client's span if the request is not recorded."""
+    context = _extract_context(scope["headers"])
+    if isinstance(tracer, NoOpTracer) or scope["path"] in PROBE_PATHS:
+        yield trace.get_current_span(context)
+        return
+    # Not within the current span: the server may start a pipelined request in the context of another one.
+    span = tracer.start_span(_method_name(scope["method"]), context, SpanKind.SERVER, _request_attributes(scope))
+    with _record(span):
+        yield span if span.is_recording() else trace.get_current_span(context)
 
-    Of a later version only the part is parsed that all versions have.
+
+def record_request_end(
+    span: Span, method: str, status: int | None, *, route: str | None, outcome: str, tenant: str | None
+) -> None:
+    """Record how a request ended; `status` is None if there was no response."""
+    if not span.is_recording():
+        return
+    span.set_attribute("gateway.outcome", outcome)
+    if route:
+        span.set_attribute("http.route", route)
+        span.update_name(f"{_method_name(method)} {route}")
+    if status:
+        span.set_attribute("http.response.status_code", status)
+    if tenant:
+        span.set_attribute("gateway.tenant", tenant)
+    if error_type := _error_type(status, outcome):
+        _set_error(span, error_type)
+
+
+def start_linked_span(tracer: Tracer, name: str, cause: str | None, reservation: str) -> AbstractContextManager[Span]:
+    """Start a trace of its own, linked to that of `cause` (a traceparent, or None if unrecorded).
+
+    Traces are not kept open for days, so later work gets a new one.
     """
-    values = [value for name, value in headers if name == b"traceparent"]
-    if len(values) != 1:  # several are ambiguous
-        return None
-    match = _TRACEPARENT.fullmatch(values[0].strip(b" \t"))
-    if match is None or (match["more"] is not None and match["version"] == b"00"):
-        return None
-    return match["trace"].decode()
+    carrier = {} if cause is None else {"traceparent": cause}
+    cause_context = trace.get_current_span(_PROPAGATOR.extract(carrier, _ROOT)).get_span_context()
+    if not cause_context.is_valid:
+        return INVALID_SPAN
+    attributes = {"gateway.reservation": reservation}
+    return _record(tracer.start_span(name, _ROOT, SpanKind.INTERNAL, attributes, [Link(cause_context)]))
 
 
-class RequestSpan(Protocol):
-    """The span of a request to the gateway."""
+def start_client_span(
+    tracer: Tracer, method: str, url: str, *, hide_path: bool = True, resend_count: int = 0
+) -> AbstractContextManager[Span]:
+    """Start the span of a request to another server if its parent is recorded.
 
-    @property
-    def trace_id(self) -> str | None:
-        """Return the recorded trace, else the trace of the client."""
-
-    def record_response(self, status: int | None, *, route: str | None, outcome: str, tenant: str | None) -> None:
-        """Record the end; `status` is None if there was no response."""
-
-
-class CallSpan(Protocol):
-    """The span of a request to another server; fails with the exception of its block."""
-
-    @property
-    def propagation_headers(self) -> Mapping[str, str]:
-        """Return the headers by which the other server can join the trace."""
-
-    def record_response(self, status: int) -> None: ...
-
-
-class Tracer(Protocol):
-    """A recorder of spans, each for the duration of a block.
-
-    No method raises or waits. Values of clients, tenants and the upstream are recorded only where a method documents
-    it.
+    The path is hidden where it may grant access; credentials and query are never recorded.
     """
-
-    def start_request_span(self, scope: Mapping[str, Any]) -> AbstractContextManager[RequestSpan]:
-        """Start the span of an ASGI request: method, path, host and user agent, redacted."""
-
-    def start_linked_span(self, name: str, cause: str | None, reservation: str) -> AbstractContextManager[object]:
-        """Start a trace of its own, linked to that of `cause` (a traceparent, or None if unrecorded).
-
-        Traces are not kept open for days, so later work gets a new one.
-        """
-
-    def start_client_span(
-        self, method: str, url: str, *, hide_path: bool = True, resend_count: int = 0
-    ) -> AbstractContextManager[CallSpan]:
-        """Start the span of a request to another server if its parent is recorded.
-
-        The path is hidden where it may grant access.
-        """
-
-    def start_redis_span(
-        self, operation: str, *, script: str | None = None, batch_size: int = 1
-    ) -> AbstractContextManager[object]:
-        """Start the span of a Redis call if its parent is recorded."""
-
-    def current_traceparent(self) -> str | None:
-        """Return the current context for a later `start_linked_span`; None if unrecorded."""
+    if not _is_recorded():
+        return INVALID_SPAN
+    name, attributes = method, {"http.request.method": method} | _address_attributes(url)
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        path = _HIDDEN_PATH if hide_path else parts.path
+        attributes["url.full"] = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}"
+        if not hide_path:
+            name = f"{method} {path}"
+    if resend_count:
+        attributes["http.request.resend_count"] = resend_count
+    return _record(tracer.start_span(name, kind=SpanKind.CLIENT, attributes=attributes))
 
 
-class NoopSpan:
-    """A span of any kind that records nothing."""
-
-    propagation_headers: Mapping[str, str] = MappingProxyType({})
-
-    def __init__(self, trace: str | None = None) -> None:
-        self.trace_id = trace
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def record_response(self, *_: object, **__: object) -> None:
-        pass
+def record_status(span: Span, status: int) -> None:
+    """Record the status that another server responded with."""
+    span.set_attribute("http.response.status_code", status)
+    if status >= 400:
+        _set_error(span, str(status))
 
 
-NOOP_SPAN = NoopSpan()
+def start_redis_span(
+    tracer: Tracer, operation: str, *, script: str | None = None, batch_size: int = 1
+) -> AbstractContextManager[Span]:
+    """Start the span of a Redis call if its parent is recorded."""
+    if not _is_recorded():
+        return INVALID_SPAN
+    attributes: dict[str, str | int] = {"db.system.name": "redis", "db.operation.name": operation}
+    if script:
+        attributes["db.stored_procedure.name"] = script
+    if batch_size > 1:
+        attributes["db.operation.batch.size"] = batch_size
+    name = f"{operation} {script}" if script else operation
+    return _record(tracer.start_span(name, kind=SpanKind.CLIENT, attributes=attributes))
 
 
-class _NoopTracer:
-    def start_request_span(self, scope: Mapping[str, Any]) -> NoopSpan:
-        return NoopSpan(parse_trace_id(scope["headers"]))
-
-    def start_linked_span(self, *_: object, **__: object) -> NoopSpan:
-        return NOOP_SPAN
-
-    def start_client_span(self, *_: object, **__: object) -> NoopSpan:
-        return NOOP_SPAN
-
-    def start_redis_span(self, *_: object, **__: object) -> NoopSpan:
-        return NOOP_SPAN
-
-    def current_traceparent(self) -> None:
-        return None
+def trace_headers() -> dict[str, str]:
+    """Return the headers by which other servers and later work can join the current span; empty if unrecorded."""
+    headers: dict[str, str] = {}
+    if _is_recorded():
+        _PROPAGATOR.inject(headers)
+    return headers
 
 
-NOOP_TRACER: Tracer = _NoopTracer()
+def trace_id_of(span: Span) -> str | None:
+    """Return the trace of a span as 32 hex digits; None if the span is invalid."""
+    context = span.get_span_context()
+    return trace.format_trace_id(context.trace_id) if context.is_valid else None
 
 
-def is_exporter_installed() -> bool:
+@contextmanager
+def _record(span: Span) -> Iterator[Span]:
+    """Make a span current for a block and end it there; of an exception only the type is recorded."""
+    with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
+        try:
+            yield span
+        except BaseException as error:
+            kind = type(error)
+            _set_error(span, f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins."))
+            raise
+
+
+def _set_error(span: Span, error_type: str) -> None:
+    span.set_attribute("error.type", error_type)
+    span.set_status(StatusCode.ERROR)
+
+
+def _is_recorded() -> bool:
+    # Not `is_recording`: work may continue after its request has ended.
+    return trace.get_current_span().get_span_context().trace_flags.sampled
+
+
+def _extract_context(headers: Iterable[tuple[bytes, bytes]]) -> Context:
+    carrier: dict[str, list[str]] = {}
+    for name, value in headers:
+        if name in _TRACE_HEADERS:
+            carrier.setdefault(_TRACE_HEADERS[name], []).append(value.decode("latin-1"))
+    # Several are ambiguous.
+    return _PROPAGATOR.extract(carrier, _ROOT) if len(carrier.get("traceparent", ())) == 1 else _ROOT
+
+
+def _method_name(method: str) -> str:
+    return method if method in _KNOWN_METHODS else "HTTP"
+
+
+def _request_attributes(scope: Mapping[str, Any]) -> dict[str, str | int]:
+    method, headers = scope["method"], dict(scope["headers"])
+    attributes: dict[str, str | int] = {
+        "http.request.method": method if method in _KNOWN_METHODS else "_OTHER",
+        "url.scheme": scope["scheme"],
+        "url.path": quote(scope["path"]),
+        "network.protocol.version": scope["http_version"],
+    }
+    if method not in _KNOWN_METHODS:
+        attributes["http.request.method_original"] = method
+    if scope["client"]:
+        attributes["client.address"] = scope["client"][0]
+    if b"user-agent" in headers:
+        attributes["user_agent.original"] = headers[b"user-agent"].decode("latin-1")
+    return attributes | _address_attributes(f"{scope['scheme']}://{headers.get(b'host', b'').decode('latin-1')}")
+
+
+def _address_attributes(url: str) -> dict[str, str | int]:
+    """Return host and port of a URL; nothing if it is invalid."""
     try:
-        return find_spec("opentelemetry.exporter.otlp.proto.http.trace_exporter") is not None
-    except ModuleNotFoundError:
-        return False
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port or _DEFAULT_PORTS.get(parts.scheme, 0)
+    except ValueError:
+        return {}
+    return {"server.address": host, "server.port": port} if host else {}
+
+
+def _error_type(status: int | None, outcome: str) -> str | None:
+    """Return how a request failed on the gateway's side; None if it did not."""
+    if status is None or 400 <= status < 500 or outcome.startswith(CLIENT_OUTCOME_PREFIX):
+        return None
+    if outcome != OUTCOME_ANSWERED:
+        return outcome  # possibly failed after the response had started
+    return str(status) if status >= 500 else None

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 
 import structlog
+from opentelemetry.trace import Tracer
 
 from service.crypto import TaskIdCodec
 from service.domain.errors import LedgerUnavailable, NotFound
 from service.domain.ledger import Balance
 from service.domain.tasks import Task
 from service.domain.tenants import Account, Registry, SpendingMode
+from service.telemetry import tracing
 from service.telemetry.gauges import GaugeName
 from service.telemetry.logging import fen_to_yuan
 from service.telemetry.metrics import Metrics
-from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.background import cancel_and_wait, run_periodically
 from service.usecases.caches import CachedRegistry, TaskCache
 from service.usecases.ports import (
@@ -48,7 +49,7 @@ class TaskPoller:
         task_ids: TaskIdCodec,
         cache: TaskCache,
         metrics: Metrics,
-        tracer: Tracer = NOOP_TRACER,
+        tracer: Tracer = tracing.NOOP_TRACER,
         max_concurrent: int = 64,
     ) -> None:
         self._tasks = tasks
@@ -112,11 +113,12 @@ class TaskPoller:
             await asyncio.sleep(EXPIRY_INTERVAL_SECONDS)
 
     async def _check_safely(self, claimed: ClaimedCheck) -> None:
+        task = claimed.task
         try:
-            with self._tracer.start_linked_span("check task", claimed.task.trace_context, claimed.task.reservation):
+            with tracing.start_linked_span(self._tracer, "check task", task.trace_context, task.reservation):
                 await self._check_and_record(claimed)
         except Exception:  # noqa: BLE001 - the task is not awaited; it is due again when its claim expires
-            _log.exception("check.error", reservation=claimed.task.reservation)
+            _log.exception("check.error", reservation=task.reservation)
 
     async def _check_and_record(self, claimed: ClaimedCheck) -> None:
         check = await check_task(claimed.task, self._registry, self._task_ids, self._upstream)

@@ -35,8 +35,8 @@ from service.domain.ledger import (
 )
 from service.domain.tasks import Kind, Options, State, Task, TaskReference, new_task
 from service.domain.tenants import Account, Tenant, TenantPolicy, TenantStatus
+from service.telemetry import tracing
 from service.telemetry.metrics import Metrics
-from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.background import TaskSupervisor
 from service.usecases.caches import CachedRegistry
 from service.usecases.ports import (
@@ -117,7 +117,6 @@ class Submitter:
         task_ids: TaskIdCodec,
         supervisor: TaskSupervisor,
         metrics: Metrics,
-        tracer: Tracer = NOOP_TRACER,
     ) -> None:
         self._ledger = ledger
         self._settlements = settlements
@@ -127,7 +126,6 @@ class Submitter:
         self._task_ids = task_ids
         self._supervisor = supervisor
         self._metrics = metrics
-        self._tracer = tracer
 
     def check_allowed(self, tenant: Tenant, kind: Kind) -> None:
         """Raise TenantReadOnly or KindNotAllowed, which needs no image."""
@@ -177,7 +175,7 @@ class Submitter:
             secrets.token_hex(16), tenant.id, tuple(account.id for account in accounts), options.kind, idempotency
         )
         encoded = msgspec.Raw(msgspec.json.encode(options)), msgspec.Raw(msgspec.json.encode(metadata))
-        traceparent = self._tracer.current_traceparent()
+        traceparent = tracing.trace_headers().get("traceparent")
         verdict, limits, requested_at = await self._reserve(request, tenant.policy)
         if isinstance(verdict, Replay):
             return await self._load_replay(verdict, limits)

@@ -11,6 +11,7 @@ import random
 from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
+from opentelemetry.trace import Tracer
 
 from service.crypto import AesSivCipher
 from service.domain import tenants, webhooks
@@ -18,8 +19,8 @@ from service.domain.errors import GatewayError
 from service.domain.tasks import Task
 from service.domain.tenants import Tenant, Webhook
 from service.domain.webhooks import DeliveryState
+from service.telemetry import tracing
 from service.telemetry.metrics import Metrics
-from service.telemetry.tracing import NOOP_TRACER, Tracer
 from service.usecases.background import cancel_and_wait, run_periodically
 from service.usecases.caches import CachedRegistry
 from service.usecases.ports import (
@@ -54,7 +55,7 @@ class WebhookDispatcher:
         encode_task_event: Callable[[Task], bytes],
         now: Callable[[], float],
         metrics: Metrics,
-        tracer: Tracer = NOOP_TRACER,
+        tracer: Tracer = tracing.NOOP_TRACER,
         max_concurrent: int = 64,
         jitter: Callable[[], float] = random.random,
     ) -> None:
@@ -141,7 +142,7 @@ class WebhookDispatcher:
         if stored is None:
             return _failed_result("The task has expired.")
         task = stored[0]
-        with self._tracer.start_linked_span("deliver webhook", task.trace_context, delivery.reservation):
+        with tracing.start_linked_span(self._tracer, "deliver webhook", task.trace_context, delivery.reservation):
             return await self._send(delivery, tenant, self._encode_task_event(task))
 
     async def _send(self, delivery: Delivery, tenant: Tenant, body: bytes) -> DeliveryResult:

@@ -11,9 +11,8 @@ from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, run_real_ga
 from tests.behaviour.test_secrets import KEYS, call_every_operation, encode_secret
 from tests.behaviour.upstream_control import USER_KEY
 from tests.behaviour.webhook_receiver import make_secret, run_receiver
-from tests.support.traces import TraceCollector, run_collector
+from tests.support.traces import SPAN, TRACE, TraceCollector, run_collector
 from tests.support.valkey import Valkey
-from tests.unit.test_tracing import SPAN, TRACE
 
 CALLER_TRACEPARENT = {"traceparent": f"00-{TRACE}-{SPAN}-01", "tracestate": "tool=of-the-caller"}
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from opentelemetry.trace import Tracer
 from redis.asyncio import Redis
 
 from service.clients.artifacts import ArtifactClient
@@ -16,7 +17,7 @@ from service.domain.errors import GatewayError, LedgerUnavailable
 from service.domain.tasks import DEFAULT_CATALOGUE, Artifact, ArtifactName, FaceEnhanceOptions
 from service.domain.tenants import Webhook
 from service.storage.redis import RedisScripts
-from service.telemetry.tracing import Tracer
+from service.telemetry import tracing
 from service.usecases.ports import RangeRequest, WebhookResponse
 from tests.contract.artifact_server import file_response, response_head, send_pieces
 from tests.contract.client import ACCOUNT, CIPHER, IMAGE, USER_KEY
@@ -81,7 +82,7 @@ async def test_submit() -> None:
     """A submit is recorded as a request to the upstream, without trace headers."""
     recorder = SpanRecorder()
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer:
-        with recorder.tracer.start_request_span(make_http_scope()):
+        with tracing.start_request_span(recorder.tracer, make_http_scope()):
             await submit(peer.url, recorder.tracer)
     (span,) = child_spans(recorder)
     port = int(peer.url.rpartition(":")[2])
@@ -110,7 +111,7 @@ async def test_failures(serve: Handler, seconds: float, attributes: Mapping[str,
     """A failed call records a status or an error type, without its message."""
     recorder = SpanRecorder()
     async with run_server(serve) as peer:
-        with recorder.tracer.start_request_span(make_http_scope()):
+        with tracing.start_request_span(recorder.tracer, make_http_scope()):
             await submit(peer.url, recorder.tracer, seconds=seconds)
     (span,) = child_spans(recorder)
     assert (span.is_error, span.status_message, span.event_count) == (True, "", 0)
@@ -119,7 +120,7 @@ async def test_failures(serve: Handler, seconds: float, attributes: Mapping[str,
 
 async def test_connection_refused() -> None:
     recorder = SpanRecorder()
-    with recorder.tracer.start_request_span(make_http_scope()):
+    with tracing.start_request_span(recorder.tracer, make_http_scope()):
         await submit(f"http://127.0.0.1:{find_free_port()}", recorder.tracer)
     (span,) = child_spans(recorder)
     assert span.attributes["error.type"] == "httpx2.ConnectError"
@@ -129,7 +130,7 @@ async def test_webhook_trace_headers() -> None:
     """A webhook carries the trace context; only the host of its URL is recorded."""
     recorder = SpanRecorder()
     async with run_server(reply_with(http_response(b"", 204))) as peer:
-        with recorder.tracer.start_request_span(make_http_scope()):
+        with tracing.start_request_span(recorder.tracer, make_http_scope()):
             assert (await send_webhook(peer.url, recorder.tracer)).status == 204
     (span,) = child_spans(recorder)
     assert (span.name, span.attributes["url.full"]) == ("POST", f"{peer.url}/REDACTED")
@@ -152,7 +153,7 @@ async def test_artifacts() -> None:
     recorder = SpanRecorder()
     async with run_server(send_pieces(file_response())) as server:
         moved = send_pieces(response_head(302, Location=f"{server.url}/secret-path", Content_Length="0"))
-        with recorder.tracer.start_request_span(make_http_scope()):
+        with tracing.start_request_span(recorder.tracer, make_http_scope()):
             async with run_server(moved) as here:
                 await fetch(here.url, recorder.tracer)
     first, second = child_spans(recorder)
@@ -170,7 +171,7 @@ async def test_artifacts() -> None:
 async def test_missing_artifact() -> None:
     recorder = SpanRecorder()
     async with run_server(send_pieces(response_head(404, Content_Length="0"))) as peer:
-        with recorder.tracer.start_request_span(make_http_scope()), pytest.raises(GatewayError):
+        with tracing.start_request_span(recorder.tracer, make_http_scope()), pytest.raises(GatewayError):
             await fetch(peer.url, recorder.tracer)
     (span,) = child_spans(recorder)
     assert span.attributes["error.type"] == "404"
@@ -184,10 +185,10 @@ async def test_work_after_the_request() -> None:
     async def work(url: str) -> str | None:
         await go.wait()
         await submit(url, recorder.tracer)
-        return recorder.tracer.current_traceparent()
+        return tracing.trace_headers().get("traceparent")
 
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer:
-        with recorder.tracer.start_request_span(make_http_scope()):
+        with tracing.start_request_span(recorder.tracer, make_http_scope()):
             working = asyncio.create_task(work(peer.url))
             await asyncio.sleep(0)
         go.set()
@@ -201,7 +202,7 @@ async def test_scripts(valkey: Valkey) -> None:
     """A script is recorded by its name, without its arguments."""
     recorder = SpanRecorder()
     async with Redis.from_url(valkey.url) as client:
-        with recorder.tracer.start_request_span(make_http_scope()):
+        with tracing.start_request_span(recorder.tracer, make_http_scope()):
             await RedisScripts(client, tracer=recorder.tracer).call(
                 "reopen", ["clock", "account-key"], {"account": 77_777}
             )
@@ -220,7 +221,7 @@ async def test_reads(valkey: Valkey) -> None:
     recorder = SpanRecorder()
     async with Redis.from_url(valkey.url) as client:
         scripts = RedisScripts(client, tracer=recorder.tracer)
-        with recorder.tracer.start_request_span(make_http_scope()):
+        with tracing.start_request_span(recorder.tracer, make_http_scope()):
             await scripts.read(("GET", "a-key"))
             await scripts.read(("GET", "a-key"), ("TIME",))
     one, two = child_spans(recorder)
@@ -233,7 +234,7 @@ async def test_store_unavailable() -> None:
     """The error recorded is the client's own, not the one that callers get."""
     recorder = SpanRecorder()
     async with Redis.from_url(f"redis://127.0.0.1:{find_free_port()}") as client:
-        with recorder.tracer.start_request_span(make_http_scope()), pytest.raises(LedgerUnavailable):
+        with tracing.start_request_span(recorder.tracer, make_http_scope()), pytest.raises(LedgerUnavailable):
             await RedisScripts(client, tracer=recorder.tracer).call("reopen", ["clock", "account"], {"account": 1})
     (span,) = child_spans(recorder)
     assert span.is_error
@@ -243,12 +244,12 @@ async def test_store_unavailable() -> None:
 async def test_follow_up() -> None:
     """Later work has a trace of its own with a link to its cause, whatever the sampling ratio."""
     recorder, none = SpanRecorder(), SpanRecorder(share=0.0)
-    with recorder.tracer.start_request_span(make_http_scope()):
-        cause = recorder.tracer.current_traceparent()
+    with tracing.start_request_span(recorder.tracer, make_http_scope()):
+        cause = tracing.trace_headers().get("traceparent")
     request = recorder.span
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer:
         for context in (cause, None, "00-nothing"):
-            with none.tracer.start_linked_span("check task", context, "r1"):
+            with tracing.start_linked_span(none.tracer, "check task", context, "r1"):
                 await submit(peer.url, none.tracer)
     call, work = none.spans
     assert (work.name, work.kind, work.parent_id, work.links) == (
@@ -267,8 +268,8 @@ async def test_unusual_urls() -> None:
     recorder = SpanRecorder()
     for url in ("http://user:password@host:1/x?y#z", "http://[::1/x", "http://host:port/", "", "http://höst/\ud800"):
         with (
-            recorder.tracer.start_request_span(make_http_scope()),
-            recorder.tracer.start_client_span("GET", url, hide_path=False),
+            tracing.start_request_span(recorder.tracer, make_http_scope()),
+            tracing.start_client_span(recorder.tracer, "GET", url, hide_path=False),
         ):
             pass
     assert "password" not in str(recorder.spans)

@@ -25,7 +25,7 @@ from service.domain.tasks import (
     VectorizeOptions,
 )
 from service.domain.tenants import Account
-from service.telemetry.tracing import NoopSpan
+from service.telemetry import tracing
 from service.usecases.ports import SubmitOutcome, SubmitResult
 from tests.contract.client import ACCOUNT, CIPHER, IMAGE, LARGE, USER_KEY, open_caller
 from tests.contract.scripted_server import (
@@ -240,7 +240,7 @@ async def test_stalled_body(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("error", [RuntimeError, OSError, KeyError])
 @pytest.mark.parametrize(
     ("where", "name"),
-    [(httpx2.Response, "aclose"), (httpx2.AsyncHTTPTransport, "aclose"), (NoopSpan, "record_response")],
+    [(httpx2.Response, "aclose"), (httpx2.AsyncHTTPTransport, "aclose"), (tracing, "record_status")],
 )
 async def test_faults_after_the_response(
     where: Any, name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch

@@ -14,14 +14,15 @@ from typing import Any
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import KeyValue
-from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from service.telemetry.redaction import Redactor
-from service.telemetry.tracing_otel import OtelTracer, create_provider
+from service.telemetry.tracing_otel import create_provider, get_tracer
 
 TIMEOUT_SECONDS = 20.0
+TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+"""Ids of a client."""
 _KINDS = {1: "internal", 2: "server", 3: "client"}
 
 
@@ -78,9 +79,9 @@ def _attribute_values(attributes: Sequence[KeyValue]) -> dict[str, Any]:
 class SpanRecorder:
     def __init__(self, share: float = 1.0, secrets: Sequence[str] = ()) -> None:
         self._exporter = InMemorySpanExporter()
-        made: TracerProvider = create_provider(share)
-        made.add_span_processor(SimpleSpanProcessor(self._exporter))
-        self.tracer = OtelTracer(made, Redactor(secrets).redact_text)
+        provider = create_provider(share, Redactor(secrets).redact_text)
+        provider.add_span_processor(SimpleSpanProcessor(self._exporter))
+        self.tracer = get_tracer(provider)
 
     @property
     def spans(self) -> list[RecordedSpan]:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import structlog
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from structlog.typing import FilteringBoundLogger
 
 from service.domain.tenants import generate_token
@@ -95,6 +96,13 @@ def test_console_lines_include_the_traceback(terminal: bool) -> None:
     assert "ValueError: no [redacted]" in log.output
     assert SECRET not in log.output
     assert "abcdef" not in log.output
+
+
+def test_invalid_trace_headers_are_not_logged() -> None:
+    log, valid = LogSetup(), "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    for headers in ({"traceparent": "x" * 600}, {"traceparent": valid, "tracestate": "a client's text"}):
+        TraceContextTextMapPropagator().extract(headers)
+    assert log.output == ""
 
 
 def test_level_is_a_threshold() -> None:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from functools import partial
 
 import pytest
+from opentelemetry.trace import Tracer
 from structlog.testing import capture_logs
 
 from service import __version__
 from service.container import open_tracer
-from service.telemetry import tracing_otel
-from service.telemetry.tracing import NOOP_TRACER, Tracer
+from service.telemetry import tracing, tracing_otel
+from service.telemetry.tracing import NOOP_TRACER
 from tests.support.traces import TraceCollector, run_collector, wait_until
 from tests.support.valkey import find_free_port
 from tests.unit.asgi_client import make_http_scope
@@ -28,8 +29,8 @@ def collector() -> Iterator[TraceCollector]:
 
 def record_requests(tracer: Tracer, times: int = 1) -> None:
     for _ in range(times):
-        with tracer.start_request_span(make_http_scope(path="/x")) as span:
-            span.record_response(200, route="/x", outcome="answered", tenant=None)
+        with tracing.start_request_span(tracer, make_http_scope(path="/x")) as span:
+            tracing.record_request_end(span, "GET", 200, route="/x", outcome="answered", tenant=None)
 
 
 async def export_requests(url: str, share: float = 1.0, times: int = 1) -> None:

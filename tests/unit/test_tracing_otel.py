@@ -9,16 +9,17 @@ import pytest
 import structlog
 from litestar import Litestar, Request, Response, get
 from litestar.params import FromPath
+from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 
 from service.api.asgi import RequestMiddleware
 from service.api.errors import OUTCOME, ClientDisconnected, exception_handlers
 from service.domain.errors import LedgerUnavailable, NotFound
+from service.telemetry import tracing
 from service.telemetry.metrics import Metrics, Port
-from service.telemetry.tracing import NOOP_TRACER, Tracer
-from tests.support.traces import SpanRecorder
+from service.telemetry.tracing import NOOP_TRACER
+from tests.support.traces import SPAN, TRACE, SpanRecorder
 from tests.unit.asgi_client import AsgiResponse, call_app, make_http_scope
-from tests.unit.test_tracing import SPAN, TRACE
 
 SAMPLED, UNSAMPLED = f"00-{TRACE}-{SPAN}-01", f"00-{TRACE}-{SPAN}-00"
 ADMIN_TOKEN = "the-token-of-the-operators"
@@ -130,7 +131,7 @@ async def test_unknown_method() -> None:
 @pytest.mark.parametrize("host", ["", "[::1", "host:port", "host:99999999"])
 async def test_invalid_host_is_omitted(host: str) -> None:
     recorder = SpanRecorder()
-    with recorder.tracer.start_request_span(make_http_scope(headers={"host": host}) | {"client": None}):
+    with tracing.start_request_span(recorder.tracer, make_http_scope(headers={"host": host}) | {"client": None}):
         pass
     assert not {"server.address", "server.port", "client.address"} & recorder.span.attributes.keys()
 
@@ -176,10 +177,24 @@ async def test_parent_sampling_is_followed() -> None:
 async def test_sampling_ratio() -> None:
     recorder, named = SpanRecorder(share=0.5), []
     for _ in range(200):
-        with recorder.tracer.start_request_span(make_http_scope()) as span:
-            named.append(span.trace_id is not None)
+        with tracing.start_request_span(recorder.tracer, make_http_scope()) as span:
+            named.append(tracing.trace_id_of(span) is not None)
     assert named.count(True) == len(recorder.spans)
     assert 50 < len(recorder.spans) < 150
+
+
+def test_several_parents_are_ambiguous() -> None:
+    scope = make_http_scope()
+    scope["headers"] = [(b"traceparent", SAMPLED.encode())] * 2
+    recorder = SpanRecorder()
+    with tracing.start_request_span(recorder.tracer, scope):
+        pass
+    assert recorder.span.parent_id == ""
+
+
+def test_client_trace_is_not_passed_on_without_a_collector() -> None:
+    with tracing.start_request_span(NOOP_TRACER, make_http_scope(headers={"traceparent": SAMPLED})):
+        assert tracing.trace_headers() == {}
 
 
 async def test_trace_id_is_logged_without_a_collector() -> None:
@@ -197,7 +212,10 @@ async def test_probes_are_not_recorded(path: str) -> None:
 async def test_requests_are_not_nested() -> None:
     """A server may start a request in the context of another on the same connection."""
     recorder = SpanRecorder()
-    with recorder.tracer.start_request_span(make_http_scope()), recorder.tracer.start_request_span(make_http_scope()):
+    with (
+        tracing.start_request_span(recorder.tracer, make_http_scope()),
+        tracing.start_request_span(recorder.tracer, make_http_scope()),
+    ):
         pass
     first, second = recorder.spans
     assert first.trace_id != second.trace_id
