@@ -106,12 +106,10 @@ _MIN_TOKEN_LENGTH = 20
 _NON_WORD = re.compile(r"[\s=:,?+%]")
 _MAX_INTEGER = 2**63
 _MAX_CACHED_NAMES = 1_000
-_FREE_TEXT_NAMES = ("prompt", "metadata")
-_SECRET_NAMES = (
-    *("user[-_]?key", "api[-_]?key", "idempotency[-_]?key", "token", "authorization", "secret", "passw(?:or)?d"),
-    *("cookie", *_FREE_TEXT_NAMES),
+_SECRET_NAME = re.compile(
+    "user[-_]?key|api[-_]?key|idempotency[-_]?key|token|authorization|secret|passw(?:or)?d|cookie|prompt|metadata",
+    re.IGNORECASE,
 )
-_SECRET_NAME = re.compile("|".join(_SECRET_NAMES), re.IGNORECASE)
 _TOKEN_PREFIXES = (TOKEN_PREFIX, SECRET_PREFIX)
 _BARE_TOKEN_PREFIXES = tuple(prefix.removesuffix("_") for prefix in _TOKEN_PREFIXES)
 _TOKEN = re.compile(rf"{_BARE_TOKEN_PREFIXES[0]}(?:_|%5[Ff])\w+|{_BARE_TOKEN_PREFIXES[1]}(?:_|%5[Ff])[\w+/=%-]+")
@@ -122,26 +120,9 @@ _ENCODED_TOKEN = re.compile(rf"(?:{'|'.join(map(re.escape, _ENCODED_TOKEN_PREFIX
 _CREDENTIALS = re.compile(r"\b(bearer|basic)(?:\s|%20|\+)+[^\s,;'\"]+", re.IGNORECASE)
 _URL = re.compile(r"(://)([^\s\"<>\\]+)")
 _QUERY = re.compile(r"(?<=[\w/])\?[^\s\"<>\\=?]*=[^\s\"<>\\]*")
-# The parts of a multipart body; line ends may be escaped.
-_LINE_END = r"(?:\\+r\\+n|\r?\n)"
-_FORM_PART = re.compile(
-    rf"(name=\\*\"[^\"\\]{{0,80}}\\*\"[^\r\n]{{0,300}}?{_LINE_END}{{2}}).*?(?={_LINE_END}--|\Z)", re.DOTALL
-)
-# `name=value`, `"name": "value"`, `("name", "value")` and similar in running text. A quoted value may be quoted once
-# more, which escapes its quotes, and may be cut off; a quote with another escape does not end it.
-_QUOTED_VALUE = r"b?\"(?:[^\"\\]|\\+[^\\])*+(?:\"|\\*\Z)|b?'(?:[^'\\]|\\+[^\\])*+(?:'|\\*\Z)"
-_ESCAPED_VALUE = r"(?>(?P<{0}>\\+[\"']).*?(?:(?<!\\)(?P={0})|\Z))"
-_BRACED_VALUE = (
-    rf"[{{\[(](?:[^{{}}()\[\]\"'\\]|{_QUOTED_VALUE}|{_ESCAPED_VALUE.format('inner')}|\\)*+(?:[}}\])]|\Z)|[{{\[(][^\n]*"
-)
+# `name=value`, `"name": "value"`, `("name", "value")` and similar, to the end of the line: values contain quotes.
 _NAMED_VALUE = re.compile(
-    rf"((?:{'|'.join(_SECRET_NAMES)})[\w-]{{0,40}}"
-    r"(?:(?:\\*[\"'])?\s{0,3}[=:]\s{0,3}|\\*[\"']\s{0,3},\s{0,3}(?=b?\\*[\"'])))"
-    rf"(?:{_ESCAPED_VALUE.format('quote')}|{_QUOTED_VALUE}|{_BRACED_VALUE}|[^\s&,;)}}\]]+)",
-    re.IGNORECASE | re.DOTALL,
-)
-_UNQUOTED_FREE_TEXT = re.compile(
-    rf"((?:{'|'.join(_FREE_TEXT_NAMES)})[\w-]{{0,40}}\s{{0,3}}[=:]\s{{0,3}})(?!b?[\"'\\{{\[(])[^\n]+", re.IGNORECASE
+    rf"((?:{_SECRET_NAME.pattern})[\w-]{{0,40}}(?:\s{{0,3}}[=:]|\\*[\"']\s{{0,3}}[=:,])\s{{0,3}})[^\n]+", re.IGNORECASE
 )
 _CONTROL_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
@@ -236,10 +217,7 @@ def _redact_running_text(text: str) -> str:
     if "?" in text:
         text = _QUERY.sub(f"?{REDACTED}", text)
     text = _CREDENTIALS.sub(rf"\1 {REDACTED}", text)
-    if 'name="' in text or 'name=\\"' in text:
-        text = _FORM_PART.sub(rf"\1{REDACTED}", text)
     if _SECRET_NAME.search(text):
-        text = _UNQUOTED_FREE_TEXT.sub(rf"\1{REDACTED}", text)
         text = _NAMED_VALUE.sub(rf"\1{REDACTED}", text)
     return text
 

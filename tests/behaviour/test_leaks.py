@@ -59,13 +59,11 @@ def make_exceptions(token: str) -> list[Exception]:
     errors: list[Exception] = []
     for secret in (USER_KEY, OTHER_KEY, token, ADMIN_TOKEN, HOOK_SECRET):
         errors += [RuntimeError(f"can't use <{item}> or {item.encode()!r}") for item in encode_secret(secret)]
-    form = f'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n{PROMPT}\r\n--x--\r\n'
     options = {"kind": "upscale", "prompt": PROMPT, "negative_prompt": PROMPT}
     return [
         *errors,
         ValueError(f"no options: {options}"),
         ValueError(f"no options: {json.dumps(options)}", json.dumps({"inner": json.dumps(options)})),
-        ValueError(f"no form: {form}", form.encode()),
         ValueError(f"prompt: {PROMPT}"),
         KeyError(f"metadata={METADATA!r}", {"metadata": METADATA}),
         OSError(f"http://shop:{PASSWORD}@hooks.example/ended?key={QUERY}#x is away"),

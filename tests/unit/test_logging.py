@@ -146,10 +146,6 @@ def spell_secret(value: str) -> list[Any]:
         f"sent bearer\t{value}",
         f"POST http://upstream/api?user_key={value}&x=1",
         f"redis://user:{value}@host:6379/0",
-        f"{{'user_key': '{value}', 'x': 1}}",
-        repr(json.dumps({"user_key": value})),
-        json.dumps({"a": json.dumps({"token": value})}),
-        f"{{'prompt': 'a cat and {value}'}}",
         f"b'...' user_key=b'{value}'",
         f"admin_token = {value}",
     ]
@@ -175,34 +171,6 @@ def test_tokens_are_redacted_everywhere(spelling: str) -> None:
         log.logger.exception(text, value=text, nested=[{"x": (text, {text})}], names={text: 1}, error=error)
     assert token not in log.output
     assert token[4:] not in log.output
-
-
-def iter_texts(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        yield from value
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from iter_texts(item)
-    if isinstance(value, str):
-        yield value
-
-
-@pytest.mark.parametrize("secret", ["hunter2-hunter2", "p@ss w/rd&=é", "quo'te\"back\\slash\n"])
-def test_registered_secrets_are_redacted(secret: str) -> None:
-    log = LogSetup()
-    log.redactor.register_secrets(secret)
-    quoted = "p%40ss%20w%2Frd%26%3D%C3%A9" if secret.startswith("p@") else secret
-    try:
-        raise OSError(f"can't reach {secret} {secret!r}")
-    except OSError as error:
-        log.logger.exception(
-            "failed", a=secret, b=[repr(secret)], c={secret: secret}, d=error, e=f"x{quoted}x", f={"k": repr([secret])}
-        )
-    words = list(iter_texts(log.event))
-    for spelling in (secret, repr(secret)[1:-1], quoted):
-        assert [word for word in words if spelling in word] == []
-    assert "can't reach" in log.output
 
 
 def test_short_secrets_are_not_searched() -> None:

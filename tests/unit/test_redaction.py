@@ -17,25 +17,24 @@ from service.domain.webhooks import generate_secret
 from service.telemetry.redaction import Redactor
 
 SECRET = "hunter2-hunter2"
+ODD_SECRET = "p@ss w/rd&='\"\\é\n???>>>"
 OTHERS = tuple(f"{number:04}-another-secret" for number in range(20))
 PLAIN_WORDS = st.text("abc xyz.,-/", max_size=8)
 
 
+def list_encodings(secret: str) -> list[str]:
+    """Return encodings of a secret; all but four characters at each end must disappear."""
+    plain = secret.encode()
+    return [
+        *(secret, repr(secret), ascii(secret), json.dumps(json.dumps(secret)), quote(secret, safe="")),
+        *(repr(plain), plain.hex(), base64.urlsafe_b64encode(b"###" + plain).decode()),
+        *(base64.b64encode(b"#" * before + plain).decode() for before in range(3)),
+    ]
+
+
 def encoded_secrets(secret: str) -> st.SearchStrategy[str]:
     """Generate a secret in some encoding within some text."""
-    plain = secret.encode()
-    spelling = st.sampled_from(
-        [
-            secret,
-            repr(secret),
-            json.dumps(json.dumps(secret)),
-            quote(secret, safe=""),
-            repr(plain),
-            plain.hex(),
-            *(base64.b64encode(b"#" * before + plain).decode() for before in range(3)),
-            base64.urlsafe_b64encode(b"###" + plain).decode(),
-        ]
-    )
+    spelling = st.sampled_from(list_encodings(secret))
     return st.builds(lambda before, it, after: f"{before}<{it}>{after}", PLAIN_WORDS, spelling, PLAIN_WORDS)
 
 
@@ -61,18 +60,19 @@ def structures_with_secrets(secrets: list[str]) -> st.SearchStrategy[Any]:
 TOKENS = [generate_token(), generate_token()]
 
 
-@given(structures_with_secrets([*OTHERS[:3], SECRET, "p@ss w/rd&='\"\\", *TOKENS]))
+@given(structures_with_secrets([*OTHERS[:3], SECRET, ODD_SECRET, *TOKENS]))
 def test_secrets_are_redacted_in_every_encoding(value: Any) -> None:
-    secrets = ["p@ss w/rd&='\"\\", SECRET, *OTHERS]
+    secrets = [ODD_SECRET, SECRET, *OTHERS]
     event = Redactor(secrets)(None, "info", {"event": "x", "value": value})
     written = json.dumps(event, ensure_ascii=False) + "".join(iter_texts(event))
     for secret in (*secrets, *TOKENS):
-        plain = secret.encode()
-        assert secret not in written
-        assert plain.hex() not in written
-        assert quote(secret, safe="") not in written
-        for before in range(3):
-            assert base64.b64encode(b"#" * before + plain).decode()[4:-4] not in written
+        assert [item for item in list_encodings(secret) if item[4:-4] in written] == []
+
+
+@pytest.mark.parametrize("secret", [SECRET, ODD_SECRET])
+def test_each_encoding_is_redacted(secret: str) -> None:
+    for item in list_encodings(secret):
+        assert item[4:-4] not in Redactor([secret]).redact_text(f"ab {item} cd")
 
 
 @given(st.sampled_from(["prompt", "metadata", "user_key", "Authorization"]), st.text(min_size=1), st.integers(0, 3))
@@ -132,9 +132,8 @@ def test_webhook_secrets(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("token" * 20_000, "igw_" * 20_000, 'secret="' * 20_000, "secret=\\'" * 20_000, "://" * 20_000, "?" * 20_000),
-        *("secret={'" * 20_000, 'secret={\\"' * 20_000, 'name="x"' * 20_000, "token=[(" * 20_000, "bearer " * 20_000),
-        *("\\" * 50_000 + "'", "secret=" + "\\" * 50_000),
+        *("token" * 20_000, "igw_" * 20_000, 'secret"' * 20_000, "://" * 20_000, "?" * 20_000, "bearer " * 20_000),
+        *("token" + "\\" * 50_000, "token" + " " * 50_000),
     ],
 )
 def test_redaction_of_hostile_texts_is_fast(text: str) -> None:
