@@ -99,9 +99,6 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return is_selected and self.user_key in {None, user_key}
 
 
-NO_FAULT: Final = Fault()
-
-
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Behaviour of the sandbox; the module docstring explains the fields."""
 
@@ -110,10 +107,7 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     charge: Literal["submit", "end"] = "submit"
     checked_balance: Literal["now", "then"] = "now"
     spelling: Literal["Completed", "COMPLETED", "completed"] = "Completed"
-    colon: Literal[
-        ":",
-        "：",
-    ] = ":"
+    colon: Literal[":", "："] = ":"
     faults: tuple[Fault, ...] = ()
 
     def price_of(self, kind: Kind) -> int:
@@ -124,29 +118,25 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             return state.upper()
         return state.lower() if self.spelling == "completed" else state.capitalize()
 
-    def next_fault(self, operation: RequestType, user_key: str) -> tuple[Fault, Behaviour]:
-        """Return the fault for a request, and the behaviour after it."""
-        for index, fault in enumerate(self.faults):
-            if not fault.matches(operation, user_key):
-                continue
-            if fault.times is None:
-                return fault, self
-            remaining = () if fault.times == 1 else (msgspec.structs.replace(fault, times=fault.times - 1),)
-            faults = self.faults[:index] + remaining + self.faults[index + 1 :]
-            return fault, msgspec.structs.replace(self, faults=faults)
-        return NO_FAULT, self
-
 
 class FaultInjector:
     """Holds the current behaviour, which may be replaced at any time."""
 
-    def __init__(self, behaviour: Behaviour) -> None:
-        self.behaviour = behaviour
+    def __init__(self) -> None:
+        self.behaviour = Behaviour()
 
     def next_fault(self, operation: RequestType, user_key: str) -> Fault:
         """Return the fault for a request, and count it."""
-        fault, self.behaviour = self.behaviour.next_fault(operation, user_key)
-        return fault
+        faults = self.behaviour.faults
+        for index, fault in enumerate(faults):
+            if not fault.matches(operation, user_key):
+                continue
+            if fault.times is not None:
+                remaining = () if fault.times == 1 else (msgspec.structs.replace(fault, times=fault.times - 1),)
+                faults = faults[:index] + remaining + faults[index + 1 :]
+                self.behaviour = msgspec.structs.replace(self.behaviour, faults=faults)
+            return fault
+        return Fault()
 
 
 _MAX_RECORDS: Final = 10_000

@@ -1,9 +1,8 @@
-"""HTTP requests and responses on top of ASGI."""
+"""HTTP requests and responses on top of ASGI, and faults of their connections."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
@@ -16,6 +15,7 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 TRANSPORT_EXTENSION: Final = "service.sandbox.transport"
 """The extension of the scope that holds the transport of the connection, which ASGI does not give access to."""
 JSON_TYPE: Final = "application/json"
+TEXT_TYPE: Final = "text/plain; charset=utf-8"
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
 
 
@@ -44,20 +44,6 @@ class Exchange:
         host, port = self._scope["server"]
         return f"{self._scope['scheme']}://{self.header('host') or f'{host}:{port}'}"
 
-    @property
-    def _transport(self) -> asyncio.Transport:
-        transport: asyncio.Transport = self._scope["extensions"][TRANSPORT_EXTENSION]
-        return transport
-
-    def reset_connection(self) -> None:
-        # Closing a socket without lingering sends a TCP reset.
-        self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-        self._transport.abort()
-
-    def close_connection(self) -> None:
-        """Close the connection after the bytes written so far."""
-        self._transport.close()
-
     async def body(self) -> AsyncIterator[bytes]:
         """Yield the body in chunks. Raises ClientDisconnectedError."""
         more = True
@@ -73,10 +59,19 @@ class Exchange:
         return b"".join([chunk async for chunk in self.body()])
 
     async def wait_closed(self) -> None:
-        with contextlib.suppress(ClientDisconnectedError):
-            while True:
-                async for _ in self.body():
-                    pass
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def close_connection(self, *, reset: bool = False) -> None:
+        """Close the connection after the bytes written so far, or with a TCP reset."""
+        transport: asyncio.Transport = self._scope["extensions"][TRANSPORT_EXTENSION]
+        if reset:
+            # Closing a socket without lingering sends a TCP reset.
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+            transport.abort()
+        else:
+            transport.close()
+        await self.wait_closed()
 
     async def send_head(self, status: int, content_type: str, length: int, **headers: str) -> None:
         """Send the status and the headers; an underscore in a header name becomes a hyphen."""

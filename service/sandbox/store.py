@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 import sqlite3
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ class AccountBalance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 State: TypeAlias = Literal["open", "completed", "failed"]
 MAX_TASKS: Final = 1_000
+"""Limit of the finished tasks; `MAX_BYTES` limits their results."""
 MAX_BYTES: Final = 2 * 1024**3
 INPUT_NAME: Final = "input"
 # The field names in existing databases.
@@ -61,36 +61,17 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, rename=_STORED_NAMES):
     balance: AccountBalance | None = None
 
 
-def new_task_id() -> str:
-    """Return a decimal id below 2**53, so that it is exact also as a JSON number."""
-    return str(secrets.choice(range(10**15, 9 * 10**15)))
-
-
 class Store:
     """Persistent state in one folder: SQLite and a folder for each task. Thread-safe: `task_folder` alone."""
 
-    def __init__(
-        self,
-        folder: Path,
-        accounts: Mapping[str, AccountBalance],
-        *,
-        max_tasks: int = MAX_TASKS,
-        max_bytes: int = MAX_BYTES,
-    ) -> None:
-        """Open the folder and create its missing accounts. Raises OSError and sqlite3.Error.
-
-        `max_tasks` and `max_bytes` limit the finished tasks and their results.
-        """
-        self._max_tasks = max_tasks
-        self._max_bytes = max_bytes
+    def __init__(self, folder: Path, accounts: Mapping[str, AccountBalance]) -> None:
+        """Open the folder and create its missing accounts. Raises OSError and sqlite3.Error."""
         self._tasks_folder = folder / "tasks"
         self._tasks_folder.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(folder / "sandbox.sqlite3")
         self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _SCHEMA)
-        existing = self.list_accounts()
-        for user_key, balance in accounts.items():
-            if user_key not in existing:
-                self.set_account(user_key, balance)
+        with self._db:
+            self._add_missing_accounts(accounts)
         self._remove_orphans()
 
     def close(self) -> None:
@@ -132,12 +113,12 @@ class Store:
 
     def get_task(self, task_id: str) -> Task | None:
         row = self._db.execute("SELECT record FROM task WHERE id = ?", (task_id,)).fetchone()
-        return None if row is None else _decode_task(row[0])
+        return None if row is None else msgspec.json.decode(row[0], type=Task)
 
     def list_open_tasks(self) -> list[Task]:
         """Return the unfinished tasks, oldest first."""
         rows = self._db.execute("SELECT record FROM task WHERE state = 'open' ORDER BY number")
-        return [_decode_task(record) for (record,) in rows]
+        return [msgspec.json.decode(record, type=Task) for (record,) in rows]
 
     def prune_tasks(self) -> list[Path]:
         """Delete the oldest finished tasks beyond the limits, never the newest. Return the folders to remove."""
@@ -145,7 +126,7 @@ class Store:
         total_bytes, pruned = 0, []
         for index, (task_id, size) in enumerate(rows):
             total_bytes += size
-            if index > 0 and (index >= self._max_tasks or total_bytes > self._max_bytes):
+            if index > 0 and (index >= MAX_TASKS or total_bytes > MAX_BYTES):
                 pruned.append(task_id)
         with self._db:
             self._db.executemany("DELETE FROM task WHERE id = ?", [(task_id,) for task_id in pruned])
@@ -156,9 +137,12 @@ class Store:
         with self._db:
             self._db.execute("DELETE FROM task")
             self._db.execute("DELETE FROM account")
-            for user_key, balance in accounts.items():
-                self._write_account(user_key, balance)
+            self._add_missing_accounts(accounts)
         self._remove_orphans()
+
+    def _add_missing_accounts(self, accounts: Mapping[str, AccountBalance]) -> None:
+        rows = [(user_key, balance.count, balance.money) for user_key, balance in accounts.items()]
+        self._db.executemany("INSERT OR IGNORE INTO account (user_key, count, money) VALUES (?, ?, ?)", rows)
 
     def _write_account(self, user_key: str, balance: AccountBalance) -> None:
         self._db.execute(
@@ -172,7 +156,3 @@ class Store:
         for folder in self._tasks_folder.iterdir():
             if folder.name not in task_ids:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _decode_task(record: bytes) -> Task:
-    return msgspec.json.decode(record, type=Task)

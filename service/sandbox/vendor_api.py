@@ -6,53 +6,53 @@ import asyncio
 import contextlib
 import os
 import re
+import secrets
 import time
-from collections.abc import Awaitable, Callable
-from functools import partial
+from collections.abc import Mapping
 from http.client import responses
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import msgspec
-from msgspec import UNSET, UnsetType
 
-from service.sandbox.faults import Fault, FaultInjector, FieldDefect, Kind, RequestLog, RequestRecord
+from service.sandbox.faults import Fault, FaultInjector, Field, FieldDefect, Kind, RequestLog, RequestRecord
 from service.sandbox.forms import FILE_FIELD, Form, RejectedError, parse_options, read_form
-from service.sandbox.http import JSON_TYPE, ClientDisconnectedError, Exchange
-from service.sandbox.store import AccountBalance, Store, Task, new_task_id
+from service.sandbox.http import JSON_TYPE, TEXT_TYPE, ClientDisconnectedError, Exchange
+from service.sandbox.store import AccountBalance, Store, Task
 from service.sandbox.worker import Worker
 
 UNKNOWN_ACCOUNT: Final = "账户不存在"
 NO_BALANCE: Final = "账户剩余次数不足"
 UNKNOWN_TASK: Final = "任务未找到或状态未知"
 _REJECTION_PREFIX: Final = "任务提交失败"
+_TASK_IDS: Final = range(10**15, 9 * 10**15)
+"""Decimal and below 2**53, so that they are exact also as JSON numbers."""
 
 
-class VendorResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """Response of a submit or a check; unset fields are omitted from the JSON."""
+_SUBMIT_KINDS: Final[dict[str, Kind]] = {
+    "/api/submit_task": "upscale",
+    "/api/submit_vector_task": "vector",
+    "/api/submit_face_enhance_task": "face",
+    "/api/submit_seamless_task": "seamless",
+}
+CALL_PATHS: Final = (*_SUBMIT_KINDS, "/api/check_task_status")
+FILES_PATH: Final = "/files/"
+_URL_FIELDS: Final = {"image.png": "images_url", "vector.svg": "vector_url", "grid.png": "grid_url"}
+_CONTENT_TYPES: Final = {".png": "image/png", ".svg": "image/svg+xml"}
+_CHUNK_BYTES: Final = 256 * 1024
+_RANGE_PATTERN: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
+VendorResponse: TypeAlias = dict[str, Any]
 
-    err_code: int = 0
-    err_msg: str | UnsetType = UNSET
-    task_id: str | UnsetType = UNSET
-    status: str | UnsetType = UNSET
-    images_url: str | UnsetType = UNSET
-    vector_url: str | UnsetType = UNSET
-    grid_url: str | UnsetType = UNSET
-    remaining_count: int | UnsetType = UNSET
-    remaining_money: int | UnsetType = UNSET
 
-
-def corrupt_fields(response: VendorResponse, defects: dict[Any, FieldDefect]) -> dict[str, Any]:
-    """Return the JSON object of a response with defects in its fields. `null` also adds an absent field."""
-    content: dict[str, Any] = msgspec.to_builtins(response)
+def _corrupt_fields(response: VendorResponse, defects: Mapping[Field, FieldDefect]) -> VendorResponse:
+    """Return a response with defects in its fields. `null` also adds an absent field."""
+    content = dict(response)
     for name, defect in defects.items():
         if defect == "null":
             content[name] = None
-        elif name not in content:
-            continue
         elif defect == "missing":
-            del content[name]
-        else:
+            content.pop(name, None)
+        elif name in content:
             content[name] = _corrupt_value(content[name], defect)
     return content
 
@@ -66,24 +66,18 @@ def _corrupt_value(value: str | int, defect: FieldDefect) -> str | int | float:
     return -1 - number if defect == "negative" else number
 
 
-FILES_PATH: Final = "/files/"
-_CHUNK_BYTES: Final = 256 * 1024
-_RANGE_PATTERN: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
-_CONTENT_TYPES: Final = {".png": "image/png", ".svg": "image/svg+xml"}
-
-
 async def send_response(exchange: Exchange, response: VendorResponse, fault: Fault) -> None:
     """Send the response of a call with the defects of a fault."""
     if fault.reply in {"hang", "reset", "page"}:
         await break_response(exchange, fault)
         return
-    body = msgspec.json.encode(corrupt_fields(response, fault.wrong))
+    body = msgspec.json.encode(_corrupt_fields(response, fault.wrong))
     if fault.reply == "garbled":
         body = body[: len(body) // 2]
     await exchange.send_head(fault.status, JSON_TYPE, len(body))
     if fault.reply == "cut":
         await exchange.send_body(body[: len(body) // 2], more=True)
-        await _close_connection(exchange)
+        await exchange.close_connection()
     else:
         await exchange.send_body(body)
 
@@ -92,10 +86,10 @@ async def break_response(exchange: Exchange, fault: Fault) -> None:
     """Hang, reset the connection, or send a page of HTML."""
     if fault.reply == "page":
         await exchange.respond(fault.status, "text/html; charset=utf-8", _error_page(fault.status))
-        return
-    if fault.reply == "reset":
-        exchange.reset_connection()
-    await exchange.wait_closed()
+    elif fault.reply == "reset":
+        await exchange.close_connection(reset=True)
+    else:
+        await exchange.wait_closed()
 
 
 async def send_file(exchange: Exchange, path: Path, fault: Fault) -> None:
@@ -122,7 +116,7 @@ async def send_file(exchange: Exchange, path: Path, fault: Fault) -> None:
                 remaining -= len(chunk)
                 await exchange.send_body(chunk, more=True)
     if fault.reply == "cut":
-        await _close_connection(exchange)
+        await exchange.close_connection()
     else:
         await exchange.send_body(b"")
 
@@ -135,11 +129,6 @@ def _resolve_range(match: re.Match[str], size: int) -> tuple[int, int]:
     return (max(size - int(last), 0), size) if last else (0, 0)
 
 
-async def _close_connection(exchange: Exchange) -> None:
-    exchange.close_connection()
-    await exchange.wait_closed()
-
-
 def _error_page(status: int) -> bytes:
     title = f"{status} {responses.get(status, 'Error')}"
     return (
@@ -150,9 +139,6 @@ def _error_page(status: int) -> bytes:
 
 class CallRefusedError(Exception):
     """A call gets an error response; the text is the vendor's message."""
-
-
-_CallHandler: TypeAlias = Callable[[Exchange, Form, Fault, RequestRecord], Awaitable[VendorResponse]]
 
 
 class VendorApi:
@@ -175,19 +161,11 @@ class VendorApi:
         self._seconds = seconds
         self._fault_injector = fault_injector
 
-    async def submit(self, kind: Kind, exchange: Exchange) -> None:
-        await self._handle_call(
-            RequestRecord(operation="submit", path=exchange.path), exchange, partial(self._accept_submit, kind)
-        )
-
-    async def check(self, exchange: Exchange) -> None:
-        await self._handle_call(RequestRecord(operation="check", path=exchange.path), exchange, self._report_status)
-
     async def serve_file(self, exchange: Exchange) -> None:
         task_id, _, name = exchange.path.removeprefix(FILES_PATH).partition("/")
         task = self._store.get_task(task_id)
         if task is None or name not in task.files:
-            await exchange.respond(404, "text/plain; charset=utf-8", b"no such file\n")
+            await exchange.respond(404, TEXT_TYPE, b"no such file\n")
             return
         record = RequestRecord(operation="file", path=exchange.path, user_key=task.user_key, task_id=task_id)
         fault = self._next_fault(record)
@@ -199,7 +177,10 @@ class VendorApi:
         else:
             await break_response(exchange, fault)
 
-    async def _handle_call(self, record: RequestRecord, exchange: Exchange, handler: _CallHandler) -> None:
+    async def handle_call(self, exchange: Exchange) -> None:
+        """Handle a submit or a check."""
+        kind = _SUBMIT_KINDS.get(exchange.path)
+        record = RequestRecord(operation="submit" if kind else "check", path=exchange.path)
         try:
             form = await read_form(exchange.header("content-type"), exchange.body())
         except ClientDisconnectedError:
@@ -213,10 +194,13 @@ class VendorApi:
         if not await self._apply_early_fault(exchange, fault, record):
             return
         try:
-            response = await handler(exchange, form, fault, record)
+            if kind:
+                response = await self._accept_submit(kind, form, fault, record)
+            else:
+                response = self._report_status(exchange.base_url, form, fault, record)
         except CallRefusedError as error:
             self._request_log.record_outcome(record, "refused", str(error))
-            response = VendorResponse(err_code=1, err_msg=str(error))
+            response = {"err_code": 1, "err_msg": str(error)}
         await send_response(exchange, response, fault)
 
     def _next_fault(self, record: RequestRecord) -> Fault:
@@ -241,11 +225,9 @@ class VendorApi:
             return False
         return True
 
-    async def _accept_submit(
-        self, kind: Kind, _: Exchange, form: Form, fault: Fault, record: RequestRecord
-    ) -> VendorResponse:
+    async def _accept_submit(self, kind: Kind, form: Form, fault: Fault, record: RequestRecord) -> VendorResponse:
         self._require_account(record.user_key, fault)
-        task_id = new_task_id()
+        task_id = str(secrets.choice(_TASK_IDS))
         try:
             if fault.reject is not None:
                 raise RejectedError(fault.reject)
@@ -281,11 +263,9 @@ class VendorApi:
         self._worker.start(task)
         record.task_id = task_id
         self._request_log.record_outcome(record, "accepted")
-        return VendorResponse(task_id=task_id, remaining_count=balance.count, remaining_money=balance.money)
+        return {"err_code": 0, "task_id": task_id, **_balance_fields(balance)}
 
-    async def _report_status(
-        self, exchange: Exchange, form: Form, fault: Fault, record: RequestRecord
-    ) -> VendorResponse:
+    def _report_status(self, base_url: str, form: Form, fault: Fault, record: RequestRecord) -> VendorResponse:
         balance = self._require_account(record.user_key, fault)
         record.task_id = form.fields.get("task_id", "")
         task = self._store.get_task(record.task_id)
@@ -293,22 +273,15 @@ class VendorApi:
             raise CallRefusedError(UNKNOWN_TASK)
         detail, state = task.reason or "", str(task.state)
         if task.state == "open":
-            state = "processing" if self._worker.is_running(task.id) else "pending"
+            state = "processing" if task.id in self._worker.running_ids else "pending"
         status = self._fault_injector.behaviour.format_state(state)
         self._request_log.record_outcome(record, "reported", f"{status}: {detail}" if detail else status)
         if task.state != "completed":
-            return VendorResponse(status=status)
+            return {"err_code": 0, "status": status}
         if self._fault_injector.behaviour.checked_balance == "then" and task.balance is not None:
             balance = task.balance
-        urls = {name: f"{exchange.base_url}{FILES_PATH}{task.id}/{name}" for name in task.files}
-        return VendorResponse(
-            status=status,
-            images_url=urls.get("image.png", UNSET),
-            vector_url=urls.get("vector.svg", UNSET),
-            grid_url=urls.get("grid.png", UNSET),
-            remaining_count=balance.count,
-            remaining_money=balance.money,
-        )
+        urls = {_URL_FIELDS[name]: f"{base_url}{FILES_PATH}{task.id}/{name}" for name in task.files}
+        return {"err_code": 0, "status": status, **urls, **_balance_fields(balance)}
 
     def _require_account(self, user_key: str, fault: Fault) -> AccountBalance:
         balance = self._store.get_balance(user_key)
@@ -317,3 +290,7 @@ class VendorApi:
         if fault.refuse is not None:
             raise CallRefusedError(fault.refuse)
         return balance
+
+
+def _balance_fields(balance: AccountBalance) -> VendorResponse:
+    return {"remaining_count": balance.count, "remaining_money": balance.money}

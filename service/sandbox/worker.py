@@ -35,7 +35,8 @@ class Worker:
         self._slots = asyncio.Semaphore(_MAX_PARALLEL)
         self._jobs: dict[str, asyncio.Task[None]] = {}
         self._calls: set[asyncio.Future[ResultSizes]] = set()
-        self._running_ids: set[str] = set()
+        self.running_ids: set[str] = set()
+        """Ids of the unfinished tasks in progress; the others are queued."""
 
     def resume(self) -> None:
         """Start every unfinished task of the store."""
@@ -47,10 +48,6 @@ class Worker:
         job = asyncio.create_task(self._run_task(task), name=f"sandbox task {task.id}")
         self._jobs[task.id] = job
         job.add_done_callback(lambda _: self._jobs.pop(task.id, None))
-
-    def is_running(self, task_id: str) -> bool:
-        """Return whether an unfinished task is in progress; else it is queued."""
-        return task_id in self._running_ids
 
     async def wait_until_idle(self) -> None:
         while self._jobs:
@@ -80,11 +77,11 @@ class Worker:
         folder = self._store.task_folder(task.id)
         try:
             async with self._slots:
-                self._running_ids.add(task.id)
+                self.running_ids.add(task.id)
                 results, reason = await self._process_task(task, folder)
             await asyncio.sleep(task.ready_at - time.time())
         finally:
-            self._running_ids.discard(task.id)
+            self.running_ids.discard(task.id)
         self._finish_task(task, results, reason)
         pruned = self._store.prune_tasks()
         await self._run_in_thread(lambda: _remove_files(folder / INPUT_NAME, pruned))

@@ -9,22 +9,21 @@ import msgspec
 import pytest
 
 from service.sandbox.app import RunningSandbox
-from service.sandbox.faults import Behaviour, Fault
+from service.sandbox.faults import Behaviour, Fault, FaultInjector
 from service.sandbox.store import AccountBalance
 from tests.sandbox.client import SandboxClient
 
 
 def test_faults_are_a_script() -> None:
     """The first matching fault applies alone until it is used up; then the next one applies."""
-    behaviour = Behaviour(
+    injector = FaultInjector()
+    injector.behaviour = Behaviour(
         faults=(Fault(times=1, reply="reset"), Fault(on="check", reply="hang"), Fault(times=2, status=500))
     )
-    replies = []
-    for _ in range(4):
-        fault, behaviour = behaviour.next_fault("submit", "key")
-        replies.append((fault.reply, fault.status))
+    faults = [injector.next_fault("submit", "key") for _ in range(4)]
+    replies = [(fault.reply, fault.status) for fault in faults]
     assert replies == [("reset", 200), ("json", 500), ("json", 500), ("json", 200)]
-    assert behaviour.faults == (Fault(on="check", reply="hang"),)
+    assert injector.behaviour.faults == (Fault(on="check", reply="hang"),)
 
 
 @pytest.mark.parametrize(
@@ -38,9 +37,10 @@ def test_faults_are_a_script() -> None:
 )
 def test_fault_scope(fault: Fault, hits: set[tuple[str, str]]) -> None:
     """A fault applies to its operation and key; without an operation it applies to calls but not to files."""
-    behaviour = Behaviour(faults=(fault,))
+    injector = FaultInjector()
+    injector.behaviour = Behaviour(faults=(fault,))
     operations: list[Literal["submit", "check", "file"]] = ["submit", "check", "file"]
-    hit = {(on, key) for on in operations for key in "ab" if behaviour.next_fault(on, key)[0] is fault}
+    hit = {(on, key) for on in operations for key in "ab" if injector.next_fault(on, key) is fault}
     assert hit == hits
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import service.sandbox.store
 from service.sandbox.app import RunningSandbox, SandboxConfig, open_sandbox
 from service.sandbox.faults import Behaviour
 from service.sandbox.forms import Options
@@ -112,9 +113,13 @@ async def test_temporary_folder_is_removed(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("most_tasks", "most_bytes", "kept"), [(2, 1000, {3, 4}), (9, 25, {3, 4}), (9, 5, {4})])
-def test_oldest_ended_tasks_are_deleted(tmp_path: Path, most_tasks: int, most_bytes: int, kept: set[int]) -> None:
+def test_oldest_ended_tasks_are_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_tasks: int, most_bytes: int, kept: set[int]
+) -> None:
     """Beyond a number of tasks or bytes the oldest ended ones are deleted; running ones stay."""
-    store = Store(tmp_path, {}, max_tasks=most_tasks, max_bytes=most_bytes)
+    monkeypatch.setattr(service.sandbox.store, "MAX_TASKS", most_tasks)
+    monkeypatch.setattr(service.sandbox.store, "MAX_BYTES", most_bytes)
+    store = Store(tmp_path, {})
     for number in range(5):
         store.add_task(make_task(number), AccountBalance(0, 0))
         if number > 0:
@@ -125,9 +130,9 @@ def test_oldest_ended_tasks_are_deleted(tmp_path: Path, most_tasks: int, most_by
     store.close()
 
 
-async def test_files_of_deleted_tasks_are_deleted(tmp_path: Path) -> None:
-    config = SandboxConfig(folder=tmp_path, accounts={"key": AccountBalance(3, 0)}, seconds=0, max_tasks=1)
-    async with open_sandbox(config) as sandbox, open_client(sandbox.url) as client:
+async def test_files_of_deleted_tasks_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service.sandbox.store, "MAX_TASKS", 1)
+    async with run_sandbox(tmp_path) as (sandbox, client):
         task_ids = []
         for _ in range(3):
             task_ids.append(await client.submit_accepted())

@@ -10,9 +10,8 @@ import threading
 
 import pytest
 
-from service.sandbox.app import Sandbox, SandboxConfig, open_sandbox, serve
+from service.sandbox.app import SandboxConfig, open_sandbox, serve
 from service.sandbox.faults import Behaviour, Fault
-from service.sandbox.http import Message
 from service.sandbox.store import AccountBalance
 from tests.sandbox.client import open_client
 
@@ -75,8 +74,7 @@ async def test_serving_ends_with_a_signal(number: signal.Signals) -> None:
     """As a process the sandbox prints its URL, and exits with 0 on a signal."""
     program = (
         "import asyncio\n"
-        "from service.sandbox.app import SandboxConfig\n"
-        "from service.sandbox.app import serve\n"
+        "from service.sandbox.app import SandboxConfig, serve\n"
         "asyncio.run(serve(SandboxConfig(), '127.0.0.1', 0, on_ready=lambda url: print(url, flush=True)))\n"
         "print('ended')\n"
     )
@@ -109,16 +107,3 @@ async def test_no_image_library_before_the_first_image() -> None:
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
     output, _ = await process.communicate()
     assert output == b"set()\n"
-
-
-async def test_any_asgi_server_can_run_it() -> None:
-    """The application opens and closes with the ASGI lifespan."""
-    sandbox = Sandbox(CONFIG)
-    sent: asyncio.Queue[Message] = asyncio.Queue()
-    received: asyncio.Queue[Message] = asyncio.Queue()
-    life = asyncio.create_task(sandbox({"type": "lifespan"}, received.get, sent.put))
-    await received.put({"type": "lifespan.startup"})
-    assert (await sent.get())["type"] == "lifespan.startup.complete"
-    await received.put({"type": "lifespan.shutdown"})
-    assert (await sent.get())["type"] == "lifespan.shutdown.complete"
-    await life
