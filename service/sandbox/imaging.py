@@ -60,10 +60,8 @@ def load_image(path: Path) -> MatLike:
 
 def save_image(image: MatLike, path: Path) -> Path:
     """Write an image in the format of the path's suffix, and return the path. Raises OSError."""
-    is_encoded, data = cv2.imencode(path.suffix, image)
-    if not is_encoded:
-        raise OSError(f"{path.name} could not be encoded")
-    path.write_bytes(data.tobytes())
+    if not cv2.imwrite(str(path), image):
+        raise OSError(f"{path.name} could not be written")
     return path
 
 
@@ -98,13 +96,6 @@ def lift_contrast(colours: MatLike, limit: float) -> MatLike:
     lab = cv2.cvtColor(colours, cv2.COLOR_BGR2LAB)
     lab[:, :, 0] = cv2.createCLAHE(limit, (8, 8)).apply(lab[:, :, 0])
     return cv2.cvtColor(lab, cv2.COLOR_LAB2BGR)
-
-
-def check_size(width: float, height: float) -> tuple[int, int]:
-    """Round a target size. Raises RejectedError if it is too large."""
-    if width * height > MAX_PIXELS:
-        raise RejectedError(f"放大后的图片像素过大(最多{MAX_PIXELS // 1_000_000}百万像素)")
-    return max(1, round(width)), max(1, round(height))
 
 
 _CASCADE_PATH: Final = Path(cv2.__file__).parent / "data" / "haarcascade_frontalface_default.xml"
@@ -194,7 +185,9 @@ def upscale(image: MatLike, options: Options) -> MatLike:
     `strong_inpaint` removes specks and lifts the contrast, in proportion to its intensity.
     """
     height, width = image.shape[:2]
-    size = check_size(width * options.upscale, height * options.upscale)
+    if width * height * options.upscale**2 > MAX_PIXELS:
+        raise RejectedError(f"放大后的{_TOO_MANY_PIXELS_ERROR}")
+    size = round(width * options.upscale), round(height * options.upscale)
     colours, alpha = split_alpha(image)
     if not options.high_fidelity:
         colours = cv2.bilateralFilter(colours, 5, 12 + 200 * (options.s_noise - 1), 3)
@@ -217,12 +210,40 @@ _SAMPLE_PIXELS: Final = 20_000
 _TRACE_PROGRAM = """
 import sys, vtracer
 options = dict(color_precision=8, layer_difference=0, filter_speckle=4, path_precision=2)
-vtracer.convert_image_to_svg_py(*sys.argv[1:], **options)
+sys.stdout.write(vtracer.convert_raw_image_to_svg(sys.stdin.buffer.read(), "png", **options))
 """
 _TRACE_TIMEOUT_SECONDS: Final = 120.0
 _SEED: Final = 5
 _FILL_PATTERN: Final = re.compile(r'fill="#([0-9A-Fa-f]{6})"')
 _SIZE_PATTERN: Final = re.compile(r'width="(\d+)" height="(\d+)"')
+
+
+def vectorize(image: MatLike, color_count: int, path: Path) -> MatLike:
+    """Reduce the colours, trace the result into an SVG of the image's size, and return it.
+
+    Raises OSError and subprocess.SubprocessError.
+    """
+    flat = reduce_colors(image, color_count)
+    traced = subprocess.run(  # noqa: S603  # the program is constant
+        [sys.executable, "-c", _TRACE_PROGRAM],
+        input=cv2.imencode(".png", flat)[1].tobytes(),
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=_TRACE_TIMEOUT_SECONDS,
+    )
+    palette = np.unique(flat.reshape(-1, flat.shape[2])[:, :3], axis=0)
+
+    def to_palette(fill: re.Match[str]) -> str:
+        # The tracer fills areas of removed specks with a mean colour.
+        red, green, blue = bytes.fromhex(fill[1])
+        nearest = _nearest_colors(np.array([[blue, green, red]], np.uint8), palette)[0]
+        return 'fill="#{:02x}{:02x}{:02x}"'.format(*nearest[::-1])
+
+    svg = _FILL_PATTERN.sub(to_palette, traced.stdout.decode())
+    height, width = image.shape[:2]
+    svg = _SIZE_PATTERN.sub(rf'width="{width}" height="{height}" viewBox="0 0 \1 \2"', svg, count=1)
+    path.write_text(svg)
+    return flat
 
 
 def reduce_colors(image: MatLike, color_count: int) -> MatLike:
@@ -233,28 +254,6 @@ def reduce_colors(image: MatLike, color_count: int) -> MatLike:
     visible = pixels if opaque is None or not opaque.any() else pixels[opaque.reshape(-1) > 0]
     flat = _nearest_colors(pixels, _choose_palette(visible, color_count)).reshape(colours.shape)
     return join_alpha(flat, opaque)
-
-
-def trace_paths(flat: MatLike, source: Path, target: Path, size: tuple[int, int]) -> None:
-    """Trace a flat image, stored as the PNG `source`, into the SVG `target` of a size in pixels.
-
-    Raises OSError and subprocess.SubprocessError.
-    """
-    program = [sys.executable, "-c", _TRACE_PROGRAM, str(source), str(target)]
-    # The arguments are paths of the sandbox, not input of a client.
-    subprocess.run(program, check=True, timeout=_TRACE_TIMEOUT_SECONDS, stdout=subprocess.DEVNULL)  # noqa: S603
-    palette = np.unique(flat.reshape(-1, flat.shape[2])[:, :3], axis=0)
-
-    def to_palette(fill: re.Match[str]) -> str:
-        # The tracer fills areas of removed specks with a mean colour.
-        red, green, blue = bytes.fromhex(fill[1])
-        nearest = _nearest_colors(np.array([[blue, green, red]], np.uint8), palette)[0]
-        return 'fill="#{:02x}{:02x}{:02x}"'.format(*nearest[::-1])
-
-    svg = _FILL_PATTERN.sub(to_palette, target.read_text())
-    width, height = size
-    svg = _SIZE_PATTERN.sub(rf'width="{width}" height="{height}" viewBox="0 0 \1 \2"', svg, count=1)
-    target.write_text(svg)
 
 
 def _choose_palette(pixels: MatLike, color_count: int) -> MatLike:
@@ -273,39 +272,26 @@ def _choose_palette(pixels: MatLike, color_count: int) -> MatLike:
 def _nearest_colors(pixels: MatLike, palette: MatLike) -> MatLike:
     """Return the nearest colour of the palette for each pixel."""
     signed = pixels.astype(np.int32)
-    best = np.full(len(pixels), np.iinfo(np.int32).max, np.int32)
-    index = np.zeros(len(pixels), np.intp)
-    # One colour at a time, to save memory.
-    for number, colour in enumerate(palette.astype(np.int32)):
-        distance = np.square(signed - colour).sum(axis=1, dtype=np.int32)
-        closer = distance < best
-        best[closer] = distance[closer]
-        index[closer] = number
-    return palette[index]
+    distances = [np.square(signed - colour).sum(axis=1, dtype=np.int32) for colour in palette.astype(np.int32)]
+    nearest: MatLike = palette[np.argmin(distances, axis=0)]
+    return nearest
 
 
 def apply_operation(kind: Kind, options: Options, image: Path, folder: Path) -> list[Path]:
     """Process a task and return the files of its results, all in the folder. Raises RejectedError and OSError."""
     source = load_image(image)
+    image_path, vector_path, grid_path = folder / "image.png", folder / "vector.svg", folder / "grid.png"
     if kind == "vector":
-        return _vectorise(source, options, preview=folder / "image.png", target=folder / "vector.svg")
+        flat = vectorize(source, options.color_count, vector_path)
+        return [save_image(flat, image_path), vector_path]
     if kind == "face":
-        return [save_image(enhance_faces(source), folder / "image.png")]
+        return [save_image(enhance_faces(source), image_path)]
     if kind == "seamless":
         tile = make_seamless(source, options.fit)
-        return [save_image(tile, folder / "image.png"), save_image(make_grid(tile), folder / "grid.png")]
+        return [save_image(tile, image_path), save_image(make_grid(tile), grid_path)]
     enlarged = upscale(source, options)
-    results = [save_image(enlarged, folder / "image.png")]
+    results = [save_image(enlarged, image_path)]
     if options.vector_switch:
-        scratch = folder / "flat.png"
-        results += _vectorise(enlarged, options, preview=scratch, target=folder / "vector.svg")[1:]
-        scratch.unlink()
+        vectorize(enlarged, options.color_count, vector_path)
+        results.append(vector_path)
     return results
-
-
-def _vectorise(source: MatLike, options: Options, *, preview: Path, target: Path) -> list[Path]:
-    flat = reduce_colors(source, options.color_count)
-    height, width = source.shape[:2]
-    save_image(flat, preview)
-    trace_paths(flat, preview, target, (width, height))
-    return [preview, target]

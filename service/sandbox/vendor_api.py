@@ -27,8 +27,6 @@ UNKNOWN_TASK: Final = "任务未找到或状态未知"
 _REJECTION_PREFIX: Final = "任务提交失败"
 _TASK_IDS: Final = range(10**15, 9 * 10**15)
 """Decimal and below 2**53, so that they are exact also as JSON numbers."""
-
-
 _SUBMIT_KINDS: Final[dict[str, Kind]] = {
     "/api/submit_task": "upscale",
     "/api/submit_vector_task": "vector",

@@ -33,7 +33,7 @@ class Worker:
         # One more thread, so that storing a new image never waits for a task.
         self._executor = ThreadPoolExecutor(_MAX_PARALLEL + 1, thread_name_prefix="sandbox")
         self._slots = asyncio.Semaphore(_MAX_PARALLEL)
-        self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._jobs: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Future[ResultSizes]] = set()
         self.running_ids: set[str] = set()
         """Ids of the unfinished tasks in progress; the others are queued."""
@@ -46,12 +46,12 @@ class Worker:
     def start(self, task: Task) -> None:
         """Process a task whose input is stored."""
         job = asyncio.create_task(self._run_task(task), name=f"sandbox task {task.id}")
-        self._jobs[task.id] = job
-        job.add_done_callback(lambda _: self._jobs.pop(task.id, None))
+        self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)
 
     async def wait_until_idle(self) -> None:
         while self._jobs:
-            await asyncio.wait(self._jobs.values())
+            await asyncio.wait(self._jobs)
 
     async def store_image(self, task_id: str, image: bytes) -> None:
         """Check an image and store it as the input of a task. Raises RejectedError."""
@@ -63,10 +63,9 @@ class Worker:
 
     async def cancel_all(self) -> None:
         """Interrupt all tasks. Waits for busy threads, which can't be interrupted."""
-        jobs = [*self._jobs.values()]
-        for job in jobs:
+        for job in self._jobs:
             job.cancel()
-        await asyncio.gather(*jobs, *self._calls, return_exceptions=True)
+        await asyncio.gather(*self._jobs, *self._calls, return_exceptions=True)
 
     async def close(self) -> None:
         """Interrupt all tasks; another worker on the same store can resume them."""
