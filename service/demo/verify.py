@@ -4,8 +4,7 @@ import io
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NoReturn
-from xml.parsers import expat
+from xml.etree import ElementTree as ET
 
 from PIL import Image, ImageChops, ImageStat
 
@@ -15,7 +14,7 @@ MAX_SEAM = 1.5
 """A border this much harder than the inside of the tile is visible as a line."""
 MIN_CHANGE = 0.1
 """In levels of grey: compressing an image again changes it by more, returning it unchanged by 0."""
-_SVG_NAMESPACE = "http://www.w3.org/2000/svg"
+_SVG_NAMESPACE = "{http://www.w3.org/2000/svg}"
 _LENGTH_PATTERN = re.compile(r"\s*([0-9.]+)(?:px)?\s*")
 
 
@@ -31,7 +30,7 @@ class Drawing:
 
 def read_image(content: bytes) -> Image.Image | Drawing:
     """Decode all of a result, so that a truncated one fails. Raises UnreadableError."""
-    return _SvgReader().read(content) if content.lstrip()[:1] == b"<" else open_image(content)
+    return _read_svg(content) if content.lstrip()[:1] == b"<" else open_image(content)
 
 
 def open_image(content: bytes) -> Image.Image:
@@ -65,33 +64,18 @@ def _side_seam_strength(tile: Image.Image) -> float:
     return across / max(inside, 1.0)
 
 
-class _SvgReader:
-    """Counts the paths of an SVG. Refuses entities, since they can expand without bound."""
-
-    def __init__(self) -> None:
-        self._parser = expat.ParserCreate(namespace_separator=" ")
-        self._parser.StartElementHandler = self._on_element
-        self._parser.EntityDeclHandler = self._on_entity
-        self._root: Mapping[str, str] | None = None
-        self._paths = 0
-
-    def read(self, content: bytes) -> Drawing:
-        try:
-            self._parser.Parse(content, True)
-        except expat.ExpatError as error:
-            raise UnreadableError("not well-formed XML") from error
-        return Drawing(_parse_drawing_size(self._root or {}), self._paths)
-
-    def _on_element(self, name: str, attributes: Mapping[str, str]) -> None:
-        if self._root is None:
-            if name != f"{_SVG_NAMESPACE} svg":
-                raise UnreadableError("XML, but no SVG")
-            self._root = attributes
-        if name == f"{_SVG_NAMESPACE} path" and attributes.get("d", "").strip():
-            self._paths += 1
-
-    def _on_entity(self, *_: object) -> NoReturn:
+def _read_svg(content: bytes) -> Drawing:
+    """Count the paths of an SVG. Refuses entities, since they can expand without bound."""
+    if b"<!ENTITY" in content:
         raise UnreadableError("an SVG that declares entities")
+    try:
+        root = ET.fromstring(content)  # noqa: S314  # expat limits entities in other encodings
+    except ET.ParseError as error:
+        raise UnreadableError("not well-formed XML") from error
+    if root.tag != f"{_SVG_NAMESPACE}svg":
+        raise UnreadableError("XML, but no SVG")
+    paths = [path for path in root.iter(f"{_SVG_NAMESPACE}path") if path.get("d", "").strip()]
+    return Drawing(_parse_drawing_size(root.attrib), len(paths))
 
 
 def _parse_drawing_size(root: Mapping[str, str]) -> Size | None:
