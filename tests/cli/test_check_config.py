@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from service.cli import main
 from service.crypto import generate_secret_key
+from service.storage.redis import DATA_VERSION
 from tests.support.certificates import create_certificate
 from tests.support.stores import RunningStore, run_cluster, run_single, run_with_sentinel
 from tests.support.valkey import Valkey, find_free_port, run_valkey
@@ -212,7 +213,7 @@ def test_data_of_another_version(kind: Callable[[], AbstractContextManager[Runni
     assert refused.exit_code == 1
     (fault,) = [line for line in refused.stderr.splitlines() if "warning" not in line]
     assert fault.startswith("gateway: GATEWAY_REDIS_URL can't be used: ")
-    assert "has version 1, and this gateway uses version 2: run `gateway export`" in fault
+    assert f"has version 1, and this gateway uses version {DATA_VERSION}: run `gateway export`" in fault
     assert passed.exit_code == 0, passed.output
 
 

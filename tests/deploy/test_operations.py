@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from service.storage.redis import DATA_VERSION
 from tests.deploy.procedures import (
     FILE,
     OUTPUT,
@@ -155,7 +156,7 @@ def test_upgrade_to_another_data_version(here: ProcedureShell, upstream: Sandbox
         *("read_task task.json", "cp read.json finished.json", "read_task running.json", "used"),
         *(f"curl -fsS -X PUT -d '{SHORT}' {control}", "submit", "used"),
     )
-    assert printed.count("has version 1, and this gateway uses version 2: run `gateway export`") == 2
+    assert printed.count(f"has version 1, and this gateway uses version {DATA_VERSION}: run `gateway export`") == 2
     assert re.findall(r'"used":(\d+)', printed) == ["0", "2", "3"]
     assert '200200"used":2' in printed
     assert '"state":"succeeded"' in (here.folder / "finished.json").read_text()

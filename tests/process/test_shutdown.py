@@ -15,7 +15,7 @@ import httpx2
 import pytest
 from redis import Redis
 
-from service.storage.redis import Keys
+from service.storage.redis import DATA_VERSION, Keys
 from tests.process.gateway import GatewayProcess, gateway_environment, is_alive, run_gateway, start_gateway, wait_until
 from tests.process.sandbox import SandboxProcess, advance_clock, run_sandbox
 from tests.support.valkey import Valkey, find_free_port, run_valkey
@@ -172,7 +172,13 @@ def read_all_keys(client: Redis) -> dict[bytes, bytes]:
 
 def is_version_error(line: str) -> bool:
     """Return whether a line reports the data version and the remedy."""
-    words = ("has version 1,", "uses version 2:", "`gateway export`", "`gateway apply`", "deploy/OPERATIONS.md")
+    words = (
+        "has version 1,",
+        f"uses version {DATA_VERSION}:",
+        "`gateway export`",
+        "`gateway apply`",
+        "deploy/OPERATIONS.md",
+    )
     return line.startswith("gateway: ") and all(word in line for word in words)
 
 
@@ -210,7 +216,7 @@ def test_replaced_store(tmp_path: Path, upstream: SandboxProcess) -> None:
         mark = Keys(shared["GATEWAY_KEY_PREFIX"]).data_version
         with run_gateway(tmp_path, **shared) as gateway:
             assert gateway.run_curl_example().status_code == 201
-            assert client.get(mark) == b"2"
+            assert client.get(mark) == str(DATA_VERSION).encode()
             submits = upstream.count_requests("submit")
             client.pipeline(transaction=True).flushall().set(mark, 1).execute()
             with suppress(httpx2.TransportError):  # a background job may have stopped it already
@@ -229,7 +235,7 @@ def test_two_starts_at_once(tmp_path: Path, upstream: SandboxProcess) -> None:
         gateways = [stack.enter_context(start_gateway(tmp_path / name, **shared)) for name in ("first", "second")]
         for gateway in gateways:
             gateway.wait_ready()
-        assert client.get(Keys(shared["GATEWAY_KEY_PREFIX"]).data_version) == b"2"
+        assert client.get(Keys(shared["GATEWAY_KEY_PREFIX"]).data_version) == str(DATA_VERSION).encode()
         assert [item.stop() for item in gateways] == [0, 0]
 
 
