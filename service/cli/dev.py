@@ -69,7 +69,7 @@ def demo(folder: Path, url: str | None, token: str | None) -> None:
 
 
 def _run_demo(folder: Path, url: str | None, token: str | None) -> int:
-    if missing := missing_packages_error("the demo", ("PIL",)):
+    if missing := missing_packages_error("the demo", ("PIL", "rich")):
         print_errors([missing])
         return 1
     from service.cli.serve import read_demo_token

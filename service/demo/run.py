@@ -5,19 +5,20 @@ It uses the gateway's public HTTP API alone and imports nothing else of the serv
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
 from service.demo.client import Artifact, Cost, GatewayClient, GatewayError, ResultFile, Task, open_client, single_line
 from service.demo.verify import CheckResult, format_size, verify_results
 
 FINAL_STATES = frozenset({"succeeded", "failed", "no task", "timed out"})
-REDRAW_SECONDS = 0.2
-_SPINNER = "|/-\\"
-_CLEAR_LINES = "\x1b[{lines}F\x1b[J"
 _EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/svg+xml": "svg"}
 _COLUMNS = ("kind", "state", "seconds", "cost", "file", "pixels", "check")
 _RIGHT_ALIGNED = frozenset({"seconds"})
@@ -79,25 +80,20 @@ async def run_demo(options: DemoOptions) -> int:
 
 
 async def _run_all_tasks(options: DemoOptions, gateway: GatewayClient) -> Sequence["DemoTask"]:
-    progress: LineProgress | LiveProgress = LineProgress(options.output)
-    if options.interactive:
-        progress = LiveProgress(options.output, [job.kind for job in JOBS])
-    tasks = [
-        DemoTask(job, gateway, options.folder, timeout_seconds=options.timeout_seconds, on_state=progress.set_state)
-        for job in JOBS
-    ]
+    tasks: list[DemoTask] = []
     try:
-        async with asyncio.TaskGroup() as outer_group:
-            animation = outer_group.create_task(progress.animate())
+        with show_progress(options.output, interactive=options.interactive) as show_state:
             async with asyncio.TaskGroup() as group:
-                for task in tasks:
+                for job in JOBS:
+                    task = DemoTask(
+                        job, gateway, options.folder, timeout_seconds=options.timeout_seconds, on_state=show_state
+                    )
+                    tasks.append(task)
                     group.create_task(task.run())
-            animation.cancel()
     except asyncio.CancelledError:
         submitted = ", ".join(task.task_id for task in tasks if task.task_id and task.state not in FINAL_STATES)
         options.output.write(f"Interrupted. The gateway continues: {submitted or 'nothing'}\n")
         raise
-    progress.clear()
     return tasks
 
 
@@ -203,69 +199,26 @@ def _failure_reason(error: Any) -> str:
     return single_line(error) if isinstance(error, str) and error else "no reason is given"
 
 
-class LineProgress:
-    """Progress with one line for each change, fit for a log."""
+@contextmanager
+def show_progress(output: TextIO, *, interactive: bool) -> Iterator[Callable[[str, str], None]]:
+    """Yield a function that shows the state of a kind: in a live table, or on a line for each change."""
+    if interactive:
+        columns = (SpinnerColumn("line", finished_text=" "), "{task.description}", "{task.fields[state]}")
+        console = Console(file=output, force_terminal=True)
+        with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+            rows = {job.kind: progress.add_task(job.kind, total=1, state="waiting") for job in JOBS}
+            yield lambda kind, state: progress.update(rows[kind], state=state, completed=state in FINAL_STATES)
+        return
+    states: dict[str, str] = {}
 
-    def __init__(self, output: TextIO) -> None:
-        self._output = output
-        self._states: dict[str, str] = {}
+    def write_change(kind: str, state: str) -> None:
+        if states.get(kind) != state:
+            states[kind] = state
+            output.write(f"{kind}: {state}\n")
+            output.flush()
 
-    def set_state(self, kind: str, state: str) -> None:
-        if self._states.get(kind) != state:
-            self._states[kind] = state
-            self._output.write(f"{kind}: {state}\n")
-            self._output.flush()
-
-    async def animate(self) -> None:
-        pass
-
-    def clear(self) -> None:
-        self._output.write("\n")
-
-
-class LiveProgress:
-    """Progress with one line for each task, redrawn on a terminal until cancelled."""
-
-    def __init__(self, output: TextIO, kinds: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
-        self._output = output
-        self._clock = clock
-        self._started_at = clock()
-        self._states = dict.fromkeys(kinds, "waiting")
-        self._finished_at: dict[str, float] = {}
-        self._frame = 0
-        self._drawn_lines = 0
-
-    def set_state(self, kind: str, state: str) -> None:
-        self._states[kind] = state
-        if state in FINAL_STATES:
-            self._finished_at.setdefault(kind, self._clock())
-        self._draw()
-
-    async def animate(self) -> None:
-        while True:
-            self._frame += 1
-            self._draw()
-            await asyncio.sleep(REDRAW_SECONDS)
-
-    def clear(self) -> None:
-        self._output.write(self._rewind())
-        self._output.flush()
-        self._drawn_lines = 0
-
-    def _draw(self) -> None:
-        now = self._clock()
-        width = max(map(len, self._states))
-        lines = [
-            f"{' ' if kind in self._finished_at else _SPINNER[self._frame % len(_SPINNER)]} {kind:<{width}}"
-            f"  {state:<10} {self._finished_at.get(kind, now) - self._started_at:6.1f} s\n"
-            for kind, state in self._states.items()
-        ]
-        self._output.write(self._rewind() + "".join(lines))
-        self._output.flush()
-        self._drawn_lines = len(lines)
-
-    def _rewind(self) -> str:
-        return _CLEAR_LINES.format(lines=self._drawn_lines) if self._drawn_lines else ""
+    yield write_change
+    output.write("\n")
 
 
 def _print_report(options: DemoOptions, tasks: Sequence[DemoTask]) -> int:

@@ -96,10 +96,13 @@ async def test_poll_interval(gateway: FakeGateway, tmp_path: Path) -> None:
 
 
 async def test_terminal(gateway: FakeGateway, tmp_path: Path) -> None:
-    """On a terminal the table replaces the progress lines."""
-    code, lines = await run_and_capture(make_options(gateway, tmp_path, interactive=True))
-    assert code == 0
-    assert "\x1b[4F\x1b[Jkind          state      seconds  cost" in "\n".join(lines)
+    """On a terminal the states are shown in place, and the table replaces them."""
+    output = io.StringIO()
+    assert await run_demo(make_options(gateway, tmp_path, interactive=True, output=output)) == 0
+    progress, erased, report = output.getvalue().rpartition("\x1b[?25h\r" + "\x1b[1A\x1b[2K" * len(JOBS))
+    assert all(re.search(rf"{job.kind} +succeeded", progress) for job in JOBS)
+    assert erased
+    assert report.startswith("kind          state      seconds  cost")
 
 
 @pytest.mark.parametrize(
