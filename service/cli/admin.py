@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import reduce
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 
@@ -20,16 +19,26 @@ from service.api.admin_schemas import (
     Figure,
     NewSecret,
     NewToken,
+    RevokedTokens,
     Tenant,
     TenantList,
     Token,
-    Webhook,
 )
 from service.api.schemas import Policy
-from service.cli.client import NOT_FOUND, AdminClient, ProblemError, print_response, with_admin_client
-from service.cli.common import LazyCommand, get_environment, json_option
+from service.cli.client import AdminClient, change_entry, print_response, with_admin_client
+from service.cli.common import (
+    LazyCommand,
+    add_options,
+    clear_option,
+    get_environment,
+    json_option,
+    named_fields,
+    named_items,
+    removed_set,
+)
 from service.cli.formatting import (
     Duration,
+    Fields,
     Limit,
     Price,
     Timestamp,
@@ -40,11 +49,33 @@ from service.cli.formatting import (
     read_secret,
 )
 from service.domain.tasks import Kind
-from service.domain.tenants import SpendingMode, TenantStatus
+from service.domain.tenants import SpendingMode, TenantStatus, Window
 
-_SPENDING_MODE = click.Choice([mode.value for mode in SpendingMode])
-_KIND = click.Choice([kind.value for kind in Kind])
-_WEBHOOK_OPTIONS = (
+_KIND = click.Choice(list(map(str, Kind)))
+_ACCOUNT_OPTIONS = (
+    click.option("--user-key-env", metavar="VARIABLE", help="Read the user_key from an environment variable."),
+    click.option("--user-key-file", type=click.File("rb"), help="Read it from a file, or from standard input: `-`."),
+    click.option("--user-key-prompt", is_flag=True, help="Prompt for it."),
+    click.option("--base-url", help="Address of its upstream.  [default: from GATEWAY_UPSTREAM_URL]"),
+    click.option("--floor-count", type=click.IntRange(min=0), help="Prepaid uses that must remain."),
+    click.option("--floor-money", type=Yuan(), help="Money that must remain."),
+    click.option("--max-price", "prices", type=Price(), multiple=True, help="Maximum price of a kind; repeatable."),
+)
+_TENANT_OPTIONS = (
+    click.option("--account", "accounts", multiple=True, help="An account to use; in order of preference, repeatable."),
+    click.option("--limit", "limits", type=Limit(), multiple=True, help="Whole limit of a window; repeatable."),
+    click.option("--max-active", type=click.IntRange(min=0), help="Maximum number of tasks at once."),
+    click.option(
+        "--spending-mode",
+        type=click.Choice(list(map(str, SpendingMode))),
+        help="Prepaid uses only, or money after them.",
+    ),
+    click.option("--kind", "kinds", type=_KIND, multiple=True, help="A kind it may submit; repeatable."),
+    click.option(
+        "--state",
+        type=click.Choice(list(map(str, TenantStatus))),
+        help="read-only refuses submissions, disabled every request.",
+    ),
     click.option("--webhook-url", help="Address that receives the events of its tasks."),
     click.option(
         "--webhook-allow",
@@ -64,45 +95,63 @@ def account() -> None:
     """Manage accounts at the upstream."""
 
 
-@account.command("set")
+account.add_command(removed_set)
+
+
+@account.command("create")
 @click.argument("name")
-@click.option("--user-key-env", metavar="VARIABLE", help="Read the user_key from an environment variable.")
-@click.option("--user-key-file", type=click.File("rb"), help="Read it from a file, or from standard input with `-`.")
-@click.option("--user-key-prompt", is_flag=True, help="Prompt for it.  [default: for a new account, on a terminal]")
-@click.option("--base-url", help="Address of its upstream.  [default: from GATEWAY_UPSTREAM_URL]")
-@click.option("--floor-count", type=click.IntRange(min=0), help="Prepaid uses that must remain.")
-@click.option("--floor-money", type=Yuan(), help="Money that must remain.")
-@click.option("--max-price", type=Price(), multiple=True, help="Maximum price of a kind; repeatable.")
+@add_options(*_ACCOUNT_OPTIONS)
 @json_option
 @with_admin_client
-def set_account(
+def create_account(
+    client: AdminClient, *, name: str, prices: Sequence[tuple[str, float]], as_json: bool, **options: Any
+) -> None:
+    """Create the account NAME.
+
+    Its key is no argument of the command line, since other users could read it there. Without an option for it, a
+    terminal prompts for it.
+    """
+    key = _read_user_key(name, options, can_prompt=sys.stdin.isatty())
+    body = named_fields({**options, "user_key": key, "max_price": named_items("--max-price", prices)})
+    print_response(client.create("accounts", name, body), Account, _format_account, as_json=as_json)
+
+
+@account.command("update")
+@click.argument("name")
+@add_options(*_ACCOUNT_OPTIONS)
+@clear_option("--no-base-url", "base_url", "Use the address of GATEWAY_UPSTREAM_URL.")
+@click.option("--no-max-price", "no_prices", type=_KIND, multiple=True, help="Remove the price of a kind; repeatable.")
+@json_option
+@with_admin_client
+def update_account(
     client: AdminClient,
     *,
     name: str,
-    user_key_env: str | None,
-    user_key_file: BinaryIO | None,
-    user_key_prompt: bool,
-    max_price: Sequence[tuple[str, float]],
+    prices: Sequence[tuple[str, float]],
+    no_prices: Sequence[str],
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Create or replace the account NAME.
+    """Change the account NAME: only what the options name, and only the prices of the kinds named."""
+    key = _read_user_key(name, options, can_prompt=False)
+    patch = named_fields({**options, "user_key": key, "max_price": named_items("--max-price", prices, no_prices)})
+    change_entry(client, ("accounts", name), (Account, _account_settings), lambda _: patch, as_json=as_json)
 
-    Omitted options get their defaults; only the key is kept. A key is no argument of the command line, since other
-    users could read it there.
-    """
-    if sum(map(bool, (user_key_env, user_key_file, user_key_prompt))) > 1:
+
+def _read_user_key(name: str, options: dict[str, Any], *, can_prompt: bool) -> str | None:
+    """Take the options of the key out of `options`, and read it. Raises UsageError."""
+    variable, file, prompt = (options.pop(f"user_key_{source}") for source in ("env", "file", "prompt"))
+    if sum(map(bool, (variable, file, prompt))) > 1:
         raise click.UsageError("Use one of --user-key-env, --user-key-file and --user-key-prompt.")
-    body = {field: value for field, value in options.items() if value is not None} | {"max_price": dict(max_price)}
-    if user_key_env:
-        body["user_key"] = get_environment().get(user_key_env)
-        if not body["user_key"]:
-            raise click.BadParameter(f"there is no environment variable {user_key_env}", param_hint="--user-key-env")
-    elif user_key_file:
-        body["user_key"] = read_secret(user_key_file, "--user-key-file")
-    elif user_key_prompt or (sys.stdin.isatty() and not _account_exists(client, name)):
-        body["user_key"] = click.prompt(f"The user_key of {name}", hide_input=True, err=True)
-    print_response(client.request("PUT", "accounts", name, body=body), Account, _format_account, as_json=as_json)
+    if file:
+        return read_secret(file, "--user-key-file")
+    if variable:
+        if not (key := get_environment().get(variable)):
+            raise click.BadParameter(f"there is no environment variable {variable}", param_hint="--user-key-env")
+        return key
+    if prompt or can_prompt:
+        return str(click.prompt(f"The user_key of {name}", hide_input=True, err=True))
+    return None
 
 
 @account.command("list")
@@ -150,16 +199,6 @@ def delete_account(client: AdminClient, *, name: str, force: bool) -> None:
     click.echo(f"The account {name} is deleted.")
 
 
-def _account_exists(client: AdminClient, name: str) -> bool:
-    try:
-        client.request("GET", "accounts", name)
-    except ProblemError as error:
-        if error.status != NOT_FOUND:
-            raise
-        return False
-    return True
-
-
 def _format_account(account: Account) -> str:
     uses, yuan, seen_at = _latest_balance(account)
     return format_record(
@@ -175,15 +214,21 @@ def _format_account(account: Account) -> str:
         ("unexplained yuan", account.unexplained.money),
         ("last price", _format_prices(account.prices)),
         ("live balance checks", account.live_balance_checks),
+        *_account_settings(account),
+    )
+
+
+def _account_settings(account: Account) -> Fields:
+    return [
         ("base URL", account.base_url),
         ("minimum uses", account.floor_count),
         ("minimum yuan", account.floor_money),
         ("maximum price", _format_prices(account.max_price)),
-    )
+    ]
 
 
 def _format_prices(prices: Mapping[Kind, float]) -> Sequence[str]:
-    return [f"{kind} {price} yuan" for kind, price in prices.items()]
+    return [f"{kind} {format_value(price)} yuan" for kind, price in prices.items()]
 
 
 def _latest_balance(account: Account) -> tuple[object, object, object]:
@@ -243,7 +288,7 @@ def list_tokens(client: AdminClient, *, tenant: str, as_json: bool) -> None:
     """List the valid tokens of TENANT."""
     response = client.request("GET", "tenants", tenant)
     tokens = response.decode(Tenant).tokens
-    click.echo(response.with_members(items=tokens).format_json() if as_json else format_tokens(tokens))
+    click.echo(response.with_members(items=tokens).format_json() if as_json else _format_tokens(tokens))
 
 
 @token.command("revoke")
@@ -258,37 +303,11 @@ def revoke_token(client: AdminClient, *, tenant: str, token_id: str, grace: floa
     click.echo(f"The token {token_id} of {tenant} {status}.")
 
 
-def format_tokens(tokens: Sequence[Token]) -> str:
+def _format_tokens(tokens: Sequence[Token]) -> str:
     if not tokens:
         return "It has no tokens."
     rows = [(item.id, item.label, item.created_at, item.expires_at) for item in tokens]
     return format_table(("token", "label", "created at", "expires at"), rows)
-
-
-def add_webhook_options(command: Callable[..., None]) -> Callable[..., None]:
-    return reduce(lambda wrapped, option: option(wrapped), reversed(_WEBHOOK_OPTIONS), command)
-
-
-def build_webhook_body(url: str | None, allow: Sequence[str], secret: BinaryIO | None) -> Mapping[str, Any] | None:
-    """Return the webhook in the form of the operators' API. Raises UsageError."""
-    if url is None:
-        if allow or secret:
-            raise click.UsageError("--webhook-allow and --webhook-secret-file need a --webhook-url.")
-        return None
-    body: dict[str, Any] = {"url": url, "allow": allow}
-    if secret:
-        body["secret"] = read_secret(secret, "--webhook-secret-file")
-    return body
-
-
-def webhook_fields(webhook: Webhook | None) -> Sequence[tuple[str, object]]:
-    if webhook is None:
-        return [("webhook", None)]
-    return [
-        ("webhook", webhook.url),
-        ("webhook hosts", webhook.allow),
-        ("disabled URLs", webhook.disabled_urls),
-    ]
 
 
 @click.group()
@@ -353,51 +372,101 @@ def tenant() -> None:
     """Manage tenants, which submit tasks."""
 
 
-@tenant.command("set")
+tenant.add_command(removed_set)
+
+
+@tenant.command("create")
 @click.argument("name")
-@click.option(
-    "--account", "accounts", multiple=True, required=True, help="An account to use; in order of preference, repeatable."
-)
-@click.option("--limit", "limits", type=Limit(), multiple=True, help="Limit of a window; repeatable.")
-@click.option("--max-active", type=click.IntRange(min=0), help="Maximum number of tasks at once.")
-@click.option("--spending-mode", type=_SPENDING_MODE, help="Prepaid uses only, or money after them.")
-@click.option("--purse", "old_spending_mode", type=_SPENDING_MODE, hidden=True)  # the name in 0.2.0
-@click.option("--kind", "kinds", type=_KIND, multiple=True, help="A kind it may submit; repeatable.")
-@click.option(
-    "--state", type=click.Choice(list(TenantStatus)), help="read-only refuses submissions, disabled every call."
-)
-@add_webhook_options
+@add_options(*_TENANT_OPTIONS)
 @json_option
 @with_admin_client
-def set_tenant(
+def create_tenant(
+    client: AdminClient, *, name: str, limits: Sequence[tuple[str, Any]], as_json: bool, **options: Any
+) -> None:
+    """Create the tenant NAME. A generated secret of its webhooks is printed once."""
+    body = _tenant_fields(options) | {"limits": list(named_items("--limit", limits).values())}
+    print_response(client.create("tenants", name, body), Tenant, _format_tenant, as_json=as_json)
+
+
+@tenant.command("update")
+@click.argument("name")
+@add_options(*_TENANT_OPTIONS)
+@click.option(
+    "--no-limit",
+    "no_limits",
+    type=click.Choice(list(map(str, Window))),
+    multiple=True,
+    help="Remove the limit of a window; repeatable.",
+)
+@clear_option("--no-max-active", "max_active", "Remove the maximum number of tasks at once.")
+@clear_option("--all-kinds", "kinds", "Allow all kinds.")
+@clear_option("--no-webhook", "webhook", "Send no webhooks. Its secret is kept.")
+@json_option
+@with_admin_client
+def update_tenant(
     client: AdminClient,
     *,
     name: str,
-    accounts: Sequence[str],
-    limits: Sequence[Mapping[str, Any]],
-    kinds: Sequence[str],
-    webhook_url: str | None,
-    webhook_allow: Sequence[str],
-    webhook_secret_file: BinaryIO | None,
-    spending_mode: str | None,
-    old_spending_mode: str | None,
+    limits: Sequence[tuple[str, Any]],
+    no_limits: Sequence[str],
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Create or replace the tenant NAME.
+    """Change the tenant NAME: only what the options name.
 
-    Omitted options get their defaults; its tokens and its webhook secret are kept. A generated secret is printed.
+    A --limit replaces the limit of its window, tasks and money, and no other window's. The options --account, --kind
+    and --webhook-allow each replace the whole list. The URL of a webhook enables it again after a response 410.
     """
-    webhook = build_webhook_body(webhook_url, webhook_allow, webhook_secret_file)
-    if spending_mode := spending_mode or old_spending_mode:
-        options["spending_mode"] = spending_mode
-    body = {field: value for field, value in options.items() if value is not None}
-    body |= {"accounts": accounts, "limits": limits, "kinds": kinds or None, "webhook": webhook}
-    response = client.request("PUT", "tenants", name, body=body)
-    print_response(response, Tenant, _format_tenant, as_json=as_json)
-    stored = response.decode(Tenant).webhook
-    if stored and stored.secret and not as_json:
-        click.echo(f"\nThe secret of its webhooks, which is not shown again: {stored.secret}")
+    patch, changed_limits = _tenant_fields(options), named_items("--limit", limits, no_limits)
+
+    def make_patch(current: Tenant) -> Mapping[str, Any]:
+        if not changed_limits:
+            return patch
+        merged: Mapping[str, Any] = {limit.window: limit for limit in current.limits} | changed_limits
+        return patch | {"limits": [limit for limit in merged.values() if limit is not None]}
+
+    change_entry(client, ("tenants", name), (Tenant, _tenant_settings), make_patch, as_json=as_json)
+
+
+@tenant.command("disable")
+@click.argument("name")
+@json_option
+@with_admin_client
+def disable_tenant(client: AdminClient, *, name: str, as_json: bool) -> None:
+    """Refuse every request of the tenant NAME. Its running tasks continue."""
+    patch = {"state": TenantStatus.DISABLED}
+    change_entry(client, ("tenants", name), (Tenant, _tenant_settings), lambda _: patch, as_json=as_json)
+
+
+@tenant.command("enable")
+@click.argument("name")
+@json_option
+@with_admin_client
+def enable_tenant(client: AdminClient, *, name: str, as_json: bool) -> None:
+    """Accept the requests of the tenant NAME again."""
+    patch = {"state": TenantStatus.ACTIVE}
+    change_entry(client, ("tenants", name), (Tenant, _tenant_settings), lambda _: patch, as_json=as_json)
+
+
+@tenant.command("revoke-all")
+@click.argument("name")
+@json_option
+@with_admin_client
+def revoke_all_tokens(client: AdminClient, *, name: str, as_json: bool) -> None:
+    """Revoke all tokens of the tenant NAME at once."""
+    response = client.request("POST", "tenants", name, "revoke-all")
+    print_response(response, RevokedTokens, lambda result: f"Revoked: {format_value(result.revoked)}", as_json=as_json)
+
+
+def _tenant_fields(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the named fields, without limits, in the form of the operators' API. Raises UsageError."""
+    secret = options.pop("webhook_secret_file")
+    webhook = {
+        "url": options.pop("webhook_url"),
+        "allow": options.pop("webhook_allow"),
+        "secret": secret and read_secret(secret, "--webhook-secret-file"),
+    }
+    return named_fields({**options, "webhook": named_fields(webhook)})
 
 
 @tenant.command("list")
@@ -457,15 +526,24 @@ def quota(client: AdminClient, *, tenant: str, as_json: bool) -> None:
 
 
 def _format_tenant(tenant: Tenant) -> str:
-    record = format_record(
-        ("name", tenant.name),
+    record = format_record(("name", tenant.name), *_tenant_settings(tenant))
+    return "\n\n".join([record, _format_policies(tenant.policies), _format_tokens(tenant.tokens)])
+
+
+def _tenant_settings(tenant: Tenant) -> Fields:
+    webhook = tenant.webhook
+    return [
+        ("state", tenant.state),
         ("accounts", tenant.accounts),
+        ("limits", [_format_limit(limit) for limit in tenant.limits]),
+        ("max active", tenant.max_active),
         ("spending mode", tenant.spending_mode),
         ("kinds", _format_kinds(tenant)),
-        ("state", tenant.state),
-        *webhook_fields(tenant.webhook),
-    )
-    return "\n\n".join([record, _format_policies(tenant.policies), format_tokens(tenant.tokens)])
+        ("webhook", webhook and webhook.url),
+        ("webhook hosts", webhook and webhook.allow),
+        ("disabled URLs", webhook and webhook.disabled_urls),
+        *([("webhook secret, shown once", webhook.secret)] if webhook and webhook.secret else []),
+    ]
 
 
 def _format_policies(policies: Sequence[Policy]) -> str:
@@ -490,8 +568,9 @@ def _format_policies(policies: Sequence[Policy]) -> str:
 
 
 def _format_limit(limit: admin_schemas.Limit) -> str:
-    parts = {"tasks": limit.tasks, "yuan": limit.money}
-    return f"{limit.window} " + " + ".join(f"{amount} {unit}" for unit, amount in parts.items() if amount is not None)
+    amounts = {"tasks": limit.tasks, "yuan": limit.money}
+    parts = [f"{format_value(amount)} {unit}" for unit, amount in amounts.items() if amount is not None]
+    return f"{limit.window} {' + '.join(parts)}"
 
 
 def _format_kinds(tenant: Tenant) -> object:

@@ -14,11 +14,13 @@ import httpx2
 import msgspec
 
 from service.cli.common import load_settings, url_option
-from service.cli.formatting import single_line
+from service.cli.formatting import Fields, format_record, format_value, single_line
 from service.settings import Settings, parse_http_url, parse_printable
 
 T = TypeVar("T")
-NOT_FOUND = 404
+_NOT_FOUND = 404
+_OUTDATED = 412
+_MAX_ATTEMPTS = 5
 _JSON_TYPE = "application/json"
 _HTTP_TIMEOUT = httpx2.Timeout(30.0, connect=5.0)
 _LOOPBACK_BY_WILDCARD = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -104,17 +106,19 @@ class AdminClient:
         body: Mapping[str, Any] | None = None,
         accept: str = _JSON_TYPE,
         version: str | None = None,
+        is_new: bool = False,
         **query: Any,
     ) -> AdminResponse:
-        """Send a request to the parts of a path. `version` becomes `If-Match`."""
+        """Send a request to the parts of a path. `version` becomes `If-Match`, `is_new` forbids to replace an entry."""
         for part in path:
             if part in {"", ".", ".."} or "/" in part:
                 # Servers normalize such a path even if it is quoted.
-                raise ProblemError(NOT_FOUND, f"gateway: there is no {single_line(part)!r}")
+                raise ProblemError(_NOT_FOUND, f"gateway: there is no {single_line(part)!r}")
         address = "/".join(["/admin/v1", *(quote(part, safe="") for part in path)])
         content = None if body is None else msgspec.json.encode(body)
         headers = {"Accept": accept} | ({} if body is None else {"Content-Type": _JSON_TYPE})
         headers |= {} if version is None else {"If-Match": version}
+        headers |= {"If-None-Match": "*"} if is_new else {}
         try:
             response = self._http.request(method, address, content=content, headers=headers, params=query)
         except httpx2.RequestError as error:
@@ -133,6 +137,16 @@ class AdminClient:
             raise _unexpected_response(self._url, f"HTTP {response.status_code}") from None
         raise ProblemError(response.status_code, str(problem))
 
+    def create(self, section: str, name: str, body: Mapping[str, Any]) -> AdminResponse:
+        """Create an entry. Raises CommandError, also if the name is taken."""
+        try:
+            return self.request("PUT", section, name, body=body, is_new=True)
+        except ProblemError as error:
+            if error.status != _OUTDATED:
+                raise
+            noun = section.removesuffix("s")
+            raise CommandError(f"gateway: there is {noun} {name} already: use `gateway {noun} update`") from None
+
     def _map_transport_error(self, method: str, error: httpx2.RequestError) -> CommandError:
         why = single_line(str(error)) or type(error).__name__
         if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
@@ -140,6 +154,49 @@ class AdminClient:
             return CommandError(f"gateway: can't connect to {self._url}: {why}. {hint}")
         hint = "" if method == "GET" else " The change may have been made: check before you repeat it."
         return CommandError(f"gateway: no response from {self._url}: {why}.{hint}")
+
+
+def change_entry(
+    client: AdminClient,
+    path: tuple[str, str],
+    entry: tuple[type[T], Callable[[T], Fields]],
+    make_patch: Callable[[T], Mapping[str, Any]],
+    *,
+    as_json: bool,
+) -> None:
+    """Send the patch of an entry, and print what changed. Raises CommandError."""
+    schema, list_settings = entry
+    before, patch, response = _patch_current(client, path, schema, make_patch)
+    secrets = {"user key": patch.get("user_key"), "webhook secret": (patch.get("webhook") or {}).get("secret")}
+    old = {label: format_value(value) for label, value in list_settings(before)}
+
+    def format_changes(after: T) -> str:
+        changes: list[tuple[str, object]] = [
+            (label, f"{old[label]} -> {format_value(value)}" if label in old else value)
+            for label, value in list_settings(after)
+            if old.get(label) != format_value(value)
+        ]
+        changes += [(label, "changed") for label, secret in secrets.items() if secret]
+        return format_record(*changes) if changes else "Nothing changed."
+
+    print_response(response, schema, format_changes, as_json=as_json)
+
+
+def _patch_current(
+    client: AdminClient, path: tuple[str, str], schema: type[T], make_patch: Callable[[T], Mapping[str, Any]]
+) -> tuple[T, Mapping[str, Any], AdminResponse]:
+    """Patch an entry as it was read, again if it changed meanwhile. Return it as read, the patch and the response."""
+    attempts = 0
+    while True:
+        attempts += 1
+        current = client.request("GET", *path)
+        before = current.decode(schema)
+        patch = make_patch(before)
+        try:
+            return before, patch, client.request("PATCH", *path, body=patch, version=current.version)
+        except ProblemError as error:
+            if error.status != _OUTDATED or attempts == _MAX_ATTEMPTS:
+                raise
 
 
 def with_admin_client(command: Callable[..., None]) -> Callable[..., None]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,6 +19,39 @@ url_option = click.option(
     "--url", help="Address of the operators' port.  [default: from GATEWAY_OPS_HOST and GATEWAY_OPS_PORT]"
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the JSON response.")
+T = TypeVar("T")
+_Command = Callable[..., None]
+# The parameter of an option that removes a value is the field behind this prefix.
+_CLEAR = "clear_"
+
+
+def add_options(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
+    return lambda command: reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+
+
+def clear_option(name: str, field: str, help_text: str) -> Callable[[_Command], _Command]:
+    return click.option(name, _CLEAR + field, is_flag=True, help=help_text)
+
+
+def named_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that the options name, None for those to remove. Raises UsageError for a contradiction."""
+    named = {option: value for option, value in options.items() if value not in (None, (), {}) and value is not False}
+    for option in named:
+        if _CLEAR + option in named:
+            raise click.UsageError(f"Set or remove {option.replace('_', ' ')}, not both.")
+    return {
+        option.removeprefix(_CLEAR): None if option.startswith(_CLEAR) else value for option, value in named.items()
+    }
+
+
+def named_items(option: str, items: Iterable[tuple[str, T]], removed: Sequence[str] = ()) -> dict[str, T | None]:
+    """Return the items by name, None for those to remove. Raises UsageError if a name is repeated."""
+    named: dict[str, T | None] = {}
+    for name, value in [*items, *((name, None) for name in removed)]:
+        if name in named:
+            raise click.UsageError(f"{option} names {name} more than once.")
+        named[name] = value
+    return named
 
 
 def load_settings() -> Settings:
@@ -38,6 +72,17 @@ def get_environment() -> Mapping[str, str]:
 def print_errors(errors: Iterable[str]) -> None:
     for error in errors:
         click.echo(f"gateway: {error}", err=True)
+
+
+@click.command("set", hidden=True, add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def removed_set(context: click.Context, *, arguments: Sequence[str]) -> None:  # noqa: ARG001 - all are accepted
+    group = context.parent.info_name if context.parent else None
+    raise click.UsageError(
+        f"`gateway {group} set` was removed: use `gateway {group} create NAME`, or `gateway {group} update NAME`, "
+        "which changes only what you name."
+    )
 
 
 class LazyCommand(click.Command):

@@ -14,6 +14,7 @@ from service.domain.tasks import Kind
 from service.domain.tenants import Window
 
 EMPTY_CELL = "-"
+Fields = Sequence[tuple[str, object]]
 
 
 def format_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -38,6 +39,8 @@ def format_value(value: object) -> str:
             return "yes" if value else "no"
         case datetime():
             return value.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        case float() if value.is_integer():
+            return str(int(value))
         case list() | tuple():
             return ", ".join(map(format_value, value))
         case _:
@@ -137,14 +140,14 @@ class Price(click.ParamType[tuple[str, float]]):
         return kind, Yuan().convert(amount, param, ctx)
 
 
-class Limit(click.ParamType[Mapping[str, Any]]):
-    """A limit of a window, such as `day:tasks=100,money=50`, in the form of the operators' API."""
+class Limit(click.ParamType[tuple[str, Mapping[str, Any]]]):
+    """A window and its limit in the form of the operators' API, such as `day:tasks=100,money=50`."""
 
     name = "window:tasks=n,money=yuan"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Mapping[str, Any]:
-        if isinstance(value, Mapping):
-            return value
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Mapping[str, Any]]:
         window, _, rest = str(value).partition(":")
         if window not in set(Window):
             self.fail(f"must begin with a window: {' or '.join(Window)}", param, ctx)
@@ -156,4 +159,4 @@ class Limit(click.ParamType[Mapping[str, Any]]):
             if name == "tasks" and not re.fullmatch(r"[0-9]{1,13}", amount):
                 self.fail("must limit tasks to a whole number", param, ctx)
             limit[name] = int(amount) if name == "tasks" else Yuan().convert(amount, param, ctx)
-        return limit
+        return window, limit

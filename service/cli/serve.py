@@ -204,7 +204,7 @@ def _open_socket(host: str, port: int, prefix: str) -> socket.socket:
 
 async def _set_up_demo(container: Container, settings: Settings, url: str) -> None:
     """Create the demo account and tenant, once the store is available, and print an example."""
-    hint = "No account was created: set GATEWAY_UPSTREAM_USER_KEY, or use `gateway account set`.\n\n"
+    hint = "No account was created: set GATEWAY_UPSTREAM_USER_KEY, or use `gateway account create`.\n\n"
     if settings.upstream_user_key:
         token = await _ensure_demo_token(container, settings.data_dir, settings.upstream_user_key)
         image = shlex.quote(f"image=@{resources.files('service.demo') / 'images' / 'photo.jpg'}")

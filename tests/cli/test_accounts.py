@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def stored_user_key(shell: Shell, name: str) -> str:
 
 async def test_key_from_the_environment(shell: Shell) -> None:
     shell.environ["OUR_KEY"] = "key-in-a-variable"
-    await shell.run("account", "set", "new", "--user-key-env", "OUR_KEY")
+    await shell.run("account", "create", "new", "--user-key-env", "OUR_KEY")
     assert stored_user_key(shell, "new") == "key-in-a-variable"
 
 
@@ -36,17 +37,15 @@ async def test_key_from_a_file(shell: Shell, tmp_path: Path) -> None:
     """The key is read from a file or standard input, without the trailing newline."""
     file = tmp_path / "key"
     file.write_text("key-in-a-file\n")
-    await shell.run("account", "set", "new", "--user-key-file", str(file))
+    await shell.run("account", "create", "new", "--user-key-file", str(file))
     assert stored_user_key(shell, "new") == "key-in-a-file"
-    await shell.run("account", "set", "new", "--user-key-file", "-", stdin="key-on-standard-input\r\n")
+    await shell.run("account", "update", "new", "--user-key-file", "-", stdin="key-on-standard-input\r\n")
     assert stored_user_key(shell, "new") == "key-on-standard-input"
 
 
-async def test_key_is_kept(shell: Shell) -> None:
-    """Without a key an account keeps its own, and a new account is refused."""
-    await shell.run("account", "set", "main", "--floor-count", "3")
-    assert stored_user_key(shell, "main") == USER_KEY
-    refused = await shell.run("account", "set", "new", code=1)
+async def test_no_key(shell: Shell) -> None:
+    """A new account without a key is refused."""
+    refused = await shell.run("account", "create", "new", code=1)
     assert refused.stderr == "Invalid options:\n  user_key: is required for a new account\n"
 
 
@@ -54,7 +53,7 @@ async def test_key_from_a_terminal(shell: Shell) -> None:
     """The key of a new account is prompted for, without echo."""
     ours, theirs = pty.openpty()
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "service", "account", "set", "new"),
+        *(sys.executable, "-m", "service", "account", "create", "new"),
         stdin=theirs,
         stdout=subprocess.PIPE,
         stderr=theirs,
@@ -76,7 +75,7 @@ async def test_key_from_a_terminal(shell: Shell) -> None:
 
 async def test_declined_prompt(shell: Shell) -> None:
     """Declining the prompt changes nothing."""
-    result = await shell.run("account", "set", "new", "--user-key-prompt", code=1)
+    result = await shell.run("account", "create", "new", "--user-key-prompt", code=1)
     assert "Aborted" in result.stderr
     assert "new" not in shell.gateway.services.registry.current.accounts
 
@@ -94,18 +93,19 @@ async def test_declined_prompt(shell: Shell) -> None:
         (("--floor-money", "0.001"), "must be an amount in yuan"),
         (("--max-price", "upscale"), "must be an amount in yuan"),
         (("--max-price", "enlarge=1"), "must begin with a kind of task"),
+        (("--max-price", "upscale=1", "--no-max-price", "upscale"), "--max-price names upscale more than once"),
     ],
 )
 async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], message: str) -> None:
     """Usage errors are reported without a request."""
     before = shell.gateway.services.registry.current.version
-    result = await shell.run("account", "set", "main", *arguments, code=2)
+    result = await shell.run("account", "update", "main", *arguments, code=2)
     assert message in result.stderr
     assert shell.gateway.services.registry.current.version == before
 
 
 async def test_binary_key_file(shell: Shell) -> None:
-    result = await shell.run("account", "set", "main", "--user-key-file", "-", code=2, stdin=b"\xff\xfe\x00")
+    result = await shell.run("account", "update", "main", "--user-key-file", "-", code=2, stdin=b"\xff\xfe\x00")
     assert "must be a file with a key" in result.stderr
 
 
@@ -113,7 +113,7 @@ async def test_all_properties(shell: Shell) -> None:
     """Every property of an account can be set, money in yuan, and is shown."""
     address = "http://127.0.0.1:9/api"
     await shell.run(
-        *("account", "set", "main", "--base-url", address, "--floor-count", "3", "--floor-money", "0.50"),
+        *("account", "update", "main", "--base-url", address, "--floor-count", "3", "--floor-money", "0.50"),
         *("--max-price", "upscale=1.25", "--max-price", "vectorize=2"),
     )
     stored = await shell.get_admin("/accounts/main")
@@ -127,11 +127,46 @@ async def test_all_properties(shell: Shell) -> None:
     assert await shell.run_json("account", "show", "main") == stored
 
 
-async def test_put_replaces(shell: Shell) -> None:
-    """Omitted properties get their defaults."""
-    await shell.run("account", "set", "main", "--floor-count", "3", "--max-price", "upscale=1")
-    stored = await shell.run_json("account", "set", "main")
-    assert (stored["floor_count"], stored["max_price"]) == (0, {})
+@pytest.mark.parametrize(
+    ("options", "changes", "printed"),
+    [
+        (("--floor-count", "0"), {"floor_count": None}, "minimum uses:  3 -> 0"),
+        (("--floor-money", "0"), {"floor_money": None}, "minimum yuan:  0.5 -> 0"),
+        (("--base-url", "http://b.test"), {"base_url": "http://b.test"}, "base URL:  http://a.test -> http://b.test"),
+        (("--no-base-url",), {"base_url": None}, "base URL:  http://a.test -> -"),
+        (
+            ("--max-price", "upscale=3", "--max-price", "seamless=1"),
+            {"max_price": {"upscale": 3, "vectorize": 2, "seamless": 1}},
+            "maximum price:  upscale 1.25 yuan, vectorize 2 yuan -> upscale 3 yuan, vectorize 2 yuan, seamless 1 yuan",
+        ),
+        (
+            ("--no-max-price", "vectorize", "--no-max-price", "seamless"),
+            {"max_price": {"upscale": 1.25}},
+            "maximum price:  upscale 1.25 yuan, vectorize 2 yuan -> upscale 1.25 yuan",
+        ),
+        (("--floor-count", "3"), {}, "Nothing changed."),
+        (("--user-key-file", "-"), {}, "user key:  changed"),
+    ],
+)
+async def test_update(shell: Shell, options: tuple[str, ...], changes: dict[str, Any], printed: str) -> None:
+    """An update changes what its options name, and nothing else in the registry, which omits defaults."""
+    await shell.run(
+        *("account", "update", "main", "--base-url", "http://a.test", "--floor-count", "3", "--floor-money", "0.5"),
+        *("--max-price", "upscale=1.25", "--max-price", "vectorize=2"),
+    )
+    expected = await shell.get_admin("/registry")
+    entry = expected["accounts"]["main"] | changes
+    expected["accounts"]["main"] = {name: value for name, value in entry.items() if value is not None}
+    assert (await shell.run("account", "update", "main", *options, stdin="new-key")).stdout == f"{printed}\n"
+    assert await shell.get_admin("/registry") == expected
+    assert stored_user_key(shell, "main") == ("new-key" if "--user-key-file" in options else USER_KEY)
+
+
+async def test_create_existing(shell: Shell) -> None:
+    """An existing account is not replaced."""
+    refused = await shell.run("account", "create", "main", "--user-key-file", "-", stdin="new-key", code=1)
+    assert refused.stderr == "gateway: there is account main already: use `gateway account update`\n"
+    assert stored_user_key(shell, "main") == USER_KEY
 
 
 async def test_list(shell: Shell) -> None:

@@ -156,7 +156,7 @@ async def test_token_from_a_file(shell: Shell, tmp_path: Path) -> None:
 async def test_all_field_errors(shell: Shell) -> None:
     """Each error of a request has a line."""
     twice = ("--account", "main", "--account", "main", "--kind", "upscale", "--kind", "upscale")
-    result = await shell.run("tenant", "set", "shop", *twice, code=1)
+    result = await shell.run("tenant", "create", "other", *twice, code=1)
     assert result.stderr == (
         "Invalid options:\n  accounts: must name each account at most once\n  kinds: must name each kind at most once\n"
     )

@@ -52,7 +52,7 @@ async def test_usage_as_csv(shell: Shell) -> None:
 
 async def test_reused_name(shell: Shell) -> None:
     """Deleted tenants of the same name are distinguished by their ids."""
-    await shell.run("tenant", "set", "other", "--account", "main")
+    await shell.run("tenant", "create", "other", "--account", "main")
     other = await shell.gateway.new_token("other")
     await shell.gateway.submit(token=other)
     ids = []
@@ -60,7 +60,7 @@ async def test_reused_name(shell: Shell) -> None:
         await shell.gateway.submit()
         ids.append(shell.gateway.services.registry.current.tenants["shop"].id)
         await shell.run("tenant", "delete", "shop", "--force")
-        await shell.run("tenant", "set", "shop", "--account", "main")
+        await shell.run("tenant", "create", "shop", "--account", "main")
         shell.gateway.token = await shell.gateway.new_token()
     tenants = [line[1] for line in (await shell.run_table("usage"))[3:6]]
     assert tenants == ["other", f"shop ({ids[0]})", f"shop ({ids[1]})"]

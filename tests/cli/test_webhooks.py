@@ -1,4 +1,4 @@
-"""`gateway webhook`, and the webhook options of `gateway tenant set`."""
+"""`gateway webhook`, and the webhook options of `gateway tenant update`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.behaviour.webhook_receiver import WebhookReceiver, make_secret, run_receiver
 from tests.cli.conftest import Shell
 
-SET_TENANT = ("tenant", "set", "shop", "--account", "main")
+UPDATE_TENANT = ("tenant", "update", "shop")
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ async def test_webhook_of_a_tenant(shell: Shell, receiver: WebhookReceiver, tmp_
     file = tmp_path / "secret"
     file.write_text(make_secret() + "\n")
     hook = ("--webhook-url", receiver.url, "--webhook-allow", "127.0.0.0/8", "--webhook-allow", "hooks.test")
-    printed = (await shell.run(*SET_TENANT, *hook, "--webhook-secret-file", str(file))).stdout
-    assert f"webhook:        {receiver.url}\n" in printed
-    assert "webhook hosts:  127.0.0.0/8, hooks.test\n" in printed
+    printed = (await shell.run(*UPDATE_TENANT, *hook, "--webhook-secret-file", str(file))).stdout
+    assert f"webhook:         - -> {receiver.url}\n" in printed
+    assert "webhook hosts:   - -> 127.0.0.0/8, hooks.test\nwebhook secret:  changed\n" in printed
     assert "whsec_" not in printed
     await finish_task(shell)
     assert receiver.requests[0].is_signed_with(make_secret())
@@ -43,12 +43,12 @@ async def test_webhook_of_a_tenant(shell: Shell, receiver: WebhookReceiver, tmp_
 async def test_generated_secret(shell: Shell, receiver: WebhookReceiver) -> None:
     """A generated secret is printed once."""
     hook = ("--webhook-url", receiver.url, "--webhook-allow", "127.0.0.0/8")
-    printed = (await shell.run(*SET_TENANT, *hook)).stdout
+    printed = (await shell.run(*UPDATE_TENANT, *hook)).stdout
     match = re.search(r"whsec_\S+", printed)
     assert match
     assert (
         "whsec_"
-        not in (await shell.run(*SET_TENANT, *hook)).stdout + (await shell.run("tenant", "show", "shop")).stdout
+        not in (await shell.run(*UPDATE_TENANT, *hook)).stdout + (await shell.run("tenant", "show", "shop")).stdout
     )
     await finish_task(shell)
     assert receiver.requests[0].is_signed_with(match[0])
@@ -56,7 +56,7 @@ async def test_generated_secret(shell: Shell, receiver: WebhookReceiver) -> None
 
 async def test_rotation(shell: Shell, receiver: WebhookReceiver) -> None:
     """Standard output is the new secret alone; standard error says until when the previous one signs too."""
-    await shell.run(*SET_TENANT, "--webhook-url", receiver.url, "--webhook-allow", "127.0.0.0/8")
+    await shell.run(*UPDATE_TENANT, "--webhook-url", receiver.url, "--webhook-allow", "127.0.0.0/8")
     rotated = await shell.run("webhook", "rotate-secret", "shop", "--grace", "7d")
     assert "signs too until" in rotated.stderr
     assert "signs too" not in (await shell.run("webhook", "rotate-secret", "shop")).stderr
@@ -67,8 +67,8 @@ async def test_rotation(shell: Shell, receiver: WebhookReceiver) -> None:
 
 
 async def test_failed(shell: Shell, receiver: WebhookReceiver) -> None:
-    """Failed deliveries are listed, and redelivered by id."""
-    await shell.run(*SET_TENANT, "--webhook-url", receiver.url, "--webhook-allow", "127.0.0.0/8")
+    """Failed deliveries are listed, and redelivered by id; a disabled URL is enabled by an update."""
+    await shell.run(*UPDATE_TENANT, "--webhook-url", receiver.url, "--webhook-allow", "127.0.0.0/8")
     receiver.statuses = [410]
     await finish_task(shell)
     _, line = await shell.run_table("webhook", "failed", "--limit", "1")
@@ -78,16 +78,5 @@ async def test_failed(shell: Shell, receiver: WebhookReceiver) -> None:
     assert again[:4] == [line[0], "shop", "pending", "0"]
     assert (await shell.run_json("webhook", "redeliver", line[0]))["state"] == "pending"
     assert await shell.run_json("webhook", "failed") == {"items": []}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--webhook-allow", "hooks.test"), "need a --webhook-url"),
-        (("--webhook-secret-file", "-"), "need a --webhook-url"),
-        (("--webhook-url", "https://hooks.test/", "--webhook-secret-file", "-"), "must be a file with a key"),
-    ],
-)
-async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], message: str) -> None:
-    """Usage errors are reported without a request."""
-    assert message in (await shell.run(*SET_TENANT, *arguments, code=2)).stderr
+    enabled = await shell.run(*UPDATE_TENANT, "--webhook-url", receiver.url)
+    assert enabled.stdout == f"disabled URLs:  {receiver.url} -> -\n"

@@ -169,9 +169,9 @@ def _expect_clear_errors(container: Container) -> None:
 
 def _run_main_job(container: Container, gateway: RunningContainer, results: Path) -> None:
     """Create an account, a tenant and a token with the image's command, and run the demo with them."""
-    container.check_output("gateway", "account", "set", "main", "--user-key-file", "-", stdin=SANDBOX_USER_KEY)
+    container.check_output("gateway", "account", "create", "main", "--user-key-file", "-", stdin=SANDBOX_USER_KEY)
     limit = f"total:tasks={len(JOBS)}"
-    container.check_output("gateway", "tenant", "set", "shop", "--account", "main", "--limit", limit)
+    container.check_output("gateway", "tenant", "create", "shop", "--account", "main", "--limit", limit)
     created = json.decode(container.check_output("gateway", "token", "create", "shop", "--json"), type=_Token)
     own = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
     # The demo checks the images with a library that the image does not have.

@@ -69,8 +69,8 @@ def test_production(tmp_path: Path, valkey: Valkey) -> None:
         assert gateway.child_pids == []
         env = dict(gateway.environ) | {"UPSTREAM_KEY": "the-user-key-of-the-account"}
         for words in (
-            ("account", "set", "main", "--user-key-env", "UPSTREAM_KEY"),
-            ("tenant", "set", "shop", "--account", "main", "--limit", "day:tasks=2"),
+            ("account", "create", "main", "--user-key-env", "UPSTREAM_KEY"),
+            ("tenant", "create", "shop", "--account", "main", "--limit", "day:tasks=2"),
         ):
             done = run_command(*words, env=env)
             assert done.returncode == 0, done.stderr

@@ -90,8 +90,10 @@ def _run_main_job(installed: Installation) -> None:
         }
         installed.check_output("check-config", "--connect", **settings)
         with installed.serve(f"{operators}/readyz", **settings):
-            installed.check_output("account", "set", "main", "--user-key-file", "-", stdin=SANDBOX_USER_KEY, **settings)
-            installed.check_output("tenant", "set", "shop", "--account", "main", **settings)
+            installed.check_output(
+                "account", "create", "main", "--user-key-file", "-", stdin=SANDBOX_USER_KEY, **settings
+            )
+            installed.check_output("tenant", "create", "shop", "--account", "main", **settings)
             token = installed.check_output("token", "create", "shop", **settings).split()[-1]
             for path in ("/docs", "/openapi.json"):
                 expect(is_reachable(tenants + path), f"{path} is not served")
