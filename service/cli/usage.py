@@ -1,4 +1,4 @@
-"""`gateway usage`, `gateway submission` and `gateway refund`."""
+"""Commands for usage, tasks, submissions and refunds."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 
 import click
 
-from service.api.schemas import Submission, Usage, UsageRow, UsageSum
+from service.api.schemas import Cost, OperatorTask, OperatorTaskList, Submission, Usage, UsageRow, UsageSum
 from service.cli.client import AdminClient, print_response, with_admin_client
 from service.cli.common import json_option
-from service.cli.formatting import format_record, format_table
+from service.cli.formatting import format_record, format_table, format_value
+from service.domain.tasks import Kind, State
 
+_MAX_PAGE_SIZE = 100
 _COLUMNS = (
     *("running", "succeeded", "failed", "unknown", "refused", "not sent"),
     *("refunded", "charged", "charged yuan", "uses", "yuan"),
@@ -48,24 +50,89 @@ def usage(
 @json_option
 @with_admin_client
 def submission(client: AdminClient, *, submission: str, as_json: bool) -> None:
+    """Show the outcome of the submission ID, which may be the id of its task."""
     response = client.request("GET", "submissions", submission)
     print_response(response, Submission, _format_submission, as_json=as_json)
 
 
 @click.command()
-@click.option("--task", metavar="ID", help="The task to refund.")
-@click.option("--submission", metavar="ID", help="The submission to refund, if it has no task.")
+@click.argument("target", metavar="ID", required=False)
+@click.option("--task", hidden=True)  # until 0.3.0, like --submission
+@click.option("--submission", hidden=True)
 @click.option("--reason", required=True, help="The reason, which the usage shows.")
 @json_option
 @with_admin_client
-def refund(client: AdminClient, *, as_json: bool, **body: str | None) -> None:
-    """Return the cost of a task or a submission to its tenant's limits, once."""
-    if (body["task"] is None) == (body["submission"] is None):
-        raise click.UsageError("Use --task or --submission, exactly one.")
-    response = client.request(
-        "POST", "refunds", body={name: value for name, value in body.items() if value is not None}
-    )
+def refund(client: AdminClient, *, reason: str, as_json: bool, **targets: str | None) -> None:
+    """Return the cost of ID, a task or a submission, to its tenant's limits, once."""
+    ids = [target for target in targets.values() if target is not None]
+    if len(ids) != 1:
+        raise click.UsageError("The ID of one task or submission is required.")
+    response = client.request("POST", "refunds", body={"submission": ids[0], "reason": reason})
     print_response(response, Submission, _format_submission, as_json=as_json)
+
+
+@click.group()
+def task() -> None:
+    """Show tasks of tenants."""
+
+
+@task.command("show")
+@click.argument("task_id", metavar="ID")
+@json_option
+@with_admin_client
+def show_task(client: AdminClient, *, task_id: str, as_json: bool) -> None:
+    """Show the task ID, which may be the id of its submission."""
+    print_response(client.request("GET", "tasks", task_id), OperatorTask, _format_task, as_json=as_json)
+
+
+@task.command("list")
+@click.option("--tenant", required=True, help="The tenant, or a deleted one.")
+@click.option("--state", type=click.Choice(list(map(str, State))), help="Only tasks in this state.")
+@click.option("--kind", type=click.Choice(list(map(str, Kind))), help="Only tasks of this kind.")
+@click.option("--limit", type=click.IntRange(1, 1_000), default=20, show_default=True, help="Maximum number.")
+@json_option
+@with_admin_client
+def list_tasks(client: AdminClient, *, limit: int, as_json: bool, **options: str | None) -> None:
+    """List the tasks of a tenant, newest first."""
+    query: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    items: list[OperatorTask] = []
+    while True:
+        response = client.request("GET", "tasks", limit=min(limit - len(items), _MAX_PAGE_SIZE), **query)
+        page = response.decode(OperatorTaskList)
+        items += page.items
+        if page.next_cursor is None or len(items) == limit:
+            break
+        query["cursor"] = page.next_cursor
+    response = response.with_members(items=items, next_cursor=page.next_cursor)
+    print_response(response, OperatorTaskList, _format_tasks, as_json=as_json)
+
+
+def _format_tasks(tasks: OperatorTaskList) -> str:
+    head = ("id", "kind", "state", "account", "cost", "created at", "finished at")
+    rows = [
+        (item.id, item.kind, item.state, item.account, _format_cost(item.cost), item.created_at, item.finished_at)
+        for item in tasks.items
+    ]
+    return format_table(head, rows)
+
+
+def _format_task(task: OperatorTask) -> str:
+    return format_record(
+        ("task", task.id),
+        ("submission", task.submission),
+        ("tenant", task.tenant),
+        ("account", task.account),
+        ("kind", task.kind),
+        ("state", task.state),
+        ("error", task.error and task.error.detail),
+        ("cost", _format_cost(task.cost)),
+        ("created at", task.created_at),
+        ("updated at", task.updated_at),
+        ("finished at", task.finished_at),
+        ("options", [f"{name}={value}" for name, value in task.options.items()]),
+        ("metadata", [f"{name}={value}" for name, value in task.metadata.items()]),
+        ("results", [artifact.name for artifact in task.artifacts]),
+    )
 
 
 def _format_usage(usage: Usage) -> str:
@@ -123,12 +190,16 @@ def _format_submission(submission: Submission) -> str:
         ("settled at", submission.settled_at),
         ("task", task and task.id),
         ("state of the task", task and task.state),
-        ("cost", cost and f"{_format_amount(cost.count, cost.money)}, {cost.basis}"),
+        ("cost", cost and _format_cost(cost)),
         ("refunded", refund and _format_amount(refund.count, refund.money)),
         ("refunded at", refund and refund.refunded_at),
         ("reason", refund and refund.reason),
     )
 
 
+def _format_cost(cost: Cost) -> str:
+    return f"{_format_amount(cost.count, cost.money)}, {cost.basis}"
+
+
 def _format_amount(uses: int, yuan: float) -> str:
-    return f"{uses} uses, {yuan} yuan"
+    return f"{uses} uses, {format_value(yuan)} yuan"

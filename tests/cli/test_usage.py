@@ -74,7 +74,7 @@ async def test_no_usage(shell: Shell) -> None:
 async def test_refund_of_a_task(shell: Shell) -> None:
     """A task is refunded once, and its submission and usage show the reason."""
     task, _ = await create_usage(shell)
-    shown = dict(await shell.run_table("refund", "--task", task["id"], "--reason", "It came out\nblank."))
+    shown = dict(await shell.run_table("refund", task["id"], "--reason", "It came out\nblank."))
     assert (shown["task:"], shown["state of the task:"]) == (task["id"], "succeeded")
     assert (shown["tenant:"], shown["account:"], shown["kind:"]) == ("shop", "main", "face-enhance")
     assert (shown["cost:"], shown["refunded:"]) == ("1 uses, 0 yuan, estimated", "1 uses, 0 yuan")
@@ -83,7 +83,7 @@ async def test_refund_of_a_task(shell: Shell) -> None:
     refund = (await shell.run_table("usage"))[-1]
     assert refund[:6] == [shown["submission:"], "shop", "face-enhance", "2026-09-21", "1", "0"]
     assert refund[6:] == [shown["refunded at:"], "It came out blank."]
-    again = await shell.run("refund", "--task", task["id"], "--reason", "once more", code=1)
+    again = await shell.run("refund", task["id"], "--reason", "once more", code=1)
     assert again.stderr.startswith(f"Conflict: Submission {shown['submission:']} was refunded before, at 2026-")
     assert again.stderr.endswith("with this reason: It came out blank.\n")
 
@@ -91,10 +91,38 @@ async def test_refund_of_a_task(shell: Shell) -> None:
 async def test_refund_of_a_submission(shell: Shell) -> None:
     """A submission of unknown outcome is refunded by its id."""
     _, unknown = await create_usage(shell)
-    shown = await shell.run_json("refund", "--submission", unknown, "--reason", "outcome unknown")
+    shown = await shell.run_json("refund", unknown, "--reason", "outcome unknown")
     assert shown["refund"]["reason"] == "outcome unknown"
     assert shown == await shell.get_admin(f"/submissions/{unknown}") == await shell.run_json("submission", unknown)
     assert dict(await shell.run_table("submission", unknown))["balance suggests:"] == "cannot-tell"
+
+
+@pytest.mark.parametrize("option", ["--task", "--submission"])
+async def test_old_options_of_refunds(shell: Shell, option: str) -> None:
+    task, _ = await create_usage(shell)
+    assert (await shell.run_json("refund", option, task["id"], "--reason", "blank"))["task"]["id"] == task["id"]
+
+
+async def test_task(shell: Shell) -> None:
+    """A task is shown by its own id or by that of its submission."""
+    task, _ = await create_usage(shell)
+    shown = dict(await shell.run_table("task", "show", task["id"]))
+    assert (shown["tenant:"], shown["account:"], shown["kind:"]) == ("shop", "main", "face-enhance")
+    assert (shown["state:"], shown["cost:"]) == ("succeeded", "1 uses, 0 yuan, estimated")
+    assert dict(await shell.run_table("task", "show", shown["submission:"])) == shown
+    assert dict(await shell.run_table("submission", task["id"]))["submission:"] == shown["submission:"]
+    assert await shell.run_json("task", "show", task["id"]) == await shell.get_admin(f"/tasks/{task['id']}")
+
+
+async def test_tasks(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest tasks of a tenant are listed, over several pages if necessary."""
+    monkeypatch.setattr("service.cli.usage._MAX_PAGE_SIZE", 1)
+    ids = [(await shell.gateway.submit(kind)).json()["id"] for kind in ("upscale", "vectorize", "upscale")]
+    head, *lines = await shell.run_table("task", "list", "--tenant", "shop", "--kind", "upscale", "--state", "queued")
+    assert head[:3] == ["ID", "KIND", "STATE"]
+    assert sorted(line[:3] for line in lines) == sorted([task, "upscale", "queued"] for task in (ids[0], ids[2]))
+    listed = await shell.run_json("task", "list", "--tenant", "shop", "--limit", "2")
+    assert listed == await shell.get_admin("/tasks?tenant=shop&limit=2")
 
 
 async def test_free_submission(shell: Shell) -> None:
@@ -105,7 +133,7 @@ async def test_free_submission(shell: Shell) -> None:
     (refused,) = ledger.reservations
     shown = dict(await shell.run_table("submission", refused))
     assert (shown["outcome:"], shown["task:"], shown["cost:"], shown["refunded:"]) == ("refused", "-", "-", "-")
-    answer = await shell.run("refund", "--submission", refused, "--reason", "x", code=1)
+    answer = await shell.run("refund", refused, "--reason", "x", code=1)
     assert answer.stderr == f"Conflict: Submission {refused} cost nothing: it is refused.\n"
 
 
@@ -114,9 +142,10 @@ async def test_free_submission(shell: Shell) -> None:
     [
         (("usage", "--csv", "--json"), "Use --csv or --json, not both."),
         (("usage", "--interval", "week"), "must be day or month or total"),
-        (("refund", "--reason", "x"), "Use --task or --submission, exactly one."),
-        (("refund", "--task", "a", "--submission", "b", "--reason", "x"), "Use --task or --submission, exactly one."),
-        (("refund", "--task", "a"), "--reason is required"),
+        (("refund", "--reason", "x"), "The ID of one task or submission is required."),
+        (("refund", "a", "--submission", "b", "--reason", "x"), "The ID of one task or submission is required."),
+        (("refund", "a"), "--reason is required"),
+        (("task", "list"), "--tenant is required"),
         (("submission",), "ID is required"),
     ],
 )
@@ -132,6 +161,8 @@ async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], message: s
         (("usage", "--tenant", "unknown", "--csv"), "Invalid options:\n  tenant: there is and was no tenant"),
         (("submission", "f" * 32), "Not found: There is no such submission.\n"),
         (("refund", "--task", "task_x", "--reason", "x"), "Not found: There is no such task.\n"),
+        (("task", "show", "task_x"), "Not found: There is no such task.\n"),
+        (("task", "list", "--tenant", "unknown"), "Not found: There is and was no tenant of this name.\n"),
         (("refund", "--submission", "../x", "--reason", "x"), "Not found: There is no such submission.\n"),
         (("refund", "--submission", "x", "--reason", " "), "Invalid options:\n  reason: must not be blank\n"),
     ],
