@@ -13,7 +13,7 @@ _COMMANDS = {
     "token": ("admin", "Manage the bearer tokens of tenants."),
     "webhook": ("admin", "Manage webhooks, which report finished tasks to tenants."),
     "clock": ("admin", "Manage the clock of the ledger."),
-    "quota": ("admin", "Show the limits of TENANT and their use."),
+    "quota": ("usage", "Show the limits of TENANT and their use."),
     "usage": ("usage", "Show tasks and spending of tenants, including deleted ones."),
     "task": ("usage", "Show tasks of tenants."),
     "submission": ("usage", "Show the outcome of the submission ID, which may be the id of its task."),

@@ -24,7 +24,6 @@ from service.api.admin_schemas import (
     TenantList,
     Token,
 )
-from service.api.schemas import Policy
 from service.cli.client import AdminClient, change_entry, print_response, with_admin_client
 from service.cli.common import (
     LazyCommand,
@@ -48,6 +47,7 @@ from service.cli.formatting import (
     format_value,
     read_secret,
 )
+from service.cli.usage import format_policies
 from service.domain.tasks import Kind
 from service.domain.tenants import SpendingMode, TenantStatus, Window
 
@@ -514,20 +514,9 @@ def delete_tenant(client: AdminClient, *, name: str, force: bool) -> None:
     click.echo(f"The tenant {name} is deleted.")
 
 
-@click.command()
-@click.argument("tenant")
-@json_option
-@with_admin_client
-def quota(client: AdminClient, *, tenant: str, as_json: bool) -> None:
-    """Show the limits of TENANT and their use."""
-    response = client.request("GET", "tenants", tenant)
-    policies = response.decode(Tenant).policies
-    click.echo(response.with_members(policies=policies).format_json() if as_json else _format_policies(policies))
-
-
 def _format_tenant(tenant: Tenant) -> str:
     record = format_record(("name", tenant.name), *_tenant_settings(tenant))
-    return "\n\n".join([record, _format_policies(tenant.policies), _format_tokens(tenant.tokens)])
+    return "\n\n".join([record, format_policies(tenant.policies), _format_tokens(tenant.tokens)])
 
 
 def _tenant_settings(tenant: Tenant) -> Fields:
@@ -544,27 +533,6 @@ def _tenant_settings(tenant: Tenant) -> Fields:
         ("disabled URLs", webhook and webhook.disabled_urls),
         *([("webhook secret, shown once", webhook.secret)] if webhook and webhook.secret else []),
     ]
-
-
-def _format_policies(policies: Sequence[Policy]) -> str:
-    if not policies:
-        return "It has no limits."
-    head = ("policy", "unit", "limit", "used", "reserved", "remaining", "overrun", "resets at")
-    units = {"money": "yuan"}
-    rows = [
-        (
-            item.policy,
-            units.get(item.unit, item.unit),
-            item.limit,
-            item.used,
-            item.reserved,
-            item.remaining,
-            item.overrun,
-            item.resets_at,
-        )
-        for item in policies
-    ]
-    return format_table(head, rows)
 
 
 def _format_limit(limit: admin_schemas.Limit) -> str:

@@ -1,4 +1,4 @@
-"""Commands for usage, tasks, submissions and refunds."""
+"""Commands for usage, quota, tasks, submissions and refunds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from service.api.schemas import Cost, OperatorTask, OperatorTaskList, Submission, Usage, UsageRow, UsageSum
+from service.api.admin_schemas import Tenant
+from service.api.schemas import Cost, OperatorTask, OperatorTaskList, Policy, Submission, Usage, UsageRow, UsageSum
 from service.cli.client import AdminClient, print_response, with_admin_client
 from service.cli.common import json_option
 from service.cli.formatting import format_record, format_table, format_value
@@ -43,6 +44,17 @@ def usage(
         return
     response = client.request("GET", "usage", **query)
     print_response(response, Usage, _format_usage, as_json=as_json)
+
+
+@click.command()
+@click.argument("tenant")
+@json_option
+@with_admin_client
+def quota(client: AdminClient, *, tenant: str, as_json: bool) -> None:
+    """Show the limits of TENANT and their use."""
+    response = client.request("GET", "tenants", tenant)
+    policies = response.decode(Tenant).policies
+    click.echo(response.with_members(policies=policies).format_json() if as_json else format_policies(policies))
 
 
 @click.command()
@@ -133,6 +145,27 @@ def _format_task(task: OperatorTask) -> str:
         ("metadata", [f"{name}={value}" for name, value in task.metadata.items()]),
         ("results", [artifact.name for artifact in task.artifacts]),
     )
+
+
+def format_policies(policies: Sequence[Policy]) -> str:
+    if not policies:
+        return "It has no limits."
+    head = ("policy", "unit", "limit", "used", "reserved", "remaining", "overrun", "resets at")
+    units = {"money": "yuan"}
+    rows = [
+        (
+            item.policy,
+            units.get(item.unit, item.unit),
+            item.limit,
+            item.used,
+            item.reserved,
+            item.remaining,
+            item.overrun,
+            item.resets_at,
+        )
+        for item in policies
+    ]
+    return format_table(head, rows)
 
 
 def _format_usage(usage: Usage) -> str:
