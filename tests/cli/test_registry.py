@@ -89,7 +89,7 @@ async def test_dry_run(shell: Shell, file: Path) -> None:
     file.write_text(file.read_text().replace('accounts = [\n    "main",\n]', 'accounts = ["main"]\ndisabled = true'))
     version = shell.gateway.services.registry.current.version
     lines = (await shell.run("apply", str(file), "--dry-run", code=2)).stdout.splitlines()
-    assert lines == ['+ accounts.main.user_key.env = "MAIN_KEY"', "+ tenants.shop.disabled = true"]
+    assert lines == ['+ accounts.main.user_key.env = "MAIN_KEY"', '+ tenants.shop.state = "read-only"']
     file.write_text(file.read_text().replace("MAIN_KEY", "OTHER_KEY"))
     lines = (await shell.run("apply", str(file), "--dry-run", code=2)).stdout.splitlines()
     assert lines[:2] == [
