@@ -75,8 +75,7 @@ def _format_entry(setting: Setting) -> str:
 
 
 def _format_default(setting: Setting) -> str:
-    """Format a literal default as code, and a described one as text."""
-    return f"`{setting.default}`" if setting.is_literal else setting.default
+    return f"`{setting.default}`" if setting.default else setting.default_note
 
 
 def _format_table(settings: Iterable[Setting]) -> str:

@@ -6,15 +6,15 @@ ValueError with the expected format, never with the text, which may be a secret.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from importlib.util import find_spec
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
-from typing import Annotated, Any, Self, get_type_hints
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from msgspec import Struct
@@ -23,9 +23,8 @@ from service.crypto import parse_secret_key
 from service.domain.tasks import DEFAULT_CATALOGUE, Catalogue
 from service.storage.connections import RedisAddress, parse_redis_url
 
-FILE_SUFFIX = "_FILE"
+PREFIX, FILE_SUFFIX = "GATEWAY_", "_FILE"
 _MAX_FILE_BYTES = 65_536
-_INVALID_TEXT = "\0"
 _SERVICE_LINK = re.compile(r"SERVICE_(HOST|PORT)\w*|PORT_\d+_\w+")
 _SIZE = re.compile(r"(\d{1,12}) ?(?:([KMG])iB)?")
 _SIZE_SHIFTS = {None: 0, "K": 10, "M": 20, "G": 30}
@@ -55,18 +54,17 @@ def variable_source(environ: Mapping[str, str], name: str) -> str | None:
     return environ.get(name + FILE_SUFFIX, "") if read_variable(environ, name) else None
 
 
-def unknown_variables(environ: Mapping[str, str], prefix: str, names: Sequence[str]) -> Iterator[str]:
-    """Yield an error for each variable with the prefix that is not in `names`, with a suggestion."""
-    known = [name.removeprefix(prefix) + file_suffix for name in names for file_suffix in ("", FILE_SUFFIX)]
+def _find_unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
+    known = [setting.field.upper() + suffix for setting in SETTINGS for suffix in ("", FILE_SUFFIX)]
     for name in sorted(environ):
-        suffix = name.removeprefix(prefix)
+        suffix = name.removeprefix(PREFIX)
         if suffix == name or suffix in known:
             continue
         matches = difflib.get_close_matches(suffix, known, n=1)
         if _SERVICE_LINK.fullmatch(suffix):
             hint = ": Kubernetes sets it for a service of that name; set enableServiceLinks to false"
         elif matches:
-            hint = f": did you mean {prefix}{matches[0]}?"
+            hint = f": did you mean {PREFIX}{matches[0]}?"
         else:
             hint = ""
         yield f"{name} is not a setting{hint}"
@@ -169,15 +167,6 @@ def parse_catalogue(text: str) -> Mapping[str, str]:
     return catalogue
 
 
-def expected_format(parse: Callable[[str], object]) -> str:
-    """Return the format that a parser accepts, from the "must be ..." of its own error."""
-    try:
-        parse(_INVALID_TEXT)
-    except ValueError as error:
-        return str(error).removeprefix("must be ").partition(": ")[0]
-    raise TypeError(f"{parse} accepts anything")
-
-
 class Scope(StrEnum):
     """Where a setting has an effect; it may be set anywhere."""
 
@@ -186,9 +175,10 @@ class Scope(StrEnum):
     DEVELOPMENT = "in development"
 
 
-class Variable(Struct, frozen=True):
-    """How a field is read; `default` is text like any other, `default_note` describes a missing default."""
+class Setting(Struct, frozen=True, kw_only=True):
+    """A setting; `default` is text like any other, `default_note` describes a missing default."""
 
+    field: str
     parse: Callable[[str], object]
     default: str | None
     description: str
@@ -196,37 +186,18 @@ class Variable(Struct, frozen=True):
     is_secret: bool = False
     scope: Scope = Scope.ANYWHERE
 
+    @property
+    def name(self) -> str:
+        return PREFIX + self.field.upper()
 
-class Setting(Struct, frozen=True, kw_only=True):
-    """The description of a setting.
-
-    `default` is a usable value if `is_literal`, else a note; `expected_format` continues "must be".
-    """
-
-    name: str
-    field: str
-    default: str
-    is_literal: bool
-    description: str
-    expected_format: str
-    is_secret: bool
-    scope: Scope
-
-
-def describe_settings(prefix: str, variables: Mapping[str, Variable]) -> Sequence[Setting]:
-    return tuple(
-        Setting(
-            name=prefix + field.upper(),
-            field=field,
-            default=variable.default or variable.default_note,
-            is_literal=variable.default is not None,
-            description=variable.description,
-            expected_format=expected_format(variable.parse),
-            is_secret=variable.is_secret,
-            scope=variable.scope,
-        )
-        for field, variable in variables.items()
-    )
+    @property
+    def expected_format(self) -> str:
+        """Return the "..." of the parser's own error, which is "must be ..."."""
+        try:
+            self.parse("\0")
+        except ValueError as error:
+            return str(error).removeprefix("must be ").partition(": ")[0]
+        raise TypeError(f"{self.name} accepts anything")
 
 
 MIN_ADMIN_TOKEN_LENGTH = 32
@@ -338,9 +309,6 @@ def _is_repetition(text: bytes) -> bool:
     return text in (text + text)[1:-1]
 
 
-PREFIX = "GATEWAY_"
-
-
 class SettingsError(Exception):
     """The settings are invalid; `errors` lists every error, without any secret."""
 
@@ -379,157 +347,111 @@ def _format_pairs(words: Mapping[str, str]) -> str:
 _parse_port = parse_int(0, 65_535)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+def _declare(parse: Callable[[str], object], default: str | None, description: str, **details: Any) -> Any:
+    """Declare a field of Settings; `details` are further fields of its Setting."""
+    return dataclasses.field(metadata={"parse": parse, "default": default, "description": description, **details})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
     """All settings, validated by `load`."""
 
-    env: Annotated[
-        Environment,
-        Variable(
-            parse_choice(Environment),
-            "development",
-            "`production` refuses the embedded server, the sandbox, and secrets that are generated or can be guessed.",
-        ),
-    ]
-    host: Annotated[str, Variable(parse_host, "127.0.0.1", "The address of the tenants' port.", scope=Scope.API)]
-    port: Annotated[int, Variable(_parse_port, "8080", "The tenants' port; 0 selects a free one.", scope=Scope.API)]
-    ops_host: Annotated[
-        str,
-        Variable(parse_host, None, "The address of the operators' port.", default_note="as `GATEWAY_HOST`"),
-    ]
-    ops_port: Annotated[int, Variable(_parse_port, "8081", "The operators' port; 0 selects a free one.")]
-    data_dir: Annotated[
-        Path,
-        Variable(parse_folder, ".gateway", "The folder for local data in development.", scope=Scope.DEVELOPMENT),
-    ]
-    redis_url: Annotated[
-        str | None,
-        Variable(
-            _parse_redis_url,
-            None,
-            "`redis://`, `rediss://`, `unix://`, `redis+sentinel://` or `redis+cluster://`. `rediss+sentinel://` is "
-            "TLS to the primary, and `?sentinel_ssl=true` to the Sentinels.",
-            default_note="an embedded Valkey server that keeps its data in the data folder",
-            is_secret=True,
-        ),
-    ]
-    key_prefix: Annotated[
-        str,
-        Variable(parse_key_prefix, "gw", "Every key is `{gw}:...`, so that one Redis can serve several gateways."),
-    ]
-    upstream_url: Annotated[
-        str | None,
-        Variable(parse_http_url, None, "The base address of the upstream.", default_note="the built-in sandbox"),
-    ]
-    upstream_user_key: Annotated[
-        str | None,
-        Variable(
-            parse_printable,
-            None,
-            "The `user_key` of the account that is created in development.",
-            is_secret=True,
-            scope=Scope.DEVELOPMENT,
-        ),
-    ]
-    upstream_cleartext: Annotated[
-        Cleartext,
-        Variable(
-            parse_choice(Cleartext),
-            "refuse",
-            "`allow` lets production call an upstream in another network by unencrypted `http://`.",
-        ),
-    ]
-    secret_keys: Annotated[
-        tuple[bytes, ...],
-        Variable(
-            parse_secret_keys,
-            None,
-            "Keys of 32 bytes in base64, separated by commas: the first encrypts, all decrypt.",
-            default_note="generated into the data folder",
-            is_secret=True,
-        ),
-    ]
-    admin_token: Annotated[
-        str | None,
-        Variable(
-            parse_printable,
-            None,
-            f"The operators' bearer token, in production of at least {MIN_ADMIN_TOKEN_LENGTH} characters.",
-            default_note="generated into the data folder",
-            is_secret=True,
-        ),
-    ]
-    max_image_bytes: Annotated[
-        int, Variable(parse_size, "32 MiB", "The largest image that is accepted.", scope=Scope.API)
-    ]
-    max_image_pixels: Annotated[
-        int,
-        Variable(parse_int(1, 1_000_000_000), "25000000", "The most pixels an image may have.", scope=Scope.API),
-    ]
-    max_artifact_bytes: Annotated[
-        int,
-        Variable(parse_size, "256 MiB", "The largest result that is delivered to a tenant.", scope=Scope.API),
-    ]
-    poll_seconds: Annotated[
-        float, Variable(parse_float(0.05, 60), "2.5", "The minimum time between two checks of one task.")
-    ]
-    lease_seconds: Annotated[
-        int,
-        Variable(parse_int(90, 3_600), "180", "How long a submission may take; sending ends 60 s before that."),
-    ]
-    task_retention_days: Annotated[int, Variable(parse_int(1, 365), "30", "How long a task is kept after its end.")]
-    role: Annotated[Role, Variable(parse_choice(Role), "all", "`api` or `worker` to scale them apart.")]
-    models: Annotated[
-        Mapping[str, str],
-        Variable(
-            parse_catalogue, _format_pairs(DEFAULT_CATALOGUE.models), "Names of models, each with the upstream's own."
-        ),
-    ]
-    styles: Annotated[
-        Mapping[str, str],
-        Variable(
-            parse_catalogue, _format_pairs(DEFAULT_CATALOGUE.styles), "Names of styles, each with the upstream's own."
-        ),
-    ]
-    metrics_tenants: Annotated[
-        int,
-        Variable(
-            parse_int(1, 10_000),
-            "200",
-            "The number of tenants with metrics of their own; the rest is counted as `other`.",
-        ),
-    ]
-    sandbox_port: Annotated[
-        int,
-        Variable(
-            _parse_port, "8082", "The port of the built-in sandbox; 0 selects a free one.", scope=Scope.DEVELOPMENT
-        ),
-    ]
-    log_level: Annotated[LogLevel, Variable(parse_choice(LogLevel), "info", "The lowest level that is logged.")]
-    traces_url: Annotated[
-        str | None,
-        Variable(
-            parse_http_url,
-            None,
-            "The collector for traces, by OTLP over HTTP, at `/v1/traces` unless the URL has a path.",
-        ),
-    ]
-    traces_share: Annotated[
-        float,
-        Variable(parse_float(0, 1), "1", "The share of requests to trace; requests that clients trace always are."),
-    ]
+    env: Environment = _declare(
+        parse_choice(Environment),
+        "development",
+        "`production` refuses the embedded server, the sandbox, and secrets that are generated or can be guessed.",
+    )
+    host: str = _declare(parse_host, "127.0.0.1", "The address of the tenants' port.", scope=Scope.API)
+    port: int = _declare(_parse_port, "8080", "The tenants' port; 0 selects a free one.", scope=Scope.API)
+    ops_host: str = _declare(parse_host, None, "The address of the operators' port.", default_note="as `GATEWAY_HOST`")
+    ops_port: int = _declare(_parse_port, "8081", "The operators' port; 0 selects a free one.")
+    data_dir: Path = _declare(
+        parse_folder, ".gateway", "The folder for local data in development.", scope=Scope.DEVELOPMENT
+    )
+    redis_url: str | None = _declare(
+        _parse_redis_url,
+        None,
+        "`redis://`, `rediss://`, `unix://`, `redis+sentinel://` or `redis+cluster://`. `rediss+sentinel://` is TLS to "
+        "the primary, and `?sentinel_ssl=true` to the Sentinels.",
+        default_note="an embedded Valkey server that keeps its data in the data folder",
+        is_secret=True,
+    )
+    key_prefix: str = _declare(
+        parse_key_prefix, "gw", "Every key is `{gw}:...`, so that one Redis can serve several gateways."
+    )
+    upstream_url: str | None = _declare(
+        parse_http_url, None, "The base address of the upstream.", default_note="the built-in sandbox"
+    )
+    upstream_user_key: str | None = _declare(
+        parse_printable,
+        None,
+        "The `user_key` of the account that is created in development.",
+        is_secret=True,
+        scope=Scope.DEVELOPMENT,
+    )
+    upstream_cleartext: Cleartext = _declare(
+        parse_choice(Cleartext),
+        "refuse",
+        "`allow` lets production call an upstream in another network by unencrypted `http://`.",
+    )
+    secret_keys: tuple[bytes, ...] = _declare(
+        parse_secret_keys,
+        None,
+        "Keys of 32 bytes in base64, separated by commas: the first encrypts, all decrypt.",
+        default_note="generated into the data folder",
+        is_secret=True,
+    )
+    admin_token: str | None = _declare(
+        parse_printable,
+        None,
+        f"The operators' bearer token, in production of at least {MIN_ADMIN_TOKEN_LENGTH} characters.",
+        default_note="generated into the data folder",
+        is_secret=True,
+    )
+    max_image_bytes: int = _declare(parse_size, "32 MiB", "The largest image that is accepted.", scope=Scope.API)
+    max_image_pixels: int = _declare(
+        parse_int(1, 1_000_000_000), "25000000", "The most pixels an image may have.", scope=Scope.API
+    )
+    max_artifact_bytes: int = _declare(
+        parse_size, "256 MiB", "The largest result that is delivered to a tenant.", scope=Scope.API
+    )
+    poll_seconds: float = _declare(parse_float(0.05, 60), "2.5", "The minimum time between two checks of one task.")
+    lease_seconds: int = _declare(
+        parse_int(90, 3_600), "180", "How long a submission may take; sending ends 60 s before that."
+    )
+    task_retention_days: int = _declare(parse_int(1, 365), "30", "How long a task is kept after its end.")
+    role: Role = _declare(parse_choice(Role), "all", "`api` or `worker` to scale them apart.")
+    models: Mapping[str, str] = _declare(
+        parse_catalogue, _format_pairs(DEFAULT_CATALOGUE.models), "Names of models, each with the upstream's own."
+    )
+    styles: Mapping[str, str] = _declare(
+        parse_catalogue, _format_pairs(DEFAULT_CATALOGUE.styles), "Names of styles, each with the upstream's own."
+    )
+    metrics_tenants: int = _declare(
+        parse_int(1, 10_000), "200", "The number of tenants with metrics of their own; the rest is counted as `other`."
+    )
+    sandbox_port: int = _declare(
+        _parse_port, "8082", "The port of the built-in sandbox; 0 selects a free one.", scope=Scope.DEVELOPMENT
+    )
+    log_level: LogLevel = _declare(parse_choice(LogLevel), "info", "The lowest level that is logged.")
+    traces_url: str | None = _declare(
+        parse_http_url, None, "The collector for traces, by OTLP over HTTP, at `/v1/traces` unless the URL has a path."
+    )
+    traces_share: float = _declare(
+        parse_float(0, 1), "1", "The share of requests to trace; requests that clients trace always are."
+    )
 
     @classmethod
     def load(cls, environ: Mapping[str, str]) -> Self:
         """Read the settings from environment variables. Raises SettingsError with every error."""
-        errors = list(unknown_variables(environ, PREFIX, [_variable_name(field) for field in _VARIABLES]))
+        errors = list(_find_unknown_variables(environ))
         values: dict[str, Any] = {}
-        for field, variable in _VARIABLES.items():
+        for setting in SETTINGS:
             try:
-                text = read_variable(environ, _variable_name(field)) or variable.default
-                values[field] = None if text is None else variable.parse(text)
+                text = read_variable(environ, setting.name) or setting.default
+                values[setting.field] = None if text is None else setting.parse(text)
             except ValueError as error:
-                errors.append(f"{_variable_name(field)} {error}")
+                errors.append(f"{setting.name} {error}")
         if "ops_host" in values and "host" in values:
             values["ops_host"] = values["ops_host"] or values["host"]
         errors.extend(_find_conflicts(values))
@@ -546,26 +468,21 @@ class Settings:
         return self.env is Environment.PRODUCTION
 
     def __repr__(self) -> str:
-        values = {field: getattr(self, field) for field in _VARIABLES}
-        masked = {field: "***" for field, variable in _VARIABLES.items() if variable.is_secret and values[field]}
+        values = {setting.field: getattr(self, setting.field) for setting in SETTINGS}
+        masked = {setting.field: "***" for setting in SETTINGS if setting.is_secret and values[setting.field]}
         return f"Settings({', '.join(f'{field}={value!r}' for field, value in (values | masked).items())})"
 
 
-def _variable_name(field: str) -> str:
-    return PREFIX + field.upper()
-
-
-_VARIABLES: Mapping[str, Variable] = {
-    field: hint.__metadata__[0] for field, hint in get_type_hints(Settings, include_extras=True).items()
-}
-SETTINGS = describe_settings(PREFIX, _VARIABLES)
+SETTINGS: Sequence[Setting] = tuple(
+    Setting(field=field.name, **field.metadata) for field in dataclasses.fields(Settings)
+)
 """All settings in reading order."""
 
 
 def _find_conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     """Yield conflicts between fields. An invalid field is absent and not reported again."""
     if values.get("env") is Environment.PRODUCTION:
-        yield from (f"{_variable_name(field)} {error}" for field, error in production_errors(values))
+        yield from (f"{PREFIX}{field.upper()} {error}" for field, error in production_errors(values))
     if values.get("role") in {Role.API, Role.WORKER} and _is_missing(values, "redis_url"):
         yield f"GATEWAY_ROLE={values['role']} needs GATEWAY_REDIS_URL: the embedded server belongs to one process"
     if values.get("upstream_user_key") and _is_missing(values, "upstream_url"):
@@ -576,7 +493,7 @@ def _find_conflicts(values: Mapping[str, Any]) -> Iterator[str]:
         yield "GATEWAY_TRACES_URL needs the exporter: pip install 'imaging-gateway[otel]'"
     for other in ("port", "ops_port"):
         if _is_missing(values, "upstream_url") and _has_same_port(values, "sandbox_port", other):
-            yield f"GATEWAY_SANDBOX_PORT must differ from {_variable_name(other)}"
+            yield f"GATEWAY_SANDBOX_PORT must differ from {PREFIX}{other.upper()}"
 
 
 def _is_exporter_installed() -> bool:

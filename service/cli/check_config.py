@@ -78,7 +78,7 @@ def _missing_dependencies(settings: Settings) -> Iterator[str]:
 def _display_value(settings: Settings, setting: Setting) -> str:
     value = getattr(settings, setting.field)
     if value is None or value == ():
-        return setting.default.replace("`", "")
+        return setting.default_note.replace("`", "")
     match setting.field:
         case "redis_url":
             return redact_url(value)
