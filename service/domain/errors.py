@@ -276,13 +276,10 @@ def _find_errors(value: Any, type_: inspect.Type, path: str) -> Iterator[FieldEr
                 return
             must = (type_.extra or {}).get("must")
             yield from [FieldError(path, f"must {must}")] if must else _find_errors(value, type_.type, path)
-        case inspect.UnionType() if value is None and any(
-            isinstance(option, inspect.NoneType) for option in type_.types
-        ):
-            return
-        case inspect.UnionType():
-            (only,) = [option for option in type_.types if not isinstance(option, inspect.NoneType)]
-            yield from _find_errors(value, only, path)
+        case inspect.UnionType():  # of one type and None
+            if value is not None:
+                (only,) = [option for option in type_.types if not isinstance(option, inspect.NoneType)]
+                yield from _find_errors(value, only, path)
         case inspect.StructType():
             yield from _struct_errors(value, type_, path)
         case inspect.DictType():
@@ -315,8 +312,8 @@ def _mapping_errors(value: Any, type_: inspect.DictType, path: str) -> Iterator[
         return
     for name, entry in value.items():
         child = _child_path(path, name)
-        if errors := list(_find_errors(name, type_.key_type, child)):
-            yield from (FieldError(child, f"as a name {error.detail}") for error in errors)
+        for error in _find_errors(name, type_.key_type, child):
+            yield FieldError(child, f"as a name {error.detail}")
         yield from _find_errors(entry, type_.value_type, child)
 
 
@@ -353,19 +350,13 @@ def _scalar_error(value: Any, type_: inspect.Type) -> str | None:
 def _check_number(value: Any, type_: inspect.IntType | inspect.FloatType) -> tuple[bool, str]:
     minimum, maximum = type_.ge or 0, type_.le or math.inf
     is_integer = isinstance(type_, inspect.IntType)
-    is_valid = (
-        isinstance(value, int if is_integer else int | float)
-        and not isinstance(value, bool)
-        and minimum <= value <= maximum
-    )
-    bounds = (
-        f" from {minimum} to {maximum}"
-        if type_.le is not None
-        else f" of at least {minimum}"
-        if type_.ge is not None
-        else ""
-    )
-    return is_valid, f"must be a {'whole ' if is_integer else ''}number{bounds}"
+    is_number = isinstance(value, int if is_integer else int | float) and not isinstance(value, bool)
+    expected = "must be a whole number" if is_integer else "must be a number"
+    if type_.le is not None:
+        expected += f" from {minimum} to {maximum}"
+    elif type_.ge is not None:
+        expected += f" of at least {minimum}"
+    return is_number and minimum <= value <= maximum, expected
 
 
 def _is_timestamp(value: Any) -> bool:
@@ -381,7 +372,9 @@ def _check_text(value: Any, type_: inspect.StrType) -> tuple[bool, str]:
     minimum, maximum = type_.min_length or 0, type_.max_length or math.inf
     is_valid = isinstance(value, str) and minimum <= len(value) <= maximum
     is_valid = is_valid and (type_.pattern is None or re.search(type_.pattern, value) is not None)
-    return is_valid, "must be text" if maximum == math.inf else f"must be text of {minimum} to {maximum} characters"
+    if type_.max_length is None:
+        return is_valid, "must be text"
+    return is_valid, f"must be text of {f'{minimum} to' if minimum else 'at most'} {maximum} characters"
 
 
 def _child_path(path: str, name: str) -> str:

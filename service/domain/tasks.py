@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import Meta, Struct
 
-from service.domain.errors import FieldError, InvalidOptions, check_json
+from service.domain.errors import FieldError, InvalidOptions, check_json, expected_format
 
 MAX_PROMPT_CHARS = 2_000
 MAX_METADATA_BYTES = 2_048
@@ -151,9 +151,11 @@ def parse_options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Cata
                 continue
             if name in values:
                 raise FieldError(name, "is given more than once")
-            values[name] = _parse_value(name, text, types[name])
+            values[name] = msgspec.convert(text, types[name], strict=False)
             if name in {"model", "style"}:
                 values[name] = catalogue.find_name(name, text)
+        except msgspec.ValidationError:
+            errors.append(FieldError(name, expected_format(types[name])))
         except FieldError as error:  # a copy: its traceback would hold this frame, and the frame holds it
             errors.append(FieldError(error.field, error.detail))
     if errors:
@@ -172,30 +174,6 @@ def parse_metadata(text: str | None) -> dict[str, str]:
         return msgspec.json.decode(text, type=dict[str, str])
     except ValueError:  # includes msgspec.DecodeError and UnicodeError
         raise InvalidOptions([FieldError("metadata", "must be a JSON object of strings, each name once")]) from None
-
-
-def _parse_value(name: str, text: str, type_: Any) -> Any:
-    try:
-        return msgspec.convert(text, type_, strict=False)
-    except msgspec.ValidationError:
-        raise FieldError(name, f"must be {_expected_format(type_)}") from None
-
-
-def _expected_format(type_: Any) -> str:
-    info = msgspec.inspect.type_info(type_)
-    while isinstance(info, msgspec.inspect.Metadata):
-        info = info.type
-    match info:
-        case msgspec.inspect.BoolType():
-            return "true or false"
-        case msgspec.inspect.IntType(ge=low, le=high):
-            return f"a whole number from {low} to {high}"
-        case msgspec.inspect.FloatType(ge=low, le=high):
-            return f"a number from {low:g} to {high:g}"
-        case msgspec.inspect.StrType(max_length=int(most)):
-            return f"text of at most {most} characters"
-        case _:
-            return "text"
 
 
 class Artifact(Struct, frozen=True):

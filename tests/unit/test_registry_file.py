@@ -168,7 +168,7 @@ created_at = 1960-01-01T00:00:00Z }
                 "tenants.shop.tokens.0123456789ab.expires_at: must be a time with a time zone, such as "
                 "2030-01-31T12:00:00Z"
             ),
-            "tenants.shop.tokens.0123456789ab.label: must be text of 0 to 200 characters",
+            "tenants.shop.tokens.0123456789ab.label: must be text of at most 200 characters",
             "tenants.press.tokens.0123456789ab.created_at: must be between the years 1970 and 9999",
             "tenant: is unknown: did you mean tenants?",
         ]
