@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 
-from service.domain.ledger import (
-    AccountState,
-    AccountStatus,
-    Candidate,
-)
+from service.domain.ledger import AccountState, AccountStatus, Candidate
 from service.domain.tasks import Kind
 from service.domain.tenants import AccountPolicy, SpendingMode
 

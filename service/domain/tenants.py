@@ -235,24 +235,17 @@ def _token_checksum(secret: str) -> str:
     return digits
 
 
-class Registry:
+class Registry(Struct, eq=False, dict=True):
     """One immutable version of accounts, tenants and tokens, indexed for requests."""
 
-    def __init__(
-        self,
-        version: int = 0,
-        next_id: int = 1,
-        tenants: Mapping[str, Tenant] | None = None,
-        accounts: Mapping[str, Account] | None = None,
-        tokens: Mapping[str, Token] | None = None,
-        deleted_tenant_names: Mapping[int, str] | None = None,
-    ) -> None:
-        self.version = version
-        self.next_id = next_id
-        self.tenants = tenants or {}
-        self.accounts = accounts or {}
-        self.tokens = tokens or {}
-        self.deleted_tenant_names = deleted_tenant_names or {}
+    version: int = 0
+    next_id: int = 1
+    tenants: Mapping[str, Tenant] = {}
+    accounts: Mapping[str, Account] = {}
+    tokens: Mapping[str, Token] = {}
+    deleted_tenant_names: Mapping[int, str] = {}
+
+    def __post_init__(self) -> None:
         self._tenants_by_id = {tenant.id: tenant for tenant in self.tenants.values()}
         self._accounts_by_id = {account.id: account for account in self.accounts.values()}
         self._tokens_by_digest = {token.digest: token for token in self.tokens.values()}
