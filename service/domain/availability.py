@@ -55,7 +55,8 @@ def _has_live_balance_check(state: AccountState) -> bool:
 
 def _can_pay(state: AccountState, policy: AccountPolicy, spending_mode: SpendingMode, kind: Kind) -> bool:
     if spending_mode is not SpendingMode.COUNT_ONLY:
-        return _stays_above_floors(state, policy, _max_price_of_kind(state, policy, kind), state.unaccounted_charges)
+        max_price = policy.max_price.get(kind, state.max_observed_price.get(kind, 0))
+        return _stays_above_floors(state, policy, max_price, state.unaccounted_charges)
     if state.count is None:
         return state.open_submissions == 0
     return state.count.value - max(state.open_submissions, state.unaccounted_charges) > policy.floor_count
@@ -84,10 +85,6 @@ def _stays_above_floors(state: AccountState, policy: AccountPolicy, price: int |
     return state.money.value + uses_left * price > policy.floor_money_fen
 
 
-def _max_price_of_kind(state: AccountState, policy: AccountPolicy, kind: Kind) -> int:
-    return policy.max_price.get(kind, state.max_observed_price.get(kind, 0))
-
-
 def _max_price_any_kind(state: AccountState, policy: AccountPolicy) -> int:
     return max((*policy.max_price.values(), *state.max_observed_price.values()), default=0)
 
@@ -105,12 +102,8 @@ def _can_probe(state: AccountState, policy: AccountPolicy, spending_mode: Spendi
     """
     if spending_mode is SpendingMode.COUNT_ONLY or _has_live_balance_check(state):
         return False
-    below_floor = [
-        reading.value > 0 and floor > 0
-        for reading, floor in ((state.count, policy.floor_count), (state.money, policy.floor_money_fen))
-        if reading
-    ]
-    return not any(below_floor)
+    readings = ((state.count, policy.floor_count), (state.money, policy.floor_money_fen))
+    return not any(reading and reading.value > 0 and floor > 0 for reading, floor in readings)
 
 
 def choose_account(

@@ -123,15 +123,14 @@ def policy_name(window: Window, unit: str) -> str:
     return f"{window}-{unit}"
 
 
-def policy_names(policy: TenantPolicy) -> tuple[str, ...]:
-    limits = ((limit.window, limit.tasks, limit.money_fen) for limit in policy.limits)
-    names = [
-        policy_name(window, unit)
-        for window, tasks, money in limits
-        for unit, maximum in ((UNIT_TASKS, tasks), (UNIT_MONEY, money))
-        if maximum is not None
-    ]
-    return (*names, MAX_ACTIVE_POLICY) if policy.max_active is not None else tuple(names)
+def policy_names(policy: TenantPolicy) -> Sequence[str]:
+    names = []
+    for limit in policy.limits:
+        if limit.tasks is not None:
+            names.append(policy_name(limit.window, UNIT_TASKS))
+        if limit.money_fen is not None:
+            names.append(policy_name(limit.window, UNIT_MONEY))
+    return names if policy.max_active is None else [*names, MAX_ACTIVE_POLICY]
 
 
 def compute_rate_limits(policy: TenantPolicy, state: TenantState, now: int) -> tuple[RateLimit, ...]:
@@ -141,11 +140,8 @@ def compute_rate_limits(policy: TenantPolicy, state: TenantState, now: int) -> t
             continue
         counter, (start, end) = current_counter(state, limit.window, now), window_bounds(limit.window, now)
         remaining = compute_remaining(limit.tasks, counter.tasks, counter.tasks_reserved)
-        name = policy_name(limit.window, UNIT_TASKS)
-        if end is None:
-            rate_limits.append(RateLimit(name, limit.tasks, remaining, None, None))
-        else:
-            rate_limits.append(RateLimit(name, limit.tasks, remaining, (end - start) // 1000, -((now - end) // 1000)))
+        seconds = (None, None) if end is None else ((end - start) // 1000, -((now - end) // 1000))
+        rate_limits.append(RateLimit(policy_name(limit.window, UNIT_TASKS), limit.tasks, remaining, *seconds))
     return tuple(rate_limits)
 
 
@@ -523,19 +519,15 @@ def digest_submission(
 
     Keys outlive upgrades, so a digest must not change with one: a new option, or no `webhook_url`, leaves it as it was.
     """
-    content: tuple[object, ...] = (options.kind, _non_default_options(options), sorted(metadata.items()), image_sha256)
+    changed_options = [
+        (option.name, getattr(options, option.name) or 0)  # -0.0 is the number 0.0, but is written differently
+        for option in msgspec.structs.fields(options)
+        if getattr(options, option.name) != option.default
+    ]
+    content: tuple[object, ...] = (options.kind, sorted(changed_options), sorted(metadata.items()), image_sha256)
     if webhook_url is not None:
         content += (webhook_url,)
     return Idempotency(_short_digest(key.encode()), _short_digest(msgspec.msgpack.encode(content)))
-
-
-def _non_default_options(options: Options) -> Sequence[tuple[str, object]]:
-    values = []
-    for option in msgspec.structs.fields(options):
-        value = getattr(options, option.name)
-        if value != option.default:
-            values.append((option.name, value or 0))  # -0.0 is the number 0.0, but is written differently
-    return sorted(values)
 
 
 def _short_digest(data: bytes) -> str:

@@ -42,10 +42,10 @@ def inspect_image(data: bytes) -> ImageInfo:
     inspectors = {PNG: _inspect_png, JPEG: _inspect_jpeg, WEBP: _inspect_webp}
     if inspector := inspectors.get(sniff_type(data[:BITMAP_SNIFF_BYTES])):
         return inspector(data)
-    found = next(
-        (f"The file is {name}" for pattern, name in _OTHER_FORMATS if pattern.match(data[:256])), _UNKNOWN_FORMAT
-    )
-    raise UnsupportedMediaType(f"{found}; send a PNG, JPEG or WebP image.")
+    for pattern, name in _OTHER_FORMATS:
+        if pattern.match(data[:256]):
+            raise UnsupportedMediaType(f"The file is {name}; send a PNG, JPEG or WebP image.")
+    raise UnsupportedMediaType("The file's type is not known; send a PNG, JPEG or WebP image.")
 
 
 def _image_info(media_type: str, width: int, height: int) -> ImageInfo:
@@ -64,10 +64,7 @@ def _raise_truncated(media_type: str) -> NoReturn:
     raise InvalidImage(f"The {_FORMAT_NAMES[media_type]} image is cut off: its end is missing. Send the whole file.")
 
 
-def _raise_too_many_segments(media_type: str) -> NoReturn:
-    _raise_broken(media_type, f"it consists of more than {MAX_SEGMENTS} pieces")
-
-
+_TOO_MANY_SEGMENTS = f"it consists of more than {MAX_SEGMENTS} pieces"
 _FORMAT_NAMES = {PNG: "PNG", JPEG: "JPEG", WEBP: "WebP"}
 _OTHER_FORMATS = (
     (re.compile(rb"GIF8[79]a"), "a GIF image"),
@@ -75,7 +72,6 @@ _OTHER_FORMATS = (
     (re.compile(rb"%PDF"), "a PDF document"),
     (re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<svg|<\?xml|<!doctype|<html)", re.IGNORECASE), "SVG, XML or HTML"),
 )
-_UNKNOWN_FORMAT = "The file's type is not known"
 # PNG: a signature, then chunks of length, type, content and checksum, from IHDR to IEND.
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNK = Layout(">I4s")
@@ -219,7 +215,7 @@ def _inspect_jpeg(data: bytes) -> ImageInfo:
                 _raise_broken(JPEG, "two of its headers differ in the height")
             case _ if marker in _JPEG_FRAMES:
                 frame = _read_jpeg_frame(marker, content, frame)
-    _raise_too_many_segments(JPEG)
+    _raise_broken(JPEG, _TOO_MANY_SEGMENTS)
 
 
 def _read_jpeg_frame(marker: int, content: bytes, previous: _JpegFrame | None) -> _JpegFrame:
@@ -332,7 +328,7 @@ def _iterate_riff_chunks(data: bytes, at: int, end: int) -> Iterator[tuple[bytes
         yield kind, at, length
         at += length + length % 2
     if at + _RIFF_CHUNK.size <= end:
-        _raise_too_many_segments(WEBP)
+        _raise_broken(WEBP, _TOO_MANY_SEGMENTS)
 
 
 def _read_webp_canvas(kind: bytes, content: bytes) -> tuple[tuple[int, int], bool]:
@@ -386,13 +382,6 @@ SNIFF_BYTES = 65_536
 BITMAP_SNIFF_BYTES = 12
 """Bytes that suffice to recognise a bitmap."""
 EXTENSIONS: Mapping[str, str] = {PNG: "png", JPEG: "jpg", WEBP: "webp", SVG: "svg", OCTET_STREAM: "bin"}
-_BITMAPS = frozenset({PNG, JPEG, WEBP})
-
-_ALLOWED_TYPES: Mapping[ArtifactName, frozenset[str]] = {
-    ArtifactName.IMAGE: _BITMAPS,
-    ArtifactName.GRID: _BITMAPS,
-    ArtifactName.VECTOR: frozenset({SVG}),
-}
 
 # Blanks, declarations and comments in any number, then the root. No backtracking, which could take exponential time.
 _SVG_START = re.compile(
@@ -415,4 +404,4 @@ def sniff_type(head: bytes) -> str:
 
 
 def is_allowed_type(name: ArtifactName, media_type: str) -> bool:
-    return media_type in _ALLOWED_TYPES[name]
+    return media_type in ({SVG} if name is ArtifactName.VECTOR else {PNG, JPEG, WEBP})
