@@ -81,20 +81,23 @@ class TaskIdCodec:
         self._cipher = cipher
 
     def encode(self, reference: TaskReference) -> str:
-        ciphertext = self._cipher.encrypt(msgspec.msgpack.encode(reference))
-        return TASK_ID_PREFIX + base64.urlsafe_b64encode(ciphertext).rstrip(b"=").decode()
+        return self._format_id(self._cipher.encrypt(msgspec.msgpack.encode(reference)))
 
     def decode(self, task_id: str) -> TaskReference:
         """Return the reference of an id. Raises NotFound for anything that `encode` did not return."""
         text = task_id.removeprefix(TASK_ID_PREFIX)
         try:
             ciphertext = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-            plaintext = self._cipher.decrypt(ciphertext) if TASK_ID_PREFIX + text == task_id else None
-            if plaintext is not None and base64.urlsafe_b64encode(ciphertext).rstrip(b"=").decode() == text:
+            plaintext = self._cipher.decrypt(ciphertext) if self._format_id(ciphertext) == task_id else None
+            if plaintext is not None:
                 return msgspec.msgpack.decode(plaintext, type=TaskReference)
         except ValueError:  # includes binascii.Error and msgspec.DecodeError
             pass
         raise NotFound("There is no such task.")
+
+    @staticmethod
+    def _format_id(ciphertext: bytes) -> str:
+        return TASK_ID_PREFIX + base64.urlsafe_b64encode(ciphertext).rstrip(b"=").decode()
 
 
 class GeneratedSecrets(Struct, frozen=True):

@@ -262,7 +262,7 @@ def production_warnings(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _admin_token_errors(token: str) -> Iterator[tuple[str, str]]:
     if len(token) < MIN_ADMIN_TOKEN_LENGTH:
         yield "admin_token", f"must have at least {MIN_ADMIN_TOKEN_LENGTH} characters in production"
-    elif len(set(token)) < _MIN_DISTINCT_CHARACTERS or _is_repetition(token.encode()):
+    elif len(set(token)) < _MIN_DISTINCT_CHARACTERS or token in (token + token)[1:-1]:  # a repetition
         yield "admin_token", f"must not be one that can be guessed in production: {_NEW_TOKEN_HINT}"
 
 
@@ -303,10 +303,6 @@ def _parse_ip(host: str) -> IPv4Address | IPv6Address | None:
 def _looks_guessable(key: bytes) -> bool:
     """Return whether a key is text or a pattern, which random bytes never are."""
     return len(set(key)) < _MIN_DISTINCT_BYTES or (key.isascii() and key.decode().isprintable())
-
-
-def _is_repetition(text: bytes) -> bool:
-    return text in (text + text)[1:-1]
 
 
 class SettingsError(Exception):

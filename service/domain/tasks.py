@@ -210,12 +210,12 @@ class Task(Struct, frozen=True, kw_only=True):
     state: State
     created_at: int
     updated_at: int
-    finished_at: int | None
+    finished_at: int | None = None
     options: msgspec.Raw
     metadata: msgspec.Raw
-    artifacts: tuple[Artifact, ...]
-    error: TaskError | None
-    cost: Cost
+    artifacts: tuple[Artifact, ...] = ()
+    error: TaskError | None = None
+    cost: Cost = Cost(0, 0, CostBasis.UNKNOWN)
     version: int
     last_checked_at: int
     webhook_url: str | None = None
@@ -246,12 +246,8 @@ def new_task(
         state=state,
         created_at=reference.created_at,
         updated_at=reference.created_at,
-        finished_at=None,
         options=options,
         metadata=metadata,
-        artifacts=(),
-        error=None,
-        cost=Cost(0, 0, CostBasis.UNKNOWN),
         version=version,
         last_checked_at=reference.created_at,
     )

@@ -27,6 +27,9 @@ RETRY_SECONDS = (5, 30, 120, 600, 1_800, 3_600, 7_200, 14_400, 28_800, 28_800)
 """Delay after each failed attempt; after the last one the delivery fails."""
 MAX_RETRY_AFTER_SECONDS = 3_600
 _JITTER_RATIO = 0.2
+_URL_FORMAT = (
+    f"must be a URL such as https://host/path, at most {MAX_URL_CHARS} characters long, without credentials or fragment"
+)
 _HOST_PATTERN = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?")
 _STATUS_GONE = 410
 _BUSY_STATUSES = frozenset({429, 503})
@@ -117,12 +120,11 @@ def parse_url(field: str, text: str) -> str:
         host, _ = parts.hostname, parts.port  # reading the port validates it
         bracketed = "[" in parts.netloc and IPv6Address(host or "")
     except ValueError:
-        raise _invalid_url(field) from None
+        raise InvalidOptions([FieldError(field, _URL_FORMAT)]) from None
     is_plain = re.fullmatch(r"[!-~]+", text) and "\\" not in text and "@" not in parts.netloc and "#" not in text
-    if not is_plain or not host or parts.scheme not in {"http", "https"} or len(text) > MAX_URL_CHARS:
-        raise _invalid_url(field)
-    if not (_HOST_PATTERN.fullmatch(host) or (bracketed and not bracketed.scope_id)):
-        raise _invalid_url(field)
+    is_host = _HOST_PATTERN.fullmatch(host or "") or (bracketed and not bracketed.scope_id)
+    if not is_plain or not is_host or parts.scheme not in {"http", "https"} or len(text) > MAX_URL_CHARS:
+        raise InvalidOptions([FieldError(field, _URL_FORMAT)])
     return parts._replace(netloc=parts.netloc.lower(), path=parts.path or "/").geturl()
 
 
@@ -151,11 +153,3 @@ def resolve_webhook_url(webhook: Webhook, requested: str | None) -> str | None:
         detail = "must be at a host that the operators of the gateway have allowed you"
         raise InvalidOptions([FieldError("webhook_url", detail)])
     return url
-
-
-def _invalid_url(field: str) -> InvalidOptions:
-    expected = (
-        f"must be a URL such as https://host/path, at most {MAX_URL_CHARS} characters long, "
-        "without credentials or fragment"
-    )
-    return InvalidOptions([FieldError(field, expected)])
