@@ -15,7 +15,8 @@ import structlog
 from opentelemetry.trace import Tracer
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.client import PubSub
-from redis.exceptions import ClusterDownError, DataError, NoScriptError, ReadOnlyError, RedisError, ResponseError
+from redis.commands.core import AsyncScript
+from redis.exceptions import ClusterDownError, DataError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -287,8 +288,7 @@ class RedisScripts:
         self._version_guard = version_guard
         self._monitor = monitor
         self._tracer = tracer
-        self._sources: dict[str, str] = {}
-        self._hashes: dict[str, str] = {}
+        self._scripts: dict[str, AsyncScript] = {}
 
     async def call(
         self, name: str, keys: Sequence[str], arguments: Mapping[str, Any], *extra: bytes | str
@@ -304,13 +304,10 @@ class RedisScripts:
             values = (*values, str(self._version_guard.version))
         with self._observe_call(name), tracing.start_redis_span(self._tracer, "EVALSHA", script=name):
             await self._check_version()
-            if name not in self._hashes:
-                await self._load(name)
-            try:
-                return await self._run(name, keys, values)
-            except NoScriptError:  # Redis was restarted, and ran nothing
-                await self._load(name)
-                return await self._run(name, keys, values)
+            if name not in self._scripts:
+                source = _assemble(name, has_version=self._version_guard is not None)
+                self._scripts[name] = self._client.register_script(source)
+            return list(await self._scripts[name](keys, values))
 
     async def read(self, *commands: tuple[Any, ...]) -> list[Any]:
         """Run plain commands in one round trip. Raises LedgerUnavailable."""
@@ -353,15 +350,6 @@ class RedisScripts:
         finally:
             if self._monitor:
                 self._monitor.record_call(call, outcome, time.perf_counter() - started_at)
-
-    async def _run(self, name: str, keys: Sequence[str], values: Sequence[bytes | str]) -> list[Any]:
-        result = await self._client.evalsha(self._hashes[name], len(keys), *keys, *values)
-        return list(result)
-
-    async def _load(self, name: str) -> None:
-        if name not in self._sources:
-            self._sources[name] = _assemble(name, has_version=self._version_guard is not None)
-        self._hashes[name] = await self._client.script_load(self._sources[name])
 
 
 def _assemble(name: str, *, has_version: bool) -> str:
