@@ -85,7 +85,7 @@ class RedisDeliveryQueue:
 
     async def _call_script(self, script: str, **arguments: Any) -> list[Any]:
         keys = [self._keys.clock, self._keys.webhook_queues]
-        return await self._scripts.call(script, keys, arguments | {"deliveries": delivery_arguments(self._keys)})
+        return await self._scripts.call(script, keys, deliveries=delivery_arguments(self._keys), **arguments)
 
 
 def delivery_arguments(keys: Keys) -> dict[str, Any]:

@@ -96,16 +96,14 @@ class RedisLedger:
                 keys.leases,
                 *map(keys.account, request.accounts),
             ],
-            {
-                "reservation": request.reservation,
-                "tenant": request.tenant,
-                "kind": request.kind,
-                "lease_ms": self._retention.lease_ms,
-                "keep_ms": self._retention.keep_ms,
-                "accounts": request.accounts,
-                "reservation_prefix": keys.reservation(""),
-                "idempotency": self._idempotency_argument(request.tenant, request.idempotency),
-            },
+            reservation=request.reservation,
+            tenant=request.tenant,
+            kind=request.kind,
+            lease_ms=self._retention.lease_ms,
+            keep_ms=self._retention.keep_ms,
+            accounts=request.accounts,
+            reservation_prefix=keys.reservation(""),
+            idempotency=self._idempotency_argument(request.tenant, request.idempotency),
         )
         return _parse_verdict(answer), TenantSnapshot(msgspec.msgpack.decode(answer[1], type=TenantState), answer[2])
 
@@ -122,43 +120,15 @@ class RedisLedger:
                 keys.account(previous),
                 *map(keys.account, request.accounts),
             ],
-            {
-                "previous_account": previous,
-                "account_status": account_status,
-                "keep_ms": self._retention.keep_ms,
-                "accounts": request.accounts,
-            },
+            previous_account=previous,
+            account_status=account_status,
+            keep_ms=self._retention.keep_ms,
+            accounts=request.accounts,
         )
         return _parse_verdict(answer)
 
     async def settle(self, settlement: Settlement) -> bool:
         keys, new_task = self._keys, settlement.new_task
-        arguments = {
-            "reservation": settlement.reservation,
-            "tenant": settlement.tenant,
-            "account": settlement.account,
-            "kind": settlement.kind,
-            "created_at": settlement.created_at,
-            "outcome": settlement.outcome,
-            "balance": settlement.balance,
-            "account_status": settlement.account_status,
-            "keep_ms": self._retention.keep_ms,
-            "is_late": settlement.is_late,
-            "usage_prefix": keys.usage(settlement.tenant, ""),
-            "keep_usage_ms": KEEP_USAGE_MS,
-            "reservation_prefix": keys.reservation(""),
-            "idempotency_prefix": keys.idempotency(settlement.tenant, ""),
-            "idempotency": self._idempotency_argument(settlement.tenant, settlement.idempotency),
-            "new_task": new_task
-            and {
-                "id": new_task.id,
-                "options": str(new_task.options, "utf-8"),
-                "metadata": str(new_task.metadata, "utf-8"),
-                "check_interval_ms": self._retention.check_interval_ms,
-                "webhook_url": new_task.webhook_url,
-                "trace_context": new_task.trace_context,
-            },
-        }
         status, _, *account = await self._scripts.call(
             "settle",
             [
@@ -171,7 +141,30 @@ class RedisLedger:
                 keys.tenant_tasks(settlement.tenant),
                 keys.poll_due,
             ],
-            arguments,
+            reservation=settlement.reservation,
+            tenant=settlement.tenant,
+            account=settlement.account,
+            kind=settlement.kind,
+            created_at=settlement.created_at,
+            outcome=settlement.outcome,
+            balance=settlement.balance,
+            account_status=settlement.account_status,
+            keep_ms=self._retention.keep_ms,
+            is_late=settlement.is_late,
+            usage_prefix=keys.usage(settlement.tenant, ""),
+            keep_usage_ms=KEEP_USAGE_MS,
+            reservation_prefix=keys.reservation(""),
+            idempotency_prefix=keys.idempotency(settlement.tenant, ""),
+            idempotency=self._idempotency_argument(settlement.tenant, settlement.idempotency),
+            new_task=new_task
+            and {
+                "id": new_task.id,
+                "options": str(new_task.options, "utf-8"),
+                "metadata": str(new_task.metadata, "utf-8"),
+                "check_interval_ms": self._retention.check_interval_ms,
+                "webhook_url": new_task.webhook_url,
+                "trace_context": new_task.trace_context,
+            },
         )
         if status == b"wrong-account":  # the answer to a change of account was lost; the balance is the other account's
             moved = msgspec.structs.replace(settlement, account=account[0], balance=Balance(), account_status=None)
@@ -248,27 +241,26 @@ class RedisLedger:
                 keys.webhook_queues,
                 *map(keys.account, accounts),
             ],
-            {
-                "accounts": accounts,
-                "reservation_prefix": keys.reservation(""),
-                "task_prefix": keys.task(""),
-                "usage_prefixes": [keys.usage(tenant, "") for tenant in tenants],
-                "keep_ms": self._retention.keep_ms,
-                "due_prefix": keys.deliveries_due(""),
-                "claimed_prefix": keys.deliveries_claimed(""),
-                "failing_prefix": keys.webhook_failing(""),
-            },
+            accounts=accounts,
+            reservation_prefix=keys.reservation(""),
+            task_prefix=keys.task(""),
+            usage_prefixes=[keys.usage(tenant, "") for tenant in tenants],
+            keep_ms=self._retention.keep_ms,
+            due_prefix=keys.deliveries_due(""),
+            claimed_prefix=keys.deliveries_claimed(""),
+            failing_prefix=keys.webhook_failing(""),
         )
         return int(offset)
 
     async def reopen_account(self, account: int) -> None:
-        await self._scripts.call("reopen", [self._keys.clock, self._keys.account(account)], {"account": account})
+        await self._scripts.call("reopen", [self._keys.clock, self._keys.account(account)], account=account)
 
     async def claim_balance_check(self, account: int, *, count_only: bool) -> BalanceCheck | None:
         status, now, *rest = await self._scripts.call(
             "claim_balance_check",
             [self._keys.clock, self._keys.account(account)],
-            {"account": account, "count_only": count_only},
+            account=account,
+            count_only=count_only,
         )
         return BalanceCheck(account, str(rest[0], "ascii"), now) if status == b"due" else None
 
@@ -276,13 +268,11 @@ class RedisLedger:
         await self._scripts.call(
             "record_balance_check",
             [self._keys.clock, self._keys.account(check.account)],
-            {
-                "account": check.account,
-                "reservation": check.reservation,
-                "claimed_at": check.claimed_at,
-                "balance": balance,
-                "reservation_prefix": self._keys.reservation(""),
-            },
+            account=check.account,
+            reservation=check.reservation,
+            claimed_at=check.claimed_at,
+            balance=balance,
+            reservation_prefix=self._keys.reservation(""),
         )
 
     async def get_reservation(self, reservation: str) -> Reservation | None:
@@ -296,13 +286,11 @@ class RedisLedger:
         status, *rest = await self._scripts.call(
             "refund",
             [keys.clock, keys.tenant(tenant), keys.reservation(reservation)],
-            {
-                "reservation": reservation,
-                "tenant": tenant,
-                "reason": reason,
-                "usage_prefix": keys.usage(tenant, ""),
-                "keep_usage_ms": KEEP_USAGE_MS,
-            },
+            reservation=reservation,
+            tenant=tenant,
+            reason=reason,
+            usage_prefix=keys.usage(tenant, ""),
+            keep_usage_ms=KEEP_USAGE_MS,
         )
         if status == b"not-found":
             return None

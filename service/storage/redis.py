@@ -290,9 +290,7 @@ class RedisScripts:
         self._tracer = tracer
         self._scripts: dict[str, AsyncScript] = {}
 
-    async def call(
-        self, name: str, keys: Sequence[str], arguments: Mapping[str, Any], *extra: bytes | str
-    ) -> list[Any]:
+    async def call(self, name: str, keys: Sequence[str], /, *extra: bytes | str, **arguments: Any) -> list[Any]:
         """Run a script. `extra` are arguments that MessagePack in Lua can't hold; None is nil there.
 
         Raises LedgerUnavailable if Redis did not answer: the script may have run or not.

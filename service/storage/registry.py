@@ -60,16 +60,14 @@ class RedisRegistry:
         answer = await self._scripts.call(
             "write_registry",
             [keys.registry, *policies, *deleted_owners],
-            {
-                "version": change.version,
-                "newer_than": change.newer_than,
-                "channel": keys.registry_channel,
-                "deleted_fields": deleted_fields,
-                "field_count": len(fields),
-                "policy_count": len(policies),
-                "deleted_count": len(deleted_owners),
-            },
             *(value for field in fields.items() for value in field),
             *policies.values(),
+            version=change.version,
+            newer_than=change.newer_than,
+            channel=keys.registry_channel,
+            deleted_fields=deleted_fields,
+            field_count=len(fields),
+            policy_count=len(policies),
+            deleted_count=len(deleted_owners),
         )
         return bool(answer[0] == b"written")

@@ -71,13 +71,11 @@ class RedisTaskStore:
         now, *rows = await self._scripts.call(
             "touch_tasks",
             [keys.clock, keys.poll_due, keys.poll_claimed],
-            {
-                "reservations": reservations,
-                "task_prefix": keys.task(""),
-                "watched_prefix": keys.poll_watched(""),
-                "watched_ms": self._retention.watched_ms,
-                "check_interval_ms": self._retention.check_interval_ms,
-            },
+            reservations=reservations,
+            task_prefix=keys.task(""),
+            watched_prefix=keys.poll_watched(""),
+            watched_ms=self._retention.watched_ms,
+            check_interval_ms=self._retention.check_interval_ms,
         )
         return [
             (_decode_task(reservation, packed), now) if packed else None
@@ -137,7 +135,9 @@ class RedisTaskStore:
         now, *rows = await self._scripts.call(
             "claim_checks",
             [self._keys.clock, self._keys.poll_due, self._keys.poll_claimed],
-            {"limit": limit, "lease_ms": self._retention.claim_lease_ms, "task_prefix": self._keys.task("")},
+            limit=limit,
+            lease_ms=self._retention.claim_lease_ms,
+            task_prefix=self._keys.task(""),
         )
         return [ClaimedCheck(_decode_task(str(member, "ascii"), packed), now, due) for member, packed, due in rows]
 
@@ -152,28 +152,6 @@ class RedisTaskStore:
 
     async def record_check(self, claimed: ClaimedCheck, result: CheckResult) -> tuple[Task, int] | None:
         task, keys = claimed.task, self._keys
-        arguments = {
-            "reservation": task.reservation,
-            "account": task.account,
-            "claimed_at": claimed.claimed_at,
-            "outcome": result.outcome,
-            "artifacts": msgspec.json.encode(result.artifacts).decode(),
-            "error": msgspec.json.encode(result.error).decode() if result.error else None,
-            "lost_error": msgspec.json.encode(_LOST_ERROR).decode(),
-            "unusable_error": msgspec.json.encode(_UNUSABLE_ERROR).decode(),
-            "balance": result.balance,
-            "check_interval_ms": self._retention.check_interval_ms,
-            "lost_after_ms": self._retention.lost_after_ms,
-            "unusable_after_ms": self._retention.unusable_after_ms,
-            "keep_reservation_ms": self._retention.keep_ms,
-            "keep_running_ms": self._retention.keep_ms,
-            "keep_finished_ms": self._retention.keep_finished_ms,
-            "usage_prefix": keys.usage(task.tenant, ""),
-            "keep_usage_ms": KEEP_USAGE_MS,
-            "reservation_prefix": keys.reservation(""),
-            "channel": keys.task_events_channel,
-            "deliveries": delivery_arguments(keys),
-        }
         status, now, *rest = await self._scripts.call(
             "record_check",
             [
@@ -186,7 +164,26 @@ class RedisTaskStore:
                 keys.poll_claimed,
                 keys.poll_watched(task.reservation),
             ],
-            arguments,
+            reservation=task.reservation,
+            account=task.account,
+            claimed_at=claimed.claimed_at,
+            outcome=result.outcome,
+            artifacts=msgspec.json.encode(result.artifacts).decode(),
+            error=msgspec.json.encode(result.error).decode() if result.error else None,
+            lost_error=msgspec.json.encode(_LOST_ERROR).decode(),
+            unusable_error=msgspec.json.encode(_UNUSABLE_ERROR).decode(),
+            balance=result.balance,
+            check_interval_ms=self._retention.check_interval_ms,
+            lost_after_ms=self._retention.lost_after_ms,
+            unusable_after_ms=self._retention.unusable_after_ms,
+            keep_reservation_ms=self._retention.keep_ms,
+            keep_running_ms=self._retention.keep_ms,
+            keep_finished_ms=self._retention.keep_finished_ms,
+            usage_prefix=keys.usage(task.tenant, ""),
+            keep_usage_ms=KEEP_USAGE_MS,
+            reservation_prefix=keys.reservation(""),
+            channel=keys.task_events_channel,
+            deliveries=delivery_arguments(keys),
         )
         return (_decode_task(task.reservation, rest[0]), now) if status == b"recorded" else None
 

@@ -203,10 +203,8 @@ async def test_scripts(valkey: Valkey) -> None:
     recorder = SpanRecorder()
     async with Redis.from_url(valkey.url) as client:
         with tracing.start_request_span(recorder.tracer, make_http_scope()):
-            await RedisScripts(client, tracer=recorder.tracer).call(
-                "reopen", ["clock", "account-key"], {"account": 77_777}
-            )
-        await RedisScripts(client, tracer=recorder.tracer).call("reopen", ["clock", "account-key"], {"account": 77_777})
+            await RedisScripts(client, tracer=recorder.tracer).call("reopen", ["clock", "account-key"], account=77_777)
+        await RedisScripts(client, tracer=recorder.tracer).call("reopen", ["clock", "account-key"], account=77_777)
     (span,) = child_spans(recorder)
     assert (span.name, span.is_error) == ("EVALSHA reopen", False)
     assert span.attributes == {
@@ -235,7 +233,7 @@ async def test_store_unavailable() -> None:
     recorder = SpanRecorder()
     async with Redis.from_url(f"redis://127.0.0.1:{find_free_port()}") as client:
         with tracing.start_request_span(recorder.tracer, make_http_scope()), pytest.raises(LedgerUnavailable):
-            await RedisScripts(client, tracer=recorder.tracer).call("reopen", ["clock", "account"], {"account": 1})
+            await RedisScripts(client, tracer=recorder.tracer).call("reopen", ["clock", "account"], account=1)
     (span,) = child_spans(recorder)
     assert span.is_error
     assert span.attributes["error.type"] == "redis.exceptions.ConnectionError"
