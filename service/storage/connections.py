@@ -28,7 +28,7 @@ from redis.asyncio.sentinel import (
     SentinelManagedSSLConnection,
 )
 from redis.backoff import NoBackoff
-from redis.exceptions import ClusterDownError, ReadOnlyError, RedisClusterException, RedisError
+from redis.exceptions import ClusterDownError, RedisClusterException, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -37,9 +37,6 @@ from service.storage.redis import Keys, find_version_error, read_data_version
 _SCHEME_PATTERN = re.compile(r"redis(?P<tls>s)?(\+(?P<kind>sentinel|cluster))?|unix")
 _HOST_PATTERN = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>\d{1,5}))?")
 _TLS_FILE_OPTIONS = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
-_CERT_REQ_VALUES = frozenset({"none", "optional", "required"})
-_DEFAULT_SENTINEL_PORT = 26379
-_DEFAULT_PORT = 6379
 
 
 class InvalidRedisUrl(ValueError):
@@ -99,6 +96,7 @@ def parse_redis_url(url: str) -> RedisAddress:
             "must be a URL that starts with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
         )
     userinfo, _, hosts = parts.netloc.rpartition("@")
+    username, _, password = userinfo.partition(":")
     topology = Topology(scheme["kind"] or "single")
     sentinel, sentinel_ssl = Credentials(), False
     service = ""
@@ -122,7 +120,7 @@ def parse_redis_url(url: str) -> RedisAddress:
         path=unquote(parts.path) if parts.scheme == "unix" else "",
         sentinel_service=service,
         database=int(database or 0),
-        credentials=_parse_credentials(userinfo),
+        credentials=Credentials(unquote(username) or None, unquote(password) or None),
         sentinel_credentials=sentinel,
         tls_options=tls if scheme["tls"] else None,
         sentinel_tls_options=tls if sentinel_ssl else None,
@@ -138,14 +136,9 @@ def redact_url(url: str) -> str:
     return f"{parts.scheme}://{authority}{parts.path}{'?' if query else ''}{'&'.join(query)}"
 
 
-def _parse_credentials(userinfo: str) -> Credentials:
-    username, _, password = userinfo.partition(":")
-    return Credentials(unquote(username) or None, unquote(password) or None)
-
-
 def _parse_hosts(text: str, topology: Topology) -> tuple[tuple[str, int], ...]:
     matches = [_HOST_PATTERN.fullmatch(entry) for entry in text.split(",")]
-    default = _DEFAULT_SENTINEL_PORT if topology is Topology.SENTINEL else _DEFAULT_PORT
+    default = 26379 if topology is Topology.SENTINEL else 6379
     hosts = tuple((match["host"].strip("[]"), int(match["port"] or default)) for match in matches if match)
     if len(hosts) < len(matches) or any(not 0 < port < 1 << 16 for _, port in hosts):
         raise InvalidRedisUrl("must name its hosts as host or host:port")
@@ -170,7 +163,7 @@ def _pop_tls_options(query: dict[str, str]) -> Mapping[str, str | bool]:
     options: dict[str, str | bool] = {name: query.pop(name) for name in sorted(_TLS_FILE_OPTIONS & query.keys())}
     if "ssl_cert_reqs" in query:
         options["ssl_cert_reqs"] = query.pop("ssl_cert_reqs")
-        if options["ssl_cert_reqs"] not in _CERT_REQ_VALUES:
+        if options["ssl_cert_reqs"] not in {"none", "optional", "required"}:
             raise InvalidRedisUrl("must have none, optional or required as ssl_cert_reqs")
     if (check := _pop_bool(query, "ssl_check_hostname")) is not None:
         options["ssl_check_hostname"] = check
@@ -184,17 +177,11 @@ def _pop_bool(query: dict[str, str], name: str) -> bool | None:
     return None if value is None else value == "true"
 
 
-UNAVAILABLE_ERRORS: tuple[type[Exception], ...] = (
-    RedisConnectionError,
-    RedisTimeoutError,
-    ReadOnlyError,
-    ClusterDownError,
-)
-"""Raised by a client while the store can't be reached or can't be written to."""
 POOL_SIZE = 64
 POOL_WAIT_SECONDS = 1.0
-"""Limit of the wait for a connection when all are in use; then a command raises one of UNAVAILABLE_ERRORS."""
-_PUBSUB_PING_SECONDS = 15
+"""Limit of the wait for a connection when all are in use; then a command raises a ConnectionError."""
+_PUBSUB_OPTIONS: dict[str, Any] = {"socket_timeout": None, "health_check_interval": 15}
+"""Subscriptions use pings (every so many seconds) instead of a timeout."""
 _CLUSTER_OWN_CONNECTIONS = 4
 """Connections that a Cluster's client needs for itself, to discover the nodes."""
 _IO_METHODS = ("connect", "connect_check_health", "send_packed_command", "read_response", "can_read", "disconnect")
@@ -242,8 +229,8 @@ class Connections(ABC):
     async def open_pubsub(self) -> PubSub:
         """Open a subscription, which the caller closes. It waits for messages without a time limit.
 
-        A broken connection raises one of UNAVAILABLE_ERRORS instead of reconnecting silently: messages were missed,
-        and only the caller can read what they were about. It then opens another subscription.
+        A broken connection raises a RedisError instead of reconnecting silently: messages were missed, and only the
+        caller can read what they were about. It then opens another subscription.
         """
 
     @abstractmethod
@@ -266,21 +253,25 @@ class _PrimaryConnections(Connections):
 
     def __init__(self, address: RedisAddress, timeout: float) -> None:
         self._sentinel: Sentinel | None = None
+        options = _connection_options(address.credentials, address.tls_options, timeout) | {"db": address.database}
+        bounds = {"max_connections": POOL_SIZE, "timeout": POOL_WAIT_SECONDS}
+        pool: ConnectionPool
+        pubsub_pool: ConnectionPool
         if address.topology is Topology.SENTINEL:
+            options["connection_class"] = _SENTINEL_PLAIN if address.tls_options is None else _SENTINEL_TLS
             self._sentinel = _create_sentinel(address, timeout)
-        server = self._server_options(address)
-        commands = server | _connection_options(address.credentials, address.tls_options, timeout)
-        commands |= {"socket_timeout": timeout, "max_connections": POOL_SIZE, "timeout": POOL_WAIT_SECONDS}
-        pubsub = server | _pubsub_connection_options(address, timeout)
-        if self._sentinel:
             source = address.sentinel_service, self._sentinel
-            pool = _BlockingSentinelPool(*source, **commands)  # type: ignore[no-untyped-call] # redis-py's own
-            self.commands = Redis.from_pool(pool)
-            pubsub_pool = SentinelConnectionPool(*source, **pubsub)  # type: ignore[no-untyped-call] # redis-py's own
-            self._pubsub_client = Redis.from_pool(pubsub_pool)
+            pool = _BlockingSentinelPool(*source, **options | bounds)  # type: ignore[no-untyped-call] # redis-py's own
+            pubsub_pool = SentinelConnectionPool(*source, **options | _PUBSUB_OPTIONS)  # type: ignore[no-untyped-call]
         else:
-            self.commands = Redis.from_pool(BlockingConnectionPool(**commands))
-            self._pubsub_client = Redis.from_pool(ConnectionPool(**pubsub))
+            if address.path:
+                options |= {"path": address.path, "connection_class": _UNIX}
+            else:
+                options["host"], options["port"] = address.hosts[0]
+            pool = BlockingConnectionPool(**options | bounds)
+            pubsub_pool = ConnectionPool(**options | _PUBSUB_OPTIONS)
+        self.commands = Redis.from_pool(pool)
+        self._pubsub_client = Redis.from_pool(pubsub_pool)
 
     async def open_pubsub(self) -> PubSub:
         return self._pubsub_client.pubsub()
@@ -291,22 +282,9 @@ class _PrimaryConnections(Connections):
         if self._sentinel:
             await self._sentinel.aclose()
 
-    @staticmethod
-    def _server_options(address: RedisAddress) -> dict[str, Any]:
-        database: dict[str, Any] = {"db": address.database}
-        if address.topology is Topology.SENTINEL:
-            return database | {"connection_class": _SENTINEL_PLAIN if address.tls_options is None else _SENTINEL_TLS}
-        if address.path:
-            return database | {"path": address.path, "connection_class": _UNIX}
-        host, port = address.hosts[0]
-        connection_class = _PLAIN if address.tls_options is None else _TLS
-        return database | {"host": host, "port": port, "connection_class": connection_class}
-
 
 def _create_sentinel(address: RedisAddress, timeout: float) -> Sentinel:
     options = _connection_options(address.sentinel_credentials, address.sentinel_tls_options, timeout)
-    options["socket_timeout"] = timeout
-    options["connection_class"] = _PLAIN if address.sentinel_tls_options is None else _TLS
     sentinel = Sentinel(())  # type: ignore[no-untyped-call] # redis-py's own
     sentinel.sentinels = [
         Redis.from_pool(ConnectionPool(host=host, port=port, **options)) for host, port in address.hosts
@@ -324,22 +302,20 @@ class _ClusterConnections(Connections):
     commands: _BoundedCluster
 
     def __init__(self, address: RedisAddress, timeout: float) -> None:
+        self._options = _connection_options(address.credentials, address.tls_options, timeout)
         self.commands = _BoundedCluster(
             startup_nodes=[ClusterNode(host, port) for host, port in address.hosts],
             max_connections=POOL_SIZE + _CLUSTER_OWN_CONNECTIONS,
-            socket_timeout=timeout,
             ssl=address.tls_options is not None,
-            **_connection_options(address.credentials, address.tls_options, timeout),
+            **self._options,
         )
-        self._pubsub_options = _pubsub_connection_options(address, timeout)
-        self._pubsub_options["connection_class"] = _PLAIN if address.tls_options is None else _TLS
         self._pubsub_clients: dict[str, Redis] = {}
 
     async def open_pubsub(self) -> PubSub:
         await self.commands.initialize()
         node = self.commands.get_random_primary_node()
         if node.name not in self._pubsub_clients:
-            pool = ConnectionPool(host=node.host, port=node.port, **self._pubsub_options)
+            pool = ConnectionPool(host=node.host, port=node.port, **self._options | _PUBSUB_OPTIONS)
             self._pubsub_clients[node.name] = Redis.from_pool(pool)
         return self._pubsub_clients[node.name].pubsub()
 
@@ -355,9 +331,10 @@ _holds_slot: ContextVar[bool] = ContextVar("holds_slot", default=False)
 class _BoundedCluster(RedisCluster):
     """A Cluster's client that waits for a connection when all are in use; redis-py's own refuses at once."""
 
-    def __init__(self, *, startup_nodes: list[ClusterNode], ssl: bool, socket_timeout: float, **options: Any) -> None:
-        super().__init__(startup_nodes=startup_nodes, ssl=ssl, socket_timeout=socket_timeout, **options)
-        connection_class: Any = _TLS if ssl else _PLAIN
+    def __init__(
+        self, *, startup_nodes: list[ClusterNode], connection_class: Any, socket_timeout: float, **options: Any
+    ) -> None:
+        super().__init__(startup_nodes=startup_nodes, socket_timeout=socket_timeout, **options)
         self.connection_kwargs["connection_class"] = connection_class  # of the nodes that are discovered
         for node in self.startup_nodes:
             node.connection_class = connection_class
@@ -451,17 +428,13 @@ def _connection_options(
     return {
         "username": credentials.username,
         "password": credentials.password,
+        "connection_class": _PLAIN if tls is None else _TLS,
+        "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
         **(tls or {}),
     }
-
-
-def _pubsub_connection_options(address: RedisAddress, timeout: float) -> dict[str, Any]:
-    """Return the options of subscriptions, which use pings instead of a timeout."""
-    options = _connection_options(address.credentials, address.tls_options, timeout)
-    return options | {"socket_timeout": None, "health_check_interval": _PUBSUB_PING_SECONDS}
 
 
 _MIN_REDIS_VERSION = (6, 2)

@@ -20,7 +20,7 @@ from redis.utils import HIREDIS_AVAILABLE
 
 from service.domain.errors import LedgerUnavailable
 from service.storage import connections as connections_module
-from service.storage.connections import UNAVAILABLE_ERRORS, Connections, connect
+from service.storage.connections import Connections, connect
 from service.storage.redis import RedisScripts
 from tests.support.certificates import create_certificate
 from tests.support.resetting_proxy import ResettingProxy, run_resetting_proxy
@@ -33,7 +33,7 @@ from tests.support.stores import (
     run_single,
     run_with_sentinel,
 )
-from tests.support.valkey import Valkey, find_free_port, run_valkey
+from tests.support.valkey import UNAVAILABLE_ERRORS, Valkey, find_free_port, run_valkey
 
 INCREMENT = "return redis.call('INCR', KEYS[1])"
 
@@ -204,7 +204,7 @@ async def test_broken_subscription(store: RunningStore) -> None:
 
 @pytest.mark.parametrize("error", [run_single, run_with_sentinel, run_cluster], ids=lambda made: made.__name__)
 def test_reset_connections(error: Any) -> None:
-    """Every error that uvloop raises for reset connections is in AWAY, and leaves nothing behind."""
+    """Every error that uvloop raises for reset connections is in UNAVAILABLE_ERRORS, and leaves nothing behind."""
 
     async def calls(connections: Connections, proxy: ResettingProxy, counts: Counter[str]) -> None:
         while proxy.resets < 100:
@@ -249,7 +249,7 @@ def test_reset_connections(error: Any) -> None:
 async def test_errors_while_sending(
     store: RunningStore, method: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every error of the event loop while sending is in AWAY, and the next command succeeds."""
+    """Every error of the event loop while sending is in UNAVAILABLE_ERRORS, and the next command succeeds."""
     async with open_connections(store.url) as connections:
         await ping(connections)
 
@@ -321,7 +321,7 @@ async def test_unknown_sentinel_service() -> None:
 
 
 async def test_password() -> None:
-    """A password is used in any spelling; a wrong one raises an error in AWAY."""
+    """A password is used in any spelling; a wrong one raises an error in UNAVAILABLE_ERRORS."""
     with run_valkey("--requirepass", "a b/c@d:e", port=find_free_port()) as server:
         async with open_connections(f"redis://:a%20b%2Fc%40d%3Ae@127.0.0.1:{server.port}/2") as connections:
             assert await connections.commands.client_info()

@@ -17,7 +17,8 @@ from structlog.testing import capture_logs
 
 from service import devstack
 from service.devstack import DevServiceError, EmbeddedValkey, find_server_binary
-from service.storage.connections import UNAVAILABLE_ERRORS, connect
+from service.storage.connections import connect
+from tests.support.valkey import UNAVAILABLE_ERRORS
 
 GATEWAY = """
 import asyncio, sys, uvloop

@@ -18,9 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from redis.exceptions import ClusterDownError, ConnectionError, ReadOnlyError, TimeoutError  # noqa: A004
 
 from service.devstack import find_server_binary
 
+UNAVAILABLE_ERRORS: tuple[type[Exception], ...] = (ConnectionError, TimeoutError, ReadOnlyError, ClusterDownError)
+"""Raised by a client while the store can't be reached or can't be written to."""
 _START_SECONDS = 10.0
 
 
