@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 
 from service.domain.tasks import Backlog
-from service.domain.webhooks import DeliveryState
-from service.storage.redis import DAY_MS, Keys, RedisScripts, overdue_ms, parse_ledger_time, parse_withscores
+from service.storage.redis import DAY_MS, Keys, RedisScripts, overdue_ms
 from service.usecases.ports import ClaimedDelivery, Delivery, DeliveryResult
 
 LEASE_MS = 60_000
@@ -20,20 +18,6 @@ MAX_CONCURRENT = 4
 FAILING_MS = 600_000
 KEEP_MS = 30 * DAY_MS
 KEEP_DELIVERED_MS = 3 * DAY_MS
-
-
-class _StoredDelivery(Struct):
-    task_id: str
-    tenant: int
-    url: str
-    state: DeliveryState
-    created_at: int
-    updated_at: int
-    attempts: int
-    next_attempt_at: int | None = None
-    status: int | None = None
-    error: str | None = None
-    response_excerpt: str | None = None
 
 
 class RedisDeliveryQueue:
@@ -69,7 +53,7 @@ class RedisDeliveryQueue:
             ("ZRANGE", self._keys.webhook_queues, 0, 0, "WITHSCORES"),
             ("ZCARD", self._keys.failed_deliveries),
         )
-        return Backlog(queues, overdue_ms(parse_withscores(first), parse_ledger_time(*time).ledger_ms)), failed
+        return Backlog(queues, overdue_ms(first, *time)), failed
 
     async def list_failed(self, limit: int) -> Sequence[Delivery]:
         (rows,) = await self._scripts.read(("ZRANGE", self._keys.failed_deliveries, 0, limit - 1, "REV"))
@@ -104,5 +88,4 @@ def delivery_arguments(keys: Keys) -> dict[str, Any]:
 
 
 def _decode_delivery(reservation: str, packed: bytes) -> Delivery:
-    stored = msgspec.msgpack.decode(packed, type=_StoredDelivery)
-    return Delivery(reservation=reservation, **msgspec.structs.asdict(stored))
+    return msgspec.convert(msgspec.msgpack.decode(packed) | {"reservation": reservation}, Delivery)

@@ -45,7 +45,6 @@ from service.usecases.ports import BalanceCheck, ReserveRequest, Settlement, Ten
 T = TypeVar("T")
 KEEP_IDEMPOTENCY_KEY_MS = DAY_MS
 _BATCH_SIZE = 100
-_UNKNOWN_FIELD, _REFUND_FIELD = "unknown", "refund"
 KEEP_USAGE_MS = 400 * DAY_MS
 """13 months at least."""
 
@@ -346,9 +345,9 @@ def _parse_day_usage(fields: Mapping[bytes, bytes]) -> DayUsage:
     day = DayUsage()
     for name, value in fields.items():
         first, _, second = str(name, "ascii").partition(" ")
-        if first == _UNKNOWN_FIELD:
+        if first == "unknown":
             day.unknown[second] = Kind(str(value, "ascii"))
-        elif first == _REFUND_FIELD:
+        elif first == "refund":
             entry = msgspec.msgpack.decode(value, type=_StoredRefund)
             day.refunds[second] = entry.kind, Refund(entry.refunded_at, entry.reason, entry.count, entry.money_fen)
         else:

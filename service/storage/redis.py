@@ -245,11 +245,14 @@ class RedisMonitor:
     def record_call(self, call: str, outcome: RedisOutcome, seconds: float) -> None:
         """Record a call of a script, or of READ_COMMAND."""
         self._metrics.record_redis_call(call, outcome, seconds)
+        is_quiet = time.monotonic() - self._last_failure_at >= QUIET_SECONDS
         if outcome is RedisOutcome.UNAVAILABLE:
             self._failure_count += 1
             self._mark_unavailable(RedisErrorKind.RESPONSE)
-        elif self._started_at is not None and outcome is RedisOutcome.OK:
-            self._mark_available()
+        elif self._started_at is not None and outcome is RedisOutcome.OK and is_quiet:
+            duration = round(self._last_failure_at - self._started_at, 3)
+            _log.info("redis.available", seconds=duration, failed_calls=self._failure_count)
+            self._started_at, self._failure_count = None, 0
 
     def record_error(self, error: RedisErrorKind) -> None:
         self._metrics.redis_errors.labels(error).inc()
@@ -261,12 +264,6 @@ class RedisMonitor:
         if self._started_at is None:
             self._started_at = self._last_failure_at
             _log.warning("redis.unavailable", error=error)
-
-    def _mark_available(self) -> None:
-        if self._started_at is not None and time.monotonic() - self._last_failure_at >= QUIET_SECONDS:
-            duration = round(self._last_failure_at - self._started_at, 3)
-            _log.info("redis.available", seconds=duration, failed_calls=self._failure_count)
-            self._started_at, self._failure_count = None, 0
 
 
 class RedisScripts:
@@ -341,7 +338,10 @@ class RedisScripts:
             if type(error) is ResponseError and str(error).startswith(_VERSION_ERROR_PREFIX):
                 self.compare_version(str(error).removeprefix(_VERSION_ERROR_PREFIX).encode())
             outcome = RedisOutcome.UNAVAILABLE
-            raise make_unavailable_error() from error
+            raise LedgerUnavailable(
+                "The gateway can't reach its store just now. Nothing was sent; try again in a moment.",
+                retry_after=RETRY_AFTER_SECONDS,
+            ) from error
         except asyncio.CancelledError:
             outcome = RedisOutcome.CANCELLED
             raise
@@ -429,11 +429,6 @@ def parse_withscores(rows: Sequence[bytes]) -> list[tuple[str, int]]:
     return [(str(member, "ascii"), int(float(score))) for member, score in zip(rows[::2], rows[1::2], strict=True)]
 
 
-def overdue_ms(first: Sequence[tuple[str, int]], now: int) -> int:
-    """Return for how long the first member of a queue has been due; 0 if it is not, or there is none."""
-    return max(now - first[0][1], 0) if first else 0
-
-
 def parse_server_time(time: tuple[int, int]) -> int:
     """Return the server's time (ms) from the answer to TIME."""
     seconds, micros = time
@@ -446,8 +441,10 @@ def parse_ledger_time(last: bytes | None, offset: bytes | None, time: tuple[int,
     return ClockReading(LedgerClock(int(last or 0), int(offset or 0)).advance(server_ms).last_ms, server_ms)
 
 
-def make_unavailable_error() -> LedgerUnavailable:
-    return LedgerUnavailable(
-        "The gateway can't reach its store just now. Nothing was sent; try again in a moment.",
-        retry_after=RETRY_AFTER_SECONDS,
-    )
+def overdue_ms(first: Sequence[bytes], *clock: Any) -> int:
+    """Return for how long the first member of a queue has been due; 0 if it is not, or there is none.
+
+    Takes the answers to `ZRANGE key 0 0 WITHSCORES` and `Keys.clock_commands`.
+    """
+    rows = parse_withscores(first)
+    return max(parse_ledger_time(*clock).ledger_ms - rows[0][1], 0) if rows else 0

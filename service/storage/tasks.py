@@ -14,14 +14,7 @@ from service.domain.errors import MalformedRequest
 from service.domain.tasks import Artifact, Backlog, Cost, CostBasis, Kind, State, Task, TaskError
 from service.storage.deliveries import delivery_arguments
 from service.storage.ledger import KEEP_USAGE_MS, Retention
-from service.storage.redis import (
-    Keys,
-    RedisScripts,
-    overdue_ms,
-    parse_ledger_time,
-    parse_server_time,
-    parse_withscores,
-)
+from service.storage.redis import Keys, RedisScripts, overdue_ms, parse_server_time, parse_withscores
 from service.usecases.caches import TaskCache
 from service.usecases.ports import CheckResult, ClaimedCheck, TaskPage
 
@@ -97,7 +90,9 @@ class RedisTaskStore:
             ids = await self._read_ids_after(tenant, position)
             if not ids:
                 return TaskPage(tuple(matches), None)
-            for task in await self._get_many([reservation for reservation, _ in ids]):
+            rows = await self._scripts.read(*(("GET", self._keys.task(reservation)) for reservation, _ in ids))
+            for (reservation, _), packed in zip(ids, rows, strict=True):
+                task = _decode_task(reservation, packed) if packed else None
                 if task and state in {None, task.state} and kind in {None, task.kind}:
                     matches.append(task)
                     if len(matches) > limit:
@@ -124,13 +119,6 @@ class RedisTaskStore:
                 return following
             offset += _BATCH_SIZE
 
-    async def _get_many(self, reservations: Sequence[str]) -> list[Task | None]:
-        rows = await self._scripts.read(*(("GET", self._keys.task(reservation)) for reservation in reservations))
-        return [
-            _decode_task(reservation, packed) if packed else None
-            for reservation, packed in zip(reservations, rows, strict=True)
-        ]
-
     async def claim_checks(self, limit: int) -> Sequence[ClaimedCheck]:
         now, *rows = await self._scripts.call(
             "claim_checks",
@@ -148,7 +136,7 @@ class RedisTaskStore:
             ("ZCARD", self._keys.poll_claimed),
             ("ZRANGE", self._keys.poll_due, 0, 0, "WITHSCORES"),
         )
-        return Backlog(waiting + claimed, overdue_ms(parse_withscores(first), parse_ledger_time(*time).ledger_ms))
+        return Backlog(waiting + claimed, overdue_ms(first, *time))
 
     async def record_check(self, claimed: ClaimedCheck, result: CheckResult) -> tuple[Task, int] | None:
         task, keys = claimed.task, self._keys

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from service.storage.redis import make_unavailable_error
+from service.domain.errors import LedgerUnavailable
 from service.usecases import background
 
 
@@ -21,7 +21,7 @@ async def test_job_survives_an_outage_without_logging_it(monkeypatch: pytest.Mon
         if state is None:
             raise asyncio.CancelledError
         if state == "away":
-            raise make_unavailable_error()
+            raise LedgerUnavailable("away")
         return False
 
     with capture_logs() as logs, pytest.raises(asyncio.CancelledError):
