@@ -7,8 +7,8 @@ import re
 import ssl
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
@@ -74,8 +74,10 @@ def parse_metadata(
     may not have arrived in its store yet. Raises UpstreamInvalidResponse, UpstreamUnavailable or RangeNotSatisfiable.
     """
     coverage = _classify_status(status, headers, range_request, is_recent=is_recent)
+    length, announced = None, headers.get("content-length", "")
     # Content-Length is void beside Transfer-Encoding (RFC 9112, 6.3).
-    length = None if "transfer-encoding" in headers else _parse_length(headers.get("content-length"))
+    if announced.isascii() and announced.isdigit() and "transfer-encoding" not in headers:
+        length = int(announced)
     exact, size, first, content_range = length, length, 0, None
     if coverage is Coverage.PARTIAL:
         content_range = headers.get("content-range", "")
@@ -134,10 +136,6 @@ def _parse_content_range(content_range: str) -> tuple[int, int, int | None]:
         raise UpstreamInvalidResponse("The upstream returned a part of this result without a valid Content-Range.")
     first, last, size = int(match[1]), int(match[2]), None if match[3] == "*" else int(match[3])
     return first, last - first + 1, size
-
-
-def _parse_length(text: str | None) -> int | None:
-    return int(text) if text and text.isascii() and text.isdigit() else None
 
 
 def _match_or_none(pattern: re.Pattern[str], text: str | None) -> str | None:
@@ -282,15 +280,15 @@ class _Fetch:
     async def start(self, transport: GuardedTransport, artifact: Artifact) -> ArtifactStream:
         """Fetch up to the first bytes and check them."""
         try:
-            with _map_transport_errors(), upstream_wait():
+            with upstream_wait():
                 async with asyncio.timeout(self.timeouts.first_byte_seconds):
                     return await self._open_stream(transport, artifact)
-        except GatewayError as error:
-            self.outcome = _OUTCOME_OF_ERROR[type(error)]
+        except (GatewayError, httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+            gateway_error = _to_gateway_error(error)
+            self.outcome = _OUTCOME_OF_ERROR[type(gateway_error)]
             if self.outcome is not FetchOutcome.DONE:
-                cause = error.__cause__ or error
-                _log.warning("artifact.fetch_failed", host=self.host, error=type(cause).__name__, detail=str(cause))
-            raise
+                _log.warning("artifact.fetch_failed", host=self.host, error=type(error).__name__, detail=str(error))
+            raise gateway_error  # noqa: B904 - it may be the caught one itself
 
     async def _open_stream(self, transport: GuardedTransport, artifact: Artifact) -> ArtifactStream:
         response, metadata = await self._request_metadata(transport, artifact, self.range_request)
@@ -330,9 +328,10 @@ class _Fetch:
 
         Raises UpstreamInvalidResponse unless it is an image type allowed for this artifact.
         """
-        media_type = (
-            sniff_type(first_bytes) if metadata.is_from_start else self.type_cache.get(artifact.url, metadata.etag)
-        )
+        if metadata.is_from_start:
+            media_type: str | None = sniff_type(first_bytes)
+        else:
+            media_type = self.type_cache.get(artifact.url, metadata.etag)
         if metadata.coverage is Coverage.PARTIAL and media_type in {None, OCTET_STREAM}:
             start = await self._fetch_first_bytes(transport, artifact)
             if metadata.is_from_start and not start.startswith(first_bytes[: len(start)]):
@@ -357,10 +356,22 @@ class _Fetch:
         self, transport: GuardedTransport, url: httpx2.URL, range_request: RangeRequest
     ) -> httpx2.Response:
         """Return the final response; the transport checks the address of every hop."""
+        conditions = {
+            "Range": range_request.range,
+            "If-Range": range_request.if_range,
+            "If-None-Match": range_request.if_none_match,
+            "If-Modified-Since": range_request.if_modified_since,
+        }
+        headers = _HEADERS | {name: value for name, value in conditions.items() if value}
+        connect_seconds = self.timeouts.connect_seconds
+        timeouts = {"connect": connect_seconds, "write": connect_seconds, "read": None, "pool": None}
         for resend_count in range(1 + MAX_REDIRECTS):
             # No trace headers are sent to the upstream's servers.
             with tracing.start_client_span(self.tracer, "GET", str(url), resend_count=resend_count) as span:
-                response = await self._send_request(transport, url, range_request)
+                self.host = url.host
+                request = httpx2.Request("GET", url, headers=headers, extensions={"timeout": timeouts})
+                response = await transport.handle_async_request(request)
+                self.exit_stack.push_async_callback(response.aclose)
                 tracing.record_status(span, response.status_code)
             if response.status_code not in _REDIRECT_STATUSES:
                 return response
@@ -370,32 +381,6 @@ class _Fetch:
                 raise UpstreamInvalidResponse("The upstream redirects this result to an insecure URL.")
             url = target
         raise UpstreamInvalidResponse(f"The upstream redirects more than {MAX_REDIRECTS} times for this result.")
-
-    async def _send_request(
-        self, transport: GuardedTransport, url: httpx2.URL, range_request: RangeRequest
-    ) -> httpx2.Response:
-        self.host = url.host
-        conditions = {
-            "Range": range_request.range,
-            "If-Range": range_request.if_range,
-            "If-None-Match": range_request.if_none_match,
-            "If-Modified-Since": range_request.if_modified_since,
-        }
-        timeouts = {
-            "connect": self.timeouts.connect_seconds,
-            "write": self.timeouts.connect_seconds,
-            "read": None,
-            "pool": None,
-        }
-        request = httpx2.Request(
-            "GET",
-            url,
-            headers=_HEADERS | {name: value for name, value in conditions.items() if value},
-            extensions={"timeout": timeouts},
-        )
-        response = await transport.handle_async_request(request)
-        self.exit_stack.push_async_callback(response.aclose)
-        return response
 
     async def _stream_chunks(
         self, first_bytes: bytes, body: AsyncIterator[bytes], metadata: ArtifactMetadata
@@ -423,11 +408,7 @@ class _Fetch:
         raise TransferAborted(reason)
 
 
-_HEADERS = {
-    "User-Agent": USER_AGENT,
-    "Accept": "image/*",
-    "Accept-Encoding": "identity",
-}
+_HEADERS = {"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity"}
 _OUTCOME_OF_ERROR: Mapping[type[GatewayError], FetchOutcome] = {
     UpstreamInvalidResponse: FetchOutcome.INVALID,
     UpstreamUnavailable: FetchOutcome.UNREACHABLE,
@@ -436,16 +417,10 @@ _OUTCOME_OF_ERROR: Mapping[type[GatewayError], FetchOutcome] = {
 }
 
 
-@contextmanager
-def _map_transport_errors() -> Iterator[None]:
-    """Map errors before the first byte to errors for the tenant, without any address."""
-    try:
-        yield
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-        raise _to_gateway_error(error) from error
-
-
 def _to_gateway_error(error: Exception) -> GatewayError:
+    """Return the error for the tenant, without any address, of an error before the first byte."""
+    if isinstance(error, GatewayError):
+        return error
     if local_error_reason(error):
         return Overloaded("The gateway can't fetch results at the moment. Try again.", retry_after=RETRY_AFTER_SECONDS)
     if isinstance(error, AddressRefused):

@@ -387,7 +387,14 @@ class UpstreamPool:
         self, request: httpx2.Request, deadline: Deadline, request_trace: RequestTrace
     ) -> UpstreamResponse:
         # The transport used last is the most likely to be still connected.
-        transport = self._idle_transports.pop() if self._idle_transports else self._create_transport()
+        if self._idle_transports:
+            transport = self._idle_transports.pop()
+        else:
+            keep = int(self._keep_alive)
+            limits = httpx2.Limits(
+                max_connections=1, max_keepalive_connections=keep, keepalive_expiry=KEEP_ALIVE_SECONDS
+            )
+            transport = httpx2.AsyncHTTPTransport(verify=self._tls, trust_env=False, limits=limits)
         is_reusable = False
         try:
             response = await self._read_response(await transport.handle_async_request(request), deadline, request_trace)
@@ -425,12 +432,6 @@ class UpstreamPool:
             await response.aclose()
         return request_trace.response
 
-    def _create_transport(self) -> httpx2.AsyncHTTPTransport:
-        limits = httpx2.Limits(
-            max_connections=1, max_keepalive_connections=int(self._keep_alive), keepalive_expiry=KEEP_ALIVE_SECONDS
-        )
-        return httpx2.AsyncHTTPTransport(verify=self._tls, trust_env=False, limits=limits)
-
 
 class RequestTrace:
     """Trace callback of one request that decides whether it was sent and notifies the breaker.
@@ -445,7 +446,6 @@ class RequestTrace:
         self._breaker = breaker
         self._attempt: Attempt | None = None
         self._deadline: Deadline | None = None
-        self._is_admitted = False
         self._is_connecting = False
         self._is_sent = False
         self._has_failed_to_connect = False
@@ -458,7 +458,6 @@ class RequestTrace:
         self._attempt = self._breaker.admit()
         if self._attempt is None:
             raise NotSent("the breaker is open")
-        self._is_admitted = True
 
     async def __call__(self, event: str, _: Mapping[str, Any]) -> None:
         if event.startswith("connection."):
@@ -488,7 +487,7 @@ class RequestTrace:
         A lazy import before the connection fails if no descriptor is free. httpcore2 maps network errors, so an
         unmapped local error does not come from the network.
         """
-        if not self._is_admitted or isinstance(error, httpx2.UnsupportedProtocol):
+        if self._attempt is None or isinstance(error, httpx2.UnsupportedProtocol):
             return True
         return not isinstance(error, httpx2.HTTPError) and local_error_reason(error) is not None
 

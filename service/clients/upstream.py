@@ -36,7 +36,6 @@ from service.telemetry.metrics import Metrics, preregister
 from service.usecases.ports import CheckOutcome, CheckResult, Image, SubmitOutcome, SubmitResult
 
 _log = structlog.get_logger(__name__)
-_DECRYPTION_FAILED = "No secret key decrypts its user_key."
 _MAX_REPORTED_LINKS = 1_000
 CHECK_SECONDS = 20.0
 """Time limit of a check, including the wait for a slot."""
@@ -66,14 +65,13 @@ class UpstreamClient:
         self._user_keys = user_keys
         self._catalogue = catalogue
         self._on_call = on_call
-        breakers: defaultdict[str, Breaker] = defaultdict(Breaker)
-        breakers[base_url] = Breaker()  # so that its gauge exists from the start
-        self._breakers = breakers
+        # The gauge of the usual upstream exists from the start.
+        self._breakers = defaultdict(Breaker, {base_url: Breaker()})
         # The server may close an idle connection just as it is reused. That is harmless for a check, but a submit
         # would have an unknown outcome.
         tls = httpx2.create_ssl_context()
-        self._submit_pool = UpstreamPool(breakers, tls, keep_alive=False, tracer=tracer)
-        self._check_pool = UpstreamPool(breakers, tls, keep_alive=True, tracer=tracer)
+        self._submit_pool = UpstreamPool(self._breakers, tls, keep_alive=False, tracer=tracer)
+        self._check_pool = UpstreamPool(self._breakers, tls, keep_alive=True, tracer=tracer)
         self._reported_links: dict[tuple[int, str, str], None] = {}
 
     async def __aenter__(self) -> Self:
@@ -181,10 +179,8 @@ class UpstreamClient:
             self._log_unusable_link(account, upstream_id, field, value)
 
         body = response.body if 200 <= response.status < 300 else b""
-        mask_link = partial(mask_key, user_key)
-        result = vendor_api.parse_check_response(
-            body, self._account_url(account) + vendor_api.CHECK_PATH, report, mask_link
-        )
+        url = self._account_url(account) + vendor_api.CHECK_PATH
+        result = vendor_api.parse_check_response(body, url, report, partial(mask_key, user_key))
         if result.outcome in {CheckOutcome.NO_RESPONSE, CheckOutcome.INVALID} and not unusable_fields:
             self._log_failure(UpstreamOperation.CHECK, account, _describe_unusable(response))
         if result.error:
@@ -208,7 +204,8 @@ class UpstreamClient:
     def _decrypt_user_key(self, account: Account) -> str | None:
         user_key = self._user_keys.decrypt(account.user_key)
         if user_key is None:
-            _log.error("account.decryption_failed", account=account.name, detail=_DECRYPTION_FAILED)
+            detail = "No secret key decrypts its user_key."
+            _log.error("account.decryption_failed", account=account.name, detail=detail)
             return None
         return user_key.decode()
 

@@ -66,30 +66,28 @@ class WebhookClient:
 
         try:
             with tracing.start_client_span(self._tracer, "POST", url) as span:
-                async with Deadline(self._timeout_seconds):
+                # The tenant chose the receiver, so it may join the trace.
+                headers = {**headers, **tracing.trace_headers()}
+                async with (
+                    Deadline(self._timeout_seconds),
                     # The allowed addresses depend on the tenant; no connection is reused.
-                    transport = GuardedTransport(is_allowed, tls=self._tls, resolver=self._resolver)
-                    async with self._create_client(transport) as client:
-                        # The tenant chose the receiver, so it may join the trace.
-                        response = await _send(client, url, {**headers, **tracing.trace_headers()}, body)
-                if response.status:
-                    tracing.record_status(span, response.status)
-                return response
+                    httpx2.AsyncClient(
+                        transport=GuardedTransport(is_allowed, tls=self._tls, resolver=self._resolver),
+                        trust_env=False,
+                        follow_redirects=False,
+                        timeout=httpx2.Timeout(self._timeout_seconds, read=None),
+                        headers=_HEADERS,
+                    ) as client,
+                    client.stream("POST", url, content=body, headers=headers) as response,
+                ):
+                    tracing.record_status(span, response.status_code)
+                    return await _read_response(response)
         except Exception as error:
             if local_reason := local_error_reason(error):
                 raise Overloaded(
                     f"The gateway can't send requests at the moment: {local_reason}.", retry_after=1
                 ) from error
             return WebhookResponse(error=_describe_error(error, self._timeout_seconds))
-
-    def _create_client(self, transport: GuardedTransport) -> httpx2.AsyncClient:
-        return httpx2.AsyncClient(
-            transport=transport,
-            trust_env=False,
-            follow_redirects=False,
-            timeout=httpx2.Timeout(self._timeout_seconds, read=None),
-            headers=_HEADERS,
-        )
 
 
 def _describe_error(error: Exception, seconds: float) -> str:
@@ -109,14 +107,13 @@ def _describe_error(error: Exception, seconds: float) -> str:
             return "The request failed."
 
 
-async def _send(client: httpx2.AsyncClient, url: str, headers: Mapping[str, str], body: bytes) -> WebhookResponse:
-    async with client.stream("POST", url, content=body, headers=dict(headers)) as response:
-        retry_after = parse_retry_after(response.headers.get("retry-after"))
-        if response.is_success:  # accepted: the body does not matter
-            return WebhookResponse(status=response.status_code)
-        return WebhookResponse(
-            status=response.status_code, retry_after_seconds=retry_after, excerpt=await _read_excerpt(response)
-        )
+async def _read_response(response: httpx2.Response) -> WebhookResponse:
+    if response.is_success:  # accepted: the body does not matter
+        return WebhookResponse(status=response.status_code)
+    retry_after = parse_retry_after(response.headers.get("retry-after"))
+    return WebhookResponse(
+        status=response.status_code, retry_after_seconds=retry_after, excerpt=await _read_excerpt(response)
+    )
 
 
 async def _read_excerpt(response: httpx2.Response) -> str | None:

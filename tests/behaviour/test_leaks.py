@@ -12,9 +12,8 @@ from urllib.parse import quote, quote_plus
 import pytest
 from httpx2 import BasicAuth
 
-from service.clients import vendor_api
+from service.clients import vendor_api, webhooks
 from service.clients.http import UpstreamPool
-from service.clients.webhooks import WebhookClient
 from service.sandbox.faults import Fault
 from service.usecases.reports import QuotaReports
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, RunningGateway, run_real_gateway
@@ -181,7 +180,7 @@ async def provoke_crashes(gateway: RunningGateway, monkeypatch: pytest.MonkeyPat
     await gateway.services.task_poller.start_due()
     await gateway.services.task_poller.wait_idle()
     monkeypatch.undo()
-    monkeypatch.setattr(WebhookClient, "_create_client", lambda *_: raise_all(errors))
+    monkeypatch.setattr(webhooks, "GuardedTransport", lambda *_, **__: raise_all(errors))
     await gateway.advance(60)
     await gateway.wait_for_task(task)
     await deliver_due(gateway)
