@@ -198,7 +198,7 @@ class ArtifactClient:
         self._resolver = resolver
         self._timeouts = timeouts or FetchTimeouts()
         self._tracer = tracer
-        self._type_cache = _TypeCache()
+        self._types: OrderedDict[bytes, str] = OrderedDict()
         self._active_fetches = 0
 
     @staticmethod
@@ -230,7 +230,7 @@ class ArtifactClient:
             max_bytes=self._max_bytes,
             timeouts=self._timeouts,
             tracer=self._tracer,
-            type_cache=self._type_cache,
+            types=self._types,
         )
         self._active_fetches += 1
         try:
@@ -244,35 +244,16 @@ class ArtifactClient:
             self._on_call(ArtifactOperation.FETCH, fetch.outcome, time.monotonic() - started_at)
 
 
-class _TypeCache:
-    """Media types by URL and ETag."""
-
-    def __init__(self) -> None:
-        self._types: OrderedDict[bytes, str] = OrderedDict()
-
-    def put(self, url: str, etag: str | None, media_type: str) -> None:
-        self._types[_cache_key(url, etag)] = media_type
-        if len(self._types) > MAX_CACHED_TYPES:
-            self._types.popitem(last=False)
-
-    def get(self, url: str, etag: str | None) -> str | None:
-        return self._types.get(_cache_key(url, etag))
-
-
-def _cache_key(url: str, etag: str | None) -> bytes:
-    return blake2b(f"{url}\n{etag}".encode(), digest_size=16).digest()
-
-
 @dataclass(kw_only=True)
 class _Fetch:
-    """One fetch; its responses are closed with `exit_stack`."""
+    """One fetch; its responses are closed with `exit_stack`. `types` has media types by the hash of URL and ETag."""
 
     range_request: RangeRequest
     is_recent: bool
     max_bytes: int
     timeouts: FetchTimeouts
     tracer: Tracer
-    type_cache: _TypeCache
+    types: OrderedDict[bytes, str]
     host: str = ""  # only the host is logged: path and query may grant access
     exit_stack: AsyncExitStack = field(default_factory=AsyncExitStack)
     outcome: FetchOutcome = FetchOutcome.CANCELLED
@@ -328,10 +309,8 @@ class _Fetch:
 
         Raises UpstreamInvalidResponse unless it is an image type allowed for this artifact.
         """
-        if metadata.is_from_start:
-            media_type: str | None = sniff_type(first_bytes)
-        else:
-            media_type = self.type_cache.get(artifact.url, metadata.etag)
+        cache_key = blake2b(f"{artifact.url}\n{metadata.etag}".encode(), digest_size=16).digest()
+        media_type = sniff_type(first_bytes) if metadata.is_from_start else self.types.get(cache_key)
         if metadata.coverage is Coverage.PARTIAL and media_type in {None, OCTET_STREAM}:
             start = await self._fetch_first_bytes(transport, artifact)
             if metadata.is_from_start and not start.startswith(first_bytes[: len(start)]):
@@ -339,7 +318,9 @@ class _Fetch:
             media_type = sniff_type(start)
         if media_type is None or not is_allowed_type(artifact.name, media_type):
             raise UpstreamInvalidResponse("The upstream returned something other than an image for this result.")
-        self.type_cache.put(artifact.url, metadata.etag, media_type)
+        self.types[cache_key] = media_type
+        if len(self.types) > MAX_CACHED_TYPES:
+            self.types.popitem(last=False)
         return media_type
 
     async def _fetch_first_bytes(self, transport: GuardedTransport, artifact: Artifact) -> bytes:

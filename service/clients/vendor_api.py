@@ -109,7 +109,7 @@ def parse_refusal(message: str) -> SubmitResult:
 
     Only a message that consists of nothing else closes an account: a reason may also just mention it.
     """
-    core = _strip_message(message)
+    core = _strip_prefix(message).strip(_PUNCTUATION)
     if _UNKNOWN_ACCOUNT.fullmatch(core):
         return SubmitResult(outcome=SubmitOutcome.INVALID_ACCOUNT)
     if _BALANCE_EXHAUSTED.fullmatch(core):
@@ -126,10 +126,6 @@ def tenant_message(message: str) -> str:
     if _ACCOUNT_TERMS.search(reason) or not any(character.isalnum() for character in reason):
         return ""
     return reason[:_MAX_MESSAGE_LENGTH]
-
-
-def _strip_message(message: str) -> str:
-    return _strip_prefix(message).strip(_PUNCTUATION)
 
 
 def _strip_prefix(message: str) -> str:
@@ -182,10 +178,6 @@ _LINE_BREAKS = re.compile(r"[\t\r\n]+")
 _ABSOLUTE_LINK = re.compile(r"\s*(?:https?:)?[/\\]{2}[^/\\]", re.IGNORECASE)
 _RELATIVE_LINK = re.compile(r"\.{0,2}[/\\][^/\\]|[^?#:]*\.\w{2,5}(?:[?#]|$)|[^\s?#:/\\]{2,}[/\\][^\s?#]")
 """A path or file name, but neither a sentence nor a placeholder word."""
-_REPLACEMENT_CHARACTER = "\ufffd"
-"""Marks an undecodable byte."""
-_MOVED_STATUSES = frozenset({301, 302, 307, 308})
-"""Redirects that show a wrong base address."""
 
 
 def build_form_fields(options: Options, catalogue: Catalogue) -> Mapping[str, str]:
@@ -224,9 +216,10 @@ def parse_submit_response(body: bytes, status: int = 200, retry_after: float | N
     unknown outcome.
     """
     response = decode_object(body)
-    if 200 <= status < 300 or _declares_task(response):
+    declares_success = _parse_err_code(response.get("err_code")) is ErrCode.SUCCESS
+    if 200 <= status < 300 or (declares_success and _parse_task_id(response.get("task_id"))):
         return _parse_successful_submit(response)
-    if status in _MOVED_STATUSES:
+    if status in {301, 302, 307, 308}:  # the base address is wrong
         return SubmitResult(outcome=SubmitOutcome.REDIRECTED)
     if not 400 <= status < 500:
         return SubmitResult(outcome=SubmitOutcome.UNKNOWN)
@@ -262,12 +255,6 @@ def _parse_successful_submit(response: Mapping[str, Any]) -> SubmitResult:
     return SubmitResult(outcome=SubmitOutcome.UNKNOWN)
 
 
-def _declares_task(response: Mapping[str, Any]) -> bool:
-    return _parse_err_code(response.get("err_code")) is ErrCode.SUCCESS and bool(
-        _parse_task_id(response.get("task_id"))
-    )
-
-
 def parse_check_response(
     body: bytes,
     base_url: str = "",
@@ -285,7 +272,7 @@ def parse_check_response(
     if not response:
         return CheckResult(outcome=CheckOutcome.NO_RESPONSE)
     if err_code is ErrCode.ERROR or (err_code is ErrCode.ABSENT and message):
-        is_unknown_task = _strip_message(message).startswith(_UNKNOWN_TASK)
+        is_unknown_task = _strip_prefix(message).strip(_PUNCTUATION).startswith(_UNKNOWN_TASK)
         return CheckResult(outcome=CheckOutcome.NOT_FOUND if is_unknown_task else CheckOutcome.INVALID)
     if err_code is ErrCode.ABSENT and "status" not in response:
         return CheckResult(outcome=CheckOutcome.INVALID)
@@ -348,23 +335,19 @@ def _parse_amount(value: object, units: int) -> int | None:
 
     Money is rounded, since it may come from floating-point arithmetic; a count must be an integer.
     """
-    number = _parse_decimal(value)
-    if number is None or (units == 1 and number % 1):
-        return None
-    rounded = round(number * units)
-    return rounded if 0 <= rounded <= _MAX_AMOUNT else None
-
-
-def _parse_decimal(value: object) -> Decimal | None:
     match value:
         case bool():
             return None
         case int() | float() if abs(value) <= _MAX_AMOUNT:  # excludes NaN and infinity
-            return Decimal(repr(value))
+            number = Decimal(repr(value))
         case str() if _NUMBER.fullmatch(value.strip()):
-            return Decimal(value.strip())
+            number = Decimal(value.strip())
         case _:
             return None
+    if units == 1 and number % 1:
+        return None
+    rounded = round(number * units)
+    return rounded if 0 <= rounded <= _MAX_AMOUNT else None
 
 
 def _parse_task_id(value: object) -> str:
@@ -380,7 +363,7 @@ def _parse_task_id(value: object) -> str:
         value = value.strip("\x00\t\r\n")
     if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > _MAX_ID_LENGTH:
         return ""
-    return "" if _REPLACEMENT_CHARACTER in value else value
+    return "" if "\ufffd" in value else value  # which replaces an undecodable byte
 
 
 def _first_usable_link(value: object, base_url: str) -> str:
@@ -415,20 +398,12 @@ def _resolve_link(link: str, base_url: str) -> str:
     path, mark, query = link.partition("?")
     try:
         url = urljoin(base_url, f"{path.replace(chr(92), '/')}{mark}{query}".replace(" ", "%20"))
+        parts = urlsplit(url)
+        is_reachable = parts.hostname and "%" not in parts.hostname and parts.port != 0
     except ValueError:
         return ""
-    return url if _is_http_url(url) else ""
-
-
-def _is_http_url(url: str) -> bool:
-    if len(url) > _MAX_URL_LENGTH or not url.isprintable():
-        return False
-    try:
-        parts = urlsplit(url)
-        is_reachable = bool(parts.hostname) and "%" not in (parts.hostname or "") and parts.port != 0
-    except ValueError:
-        return False
-    return is_reachable and parts.scheme in {"http", "https"}
+    is_valid = len(url) <= _MAX_URL_LENGTH and url.isprintable() and parts.scheme in {"http", "https"}
+    return url if is_reachable and is_valid else ""
 
 
 _ENGLISH_REASONS: Mapping[str, str] = {

@@ -166,7 +166,7 @@ async def test_type_of_a_part() -> None:
     async with run_server(send_range(changed), port=int(peer.url.rpartition(":")[2])) as peer:
         await caller.fetch_all(peer.url, requested=requested)
         assert len(peer.requests) == 2
-    assert len(caller.client._type_cache._types) == 2
+    assert len(caller.client._types) == 2
 
 
 async def test_type_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
