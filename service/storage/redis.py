@@ -84,6 +84,8 @@ class Keys:
     that takes an id returns the prefix of its keys for an empty one.
     """
 
+    server_time_command: tuple[Any, ...] = ("TIME",)
+
     def __init__(self, prefix: str) -> None:
         self._root = f"{{{prefix}}}:"
         self.data_version = self._root + "version"
@@ -106,11 +108,7 @@ class Keys:
         """The failed deliveries by the time of their failure."""
 
     @property
-    def server_time_command(self) -> tuple[str, ...]:
-        return ("TIME",)
-
-    @property
-    def clock_commands(self) -> tuple[tuple[str, ...], ...]:
+    def clock_commands(self) -> tuple[tuple[Any, ...], ...]:
         """The commands whose answers `parse_ledger_time` takes."""
         return ("GET", self.clock), ("GET", self.clock_offset), self.server_time_command
 
@@ -192,11 +190,7 @@ class DataVersionGuard:
     """Refuses a store that holds data of another version. `on_mismatch` is called once when that is noticed."""
 
     def __init__(
-        self,
-        keys: Keys,
-        on_mismatch: Callable[[DataVersionError], None] = lambda _: None,
-        *,
-        version: int = DATA_VERSION,
+        self, keys: Keys, on_mismatch: Callable[[DataVersionError], None], *, version: int = DATA_VERSION
     ) -> None:
         self.keys = keys
         self.version = version

@@ -39,7 +39,7 @@ def install_server_time() -> None:
     if not isinstance(folder, _PatchedScripts):
         redis._LUA_FOLDER = _PatchedScripts(folder)  # type: ignore[assignment]
         time = property(lambda keys: ("EVAL", f"return {_TIME_OVERRIDE}", 1, keys.clock))
-        Keys.server_time_command = time  # type: ignore[method-assign,assignment]
+        Keys.server_time_command = time  # type: ignore[assignment]
 
 
 async def set_server_time(client: Any, keys: Keys, milliseconds: int) -> None:
