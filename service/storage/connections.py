@@ -208,11 +208,9 @@ def _with_translated_errors(kind: type[AbstractConnection]) -> type[AbstractConn
     return type(kind.__name__, (kind,), {name: translated(getattr(kind, name)) for name in _IO_METHODS})
 
 
-_PLAIN, _TLS, _UNIX = (
-    _with_translated_errors(kind) for kind in (Connection, SSLConnection, UnixDomainSocketConnection)
-)
-_SENTINEL_PLAIN, _SENTINEL_TLS = (
-    _with_translated_errors(kind) for kind in (SentinelManagedConnection, SentinelManagedSSLConnection)
+_PLAIN, _TLS, _UNIX, _SENTINEL_PLAIN, _SENTINEL_TLS = map(
+    _with_translated_errors,
+    (Connection, SSLConnection, UnixDomainSocketConnection, SentinelManagedConnection, SentinelManagedSSLConnection),
 )
 
 

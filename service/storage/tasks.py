@@ -91,12 +91,9 @@ class RedisTaskStore:
             if not ids:
                 return TaskPage(tuple(matches), None)
             rows = await self._scripts.read(*(("GET", self._keys.task(reservation)) for reservation, _ in ids))
-            for (reservation, _), packed in zip(ids, rows, strict=True):
-                task = _decode_task(reservation, packed) if packed else None
-                if task and state in {None, task.state} and kind in {None, task.kind}:
-                    matches.append(task)
-                    if len(matches) > limit:
-                        break
+            stored = [(reservation, packed) for (reservation, _), packed in zip(ids, rows, strict=True) if packed]
+            tasks = [_decode_task(*item) for item in stored]
+            matches += [task for task in tasks if state in {None, task.state} and kind in {None, task.kind}]
             scanned += len(ids)
             position = ids[-1]
         page = tuple(matches[:limit])
