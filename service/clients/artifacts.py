@@ -65,15 +65,16 @@ class ArtifactMetadata(Struct, frozen=True, kw_only=True):
     accept_ranges: str | None
 
 
-def parse_metadata(
-    status: int, headers: Headers, range_request: RangeRequest, *, max_bytes: int, is_recent: bool = False
+def _parse_metadata(
+    response: httpx2.Response, range_request: RangeRequest, max_bytes: int, *, is_recent: bool
 ) -> ArtifactMetadata:
     """Check the head of a response that is no redirect.
 
     Content-Type and Content-Encoding are ignored: stores repeat them for bytes that are plain. A file that `is_recent`
     may not have arrived in its store yet. Raises UpstreamInvalidResponse, UpstreamUnavailable or RangeNotSatisfiable.
     """
-    coverage = _classify_status(status, headers, range_request, is_recent=is_recent)
+    headers = response.headers
+    coverage = _classify_status(response.status_code, headers, range_request, is_recent=is_recent)
     length, announced = None, headers.get("content-length", "")
     # Content-Length is void beside Transfer-Encoding (RFC 9112, 6.3).
     if announced.isascii() and announced.isdigit() and "transfer-encoding" not in headers:
@@ -272,14 +273,17 @@ class _Fetch:
             raise gateway_error  # noqa: B904 - it may be the caught one itself
 
     async def _open_stream(self, transport: GuardedTransport, artifact: Artifact) -> ArtifactStream:
-        response, metadata = await self._request_metadata(transport, artifact, self.range_request)
+        response, metadata = await self._request_file(transport, artifact.url, self.range_request)
         body = await self.exit_stack.enter_async_context(aclosing(response.aiter_raw()))
         first_bytes, media_type = b"", OCTET_STREAM
         if metadata.coverage is Coverage.NOT_MODIFIED:
             self.outcome = FetchOutcome.DONE
         else:
             first_bytes = await _read_first_bytes(body, SNIFF_BYTES if metadata.is_from_start else 1)
-            _check_length(first_bytes, metadata, self.max_bytes)
+            if not first_bytes:
+                raise UpstreamInvalidResponse("The upstream returned an empty file for this result.")
+            if len(first_bytes) > (self.max_bytes if metadata.exact_length is None else metadata.exact_length):
+                raise UpstreamInvalidResponse("This result is longer than the upstream announced, or than the limit.")
             media_type = await self._determine_type(transport, artifact, metadata, first_bytes)
         chunks = await self.exit_stack.enter_async_context(aclosing(self._stream_chunks(first_bytes, body, metadata)))
         return ArtifactStream(
@@ -292,14 +296,6 @@ class _Fetch:
             etag=metadata.etag,
             last_modified=metadata.last_modified,
             accept_ranges=metadata.accept_ranges,
-        )
-
-    async def _request_metadata(
-        self, transport: GuardedTransport, artifact: Artifact, range_request: RangeRequest
-    ) -> tuple[httpx2.Response, ArtifactMetadata]:
-        response = await self._follow_redirects(transport, httpx2.URL(artifact.url), range_request)
-        return response, parse_metadata(
-            response.status_code, response.headers, range_request, max_bytes=self.max_bytes, is_recent=self.is_recent
         )
 
     async def _determine_type(
@@ -324,19 +320,19 @@ class _Fetch:
         return media_type
 
     async def _fetch_first_bytes(self, transport: GuardedTransport, artifact: Artifact) -> bytes:
-        response, metadata = await self._request_metadata(
-            transport, artifact, RangeRequest(range=f"bytes=0-{SNIFF_BYTES - 1}")
-        )
+        start = RangeRequest(range=f"bytes=0-{SNIFF_BYTES - 1}")
+        response, metadata = await self._request_file(transport, artifact.url, start)
         try:
             async with aclosing(response.aiter_raw()) as body:
                 return await _read_first_bytes(body, SNIFF_BYTES) if metadata.is_from_start else b""
         finally:
             await response.aclose()
 
-    async def _follow_redirects(
-        self, transport: GuardedTransport, url: httpx2.URL, range_request: RangeRequest
-    ) -> httpx2.Response:
-        """Return the final response; the transport checks the address of every hop."""
+    async def _request_file(
+        self, transport: GuardedTransport, file_url: str, range_request: RangeRequest
+    ) -> tuple[httpx2.Response, ArtifactMetadata]:
+        """Follow redirects to a file; the transport checks the address of every hop."""
+        url = httpx2.URL(file_url)
         conditions = {
             "Range": range_request.range,
             "If-Range": range_request.if_range,
@@ -355,7 +351,7 @@ class _Fetch:
                 self.exit_stack.push_async_callback(response.aclose)
                 tracing.record_status(span, response.status_code)
             if response.status_code not in _REDIRECT_STATUSES:
-                return response
+                return response, _parse_metadata(response, range_request, self.max_bytes, is_recent=self.is_recent)
             target = url.join(response.headers.get("location", ""))
             await response.aclose()
             if target.scheme != "https" and (url.scheme == "https" or target.scheme != "http"):
@@ -422,10 +418,3 @@ async def _read_first_bytes(body: AsyncIterator[bytes], min_bytes: int) -> bytes
             break
         data += chunk
     return bytes(data)
-
-
-def _check_length(first_bytes: bytes, metadata: ArtifactMetadata, max_bytes: int) -> None:
-    if not first_bytes:
-        raise UpstreamInvalidResponse("The upstream returned an empty file for this result.")
-    if len(first_bytes) > (max_bytes if metadata.exact_length is None else metadata.exact_length):
-        raise UpstreamInvalidResponse("This result is longer than the upstream announced, or than the limit.")

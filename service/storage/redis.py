@@ -292,7 +292,8 @@ class RedisScripts:
             keys = (*keys, guarded.registry, guarded.data_version)
             values = (*values, str(self._version_guard.version))
         with self._observe_call(name), tracing.start_redis_span(self._tracer, "EVALSHA", script=name):
-            await self._check_version()
+            if self._version_guard and not self._version_guard.is_checked:
+                await self._version_guard.check(self._client)
             if name not in self._scripts:
                 source = _assemble(name, has_version=self._version_guard is not None)
                 self._scripts[name] = self._client.register_script(source)
@@ -306,17 +307,14 @@ class RedisScripts:
         count = len(commands)
         operation = str(commands[0][0]) if count == 1 else "PIPELINE"
         with self._observe_call(READ_COMMAND), tracing.start_redis_span(self._tracer, operation, batch_size=count):
-            await self._check_version()
+            if self._version_guard and not self._version_guard.is_checked:
+                await self._version_guard.check(self._client)
             return await pipeline.execute()
 
     def compare_version(self, stored: bytes | None) -> None:
         """Compare the data version that a `read` returned. Raises DataVersionError."""
         if self._version_guard:
             self._version_guard.compare(stored)
-
-    async def _check_version(self) -> None:
-        if self._version_guard and not self._version_guard.is_checked:
-            await self._version_guard.check(self._client)
 
     @contextmanager
     def _observe_call(self, call: str) -> Iterator[None]:
