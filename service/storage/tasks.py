@@ -173,12 +173,6 @@ class RedisTaskStore:
         return (_decode_task(task.reservation, rest[0]), now) if status == b"recorded" else None
 
 
-def decode_task_event(message: bytes) -> tuple[Task, int]:
-    """Return the task of a published change, and the server's time of the change."""
-    reservation, now, stored = msgspec.msgpack.decode(message, type=tuple[str, int, _StoredTask])
-    return _to_task(reservation, stored), now
-
-
 def _decode_task(reservation: str, packed: bytes) -> Task:
     return _to_task(reservation, msgspec.msgpack.decode(packed, type=_StoredTask))
 
@@ -226,8 +220,9 @@ async def put_task_event(cache: TaskCache, message: bytes | None) -> None:
     if message is None:
         return
     try:
-        change = decode_task_event(message)
+        reservation, now, stored = msgspec.msgpack.decode(message, type=tuple[str, int, _StoredTask])
+        task = _to_task(reservation, stored)
     except MsgspecError:  # of another version of the gateway
         _log.warning("pubsub.invalid_message")
     else:
-        cache.on_published(*change)
+        cache.on_published(task, now)

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 
@@ -15,7 +16,7 @@ from service.domain.tasks import State
 from service.storage import redis
 from service.storage.connections import connect
 from service.storage.redis import Subscriber
-from service.storage.tasks import decode_task_event, put_task_event
+from service.storage.tasks import put_task_event
 from service.usecases.caches import DurationEstimator, TaskCache
 from service.usecases.ports import CheckOutcome
 from tests.storage.store_fixture import KEYS, StoreFixture, open_store
@@ -92,7 +93,7 @@ async def test_only_visible_changes(task_store: StoreFixture) -> None:
             message = await channel.get_message(timeout=TIMEOUT_SECONDS)
             assert message
             messages.append(message)
-    versions = [decode_task_event(item["data"])[0].version for item in messages if item["type"] == "message"]
+    versions = [msgspec.msgpack.decode(item["data"])[2]["version"] for item in messages if item["type"] == "message"]
     assert versions == [2, 3]
 
 
