@@ -45,7 +45,7 @@ from service.telemetry import tracing
 from service.telemetry.gauges import GaugeName
 from service.telemetry.metrics import Metrics, RedisOutcome, preregister
 from service.telemetry.redaction import Redactor, RegisterSecret, noop
-from service.usecases.admin import RegistryAdmin, RegistryUpdater, WebhookAdmin
+from service.usecases.admin import RegistryAdmin, WebhookAdmin
 from service.usecases.background import TaskSupervisor, cancel_and_wait
 from service.usecases.caches import CachedRegistry, DurationEstimator, TaskCache
 from service.usecases.ledger_snapshot import LedgerSnapshot
@@ -117,7 +117,6 @@ class Container:
             WEBHOOK_SECRET_PURPOSE, lambda secret: register_secret(base64.b64encode(secret).decode())
         )
         task_ids = TaskIdCodec(keyring.derive(TASK_ID_PURPOSE))
-        updater = RegistryUpdater(registry)
         settlements = SettlementQueue(ledger, background, registry)
         self.tenant_auth = TenantAuth(registry, now)
         self.admin_auth = AdminAuth(settings.admin_token)
@@ -153,7 +152,6 @@ class Container:
             ledger=ledger, tasks=tasks, deliveries=deliveries, registry=registry, metrics=metrics
         )
         self.registry_admin = RegistryAdmin(
-            updater=updater,
             registry=registry,
             ledger=ledger,
             user_key_cipher=user_keys,
@@ -162,7 +160,6 @@ class Container:
             log_fields=log_fields,
         )
         self.registry_apply = RegistryApply(
-            updater=updater,
             registry=registry,
             ledger=ledger,
             user_key_cipher=user_keys,
@@ -170,9 +167,7 @@ class Container:
             now=now,
             log_fields=log_fields,
         )
-        self.webhook_admin = WebhookAdmin(
-            updater=updater, registry=registry, deliveries=deliveries, cipher=webhook_cipher, now=now
-        )
+        self.webhook_admin = WebhookAdmin(registry=registry, deliveries=deliveries, cipher=webhook_cipher, now=now)
         self.task_poller = TaskPoller(
             tasks=tasks,
             ledger=ledger,

@@ -6,10 +6,8 @@ Redis is away.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import structlog
@@ -22,9 +20,7 @@ from service.domain.errors import (
     Conflict,
     FieldError,
     InvalidOptions,
-    LedgerUnavailable,
     NotFound,
-    Overloaded,
     field_path,
 )
 from service.domain.ledger import AccountState, AccountStatus
@@ -39,12 +35,11 @@ from service.domain.tenants import (
     hash_token,
     strip_query,
 )
-from service.usecases.caches import CachedRegistry
+from service.usecases.caches import CachedRegistry, no_change
 from service.usecases.ports import Delivery, DeliveryQueue, Ledger, RegistryChange
 
 _log = structlog.get_logger(__name__)
 
-_MAX_TRIES = 10
 _TOKEN_ID_BYTES = 6
 R = TypeVar("R")
 AccountOrTenant = TypeVar("AccountOrTenant", Account, Tenant)
@@ -69,37 +64,6 @@ class DesiredTenant(Struct, frozen=True):
     tokens: tuple[Token, ...] = ()
     secret: bytes | None = None
     secret_ref: SecretRef | None = None
-
-
-class RegistryUpdater:
-    """Writes changes of the registry; one per process."""
-
-    def __init__(self, registry: CachedRegistry) -> None:
-        self._registry = registry
-        self._lock = asyncio.Lock()
-
-    async def update_registry(
-        self,
-        event: str,
-        make_change: Callable[[Registry], tuple[RegistryChange, R]],
-        describe: Callable[[R], Mapping[str, Any]] = lambda _: {},
-        **log_fields: Any,
-    ) -> R:
-        """Write what `make_change` returns for the latest version; retry if another process was faster.
-
-        The change is logged with `log_fields` and what `describe` returns for the result. Raises LedgerUnavailable,
-        Overloaded, and what `make_change` raises.
-        """
-        async with self._lock:  # changes of one process need not race
-            for _ in range(_MAX_TRIES):
-                await self._registry.refresh()
-                change, result = make_change(self._registry.current)
-                if await self._registry.store.write(change):
-                    _log.info(event, version=change.version + 1, **log_fields, **describe(result))
-                    with suppress(LedgerUnavailable):  # the change is written; this copy follows in the background
-                        await self._registry.refresh()
-                    return result
-        raise Overloaded("The registry is being changed by others. Try again.", retry_after=1)
 
 
 class NewToken(Struct, frozen=True):
@@ -137,7 +101,6 @@ class RegistryAdmin:
     def __init__(
         self,
         *,
-        updater: RegistryUpdater,
         registry: CachedRegistry,
         ledger: Ledger,
         user_key_cipher: AesSivCipher,
@@ -145,7 +108,6 @@ class RegistryAdmin:
         now: Callable[[], float],
         log_fields: LogFields,
     ) -> None:
-        self._updater = updater
         self._registry = registry
         self._ledger = ledger
         self._user_key_cipher = user_key_cipher
@@ -181,7 +143,7 @@ class RegistryAdmin:
         def describe(saved: _SavedAccount) -> Mapping[str, Any]:
             return {**self._log_fields(saved.account), "key_given": saved.key_given}
 
-        saved = await self._updater.update_registry("account.updated", change, describe, account=name)
+        saved = await self._registry.write_change("account.updated", change, describe, account=name)
         account = saved.account
         is_closed = (await self._ledger.account_states([account.id]))[account.id].status is not AccountStatus.OPEN
         if saved.reopens or (saved.key_given and is_closed):
@@ -220,7 +182,7 @@ class RegistryAdmin:
         def describe(saved: SavedTenant) -> Mapping[str, Any]:
             return {**self._log_fields(saved.tenant), "key_given": saved.key_given}
 
-        return await self._updater.update_registry("tenant.updated", change, describe, tenant=name)
+        return await self._registry.write_change("tenant.updated", change, describe, tenant=name)
 
     async def delete_account(self, name: str, *, force: bool) -> None:
         """Delete an account. Unless forced, it must have no open submission and no tenant.
@@ -246,7 +208,7 @@ class RegistryAdmin:
             )
             return replace(no_change(registry), tenants=changed, drop_accounts=(account,)), None
 
-        await self._updater.update_registry(
+        await self._registry.write_change(
             "account.deleted", change, account=name, force=force, open=state.open_submissions
         )
 
@@ -262,7 +224,7 @@ class RegistryAdmin:
             dropped = registry.tokens_of(current)
             return replace(no_change(registry), drop_tenants=(current,), drop_tokens=dropped), None
 
-        await self._updater.update_registry("tenant.deleted", change, tenant=name, force=force, active=active)
+        await self._registry.write_change("tenant.deleted", change, tenant=name, force=force, active=active)
 
     async def create_token(self, tenant_name: str, label: str | None, expires_at: float | None) -> NewToken:
         """Create a token and delete expired ones; `expires_at` in seconds since the epoch. Raises NotFound."""
@@ -274,7 +236,7 @@ class RegistryAdmin:
             token = Token(token_id, tenant.id, hash_token(text), label, created_at, expires_at)
             return replace(no_change(registry), tokens=(token,), drop_tokens=expired), token
 
-        token = await self._updater.update_registry(
+        token = await self._registry.write_change(
             "token.created", change, tenant=tenant_name, id=token_id, label=label, expires=expires_at
         )
         return NewToken(token, text)
@@ -291,9 +253,7 @@ class RegistryAdmin:
             expires_at = end if token.expires_at is None else min(end, token.expires_at)
             return replace(no_change(registry), tokens=(replace(token, expires_at=expires_at),)), None
 
-        await self._updater.update_registry(
-            "token.revoked", change, tenant=tenant_name, id=token_id, grace=grace_seconds
-        )
+        await self._registry.write_change("token.revoked", change, tenant=tenant_name, id=token_id, grace=grace_seconds)
 
     async def revoke_all_tokens(self, tenant_name: str) -> tuple[str, ...]:
         """Revoke all tokens of a tenant at once; return their ids. Raises NotFound."""
@@ -302,7 +262,7 @@ class RegistryAdmin:
             tokens = registry.tokens_of(require(registry.tenants.get(tenant_name), tenant_name, "tenant"))
             return replace(no_change(registry), drop_tokens=tokens), tuple(token.id for token in tokens)
 
-        return await self._updater.update_registry(
+        return await self._registry.write_change(
             "token.all_revoked", change, lambda ids: {"ids": ids}, tenant=tenant_name
         )
 
@@ -353,7 +313,7 @@ class RegistryAdmin:
         change, result = self._reencrypt_all(await self._load_registry())
         if not change.accounts and not change.tenants:
             return result
-        return await self._updater.update_registry("registry.reencrypted", self._reencrypt_all)
+        return await self._registry.write_change("registry.reencrypted", self._reencrypt_all)
 
     def _reencrypt_all(self, registry: Registry) -> tuple[RegistryChange, ReencryptedSecrets]:
         undecryptable: list[str] = []
@@ -389,11 +349,6 @@ class RegistryAdmin:
     def _new_id(self, registry: Registry) -> int:
         # Ids follow the clock, so that one is never used again, not even if the registry was lost.
         return max(registry.next_id, int(self.now() * 1000))
-
-
-def no_change(registry: Registry) -> RegistryChange:
-    """Return an empty change of a version, to be filled with `replace`."""
-    return RegistryChange(version=registry.version, next_id=registry.next_id)
 
 
 def affects_availability(old: Account, new: Account) -> bool:
@@ -446,13 +401,11 @@ class WebhookAdmin:
     def __init__(
         self,
         *,
-        updater: RegistryUpdater,
         registry: CachedRegistry,
         deliveries: DeliveryQueue,
         cipher: AesSivCipher,
         now: Callable[[], float],
     ) -> None:
-        self._updater = updater
         self._registry = registry
         self._deliveries = deliveries
         self._cipher = cipher
@@ -471,7 +424,7 @@ class WebhookAdmin:
             webhook = replace(tenant.webhook, secrets=WebhookSecrets(secret, previous, previous_expires_at))
             return replace(no_change(registry), tenants=(replace(tenant, webhook=webhook),)), None
 
-        await self._updater.update_registry("webhook.secret_rotated", change, tenant=name, grace=grace_seconds)
+        await self._registry.write_change("webhook.secret_rotated", change, tenant=name, grace=grace_seconds)
         return NewSecret(text, previous_expires_at)
 
     async def disable_url(self, tenant_id: int, url: str) -> None:
@@ -484,7 +437,7 @@ class WebhookAdmin:
             tenant = replace(tenant, webhook=tenant.webhook.with_disabled_url(url))
             return replace(no_change(registry), tenants=(tenant,)), None
 
-        await self._updater.update_registry(
+        await self._registry.write_change(
             "webhook.disabled",
             change,
             tenant=self._registry.current.tenant_name(tenant_id),

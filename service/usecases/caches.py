@@ -6,13 +6,14 @@ import asyncio
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 import structlog
 from msgspec import Struct
 
-from service.domain.errors import Overloaded
+from service.domain.errors import LedgerUnavailable, Overloaded
 from service.domain.tasks import Kind, State, Task
 from service.domain.tenants import Registry
 from service.usecases.ports import RegistryChange, RegistryStore
@@ -223,6 +224,15 @@ def _is_stale_read(cached: Task, task: Task) -> bool:
     return 0 < cached.last_checked_at - task.last_checked_at < _MAX_REORDER_MS
 
 
+_MAX_WRITES = 10
+R = TypeVar("R")
+
+
+def no_change(registry: Registry) -> RegistryChange:
+    """Return an empty change of a version, to be filled with `replace`."""
+    return RegistryChange(version=registry.version, next_id=registry.next_id)
+
+
 class CachedRegistry:
     """The registry in the memory of this process, kept up to date by `refresh`.
 
@@ -234,6 +244,7 @@ class CachedRegistry:
         self.store = store
         self.is_ready = False
         self.current = Registry()
+        self._lock = asyncio.Lock()
 
     async def refresh(self) -> None:
         """Load the newest version. Raises LedgerUnavailable."""
@@ -245,6 +256,29 @@ class CachedRegistry:
                 await self._restore(held)
         self.current = await self.store.load()
         self.is_ready = True
+
+    async def write_change(
+        self,
+        event: str,
+        make_change: Callable[[Registry], tuple[RegistryChange, R]],
+        describe: Callable[[R], Mapping[str, Any]] = lambda _: {},
+        **log_fields: Any,
+    ) -> R:
+        """Write what `make_change` returns for the latest version; retry if another process was faster.
+
+        The change is logged with `log_fields` and what `describe` returns for the result. Raises LedgerUnavailable,
+        Overloaded, and what `make_change` raises.
+        """
+        async with self._lock:  # changes of one process need not race
+            for _ in range(_MAX_WRITES):
+                await self.refresh()
+                change, result = make_change(self.current)
+                if await self.store.write(change):
+                    _log.info(event, version=change.version + 1, **log_fields, **describe(result))
+                    with suppress(LedgerUnavailable):  # the change is written; this copy follows in the background
+                        await self.refresh()
+                    return result
+        raise Overloaded("The registry is being changed by others. Try again.", retry_after=1)
 
     async def _restore(self, held: Registry) -> None:
         """Write back what the store has lost: tokens and limits stay in force, revoked tokens stay revoked.

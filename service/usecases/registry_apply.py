@@ -24,11 +24,9 @@ from service.usecases.admin import (
     DesiredAccount,
     DesiredTenant,
     LogFields,
-    RegistryUpdater,
     affects_availability,
-    no_change,
 )
-from service.usecases.caches import CachedRegistry
+from service.usecases.caches import CachedRegistry, no_change
 from service.usecases.ports import Ledger, RegistryChange
 
 _log = structlog.get_logger(__name__)
@@ -277,7 +275,6 @@ class RegistryApply:
     def __init__(
         self,
         *,
-        updater: RegistryUpdater,
         registry: CachedRegistry,
         ledger: Ledger,
         user_key_cipher: AesSivCipher,
@@ -285,7 +282,6 @@ class RegistryApply:
         now: Callable[[], float],
         log_fields: LogFields,
     ) -> None:
-        self._updater = updater
         self._registry = registry
         self._ledger = ledger
         self._user_key_cipher = user_key_cipher
@@ -351,7 +347,7 @@ class RegistryApply:
             "removed_tenants": [tenant.name for tenant in change.drop_tenants],
             "removed": [token.id for token in change.drop_tokens],
         }
-        await self._updater.update_registry("registry.applied", make_change, force=force, **removed)
+        await self._registry.write_change("registry.applied", make_change, force=force, **removed)
         self._log_changes(plan, change)
         for account in change.accounts:
             before = plan.before.accounts.get(account.name)

@@ -48,7 +48,7 @@ def _call_events(call: ast.Call, function: ast.Attribute) -> Iterator[tuple[str,
     words = {keyword.arg for keyword in call.keywords if keyword.arg}
     keys = frozenset("exception" if word == "exc_info" else word for word in words)
     more = any(keyword.arg is None for keyword in call.keywords)
-    if function.attr == "update_registry":
+    if function.attr == "write_change":
         more = more or len(call.args) > 2  # fields of the result
         yield _literal_text(call.args[0]), Event(frozenset({"info"}), keys | {"version"}, open=more)
     elif logger in {"_log", "logger", "_logger"} and function.attr == "log":

@@ -14,7 +14,7 @@ from service.crypto import Keyring
 from service.domain.tenants import Registry, Webhook, WebhookSecrets
 from service.domain.webhooks import DeliveryState
 from service.telemetry.metrics import Metrics
-from service.usecases.admin import RegistryUpdater, WebhookAdmin
+from service.usecases.admin import WebhookAdmin
 from service.usecases.ports import CheckResult, Delivery, WebhookResponse
 from service.usecases.webhook_delivery import WebhookDispatcher
 from tests.fakes import FakeDeliveryQueue, FakeWebhookClient
@@ -52,10 +52,7 @@ class WebhookGateway:
         self.deliveries = FakeDeliveryQueue(self.ledger)
         self.metrics = Metrics(CollectorRegistry())
         clock = self.ledger.clock
-        change = RegistryUpdater(self.registry)
-        self.webhooks = WebhookAdmin(
-            updater=change, registry=self.registry, deliveries=self.deliveries, cipher=CIPHER, now=clock.now
-        )
+        self.webhooks = WebhookAdmin(registry=self.registry, deliveries=self.deliveries, cipher=CIPHER, now=clock.now)
         self.dispatcher = self.make_dispatcher()
         self.set_webhook(Webhook(URL, ("other.test",), WebhookSecrets(encrypt_secret(b"s" * 32))))
 
