@@ -101,7 +101,7 @@ def operators_app(container: Container) -> Litestar:
 
     registry_routes = [
         *admin.resource_routes(registry_admin=container.registry_admin, quota=container.quota),
-        *admin.registry_routes(container.registry_apply, container.registry_admin),
+        *admin.registry_routes(container.registry_admin),
     ]
     usage_routes = [
         *usage.operator_usage_routes(container.usage),

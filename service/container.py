@@ -58,7 +58,6 @@ from service.usecases.ports import (
     TaskStore,
     Upstream,
 )
-from service.usecases.registry_apply import RegistryApply
 from service.usecases.reports import QuotaReports, SubmissionReports, UsageReports
 from service.usecases.settlement import SettlementQueue
 from service.usecases.submit import Submitter
@@ -152,14 +151,6 @@ class Container:
             ledger=ledger, tasks=tasks, deliveries=deliveries, registry=registry, metrics=metrics
         )
         self.registry_admin = RegistryAdmin(
-            registry=registry,
-            ledger=ledger,
-            user_key_cipher=user_keys,
-            webhook_cipher=webhook_cipher,
-            now=now,
-            log_fields=log_fields,
-        )
-        self.registry_apply = RegistryApply(
             registry=registry,
             ledger=ledger,
             user_key_cipher=user_keys,

@@ -22,9 +22,10 @@ from service.crypto import load_or_create_secrets
 from service.domain import tenants
 from service.domain.tenants import Account, Tenant
 from service.settings import Settings
-from service.usecases.admin import DesiredAccount, DesiredTenant, RegistryAdmin
+from service.usecases.admin import RegistryAdmin
 from service.usecases.background import cancel_and_wait
 from service.usecases.caches import CachedRegistry
+from service.usecases.registry_apply import DesiredAccount, DesiredTenant
 
 _log = structlog.get_logger(__name__)
 

@@ -52,8 +52,8 @@ from service.api.params import JsonRequest
 from service.domain import tenants
 from service.domain.errors import ErrorCollector, FieldError, InvalidOptions, VersionConflict, field_path
 from service.domain.tenants import NAME_RULE, strip_query
-from service.usecases.admin import DesiredAccount, DesiredTenant, RegistryAdmin, WebhookAdmin, require
-from service.usecases.registry_apply import RegistryApply, RegistryPlan
+from service.usecases.admin import RegistryAdmin, WebhookAdmin, require
+from service.usecases.registry_apply import DesiredAccount, DesiredTenant, RegistryPlan
 from service.usecases.reports import QuotaReports
 
 _NAME_PATTERN = r"\A[a-z0-9][a-z0-9._-]{0,62}\Z"
@@ -399,7 +399,7 @@ Prune = Annotated[bool, QueryParameter(description="Remove accounts, tenants and
 DryRun = Annotated[bool, QueryParameter(description="Change nothing, only return the differences.")]
 
 
-def registry_routes(registry_apply: RegistryApply, registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
+def registry_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
     @get(
         "/registry",
         operation_id="read-registry",
@@ -409,9 +409,9 @@ def registry_routes(registry_apply: RegistryApply, registry_admin: RegistryAdmin
         responses=openapi.problem_responses(401, "ledger-unavailable"),
     )
     async def read_registry() -> Response[RegistryBody]:
-        current = await registry_apply.load_current()
+        current = await registry_admin.load_registry()
         return Response(
-            render_registry(current, registry_apply.now()), headers={"ETag": _registry_etag(current.version)}
+            render_registry(current, registry_admin.now()), headers={"ETag": _registry_etag(current.version)}
         )
 
     @put(
@@ -438,8 +438,8 @@ def registry_routes(registry_apply: RegistryApply, registry_admin: RegistryAdmin
             return if_match is None or etag_matches(if_match, _registry_etag(version))
 
         desired = data.to_desired(prune=prune)
-        plan = await registry_apply.apply(desired, force=force, dry_run=dry_run, version_matches=version_matches)
-        result = render_apply_result(plan, diff_registry(plan, registry_apply.now()), dry_run=dry_run)
+        plan = await registry_admin.apply(desired, force=force, dry_run=dry_run, version_matches=version_matches)
+        result = render_apply_result(plan, diff_registry(plan, registry_admin.now()), dry_run=dry_run)
         version = plan.after.version if result.applied else plan.before.version
         return Response(result, headers={"ETag": _registry_etag(version)})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import structlog
@@ -20,14 +21,15 @@ from service.domain.errors import (
     Conflict,
     FieldError,
     InvalidOptions,
+    LedgerUnavailable,
     NotFound,
+    VersionConflict,
     field_path,
 )
 from service.domain.ledger import AccountState, AccountStatus
 from service.domain.tenants import (
     Account,
     Registry,
-    SecretRef,
     Tenant,
     Token,
     WebhookSecrets,
@@ -37,6 +39,14 @@ from service.domain.tenants import (
 )
 from service.usecases.caches import CachedRegistry, no_change
 from service.usecases.ports import Delivery, DeliveryQueue, Ledger, RegistryChange
+from service.usecases.registry_apply import (
+    DesiredAccount,
+    DesiredRegistry,
+    DesiredTenant,
+    RegistryPlan,
+    RegistryPlanner,
+    affects_availability,
+)
 
 _log = structlog.get_logger(__name__)
 
@@ -45,25 +55,6 @@ R = TypeVar("R")
 AccountOrTenant = TypeVar("AccountOrTenant", Account, Tenant)
 LogFields = Callable[[Account | Tenant], Mapping[str, Any]]
 """Returns the settings of an account or a tenant in the form of the log."""
-
-
-class DesiredAccount(Struct, frozen=True):
-    """A desired account; its id is 0 for any. Without a key it keeps its own."""
-
-    account: Account
-    user_key: bytes | None = None
-
-
-class DesiredTenant(Struct, frozen=True):
-    """A desired tenant; 0 stands for any id, and for any `created_at` of a token.
-
-    Without `secret` its webhook keeps its own, or gets a generated one.
-    """
-
-    tenant: Tenant
-    tokens: tuple[Token, ...] = ()
-    secret: bytes | None = None
-    secret_ref: SecretRef | None = None
 
 
 class NewToken(Struct, frozen=True):
@@ -96,7 +87,7 @@ class ReencryptedSecrets(Struct, frozen=True):
 
 
 class RegistryAdmin:
-    """Changes accounts, tenants and tokens."""
+    """Changes accounts, tenants and tokens, one by one or by a registry document."""
 
     def __init__(
         self,
@@ -275,27 +266,32 @@ class RegistryAdmin:
 
     async def reset_clock(self, actor: str) -> int:
         """Set ledger time to server time, and all due times with it; return the offset in milliseconds."""
-        registry = await self._load_registry()
+        registry = await self.load_registry()
         tenant_ids = [*(tenant.id for tenant in registry.tenants.values()), *registry.deleted_tenant_names]
         offset = await self._ledger.reset_clock(tenant_ids, [account.id for account in registry.accounts.values()])
         _log.warning("clock.reset", seconds=offset / 1000, actor=actor)
         return offset
 
+    async def load_registry(self) -> Registry:
+        """Return the latest version."""
+        await self._registry.refresh()
+        return self._registry.current
+
     async def get_account(self, name: str) -> Account:
         """Return an account. Raises NotFound."""
-        return require((await self._load_registry()).accounts.get(name), name, "account")
+        return require((await self.load_registry()).accounts.get(name), name, "account")
 
     async def list_accounts(self) -> tuple[Account, ...]:
         """Return all accounts by name."""
-        return tuple(account for _, account in sorted((await self._load_registry()).accounts.items()))
+        return tuple(account for _, account in sorted((await self.load_registry()).accounts.items()))
 
     async def get_tenant(self, name: str) -> Tenant:
         """Return a tenant. Raises NotFound."""
-        return require((await self._load_registry()).tenants.get(name), name, "tenant")
+        return require((await self.load_registry()).tenants.get(name), name, "tenant")
 
     async def list_tenants(self) -> tuple[Tenant, ...]:
         """Return all tenants by name."""
-        return tuple(tenant for _, tenant in sorted((await self._load_registry()).tenants.items()))
+        return tuple(tenant for _, tenant in sorted((await self.load_registry()).tenants.items()))
 
     def list_tokens(self, tenant: Tenant) -> tuple[Token, ...]:
         """Return the tokens of a tenant that have not expired."""
@@ -305,12 +301,84 @@ class RegistryAdmin:
     async def account_states(self, accounts: tuple[Account, ...]) -> Mapping[int, AccountState]:
         return await self._ledger.account_states([account.id for account in accounts])
 
+    async def apply(
+        self, desired: DesiredRegistry, *, force: bool, dry_run: bool, version_matches: Callable[[int], bool]
+    ) -> RegistryPlan:
+        """Apply a document, all of it or nothing; a dry run only plans.
+
+        Unless forced, nothing is removed that has running tasks, nor everything. `version_matches` is the caller's
+        precondition. Raises InvalidOptions with all errors, Conflict, VersionConflict or Overloaded.
+        """
+        registry = await self.load_registry()
+        if not version_matches(registry.version):
+            raise VersionConflict("The registry was changed since you read it. Read it again, and compare.")
+        planner = RegistryPlanner(
+            registry, self.now(), user_key_cipher=self._user_key_cipher, webhook_cipher=self._webhook_cipher
+        )
+        plan = planner.plan(desired)
+        if plan.change is None:
+            return plan
+        if not force:
+            await self._require_idle(plan.change)
+            if not plan.after.accounts and not plan.after.tenants:  # as after an export that failed
+                raise Conflict(
+                    "Nothing would be left: the document has no account and no tenant. Check it, or force it."
+                )
+        if not dry_run:
+            await self._write_plan(plan, plan.change, force=force)
+        return plan
+
+    async def _require_idle(self, change: RegistryChange) -> None:
+        """Raise Conflict if something to be removed has running tasks."""
+        states = await self._ledger.account_states([account.id for account in change.drop_accounts])
+        busy = [
+            f"{number} submissions of {field_path('accounts', account.name)} have not ended"
+            for account in change.drop_accounts
+            if (number := states[account.id].open_submissions)
+        ]
+        for tenant in change.drop_tenants:
+            active = (await self._ledger.tenant_snapshot(tenant.id)).state.active_tasks
+            if active:
+                busy.append(f"{active} tasks of {field_path('tenants', tenant.name)} are active")
+        if busy:
+            raise Conflict(f"{'; '.join(busy)}. Wait for them, or force it.")
+
+    async def _write_plan(self, plan: RegistryPlan, change: RegistryChange, *, force: bool) -> None:
+        def make_change(registry: Registry) -> tuple[RegistryChange, None]:
+            if registry.version != plan.before.version:
+                raise VersionConflict("The registry was changed meanwhile. Read it again, and compare.")
+            return change, None
+
+        await self._registry.write_change(
+            "registry.applied",
+            make_change,
+            force=force,
+            removed_accounts=[account.name for account in change.drop_accounts],
+            removed_tenants=[tenant.name for tenant in change.drop_tenants],
+            removed=[token.id for token in change.drop_tokens],
+        )
+        # Each change is logged as a single one would be.
+        for account in change.accounts:
+            key_given = account.name in plan.changed_keys
+            _log.info("account.updated", account=account.name, **self._log_fields(account), key_given=key_given)
+        for tenant in change.tenants:
+            key_given = tenant.name in plan.changed_secrets
+            _log.info("tenant.updated", tenant=tenant.name, **self._log_fields(tenant), key_given=key_given)
+        for token in change.tokens:
+            owner = plan.after.tenant_name(token.tenant)
+            _log.info("token.updated", tenant=owner, id=token.id, label=token.label, expires=token.expires_at)
+        for account in change.accounts:
+            before = plan.before.accounts.get(account.name)
+            if before and affects_availability(before, account):
+                with suppress(LedgerUnavailable):  # the plan is written; the account is probed later anyway
+                    await self._ledger.reopen_account(account.id)
+
     async def reencrypt_secrets(self) -> ReencryptedSecrets:
         """Encrypt all secrets with the first key; those that no key decrypts stay as they are.
 
         Nothing is written if nothing changes. Raises LedgerUnavailable or Overloaded.
         """
-        change, result = self._reencrypt_all(await self._load_registry())
+        change, result = self._reencrypt_all(await self.load_registry())
         if not change.accounts and not change.tenants:
             return result
         return await self._registry.write_change("registry.reencrypted", self._reencrypt_all)
@@ -342,23 +410,9 @@ class RegistryAdmin:
             return None
         return replace(before, current=current, previous=previous[0] if previous else None)
 
-    async def _load_registry(self) -> Registry:
-        await self._registry.refresh()
-        return self._registry.current
-
     def _new_id(self, registry: Registry) -> int:
         # Ids follow the clock, so that one is never used again, not even if the registry was lost.
         return max(registry.next_id, int(self.now() * 1000))
-
-
-def affects_availability(old: Account, new: Account) -> bool:
-    """Whether a change may let an account pay again: another key or URL, or a lower floor."""
-    return (
-        new.user_key != old.user_key
-        or new.base_url != old.base_url
-        or new.policy.floor_count < old.policy.floor_count
-        or new.policy.floor_money_fen < old.policy.floor_money_fen
-    )
 
 
 def require(entry: R | None, name: str, kind: str) -> R:

@@ -1,37 +1,45 @@
-"""Application of a whole registry document.
+"""Plan of the change from one version of the registry to a desired one.
 
-The plan is decided purely, from one version of the registry, as one change. Ids are never reused: a document may assign
-ids to what is missing, which restores a lost registry with the tasks and the usage of each tenant, but no id that may
-have belonged to another. Ids follow the clock, so a new one is greater than all before.
+It is decided purely. Ids are never reused: a document may assign ids to what is missing, which restores a lost registry
+with the tasks and the usage of each tenant, but no id that may have belonged to another. Ids follow the clock, so a new
+one is greater than all before.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from typing import Any
+from collections.abc import Mapping
 
-import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
 from service.crypto import AesSivCipher
 from service.domain import webhooks
-from service.domain.errors import Conflict, ErrorCollector, LedgerUnavailable, VersionConflict, field_path, suggest
-from service.domain.tenants import Account, Registry, Tenant, Token, Webhook, WebhookSecrets
-from service.usecases.admin import (
-    DesiredAccount,
-    DesiredTenant,
-    LogFields,
-    affects_availability,
-)
-from service.usecases.caches import CachedRegistry, no_change
-from service.usecases.ports import Ledger, RegistryChange
-
-_log = structlog.get_logger(__name__)
+from service.domain.errors import ErrorCollector, field_path, suggest
+from service.domain.tenants import Account, Registry, SecretRef, Tenant, Token, Webhook, WebhookSecrets
+from service.usecases.caches import no_change
+from service.usecases.ports import RegistryChange
 
 _DAY_MS = 86_400_000
+
+
+class DesiredAccount(Struct, frozen=True):
+    """A desired account; its id is 0 for any. Without a key it keeps its own."""
+
+    account: Account
+    user_key: bytes | None = None
+
+
+class DesiredTenant(Struct, frozen=True):
+    """A desired tenant; 0 stands for any id, and for any `created_at` of a token.
+
+    Without `secret` its webhook keeps its own, or gets a generated one.
+    """
+
+    tenant: Tenant
+    tokens: tuple[Token, ...] = ()
+    secret: bytes | None = None
+    secret_ref: SecretRef | None = None
 
 
 class DesiredRegistry(Struct, frozen=True):
@@ -269,100 +277,11 @@ def _list_paths(registry: Registry, unlisted: RegistryChange) -> tuple[str, ...]
     )
 
 
-class RegistryApply:
-    """Applies registry documents. Everything raises LedgerUnavailable while Redis is away."""
-
-    def __init__(
-        self,
-        *,
-        registry: CachedRegistry,
-        ledger: Ledger,
-        user_key_cipher: AesSivCipher,
-        webhook_cipher: AesSivCipher,
-        now: Callable[[], float],
-        log_fields: LogFields,
-    ) -> None:
-        self._registry = registry
-        self._ledger = ledger
-        self._user_key_cipher = user_key_cipher
-        self._webhook_cipher = webhook_cipher
-        self.now = now
-        self._log_fields = log_fields
-
-    async def load_current(self) -> Registry:
-        """Return the latest version."""
-        await self._registry.refresh()
-        return self._registry.current
-
-    async def apply(
-        self, desired: DesiredRegistry, *, force: bool, dry_run: bool, version_matches: Callable[[int], bool]
-    ) -> RegistryPlan:
-        """Apply a document, all of it or nothing; a dry run only plans.
-
-        Unless forced, nothing is removed that has running tasks, nor everything. `version_matches` is the caller's
-        precondition. Raises InvalidOptions with all errors, Conflict, VersionConflict or Overloaded.
-        """
-        registry = await self.load_current()
-        if not version_matches(registry.version):
-            raise VersionConflict("The registry was changed since you read it. Read it again, and compare.")
-        planner = RegistryPlanner(
-            registry, self.now(), user_key_cipher=self._user_key_cipher, webhook_cipher=self._webhook_cipher
-        )
-        plan = planner.plan(desired)
-        if plan.change is None:
-            return plan
-        if not force:
-            await self._require_idle(plan.change)
-            if not plan.after.accounts and not plan.after.tenants:  # as after an export that failed
-                raise Conflict(
-                    "Nothing would be left: the document has no account and no tenant. Check it, or force it."
-                )
-        if not dry_run:
-            await self._write_plan(plan, plan.change, force=force)
-        return plan
-
-    async def _require_idle(self, change: RegistryChange) -> None:
-        """Raise Conflict if something to be removed has running tasks."""
-        states = await self._ledger.account_states([account.id for account in change.drop_accounts])
-        busy = [
-            f"{number} submissions of {field_path('accounts', account.name)} have not ended"
-            for account in change.drop_accounts
-            if (number := states[account.id].open_submissions)
-        ]
-        for tenant in change.drop_tenants:
-            active = (await self._ledger.tenant_snapshot(tenant.id)).state.active_tasks
-            if active:
-                busy.append(f"{active} tasks of {field_path('tenants', tenant.name)} are active")
-        if busy:
-            raise Conflict(f"{'; '.join(busy)}. Wait for them, or force it.")
-
-    async def _write_plan(self, plan: RegistryPlan, change: RegistryChange, *, force: bool) -> None:
-        def make_change(registry: Registry) -> tuple[RegistryChange, None]:
-            if registry.version != plan.before.version:
-                raise VersionConflict("The registry was changed meanwhile. Read it again, and compare.")
-            return change, None
-
-        removed: dict[str, Any] = {
-            "removed_accounts": [account.name for account in change.drop_accounts],
-            "removed_tenants": [tenant.name for tenant in change.drop_tenants],
-            "removed": [token.id for token in change.drop_tokens],
-        }
-        await self._registry.write_change("registry.applied", make_change, force=force, **removed)
-        self._log_changes(plan, change)
-        for account in change.accounts:
-            before = plan.before.accounts.get(account.name)
-            if before and affects_availability(before, account):
-                with suppress(LedgerUnavailable):  # the plan is written; the account is probed later anyway
-                    await self._ledger.reopen_account(account.id)
-
-    def _log_changes(self, plan: RegistryPlan, change: RegistryChange) -> None:
-        """Log each change as a single one would be."""
-        for account in change.accounts:
-            key_given = account.name in plan.changed_keys
-            _log.info("account.updated", account=account.name, **self._log_fields(account), key_given=key_given)
-        for tenant in change.tenants:
-            key_given = tenant.name in plan.changed_secrets
-            _log.info("tenant.updated", tenant=tenant.name, **self._log_fields(tenant), key_given=key_given)
-        for token in change.tokens:
-            owner = plan.after.tenant_name(token.tenant)
-            _log.info("token.updated", tenant=owner, id=token.id, label=token.label, expires=token.expires_at)
+def affects_availability(old: Account, new: Account) -> bool:
+    """Whether a change may let an account pay again: another key or URL, or a lower floor."""
+    return (
+        new.user_key != old.user_key
+        or new.base_url != old.base_url
+        or new.policy.floor_count < old.policy.floor_count
+        or new.policy.floor_money_fen < old.policy.floor_money_fen
+    )
