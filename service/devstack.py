@@ -25,7 +25,7 @@ from service.settings import Settings
 from service.usecases.admin import RegistryAdmin
 from service.usecases.background import cancel_and_wait
 from service.usecases.caches import CachedRegistry
-from service.usecases.registry_apply import DesiredAccount, DesiredTenant
+from service.usecases.registry_plan import DesiredAccount, DesiredTenant
 
 _log = structlog.get_logger(__name__)
 

@@ -53,7 +53,7 @@ from service.domain import tenants
 from service.domain.errors import ErrorCollector, FieldError, InvalidOptions, VersionConflict, field_path
 from service.domain.tenants import NAME_RULE, strip_query
 from service.usecases.admin import RegistryAdmin, WebhookAdmin, require
-from service.usecases.registry_apply import DesiredAccount, DesiredTenant, RegistryPlan
+from service.usecases.registry_plan import DesiredAccount, DesiredTenant, RegistryPlan
 from service.usecases.reports import QuotaReports
 
 _NAME_PATTERN = r"\A[a-z0-9][a-z0-9._-]{0,62}\Z"

@@ -43,7 +43,7 @@ from service.domain.tenants import (
 from service.domain.webhooks import MAX_ALLOW_ENTRIES, MAX_URL_CHARS, DeliveryState, WebhookEvent
 from service.usecases import admin
 from service.usecases.admin import TenantDelivery
-from service.usecases.registry_apply import DesiredAccount, DesiredRegistry, DesiredTenant, RegistryPlan
+from service.usecases.registry_plan import DesiredAccount, DesiredRegistry, DesiredTenant, RegistryPlan
 from service.usecases.reports import QuotaReport
 
 _SecretText = Annotated[str, Meta(description="`whsec_` and base64, shown only once.")]

@@ -39,7 +39,7 @@ from service.domain.tenants import (
 )
 from service.usecases.caches import CachedRegistry, no_change
 from service.usecases.ports import Delivery, DeliveryQueue, Ledger, RegistryChange
-from service.usecases.registry_apply import (
+from service.usecases.registry_plan import (
     DesiredAccount,
     DesiredRegistry,
     DesiredTenant,

@@ -17,7 +17,7 @@ from service.domain.tenants import Tenant
 from service.settings import Settings
 from service.usecases.admin import RegistryAdmin, SavedTenant
 from service.usecases.ports import RegistryChange
-from service.usecases.registry_apply import DesiredTenant
+from service.usecases.registry_plan import DesiredTenant
 from tests.behaviour.audit import expect_problem
 from tests.behaviour.gateway_fixture import SECRET_KEY, RunningGateway, run_fake_gateway, run_real_gateway
 from tests.support.valkey import Valkey

@@ -21,7 +21,7 @@ from service.api.admin_schemas import (
 from service.crypto import Keyring
 from service.domain.tasks import Kind
 from service.domain.tenants import Registry, SpendingMode, TenantStatus, Window
-from service.usecases.registry_apply import RegistryPlan, RegistryPlanner
+from service.usecases.registry_plan import RegistryPlan, RegistryPlanner
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
 USER_KEYS, WEBHOOK_SECRETS = (Keyring([b"r" * 32]).derive(name) for name in ("user-key", "webhook-secret"))
