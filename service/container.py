@@ -45,7 +45,7 @@ from service.telemetry import tracing
 from service.telemetry.gauges import GaugeName
 from service.telemetry.metrics import Metrics, RedisOutcome, preregister
 from service.telemetry.redaction import Redactor, RegisterSecret, noop
-from service.usecases.admin import RegistryAdmin, WebhookAdmin
+from service.usecases.admin import RegistryAdmin
 from service.usecases.background import TaskSupervisor, cancel_and_wait
 from service.usecases.caches import CachedRegistry, DurationEstimator, TaskCache
 from service.usecases.ledger_snapshot import LedgerSnapshot
@@ -62,7 +62,7 @@ from service.usecases.reports import QuotaReports, SubmissionReports, UsageRepor
 from service.usecases.settlement import SettlementQueue
 from service.usecases.submit import Submitter
 from service.usecases.task_status import FetchArtifact, TaskReader
-from service.usecases.webhook_delivery import PostWebhook, WebhookDispatcher
+from service.usecases.webhook_delivery import PostWebhook, WebhookAdmin, WebhookDispatcher
 
 Job = Callable[[], Coroutine[Any, Any, None]]
 """A task that runs as long as the process."""

@@ -52,9 +52,10 @@ from service.api.params import JsonRequest
 from service.domain import tenants
 from service.domain.errors import ErrorCollector, FieldError, InvalidOptions, VersionConflict, field_path
 from service.domain.tenants import NAME_RULE, strip_query
-from service.usecases.admin import RegistryAdmin, WebhookAdmin, require
+from service.usecases.admin import RegistryAdmin, require
 from service.usecases.registry_plan import DesiredAccount, DesiredTenant, RegistryPlan
 from service.usecases.reports import QuotaReports
+from service.usecases.webhook_delivery import WebhookAdmin
 
 _NAME_PATTERN = r"\A[a-z0-9][a-z0-9._-]{0,62}\Z"
 NewName = Annotated[str, PathParameter(schema_extra={"pattern": _NAME_PATTERN}, description="A name of your choice.")]

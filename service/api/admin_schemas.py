@@ -41,10 +41,10 @@ from service.domain.tenants import (
     Window,
 )
 from service.domain.webhooks import MAX_ALLOW_ENTRIES, MAX_URL_CHARS, DeliveryState, WebhookEvent
-from service.usecases import admin
-from service.usecases.admin import TenantDelivery
+from service.usecases import webhook_delivery
 from service.usecases.registry_plan import DesiredAccount, DesiredRegistry, DesiredTenant, RegistryPlan
 from service.usecases.reports import QuotaReport
+from service.usecases.webhook_delivery import TenantDelivery
 
 _SecretText = Annotated[str, Meta(description="`whsec_` and base64, shown only once.")]
 
@@ -134,7 +134,7 @@ def encode_task_event(task: tasks.Task) -> bytes:
     return msgspec.json.encode(event)
 
 
-def render_new_secret(generated: admin.NewSecret) -> NewSecret:
+def render_new_secret(generated: webhook_delivery.NewSecret) -> NewSecret:
     return NewSecret(generated.text, datetime.fromtimestamp(generated.previous_expires_at, UTC))
 
 

@@ -7,7 +7,7 @@ Redis is away.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -35,10 +35,9 @@ from service.domain.tenants import (
     WebhookSecrets,
     generate_token,
     hash_token,
-    strip_query,
 )
 from service.usecases.caches import CachedRegistry, no_change
-from service.usecases.ports import Delivery, DeliveryQueue, Ledger, RegistryChange
+from service.usecases.ports import Ledger, RegistryChange
 from service.usecases.registry_plan import (
     DesiredAccount,
     DesiredRegistry,
@@ -433,84 +432,3 @@ def _require_same_id(table: Mapping[str, AccountOrTenant], expected: AccountOrTe
 def _reencrypt(cipher: AesSivCipher, ciphertext: bytes) -> bytes | None:
     plaintext = cipher.decrypt(ciphertext)
     return None if plaintext is None else cipher.encrypt(plaintext)
-
-
-class NewSecret(Struct, frozen=True):
-    """A new secret: the only time its text is known. Times in seconds since the epoch."""
-
-    text: str
-    previous_expires_at: float
-
-
-class TenantDelivery(Struct, frozen=True):
-    """A delivery with the name of its tenant, None if unknown."""
-
-    delivery: Delivery
-    tenant: str | None
-
-
-class WebhookAdmin:
-    """Changes of webhook secrets and URLs, and failed deliveries."""
-
-    def __init__(
-        self,
-        *,
-        registry: CachedRegistry,
-        deliveries: DeliveryQueue,
-        cipher: AesSivCipher,
-        now: Callable[[], float],
-    ) -> None:
-        self._registry = registry
-        self._deliveries = deliveries
-        self._cipher = cipher
-        self._now = now
-
-    async def rotate_secret(self, name: str, grace_seconds: float) -> NewSecret:
-        """Generate a new secret; the current one signs too during the grace. Raises NotFound or Conflict."""
-        text, previous_expires_at = webhooks.generate_secret(), self._now() + grace_seconds
-        secret = self._cipher.encrypt(webhooks.parse_secret(text))
-
-        def change(registry: Registry) -> tuple[RegistryChange, None]:
-            tenant = require(registry.tenants.get(name), name, "tenant")
-            if tenant.webhook.secrets is None:
-                raise Conflict(f"Tenant {name} has no webhook secret. It gets one with its webhook.")
-            previous = tenant.webhook.secrets.current if grace_seconds else None
-            webhook = replace(tenant.webhook, secrets=WebhookSecrets(secret, previous, previous_expires_at))
-            return replace(no_change(registry), tenants=(replace(tenant, webhook=webhook),)), None
-
-        await self._registry.write_change("webhook.secret_rotated", change, tenant=name, grace=grace_seconds)
-        return NewSecret(text, previous_expires_at)
-
-    async def disable_url(self, tenant_id: int, url: str) -> None:
-        """Send nothing to a URL until its tenant is updated. Raises Overloaded."""
-
-        def change(registry: Registry) -> tuple[RegistryChange, None]:
-            tenant = registry.tenant_by_id(tenant_id)
-            if tenant is None:  # deleted meanwhile
-                return no_change(registry), None
-            tenant = replace(tenant, webhook=tenant.webhook.with_disabled_url(url))
-            return replace(no_change(registry), tenants=(tenant,)), None
-
-        await self._registry.write_change(
-            "webhook.disabled",
-            change,
-            tenant=self._registry.current.tenant_name(tenant_id),
-            address=strip_query(url),
-        )
-
-    async def list_failed(self, limit: int) -> Sequence[TenantDelivery]:
-        """Return up to `limit` deliveries that failed in the last 30 days, newest first."""
-        return [self._with_tenant_name(delivery) for delivery in await self._deliveries.list_failed(limit)]
-
-    async def redeliver(self, event: str) -> TenantDelivery:
-        """Send an event again now. Raises NotFound."""
-        reservation = webhooks.parse_event_id(event)
-        delivery = await self._deliveries.redeliver(reservation) if reservation else None
-        if delivery is None:
-            raise NotFound(f"There is no delivery {event} (any more).")
-        result = self._with_tenant_name(delivery)
-        _log.info("webhook.redelivered", delivery=event, tenant=result.tenant)
-        return result
-
-    def _with_tenant_name(self, delivery: Delivery) -> TenantDelivery:
-        return TenantDelivery(delivery, self._registry.current.tenant_name(delivery.tenant))

@@ -1,4 +1,4 @@
-"""Delivery of webhook events, at least once each.
+"""Delivery of webhook events, at least once each, and changes of webhooks.
 
 An attempt that was not recorded is repeated when its claim expires, with the same id and body.
 """
@@ -8,26 +8,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import structlog
+from msgspec import Struct
+from msgspec.structs import replace
 from opentelemetry.trace import Tracer
 
 from service.crypto import AesSivCipher
-from service.domain import tenants, webhooks
-from service.domain.errors import GatewayError
+from service.domain import webhooks
+from service.domain.errors import Conflict, GatewayError, NotFound
 from service.domain.tasks import Task
-from service.domain.tenants import Tenant, Webhook
+from service.domain.tenants import Registry, Tenant, Webhook, WebhookSecrets, strip_query
 from service.domain.webhooks import DeliveryState
 from service.telemetry import tracing
 from service.telemetry.metrics import Metrics
+from service.usecases.admin import require
 from service.usecases.background import cancel_and_wait, run_periodically
-from service.usecases.caches import CachedRegistry
+from service.usecases.caches import CachedRegistry, no_change
 from service.usecases.ports import (
     ClaimedDelivery,
     Delivery,
     DeliveryQueue,
     DeliveryResult,
+    RegistryChange,
     TaskStore,
     WebhookResponse,
 )
@@ -123,7 +127,7 @@ class WebhookDispatcher:
             "webhook.attempted",
             delivery=_event_id(delivery),
             tenant=self._registry.current.tenant_name(delivery.tenant),
-            address=tenants.strip_query(delivery.url),
+            address=strip_query(delivery.url),
             state=result.state,
             status=result.status,
             error=result.error,
@@ -196,3 +200,84 @@ def _event_id(delivery: Delivery) -> str:
 
 def _failed_result(error: str) -> DeliveryResult:
     return DeliveryResult(state=DeliveryState.FAILED, attempted=False, error=error)
+
+
+class NewSecret(Struct, frozen=True):
+    """A new secret: the only time its text is known. Times in seconds since the epoch."""
+
+    text: str
+    previous_expires_at: float
+
+
+class TenantDelivery(Struct, frozen=True):
+    """A delivery with the name of its tenant, None if unknown."""
+
+    delivery: Delivery
+    tenant: str | None
+
+
+class WebhookAdmin:
+    """Changes of webhook secrets and URLs, and failed deliveries."""
+
+    def __init__(
+        self,
+        *,
+        registry: CachedRegistry,
+        deliveries: DeliveryQueue,
+        cipher: AesSivCipher,
+        now: Callable[[], float],
+    ) -> None:
+        self._registry = registry
+        self._deliveries = deliveries
+        self._cipher = cipher
+        self._now = now
+
+    async def rotate_secret(self, name: str, grace_seconds: float) -> NewSecret:
+        """Generate a new secret; the current one signs too during the grace. Raises NotFound or Conflict."""
+        text, previous_expires_at = webhooks.generate_secret(), self._now() + grace_seconds
+        secret = self._cipher.encrypt(webhooks.parse_secret(text))
+
+        def change(registry: Registry) -> tuple[RegistryChange, None]:
+            tenant = require(registry.tenants.get(name), name, "tenant")
+            if tenant.webhook.secrets is None:
+                raise Conflict(f"Tenant {name} has no webhook secret. It gets one with its webhook.")
+            previous = tenant.webhook.secrets.current if grace_seconds else None
+            webhook = replace(tenant.webhook, secrets=WebhookSecrets(secret, previous, previous_expires_at))
+            return replace(no_change(registry), tenants=(replace(tenant, webhook=webhook),)), None
+
+        await self._registry.write_change("webhook.secret_rotated", change, tenant=name, grace=grace_seconds)
+        return NewSecret(text, previous_expires_at)
+
+    async def disable_url(self, tenant_id: int, url: str) -> None:
+        """Send nothing to a URL until its tenant is updated. Raises Overloaded."""
+
+        def change(registry: Registry) -> tuple[RegistryChange, None]:
+            tenant = registry.tenant_by_id(tenant_id)
+            if tenant is None:  # deleted meanwhile
+                return no_change(registry), None
+            tenant = replace(tenant, webhook=tenant.webhook.with_disabled_url(url))
+            return replace(no_change(registry), tenants=(tenant,)), None
+
+        await self._registry.write_change(
+            "webhook.disabled",
+            change,
+            tenant=self._registry.current.tenant_name(tenant_id),
+            address=strip_query(url),
+        )
+
+    async def list_failed(self, limit: int) -> Sequence[TenantDelivery]:
+        """Return up to `limit` deliveries that failed in the last 30 days, newest first."""
+        return [self._with_tenant_name(delivery) for delivery in await self._deliveries.list_failed(limit)]
+
+    async def redeliver(self, event: str) -> TenantDelivery:
+        """Send an event again now. Raises NotFound."""
+        reservation = webhooks.parse_event_id(event)
+        delivery = await self._deliveries.redeliver(reservation) if reservation else None
+        if delivery is None:
+            raise NotFound(f"There is no delivery {event} (any more).")
+        result = self._with_tenant_name(delivery)
+        _log.info("webhook.redelivered", delivery=event, tenant=result.tenant)
+        return result
+
+    def _with_tenant_name(self, delivery: Delivery) -> TenantDelivery:
+        return TenantDelivery(delivery, self._registry.current.tenant_name(delivery.tenant))

@@ -14,9 +14,8 @@ from service.crypto import Keyring
 from service.domain.tenants import Registry, Webhook, WebhookSecrets
 from service.domain.webhooks import DeliveryState
 from service.telemetry.metrics import Metrics
-from service.usecases.admin import WebhookAdmin
 from service.usecases.ports import CheckResult, Delivery, WebhookResponse
-from service.usecases.webhook_delivery import WebhookDispatcher
+from service.usecases.webhook_delivery import WebhookAdmin, WebhookDispatcher
 from tests.fakes import FakeDeliveryQueue, FakeWebhookClient
 from tests.unit.fake_gateway import FakeGateway
 
