@@ -178,7 +178,6 @@ class Container:
             post_webhook=post_webhook,
             registry=registry,
             cipher=webhook_cipher,
-            disable_url=self.webhook_admin.disable_url,
             encode_task_event=encode_task_event,
             now=now,
             metrics=metrics,

@@ -43,7 +43,6 @@ PostWebhook = Callable[[str, Mapping[str, str], bytes, Webhook], Awaitable[Webho
 
 Raises Overloaded if this machine can't send, and nothing else.
 """
-_DISABLED_ERROR = "This address is disabled."
 
 
 class WebhookDispatcher:
@@ -55,7 +54,6 @@ class WebhookDispatcher:
         post_webhook: PostWebhook,
         registry: CachedRegistry,
         cipher: AesSivCipher,
-        disable_url: Callable[[int, str], Awaitable[None]],
         encode_task_event: Callable[[Task], bytes],
         now: Callable[[], float],
         metrics: Metrics,
@@ -68,7 +66,6 @@ class WebhookDispatcher:
         self._post_webhook = post_webhook
         self._registry = registry
         self._cipher = cipher
-        self._disable_url = disable_url
         self._encode_task_event = encode_task_event
         self._now = now
         self._metrics = metrics
@@ -118,7 +115,7 @@ class WebhookDispatcher:
         delivery = claimed.delivery
         result = await self._make_result(delivery)
         if result.state is DeliveryState.DISABLED and result.attempted:
-            await self._disable_url(delivery.tenant, delivery.url)
+            await self.disable_url(delivery.tenant, delivery.url)
         if not await self._deliveries.record_attempt(claimed, result):
             return
         self._metrics.record_delivery(result.state, self._now() - delivery.created_at / 1000)
@@ -135,13 +132,16 @@ class WebhookDispatcher:
         )
 
     async def _make_result(self, delivery: Delivery) -> DeliveryResult:
-        tenant = await self._find_tenant(delivery.tenant)
+        tenant = self._registry.current.tenant_by_id(delivery.tenant)
+        if tenant is None:  # this copy of the registry may be out of date
+            await self._registry.refresh()
+            tenant = self._registry.current.tenant_by_id(delivery.tenant)
         if tenant is None:
             return _failed_result("The tenant was deleted.")
         if not tenant.webhook.allows_url(delivery.url):
             return _failed_result("This address is not allowed any more.")
         if tenant.webhook.is_disabled(delivery.url):
-            return DeliveryResult(state=DeliveryState.DISABLED, attempted=False, error=_DISABLED_ERROR)
+            return DeliveryResult(state=DeliveryState.DISABLED, attempted=False, error="This address is disabled.")
         stored = await self._tasks.get(delivery.reservation)
         if stored is None:
             return _failed_result("The task has expired.")
@@ -153,45 +153,43 @@ class WebhookDispatcher:
         now, secrets = self._now(), tenant.webhook.secrets
         encrypted = secrets.active_secrets(now) if secrets else ()
         keys = [key for key in map(self._cipher.decrypt, encrypted) if key is not None]
-        if not keys:  # their key was removed, and may be restored
-            return self._retry_or_fail(delivery, error="None of the gateway's keys decrypts the secret.")
-        headers = webhooks.sign_headers(_event_id(delivery), now, body, keys)
-        reply = await self._post_webhook(delivery.url, headers, body, tenant.webhook)
-        state = webhooks.classify_response(reply.status)
+        if keys:
+            headers = webhooks.sign_headers(_event_id(delivery), now, body, keys)
+            response = await self._post_webhook(delivery.url, headers, body, tenant.webhook)
+        else:  # their key was removed, and may be restored
+            response = WebhookResponse(error="None of the gateway's keys decrypts the secret.")
+        state, delay = webhooks.classify_response(response.status), None
         if state is DeliveryState.DELIVERED:
-            return DeliveryResult(state=state, status=reply.status)
-        error = reply.error or f"It answered {reply.status}."
-        if state is DeliveryState.DISABLED:
-            return DeliveryResult(state=state, status=reply.status, error=error, response_excerpt=reply.excerpt)
-        return self._retry_or_fail(
-            delivery, reply.status, reply.retry_after_seconds, error=error, response_excerpt=reply.excerpt
-        )
-
-    def _retry_or_fail(
-        self,
-        delivery: Delivery,
-        status: int | None = None,
-        retry_after: float | None = None,
-        *,
-        error: str,
-        response_excerpt: str | None = None,
-    ) -> DeliveryResult:
-        delay = webhooks.retry_delay(delivery.attempts + 1, self._jitter(), status, retry_after)
+            return DeliveryResult(state=state, status=response.status)
+        if state is DeliveryState.PENDING:
+            delay = webhooks.retry_delay(
+                delivery.attempts + 1, self._jitter(), response.status, response.retry_after_seconds
+            )
+            state = DeliveryState.FAILED if delay is None else DeliveryState.PENDING
         return DeliveryResult(
-            state=DeliveryState.FAILED if delay is None else DeliveryState.PENDING,
+            state=state,
             retry_delay_ms=int((delay or 0) * 1000),
-            status=status,
-            error=error,
-            response_excerpt=response_excerpt,
+            status=response.status,
+            error=response.error or f"It answered {response.status}.",
+            response_excerpt=response.excerpt,
         )
 
-    async def _find_tenant(self, tenant_id: int) -> Tenant | None:
-        """Find a tenant; refresh the registry before it counts as deleted."""
-        tenant = self._registry.current.tenant_by_id(tenant_id)
-        if tenant is None:
-            await self._registry.refresh()
-            tenant = self._registry.current.tenant_by_id(tenant_id)
-        return tenant
+    async def disable_url(self, tenant_id: int, url: str) -> None:
+        """Send nothing to a URL until its tenant is updated. Raises Overloaded."""
+
+        def change(registry: Registry) -> tuple[RegistryChange, None]:
+            tenant = registry.tenant_by_id(tenant_id)
+            if tenant is None:  # deleted meanwhile
+                return no_change(registry), None
+            tenant = replace(tenant, webhook=tenant.webhook.with_disabled_url(url))
+            return replace(no_change(registry), tenants=(tenant,)), None
+
+        await self._registry.write_change(
+            "webhook.disabled",
+            change,
+            tenant=self._registry.current.tenant_name(tenant_id),
+            address=strip_query(url),
+        )
 
 
 def _event_id(delivery: Delivery) -> str:
@@ -217,7 +215,7 @@ class TenantDelivery(Struct, frozen=True):
 
 
 class WebhookAdmin:
-    """Changes of webhook secrets and URLs, and failed deliveries."""
+    """Rotates webhook secrets, and lists and repeats failed deliveries."""
 
     def __init__(
         self,
@@ -247,23 +245,6 @@ class WebhookAdmin:
 
         await self._registry.write_change("webhook.secret_rotated", change, tenant=name, grace=grace_seconds)
         return NewSecret(text, previous_expires_at)
-
-    async def disable_url(self, tenant_id: int, url: str) -> None:
-        """Send nothing to a URL until its tenant is updated. Raises Overloaded."""
-
-        def change(registry: Registry) -> tuple[RegistryChange, None]:
-            tenant = registry.tenant_by_id(tenant_id)
-            if tenant is None:  # deleted meanwhile
-                return no_change(registry), None
-            tenant = replace(tenant, webhook=tenant.webhook.with_disabled_url(url))
-            return replace(no_change(registry), tenants=(tenant,)), None
-
-        await self._registry.write_change(
-            "webhook.disabled",
-            change,
-            tenant=self._registry.current.tenant_name(tenant_id),
-            address=strip_query(url),
-        )
 
     async def list_failed(self, limit: int) -> Sequence[TenantDelivery]:
         """Return up to `limit` deliveries that failed in the last 30 days, newest first."""

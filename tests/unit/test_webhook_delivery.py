@@ -136,7 +136,7 @@ async def test_deleted_tenant_gets_no_webhook(webhook_gateway: WebhookGateway) -
 
 async def test_disabling_a_url_of_a_deleted_tenant(webhook_gateway: WebhookGateway) -> None:
     before = webhook_gateway.registry.current.tenants
-    await webhook_gateway.webhooks.disable_url(99, URL)
+    await webhook_gateway.dispatcher.disable_url(99, URL)
     assert webhook_gateway.registry.current.tenants == before
 
 

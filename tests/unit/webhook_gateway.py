@@ -62,7 +62,6 @@ class WebhookGateway:
             post_webhook=self.receivers.post,
             registry=self.registry,
             cipher=CIPHER,
-            disable_url=self.webhooks.disable_url,
             encode_task_event=encode_task_event,
             now=self.ledger.clock.now,
             metrics=self.metrics,
