@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import structlog
@@ -85,25 +86,16 @@ class ReencryptedSecrets(Struct, frozen=True):
     undecryptable: tuple[str, ...]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class RegistryAdmin:
     """Changes accounts, tenants and tokens, one by one or by a registry document."""
 
-    def __init__(
-        self,
-        *,
-        registry: CachedRegistry,
-        ledger: Ledger,
-        user_key_cipher: AesSivCipher,
-        webhook_cipher: AesSivCipher,
-        now: Callable[[], float],
-        log_fields: LogFields,
-    ) -> None:
-        self._registry = registry
-        self._ledger = ledger
-        self._user_key_cipher = user_key_cipher
-        self._webhook_cipher = webhook_cipher
-        self.now = now
-        self._log_fields = log_fields
+    registry: CachedRegistry
+    ledger: Ledger
+    user_key_cipher: AesSivCipher
+    webhook_cipher: AesSivCipher
+    now: Callable[[], float]
+    log_fields: LogFields
 
     async def save_account(self, name: str, desire: Callable[[Account | None], DesiredAccount]) -> Account:
         """Save what `desire` returns for the current account, None for a new one; without a key it keeps its own.
@@ -115,7 +107,7 @@ class RegistryAdmin:
         def change(registry: Registry) -> tuple[RegistryChange, _SavedAccount]:
             before = registry.accounts.get(name)
             desired = desire(before)
-            key = None if desired.user_key is None else self._user_key_cipher.encrypt(desired.user_key)
+            key = None if desired.user_key is None else self.user_key_cipher.encrypt(desired.user_key)
             key = key or (before.user_key if before else None)
             if key is None:
                 raise InvalidOptions([FieldError("user_key", "is required for a new account")])
@@ -131,18 +123,18 @@ class RegistryAdmin:
             return replace(no_change(registry), next_id=next_id, accounts=(account,)), result
 
         def describe(saved: _SavedAccount) -> Mapping[str, Any]:
-            return {**self._log_fields(saved.account), "key_given": saved.key_given}
+            return {**self.log_fields(saved.account), "key_given": saved.key_given}
 
-        saved = await self._registry.write_change("account.updated", change, describe, account=name)
+        saved = await self.registry.write_change("account.updated", change, describe, account=name)
         account = saved.account
-        is_closed = (await self._ledger.account_states([account.id]))[account.id].status is not AccountStatus.OPEN
+        is_closed = (await self.ledger.account_states([account.id]))[account.id].status is not AccountStatus.OPEN
         if saved.reopens or (saved.key_given and is_closed):
-            await self._ledger.reopen_account(account.id)
+            await self.ledger.reopen_account(account.id)
         return account
 
     def has_user_key(self, name: str, user_key: str) -> bool:
-        account = self._registry.current.accounts.get(name)
-        return account is not None and account.user_key == self._user_key_cipher.encrypt(user_key.encode())
+        account = self.registry.current.accounts.get(name)
+        return account is not None and account.user_key == self.user_key_cipher.encrypt(user_key.encode())
 
     async def save_tenant(self, name: str, desire: Callable[[Tenant | None], DesiredTenant]) -> SavedTenant:
         """Save what `desire` returns for the current tenant, None for a new one.
@@ -151,7 +143,7 @@ class RegistryAdmin:
         account, and what `desire` raises.
         """
         text = webhooks.generate_secret()
-        generated = self._webhook_cipher.encrypt(webhooks.parse_secret(text))
+        generated = self.webhook_cipher.encrypt(webhooks.parse_secret(text))
 
         def change(registry: Registry) -> tuple[RegistryChange, SavedTenant]:
             before = registry.tenants.get(name)
@@ -159,7 +151,7 @@ class RegistryAdmin:
             missing = [account for account in desired.tenant.accounts if account not in registry.accounts]
             if missing:
                 raise InvalidOptions([FieldError("accounts", f"there is no account {', '.join(missing)}")])
-            new_secret = None if desired.secret is None else self._webhook_cipher.encrypt(desired.secret)
+            new_secret = None if desired.secret is None else self.webhook_cipher.encrypt(desired.secret)
             webhook = desired.tenant.webhook.with_secret(
                 before.webhook.secrets if before else None, new_secret, generated
             )
@@ -170,9 +162,9 @@ class RegistryAdmin:
             return replace(no_change(registry), next_id=next_id, tenants=(tenant,)), result
 
         def describe(saved: SavedTenant) -> Mapping[str, Any]:
-            return {**self._log_fields(saved.tenant), "key_given": saved.key_given}
+            return {**self.log_fields(saved.tenant), "key_given": saved.key_given}
 
-        return await self._registry.write_change("tenant.updated", change, describe, tenant=name)
+        return await self.registry.write_change("tenant.updated", change, describe, tenant=name)
 
     async def delete_account(self, name: str, *, force: bool) -> None:
         """Delete an account. Unless forced, it must have no open submission and no tenant.
@@ -198,14 +190,14 @@ class RegistryAdmin:
             )
             return replace(no_change(registry), tenants=changed, drop_accounts=(account,)), None
 
-        await self._registry.write_change(
+        await self.registry.write_change(
             "account.deleted", change, account=name, force=force, open=state.open_submissions
         )
 
     async def delete_tenant(self, name: str, *, force: bool) -> None:
         """Delete a tenant and its tokens. Unless forced, it must have no active task. Raises Conflict or NotFound."""
         tenant = await self.get_tenant(name)
-        active = (await self._ledger.tenant_snapshot(tenant.id)).state.active_tasks
+        active = (await self.ledger.tenant_snapshot(tenant.id)).state.active_tasks
         if active and not force:
             raise Conflict(f"{active} tasks of tenant {name} are active. Wait for them, or force it.")
 
@@ -214,7 +206,7 @@ class RegistryAdmin:
             dropped = registry.tokens_of(current)
             return replace(no_change(registry), drop_tenants=(current,), drop_tokens=dropped), None
 
-        await self._registry.write_change("tenant.deleted", change, tenant=name, force=force, active=active)
+        await self.registry.write_change("tenant.deleted", change, tenant=name, force=force, active=active)
 
     async def create_token(self, tenant_name: str, label: str | None, expires_at: float | None) -> NewToken:
         """Create a token and delete expired ones; `expires_at` in seconds since the epoch. Raises NotFound."""
@@ -226,7 +218,7 @@ class RegistryAdmin:
             token = Token(token_id, tenant.id, hash_token(text), label, created_at, expires_at)
             return replace(no_change(registry), tokens=(token,), drop_tokens=expired), token
 
-        token = await self._registry.write_change(
+        token = await self.registry.write_change(
             "token.created", change, tenant=tenant_name, id=token_id, label=label, expires=expires_at
         )
         return NewToken(token, text)
@@ -243,7 +235,7 @@ class RegistryAdmin:
             expires_at = end if token.expires_at is None else min(end, token.expires_at)
             return replace(no_change(registry), tokens=(replace(token, expires_at=expires_at),)), None
 
-        await self._registry.write_change("token.revoked", change, tenant=tenant_name, id=token_id, grace=grace_seconds)
+        await self.registry.write_change("token.revoked", change, tenant=tenant_name, id=token_id, grace=grace_seconds)
 
     async def revoke_all_tokens(self, tenant_name: str) -> tuple[str, ...]:
         """Revoke all tokens of a tenant at once; return their ids. Raises NotFound."""
@@ -252,14 +244,14 @@ class RegistryAdmin:
             tokens = registry.tokens_of(require(registry.tenants.get(tenant_name), tenant_name, "tenant"))
             return replace(no_change(registry), drop_tokens=tokens), tuple(token.id for token in tokens)
 
-        return await self._registry.write_change(
+        return await self.registry.write_change(
             "token.all_revoked", change, lambda ids: {"ids": ids}, tenant=tenant_name
         )
 
     async def reopen_account(self, name: str) -> Account:
         """Let the next submission try an exhausted or invalid account. Raises NotFound."""
         account = await self.get_account(name)
-        await self._ledger.reopen_account(account.id)
+        await self.ledger.reopen_account(account.id)
         _log.info("account.reopened", account=name)
         return account
 
@@ -267,14 +259,14 @@ class RegistryAdmin:
         """Set ledger time to server time, and all due times with it; return the offset in milliseconds."""
         registry = await self.load_registry()
         tenant_ids = [*(tenant.id for tenant in registry.tenants.values()), *registry.deleted_tenant_names]
-        offset = await self._ledger.reset_clock(tenant_ids, [account.id for account in registry.accounts.values()])
+        offset = await self.ledger.reset_clock(tenant_ids, [account.id for account in registry.accounts.values()])
         _log.warning("clock.reset", seconds=offset / 1000, actor=actor)
         return offset
 
     async def load_registry(self) -> Registry:
         """Return the latest version."""
-        await self._registry.refresh()
-        return self._registry.current
+        await self.registry.refresh()
+        return self.registry.current
 
     async def get_account(self, name: str) -> Account:
         """Return an account. Raises NotFound."""
@@ -295,10 +287,10 @@ class RegistryAdmin:
     def list_tokens(self, tenant: Tenant) -> tuple[Token, ...]:
         """Return the tokens of a tenant that have not expired."""
         now = self.now()
-        return tuple(token for token in self._registry.current.tokens_of(tenant) if token.is_valid_at(now))
+        return tuple(token for token in self.registry.current.tokens_of(tenant) if token.is_valid_at(now))
 
     async def account_states(self, accounts: tuple[Account, ...]) -> Mapping[int, AccountState]:
-        return await self._ledger.account_states([account.id for account in accounts])
+        return await self.ledger.account_states([account.id for account in accounts])
 
     async def apply(
         self, desired: DesiredRegistry, *, force: bool, dry_run: bool, version_matches: Callable[[int], bool]
@@ -312,7 +304,7 @@ class RegistryAdmin:
         if not version_matches(registry.version):
             raise VersionConflict("The registry was changed since you read it. Read it again, and compare.")
         planner = RegistryPlanner(
-            registry, self.now(), user_key_cipher=self._user_key_cipher, webhook_cipher=self._webhook_cipher
+            registry, self.now(), user_key_cipher=self.user_key_cipher, webhook_cipher=self.webhook_cipher
         )
         plan = planner.plan(desired)
         if plan.change is None:
@@ -329,14 +321,14 @@ class RegistryAdmin:
 
     async def _require_idle(self, change: RegistryChange) -> None:
         """Raise Conflict if something to be removed has running tasks."""
-        states = await self._ledger.account_states([account.id for account in change.drop_accounts])
+        states = await self.ledger.account_states([account.id for account in change.drop_accounts])
         busy = [
             f"{number} submissions of {field_path('accounts', account.name)} have not ended"
             for account in change.drop_accounts
             if (number := states[account.id].open_submissions)
         ]
         for tenant in change.drop_tenants:
-            active = (await self._ledger.tenant_snapshot(tenant.id)).state.active_tasks
+            active = (await self.ledger.tenant_snapshot(tenant.id)).state.active_tasks
             if active:
                 busy.append(f"{active} tasks of {field_path('tenants', tenant.name)} are active")
         if busy:
@@ -348,7 +340,7 @@ class RegistryAdmin:
                 raise VersionConflict("The registry was changed meanwhile. Read it again, and compare.")
             return change, None
 
-        await self._registry.write_change(
+        await self.registry.write_change(
             "registry.applied",
             make_change,
             force=force,
@@ -359,10 +351,10 @@ class RegistryAdmin:
         # Each change is logged as a single one would be.
         for account in change.accounts:
             key_given = account.name in plan.changed_keys
-            _log.info("account.updated", account=account.name, **self._log_fields(account), key_given=key_given)
+            _log.info("account.updated", account=account.name, **self.log_fields(account), key_given=key_given)
         for tenant in change.tenants:
             key_given = tenant.name in plan.changed_secrets
-            _log.info("tenant.updated", tenant=tenant.name, **self._log_fields(tenant), key_given=key_given)
+            _log.info("tenant.updated", tenant=tenant.name, **self.log_fields(tenant), key_given=key_given)
         for token in change.tokens:
             owner = plan.after.tenant_name(token.tenant)
             _log.info("token.updated", tenant=owner, id=token.id, label=token.label, expires=token.expires_at)
@@ -370,7 +362,7 @@ class RegistryAdmin:
             before = plan.before.accounts.get(account.name)
             if before and affects_availability(before, account):
                 with suppress(LedgerUnavailable):  # the plan is written; the account is probed later anyway
-                    await self._ledger.reopen_account(account.id)
+                    await self.ledger.reopen_account(account.id)
 
     async def reencrypt_secrets(self) -> ReencryptedSecrets:
         """Encrypt all secrets with the first key; those that no key decrypts stay as they are.
@@ -380,13 +372,13 @@ class RegistryAdmin:
         change, result = self._reencrypt_all(await self.load_registry())
         if not change.accounts and not change.tenants:
             return result
-        return await self._registry.write_change("registry.reencrypted", self._reencrypt_all)
+        return await self.registry.write_change("registry.reencrypted", self._reencrypt_all)
 
     def _reencrypt_all(self, registry: Registry) -> tuple[RegistryChange, ReencryptedSecrets]:
         undecryptable: list[str] = []
         accounts, tenants = list[Account](), list[Tenant]()
         for name, account in sorted(registry.accounts.items()):
-            user_key = _reencrypt(self._user_key_cipher, account.user_key)
+            user_key = _reencrypt(self.user_key_cipher, account.user_key)
             if user_key is None:
                 undecryptable.append(field_path("accounts", name, "user_key"))
             elif user_key != account.user_key:
@@ -404,7 +396,7 @@ class RegistryAdmin:
 
     def _reencrypt_webhook(self, before: WebhookSecrets) -> WebhookSecrets | None:
         """Reencrypt the secrets in force and drop an expired one. Returns None if no key decrypts one of them."""
-        current, *previous = [_reencrypt(self._webhook_cipher, secret) for secret in before.active_secrets(self.now())]
+        current, *previous = [_reencrypt(self.webhook_cipher, secret) for secret in before.active_secrets(self.now())]
         if current is None or None in previous:
             return None
         return replace(before, current=current, previous=previous[0] if previous else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -26,18 +27,16 @@ _REPORTED_WINDOWS = (Window.DAY, Window.MONTH, Window.TOTAL)
 _YUAN = "yuan"
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class LedgerSnapshot:
     """Reads the ledger for `/metrics`."""
 
-    def __init__(
-        self, *, ledger: Ledger, tasks: TaskStore, deliveries: DeliveryQueue, registry: CachedRegistry, metrics: Metrics
-    ) -> None:
-        self._ledger = ledger
-        self._tasks = tasks
-        self._deliveries = deliveries
-        self._registry = registry
-        self._metrics = metrics
-        self._refresh_task: asyncio.Task[None] | None = None
+    ledger: Ledger
+    tasks: TaskStore
+    deliveries: DeliveryQueue
+    registry: CachedRegistry
+    metrics: Metrics
+    _refresh_task: asyncio.Task[None] | None = field(default=None, init=False)
 
     async def refresh(self) -> None:
         """Read the ledger, or share a read in progress. Never raises: missing values are left out."""
@@ -46,22 +45,22 @@ class LedgerSnapshot:
         await asyncio.shield(self._refresh_task)
 
     async def _take(self) -> None:
-        self._metrics.label_names.refresh()
+        self.metrics.label_names.refresh()
         snapshot = None
         try:
             async with asyncio.timeout(SNAPSHOT_TIMEOUT_SECONDS):
-                snapshot = await self._read_ledger(self._registry.current)
+                snapshot = await self._read_ledger(self.registry.current)
         except (LedgerUnavailable, TimeoutError):
             pass  # counted by the storage metrics
         except Exception:  # noqa: BLE001 - all other metrics are still valid
             _log.exception("metrics.snapshot_error")
-        self._metrics.ledger_collector.set_snapshot(snapshot)
+        self.metrics.ledger_collector.set_snapshot(snapshot)
 
     async def _read_ledger(self, registry: Registry) -> MetricsSnapshot:
         tenants = tuple(registry.tenants.values())
-        states, now = await self._ledger.tenant_states([tenant.id for tenant in tenants])
-        accounts = await self._ledger.account_states([account.id for account in registry.accounts.values()])
-        webhooks, failed = await self._deliveries.backlog()
+        states, now = await self.ledger.tenant_states([tenant.id for tenant in tenants])
+        accounts = await self.ledger.account_states([account.id for account in registry.accounts.values()])
+        webhooks, failed = await self.deliveries.backlog()
         return MetricsSnapshot(
             tenant_count=len(tenants),
             quotas=self._quota_usage(tenants, states, now),
@@ -71,10 +70,10 @@ class LedgerSnapshot:
                 AccountSample(account.name, account.policy, accounts.get(account.id, AccountState()), now)
                 for account in registry.accounts.values()
             ],
-            poll_queue=await self._tasks.backlog(),
+            poll_queue=await self.tasks.backlog(),
             webhook_queue=webhooks,
             failed_webhooks=failed,
-            clock_offset_ms=await self._ledger.clock_offset(),
+            clock_offset_ms=await self.ledger.clock_offset(),
         )
 
     def _quota_usage(
@@ -84,7 +83,7 @@ class LedgerSnapshot:
         reports: dict[tuple[str, str], PolicyReport] = {}
         for tenant in tenants:
             for report in report_policies(tenant, states[tenant.id], now):
-                key = self._metrics.label_names.of_tenant(tenant.id), report.policy
+                key = self.metrics.label_names.of_tenant(tenant.id), report.policy
                 reports[key] = max(reports.get(key, report), report, key=_used_ratio)
         return tuple(_to_quota_usage(tenant, report) for (tenant, _), report in reports.items())
 
@@ -93,7 +92,7 @@ class LedgerSnapshot:
     ) -> Mapping[tuple[str, str], int]:
         counts: Counter[tuple[str, str]] = Counter()
         for tenant in tenants:
-            name, kinds = self._metrics.label_names.of_tenant(tenant.id), states[tenant.id].active_by_kind
+            name, kinds = self.metrics.label_names.of_tenant(tenant.id), states[tenant.id].active_by_kind
             for kind in Kind:
                 if kind in kinds or tenant.can_submit(kind):
                     counts[name, kind.value] += kinds.get(kind, 0)
@@ -106,7 +105,7 @@ class LedgerSnapshot:
         for tenant in tenants:
             for window in _REPORTED_WINDOWS:
                 money = current_counter(states[tenant.id], window, now).money_fen
-                spent[self._metrics.label_names.of_tenant(tenant.id), window.value] += money
+                spent[self.metrics.label_names.of_tenant(tenant.id), window.value] += money
         return spent
 
 

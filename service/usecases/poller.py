@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 
 import structlog
 from opentelemetry.trace import Tracer
@@ -36,34 +37,25 @@ BALANCE_REFRESH_SECONDS = 5.0
 _DECRYPTION_FAILED = "None of the secret keys decrypts its id."
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class TaskPoller:
     """Checks due tasks, and settles reservations whose process died."""
 
-    def __init__(
-        self,
-        *,
-        tasks: TaskStore,
-        ledger: Ledger,
-        upstream: Upstream,
-        registry: CachedRegistry,
-        task_ids: TaskIdCodec,
-        cache: TaskCache,
-        metrics: Metrics,
-        tracer: Tracer = tracing.NOOP_TRACER,
-        max_concurrent: int = 64,
-    ) -> None:
-        self._tasks = tasks
-        self._ledger = ledger
-        self._upstream = upstream
-        self._registry = registry
-        self._task_ids = task_ids
-        self._cache = cache
-        self._metrics = metrics
-        self._tracer = tracer
-        self._max_concurrent = max_concurrent
-        self._checks: set[asyncio.Task[None]] = set()
-        metrics.gauges.register(GaugeName.POLL_CHECKS_IN_PROGRESS, lambda: {(): len(self._checks)})
-        metrics.gauges.register(GaugeName.POLL_CHECKS_LIMIT, lambda: {(): max_concurrent})
+    tasks: TaskStore
+    ledger: Ledger
+    upstream: Upstream
+    registry: CachedRegistry
+    task_ids: TaskIdCodec
+    cache: TaskCache
+    metrics: Metrics
+    tracer: Tracer = tracing.NOOP_TRACER
+    max_concurrent: int = 64
+    _checks: set[asyncio.Task[None]] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        gauges = self.metrics.gauges
+        gauges.register(GaugeName.POLL_CHECKS_IN_PROGRESS, lambda: {(): len(self._checks)})
+        gauges.register(GaugeName.POLL_CHECKS_LIMIT, lambda: {(): self.max_concurrent})
 
     async def run(self) -> None:
         """Poll until cancelled; another process repeats interrupted checks when their claims expire."""
@@ -77,16 +69,16 @@ class TaskPoller:
 
         Waits for the registry: without it, accounts would look deleted.
         """
-        if not self._registry.is_ready:
+        if not self.registry.is_ready:
             return False
-        capacity = self._max_concurrent - len(self._checks)
+        capacity = self.max_concurrent - len(self._checks)
         if capacity <= 0:
             await asyncio.wait(self._checks, return_when=asyncio.FIRST_COMPLETED)
             return True
-        due = await self._tasks.claim_checks(capacity)
-        self._metrics.poll_batch_size.observe(len(due))
+        due = await self.tasks.claim_checks(capacity)
+        self.metrics.poll_batch_size.observe(len(due))
         for claimed in due:
-            self._metrics.poll_lag_seconds.observe((claimed.claimed_at - claimed.due_at) / 1000)
+            self.metrics.poll_lag_seconds.observe((claimed.claimed_at - claimed.due_at) / 1000)
             check = asyncio.create_task(self._check_safely(claimed))
             self._checks.add(check)
             check.add_done_callback(self._checks.discard)
@@ -101,38 +93,38 @@ class TaskPoller:
         """Settle reservations with expired leases, for ever."""
         while True:
             try:
-                settled = await self._ledger.settle_expired(100)
+                settled = await self.ledger.settle_expired(100)
             except LedgerUnavailable:
                 settled = ()
             except Exception:  # noqa: BLE001 - one error must not leave all other places held
                 _log.exception("expiry.error")
                 settled = ()
-            self._metrics.reservations_expired.inc(len(settled))
+            self.metrics.reservations_expired.inc(len(settled))
             for settlement in settled:
-                log_settlement(self._registry.current, settlement, source=EXPIRY, booked=True)
+                log_settlement(self.registry.current, settlement, source=EXPIRY, booked=True)
             await asyncio.sleep(EXPIRY_INTERVAL_SECONDS)
 
     async def _check_safely(self, claimed: ClaimedCheck) -> None:
         task = claimed.task
         try:
-            with tracing.start_linked_span(self._tracer, "check task", task.trace_context, task.reservation):
+            with tracing.start_linked_span(self.tracer, "check task", task.trace_context, task.reservation):
                 await self._check_and_record(claimed)
         except Exception:  # noqa: BLE001 - the task is not awaited; it is due again when its claim expires
             _log.exception("check.error", reservation=task.reservation)
 
     async def _check_and_record(self, claimed: ClaimedCheck) -> None:
-        check = await check_task(claimed.task, self._registry, self._task_ids, self._upstream)
-        self._metrics.poll_checks.labels(check.outcome).inc()
+        check = await check_task(claimed.task, self.registry, self.task_ids, self.upstream)
+        self.metrics.poll_checks.labels(check.outcome).inc()
         try:
-            recorded = await self._tasks.record_check(claimed, check)
+            recorded = await self.tasks.record_check(claimed, check)
         except LedgerUnavailable:
             return
         if recorded is None:
             return
         task, now = recorded
-        self._cache.on_recorded(task, now)  # readers of this process need not wait for the publication
+        self.cache.on_recorded(task, now)  # readers of this process need not wait for the publication
         if task.state.is_final:
-            report_end(task, self._registry.current, self._metrics)
+            report_end(task, self.registry.current, self.metrics)
 
 
 def report_end(task: Task, registry: Registry, metrics: Metrics) -> None:
@@ -167,6 +159,7 @@ async def check_task(task: Task, registry: CachedRegistry, task_ids: TaskIdCodec
     return await upstream.check(account, upstream_id)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class BalanceRefresher:
     """Reads balances at no cost.
 
@@ -174,14 +167,11 @@ class BalanceRefresher:
     again is one; the ledger decides when, and finds out whether it works.
     """
 
-    def __init__(
-        self, *, ledger: Ledger, tasks: TaskStore, upstream: Upstream, registry: CachedRegistry, task_ids: TaskIdCodec
-    ) -> None:
-        self._ledger = ledger
-        self._tasks = tasks
-        self._upstream = upstream
-        self._registry = registry
-        self._task_ids = task_ids
+    ledger: Ledger
+    tasks: TaskStore
+    upstream: Upstream
+    registry: CachedRegistry
+    task_ids: TaskIdCodec
 
     async def run(self) -> None:
         while True:
@@ -195,7 +185,7 @@ class BalanceRefresher:
 
     async def refresh_due(self) -> None:
         """Check the balance of each account for which that is due. Raises LedgerUnavailable."""
-        registry = self._registry.current
+        registry = self.registry.current
         count_only_accounts = {
             name
             for tenant in registry.tenants.values()
@@ -203,17 +193,17 @@ class BalanceRefresher:
             for name in tenant.accounts
         }
         for account in registry.accounts.values():
-            check = await self._ledger.claim_balance_check(account.id, count_only=account.name in count_only_accounts)
+            check = await self.ledger.claim_balance_check(account.id, count_only=account.name in count_only_accounts)
             if check:
                 await self._check_balance(account, check)
 
     async def _check_balance(self, account: Account, balance_check: BalanceCheck) -> None:
-        stored = await self._tasks.get(balance_check.reservation)
+        stored = await self.tasks.get(balance_check.reservation)
         if stored is None:
-            await self._ledger.record_balance_check(balance_check, Balance())
+            await self.ledger.record_balance_check(balance_check, Balance())
             return
-        check = await check_task(stored[0], self._registry, self._task_ids, self._upstream)
+        check = await check_task(stored[0], self.registry, self.task_ids, self.upstream)
         if check.outcome in {CheckOutcome.NO_RESPONSE, CheckOutcome.INVALID}:
             return  # retried in the next interval
-        await self._ledger.record_balance_check(balance_check, check.balance)
+        await self.ledger.record_balance_check(balance_check, check.balance)
         _log.info("balance_check.done", account=account.name, answered=check.outcome)

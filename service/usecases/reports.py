@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 
@@ -82,14 +83,14 @@ class RemainingQuota(Struct, frozen=True):
     money_fen: int | None
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class QuotaReports:
-    def __init__(self, *, ledger: Ledger, registry: CachedRegistry) -> None:
-        self._ledger = ledger
-        self._registry = registry
+    ledger: Ledger
+    registry: CachedRegistry
 
     async def for_tenant(self, tenant: Tenant) -> QuotaReport:
         """Report on a tenant's policies and accounts. Raises LedgerUnavailable."""
-        snapshot = await self._ledger.tenant_snapshot(tenant.id)
+        snapshot = await self.ledger.tenant_snapshot(tenant.id)
         candidates = await self._load_candidates(tenant)
         kinds = [kind for kind in Kind if tenant.can_submit(kind)]
         spending_mode = tenant.policy.spending_mode
@@ -104,7 +105,7 @@ class QuotaReports:
 
     async def remaining(self, tenant: Tenant) -> RemainingQuota:
         """Return the least that a policy leaves, or the accounts' balance without one. Raises LedgerUnavailable."""
-        snapshot = await self._ledger.tenant_snapshot(tenant.id)
+        snapshot = await self.ledger.tenant_snapshot(tenant.id)
         reports = report_policies(tenant, snapshot.state, snapshot.now)
         states = [candidate.state for candidate in await self._load_candidates(tenant)]
         return RemainingQuota(
@@ -113,8 +114,8 @@ class QuotaReports:
         )
 
     async def _load_candidates(self, tenant: Tenant) -> list[Candidate]:
-        accounts = self._registry.current.accounts_of(tenant)
-        states = await self._ledger.account_states([account.id for account in accounts])
+        accounts = self.registry.current.accounts_of(tenant)
+        states = await self.ledger.account_states([account.id for account in accounts])
         return [Candidate(account.id, account.policy, states[account.id]) for account in accounts]
 
 
@@ -205,20 +206,20 @@ class UsageReport(Struct):
     refunds: list[tuple[FlaggedSubmission, Refund]] = field(default_factory=list)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class UsageReports:
     """Reports on usage. Everything raises InvalidOptions for unavailable days, or LedgerUnavailable."""
 
-    def __init__(self, *, ledger: Ledger, registry: CachedRegistry) -> None:
-        self._ledger = ledger
-        self._registry = registry
+    ledger: Ledger
+    registry: CachedRegistry
 
     async def for_tenant(self, tenant: Tenant, query: UsageQuery) -> UsageReport:
         return await self._build_report([TenantRef(tenant.id, tenant.name)], query)
 
     async def for_all_tenants(self, query: UsageQuery, name: str | None = None) -> UsageReport:
         """Report on all tenants, or on those named `name`, deleted ones included. Raises InvalidOptions."""
-        await self._registry.refresh()
-        registry = self._registry.current
+        await self.registry.refresh()
+        registry = self.registry.current
         owners = [TenantRef(tenant.id, tenant.name) for tenant in registry.tenants.values()]
         owners += [
             TenantRef(tenant_id, deleted_name) for tenant_id, deleted_name in registry.deleted_tenant_names.items()
@@ -229,13 +230,13 @@ class UsageReports:
         return await self._build_report(selected, query)
 
     async def _build_report(self, owners: Sequence[TenantRef], query: UsageQuery) -> UsageReport:
-        first, last = _resolve_range(query, _EPOCH + timedelta(days=await self._ledger.current_day()))
+        first, last = _resolve_range(query, _EPOCH + timedelta(days=await self.ledger.current_day()))
         report = UsageReport(first, last, query.interval, query.groups)
         rows: dict[tuple[str, TenantRef | None, Kind | None], Tally] = {}
         days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
         for owner in sorted(owners, key=lambda tenant: (tenant.name, tenant.id)):
             for day, usage in zip(
-                days, await self._ledger.get_usage(owner.id, [(day - _EPOCH).days for day in days]), strict=True
+                days, await self.ledger.get_usage(owner.id, [(day - _EPOCH).days for day in days]), strict=True
             ):
                 _add_flagged(report, owner, day, usage)
                 for kind, tally in usage.tallies.items():
@@ -332,14 +333,14 @@ class TaskReport(Struct, frozen=True):
     account: str | None
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SubmissionReports:
     """Reports on submissions and their tasks, and refunds. Everything raises NotFound or LedgerUnavailable."""
 
-    def __init__(self, *, ledger: Ledger, tasks: TaskStore, registry: CachedRegistry, task_ids: TaskIdCodec) -> None:
-        self._ledger = ledger
-        self._tasks = tasks
-        self._registry = registry
-        self._task_ids = task_ids
+    ledger: Ledger
+    tasks: TaskStore
+    registry: CachedRegistry
+    task_ids: TaskIdCodec
 
     async def for_tenant(self, tenant: Tenant, submission: str) -> SubmissionStatus:
         reservation = await self._load_reservation(submission)
@@ -354,13 +355,13 @@ class SubmissionReports:
     def resolve_submission_id(self, task_or_submission: str) -> str:
         """Return the submission id of a task id; any other id is returned unchanged."""
         if task_or_submission.startswith(TASK_ID_PREFIX):
-            return self._task_ids.decode(task_or_submission).reservation
+            return self.task_ids.decode(task_or_submission).reservation
         return task_or_submission
 
     async def read_task(self, task_or_submission: str) -> TaskReport:
         """Read a task of any tenant without scheduling a check of it."""
         submission = self.resolve_submission_id(task_or_submission)
-        stored = await self._tasks.get(submission) if _SUBMISSION_ID.fullmatch(submission) else None
+        stored = await self.tasks.get(submission) if _SUBMISSION_ID.fullmatch(submission) else None
         if stored is None:
             raise NotFound("There is no such task.")
         return self._build_task_report(stored[0])
@@ -372,14 +373,14 @@ class SubmissionReports:
 
         Also returns the cursor of the next page. Raises MalformedRequest for an invalid cursor.
         """
-        await self._registry.refresh()
-        registry = self._registry.current
+        await self.registry.refresh()
+        registry = self.registry.current
         existing = registry.tenants.get(tenant)
         deleted_ids = [deleted for deleted, name in registry.deleted_tenant_names.items() if name == tenant]
         if not existing and not deleted_ids:
             raise NotFound("There is and was no tenant of this name.")
         tenant_id = existing.id if existing else max(deleted_ids)
-        page = await self._tasks.list_page(tenant_id, state=state, kind=kind, limit=limit, cursor=cursor)
+        page = await self.tasks.list_page(tenant_id, state=state, kind=kind, limit=limit, cursor=cursor)
         return [self._build_task_report(task) for task in page.tasks], page.next_cursor
 
     async def refund(self, task_or_submission: str, reason: str) -> SubmissionStatus:
@@ -389,7 +390,7 @@ class SubmissionReports:
         """
         submission = self.resolve_submission_id(task_or_submission)
         reservation = await self._load_reservation(submission)
-        result = await self._ledger.refund(reservation.tenant, submission, reason)
+        result = await self.ledger.refund(reservation.tenant, submission, reason)
         if result is None:
             raise _submission_not_found()
         outcome, reservation = result
@@ -414,26 +415,26 @@ class SubmissionReports:
         return status
 
     async def _load_reservation(self, submission: str) -> Reservation:
-        reservation = await self._ledger.get_reservation(submission) if _SUBMISSION_ID.fullmatch(submission) else None
+        reservation = await self.ledger.get_reservation(submission) if _SUBMISSION_ID.fullmatch(submission) else None
         if reservation is None:
             raise _submission_not_found()
         return reservation
 
     async def _build_status(self, submission: str, reservation: Reservation) -> SubmissionStatus:
-        stored = await self._tasks.get(submission) if reservation.state is ReservationState.ACCEPTED else None
+        stored = await self.tasks.get(submission) if reservation.state is ReservationState.ACCEPTED else None
         return SubmissionStatus(
             id=submission,
             reservation=reservation,
             task=stored[0] if stored else None,
-            tenant=self._registry.current.tenant_name(reservation.tenant),
+            tenant=self.registry.current.tenant_name(reservation.tenant),
             account=self._account_name(reservation.account),
         )
 
     def _build_task_report(self, task: Task) -> TaskReport:
-        return TaskReport(task, self._registry.current.tenant_name(task.tenant), self._account_name(task.account))
+        return TaskReport(task, self.registry.current.tenant_name(task.tenant), self._account_name(task.account))
 
     def _account_name(self, account_id: int) -> str | None:
-        account = self._registry.current.account_by_id(account_id)
+        account = self.registry.current.account_by_id(account_id)
         return account.name if account else None
 
 

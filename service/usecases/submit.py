@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import msgspec
 import structlog
@@ -105,27 +106,16 @@ class _PendingSubmission(Struct, frozen=True):
     retarget_unconfirmed: bool = False
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Submitter:
-    def __init__(
-        self,
-        *,
-        ledger: Ledger,
-        settlements: SettlementQueue,
-        tasks: TaskStore,
-        upstream: Upstream,
-        registry: CachedRegistry,
-        task_ids: TaskIdCodec,
-        supervisor: TaskSupervisor,
-        metrics: Metrics,
-    ) -> None:
-        self._ledger = ledger
-        self._settlements = settlements
-        self._tasks = tasks
-        self._upstream = upstream
-        self._registry = registry
-        self._task_ids = task_ids
-        self._supervisor = supervisor
-        self._metrics = metrics
+    ledger: Ledger
+    settlements: SettlementQueue
+    tasks: TaskStore
+    upstream: Upstream
+    registry: CachedRegistry
+    task_ids: TaskIdCodec
+    supervisor: TaskSupervisor
+    metrics: Metrics
 
     def check_allowed(self, tenant: Tenant, kind: Kind) -> None:
         """Raise TenantReadOnly or KindNotAllowed, which needs no image."""
@@ -150,7 +140,7 @@ class Submitter:
         IdempotencyKeyReused, IdempotencyInFlight and LedgerUnavailable.
         """
         self.check_allowed(tenant, options.kind)
-        work = self._supervisor.spawn(self._submit(tenant, options, metadata, image, idempotency_key, webhook_url))
+        work = self.supervisor.spawn(self._submit(tenant, options, metadata, image, idempotency_key, webhook_url))
         try:
             return await asyncio.shield(work)
         finally:
@@ -165,7 +155,7 @@ class Submitter:
         idempotency_key: str | None,
         webhook_url: str | None,
     ) -> Submission:
-        accounts = self._registry.current.accounts_of(tenant)
+        accounts = self.registry.current.accounts_of(tenant)
         idempotency = (
             None
             if idempotency_key is None
@@ -184,21 +174,21 @@ class Submitter:
             result, pending = await self._send_with_failover(pending, accounts, options, image)
             task = self._make_task(pending, result.upstream_id) if result.outcome is SubmitOutcome.ACCEPTED else None
         except asyncio.CancelledError:  # the process ends, and its drain period is over
-            await self._settlements.settle(self._make_settlement(pending, _UNKNOWN_RESULT))
+            await self.settlements.settle(self._make_settlement(pending, _UNKNOWN_RESULT))
             raise
         except Exception:  # noqa: BLE001 - the image may have been sent already
             _log.exception("submission.error", reservation=pending.request.reservation)
             result, task = _UNKNOWN_RESULT, None
         with self._log_errors(request):
-            self._metrics.submissions.labels(options.kind, result.outcome).inc()
+            self.metrics.submissions.labels(options.kind, result.outcome).inc()
         if task is None:
-            await self._settlements.settle(self._make_settlement(pending, result))
+            await self.settlements.settle(self._make_settlement(pending, result))
             raise self._count_denial(request, _error_of(result, request.reservation))
         draft = NewTask(task.id, task.options, task.metadata, webhook_url or tenant.webhook.url, traceparent)
         with suppress(asyncio.CancelledError):  # the process ends; an acceptance is answered all the same
-            await self._settlements.settle(self._make_settlement(pending, result, draft))
+            await self.settlements.settle(self._make_settlement(pending, result, draft))
         with self._log_errors(request):
-            self._metrics.tasks_submitted.labels(self._metrics.label_names.of_tenant(tenant.id), options.kind).inc()
+            self.metrics.tasks_submitted.labels(self.metrics.label_names.of_tenant(tenant.id), options.kind).inc()
         return Submission(task, task.created_at, limits)
 
     @contextmanager
@@ -214,10 +204,10 @@ class Submitter:
         """Reserve; return the verdict, the rate limits, and the monotonic time of the request."""
         requested_at = time.monotonic()
         try:
-            verdict, snapshot = await self._ledger.reserve(request)
+            verdict, snapshot = await self.ledger.reserve(request)
             return verdict, compute_rate_limits(policy, snapshot.state, snapshot.now), requested_at
         except BaseException:
-            self._settlements.write_tombstone(request)
+            self.settlements.write_tombstone(request)
             raise
 
     def _require_grant(
@@ -232,9 +222,9 @@ class Submitter:
         """Return the granted reservation. Raises the caller's error for any other verdict."""
         match verdict:
             case PolicyDenial():
-                name = self._metrics.label_names.of_tenant(request.tenant)
+                name = self.metrics.label_names.of_tenant(request.tenant)
                 for violation in verdict.violations:
-                    self._metrics.quota_denials.labels(name, violation.policy).inc()
+                    self.metrics.quota_denials.labels(name, violation.policy).inc()
                 raise _quota_denied(verdict, limits)
             case NoAccount():
                 raise self._count_denial(request, _no_account(verdict))
@@ -256,12 +246,12 @@ class Submitter:
 
     def _count_denial(self, request: ReserveRequest, error: errors.GatewayError) -> errors.GatewayError:
         if isinstance(error, errors.BalanceExhausted):
-            self._metrics.balance_denials.labels(self._metrics.label_names.of_tenant(request.tenant)).inc()
+            self.metrics.balance_denials.labels(self.metrics.label_names.of_tenant(request.tenant)).inc()
         return error
 
     async def _load_replay(self, verdict: Replay, limits: tuple[RateLimit, ...]) -> Submission:
-        self._metrics.idempotent_replays.inc()
-        stored = await self._tasks.get(verdict.reservation) if verdict.state is ReservationState.ACCEPTED else None
+        self.metrics.idempotent_replays.inc()
+        stored = await self.tasks.get(verdict.reservation) if verdict.state is ReservationState.ACCEPTED else None
         if stored is None:
             raise _unknown_outcome(verdict.reservation, is_replay=True)
         return Submission(*stored, limits, is_replay=True)
@@ -272,7 +262,7 @@ class Submitter:
         """Send to one account after the other while outcomes certainly cost nothing."""
         while True:
             timeout = pending.deadline_at - time.monotonic()
-            result = await self._upstream.submit(pending.account, options, image, timeout_seconds=timeout)
+            result = await self.upstream.submit(pending.account, options, image, timeout_seconds=timeout)
             if result.outcome not in _FAILOVER_STATUS:
                 return result, pending
             _log.warning("account.failover", account=pending.account.name, outcome=result.outcome)
@@ -292,7 +282,7 @@ class Submitter:
         if not next_accounts:
             return None
         request = msgspec.structs.replace(pending.request, accounts=tuple(account.id for account in next_accounts))
-        return await self._ledger.change_account(request, pending.account.id, account_status)
+        return await self.ledger.change_account(request, pending.account.id, account_status)
 
     def _make_settlement(
         self, pending: _PendingSubmission, result: SubmitResult, draft: NewTask | None = None
@@ -318,7 +308,7 @@ class Submitter:
         )
         return new_task(
             reference,
-            self._task_ids.encode(reference),
+            self.task_ids.encode(reference),
             state=State.QUEUED,
             options=pending.options,
             metadata=pending.metadata,

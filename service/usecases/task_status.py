@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 
 import msgspec
 import structlog
@@ -69,35 +70,22 @@ class _Query(Struct):
     check: asyncio.Future[CheckResult]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class TaskReader:
-    def __init__(
-        self,
-        *,
-        tasks: TaskStore,
-        ledger: Ledger,
-        upstream: Upstream,
-        fetch_artifact: FetchArtifact,
-        registry: CachedRegistry,
-        task_ids: TaskIdCodec,
-        cache: TaskCache,
-        now: Callable[[], float],
-        metrics: Metrics,
-        interval_seconds: float,
-    ) -> None:
-        self._metrics = metrics
-        self._cache = cache
-        self._tasks = tasks
-        self._ledger = ledger
-        self._upstream = upstream
-        self._fetch_artifact = fetch_artifact
-        self._registry = registry
-        self._task_ids = task_ids
-        self._now = now
-        self._interval_seconds = interval_seconds
-        self._queries: OrderedDict[str, _Query] = OrderedDict()
-        self._reads: dict[str, asyncio.Task[Sequence[tuple[Task, int] | None]]] = {}
-        self._subscribed: dict[str, tuple[TaskReference, str]] = {}
-        self._verifications: dict[str, asyncio.Task[None]] = {}
+    tasks: TaskStore
+    ledger: Ledger
+    upstream: Upstream
+    fetch_artifact: FetchArtifact
+    registry: CachedRegistry
+    task_ids: TaskIdCodec
+    cache: TaskCache
+    now: Callable[[], float]
+    metrics: Metrics
+    interval_seconds: float
+    _queries: OrderedDict[str, _Query] = field(default_factory=OrderedDict, init=False)
+    _reads: dict[str, asyncio.Task[Sequence[tuple[Task, int] | None]]] = field(default_factory=dict, init=False)
+    _subscribed: dict[str, tuple[TaskReference, str]] = field(default_factory=dict, init=False)
+    _verifications: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
 
     async def read(self, tenant: Tenant, task_id: str, *, wait_seconds: float = 0) -> CachedTask:
         """Return a task of the tenant, once it has ended or after `wait_seconds`.
@@ -129,7 +117,7 @@ class TaskReader:
         with self._subscribe(reference, task_id) as subscription:
             cached = await self._read_task(reference, task_id)
             yield cached if cached.task.version > after_version or cached.task.state.is_final else None
-            while not cached.task.state.is_final and not self._cache.is_closed:
+            while not cached.task.state.is_final and not self.cache.is_closed:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     return
@@ -148,13 +136,13 @@ class TaskReader:
         cached = await self.read(tenant, task_id)
         task = cached.task
         artifact = _find_artifact(task, name)
-        account = self._registry.current.account_by_id(task.account)
-        async with self._fetch_artifact(account, artifact, range_request, _ended_recently(cached)) as stream:
+        account = self.registry.current.account_by_id(task.account)
+        async with self.fetch_artifact(account, artifact, range_request, _ended_recently(cached)) as stream:
             yield task, stream
 
     def decode_id(self, tenant: Tenant, task_id: str) -> TaskReference:
         """Decode the id of a task of this tenant. Raises NotFound."""
-        reference = self._task_ids.decode(task_id)
+        reference = self.task_ids.decode(task_id)
         if reference.tenant != tenant.id:
             raise _task_not_found()
         return reference
@@ -165,35 +153,35 @@ class TaskReader:
         Tasks that the store lost are recreated, so that their end is noticed.
         """
         while True:
-            await asyncio.sleep(self._interval_seconds)
-            ids = self._cache.subscribed_ids()
+            await asyncio.sleep(self.interval_seconds)
+            ids = self.cache.subscribed_ids()
             for start in range(0, len(ids), _BATCH_SIZE):
                 batch = ids[start : start + _BATCH_SIZE]
                 try:
-                    tasks = await self._tasks.touch(batch)
+                    tasks = await self.tasks.touch(batch)
                 except LedgerUnavailable:
                     break
                 for reservation, stored in zip(batch, tasks, strict=True):
                     if stored:
-                        self._cache.put(*stored)
+                        self.cache.put(*stored)
                     elif reservation in self._subscribed:
                         self._start_verification(*self._subscribed[reservation])
 
     @contextmanager
     def _subscribe(self, reference: TaskReference, task_id: str) -> Iterator[Subscription]:
         reservation = reference.reservation
-        with self._cache.subscribe(reservation) as subscription:
+        with self.cache.subscribe(reservation) as subscription:
             self._subscribed[reservation] = reference, task_id
             try:
                 yield subscription
             finally:
-                if self._cache.count_subscriptions(reservation) == 1:
+                if self.cache.count_subscriptions(reservation) == 1:
                     del self._subscribed[reservation]
 
     async def _read_task(self, reference: TaskReference, task_id: str) -> CachedTask:
-        if cached := self._cache.get_fresh(reference.reservation):
-            self._metrics.task_reads.labels(ReadSource.MEMORY).inc()
-            if self._cache.claim_verification(reference.reservation):
+        if cached := self.cache.get_fresh(reference.reservation):
+            self.metrics.task_reads.labels(ReadSource.MEMORY).inc()
+            if self.cache.claim_verification(reference.reservation):
                 self._start_verification(reference, task_id)
             return cached
         can_recreate = True
@@ -202,12 +190,12 @@ class TaskReader:
         except LedgerUnavailable:
             stored, can_recreate = None, False
         if stored:
-            self._metrics.task_reads.labels(ReadSource.STORE).inc()
-            cached = self._cache.put(*stored)
+            self.metrics.task_reads.labels(ReadSource.STORE).inc()
+            cached = self.cache.put(*stored)
             if cached.task.state.is_final and not stored[0].state.is_final:
                 self._start_verification(reference, task_id)
             return cached
-        self._metrics.task_reads.labels(ReadSource.UPSTREAM).inc()
+        self.metrics.task_reads.labels(ReadSource.UPSTREAM).inc()
         return await self._query_upstream(reference, task_id, can_recreate=can_recreate)
 
     def _start_verification(self, reference: TaskReference, task_id: str) -> None:
@@ -221,7 +209,7 @@ class TaskReader:
         try:
             (stored,) = await self._touch_shared(reference.reservation)
             if stored:
-                self._cache.put(*stored)
+                self.cache.put(*stored)
             if stored is None or not stored[0].state.is_final:
                 await self._query_upstream(reference, task_id, can_recreate=True)
         except GatewayError:  # the next read repeats it
@@ -233,7 +221,7 @@ class TaskReader:
         """Read a task; concurrent readers share one call."""
         read = self._reads.get(reservation)
         if read is None:
-            read = self._reads[reservation] = asyncio.ensure_future(self._tasks.touch([reservation]))
+            read = self._reads[reservation] = asyncio.ensure_future(self.tasks.touch([reservation]))
             read.add_done_callback(lambda _: self._reads.pop(reservation))
         return await asyncio.shield(read)
 
@@ -241,12 +229,12 @@ class TaskReader:
         self, tenant: Tenant, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
     ) -> TaskPage:
         """List a tenant's tasks, newest first. Raises LedgerUnavailable, or MalformedRequest for an invalid cursor."""
-        return await self._tasks.list_page(tenant.id, state=state, kind=kind, limit=limit, cursor=cursor)
+        return await self.tasks.list_page(tenant.id, state=state, kind=kind, limit=limit, cursor=cursor)
 
     async def _query_upstream(self, reference: TaskReference, task_id: str, *, can_recreate: bool) -> CachedTask:
         """Query the upstream for a lost task, once per task and interval."""
         query = self._queries.get(reference.reservation)
-        if query is None or (query.check.done() and time.monotonic() - query.started_at >= self._interval_seconds):
+        if query is None or (query.check.done() and time.monotonic() - query.started_at >= self.interval_seconds):
             query = _Query(time.monotonic(), asyncio.ensure_future(self._send_check(reference)))
             self._queries[reference.reservation] = query
             self._queries.move_to_end(reference.reservation)
@@ -258,13 +246,13 @@ class TaskReader:
             check.outcome is CheckOutcome.NOT_FOUND and not can_recreate
         ):
             raise UpstreamUnavailable(
-                "This task can't be read at the moment. Try again.", retry_after=self._interval_seconds
+                "This task can't be read at the moment. Try again.", retry_after=self.interval_seconds
             )
         if check.outcome is CheckOutcome.NOT_FOUND:
             raise _task_not_found()
         if can_recreate and await self._recreate_reservation(reference, task_id):
             await self._record_end(reference, check)
-        cached = self._cache.latest(reference.reservation)
+        cached = self.cache.latest(reference.reservation)
         if cached is None:
             task = new_task(  # the id does not contain the options
                 reference, task_id, state=State.RUNNING, options=_EMPTY_JSON, metadata=_EMPTY_JSON, version=0
@@ -274,41 +262,41 @@ class TaskReader:
             return cached
         task = _apply_check(cached.task, check, cached.known_at)
         if task.state.is_final:  # kept as final until the store has recorded the end
-            self._cache.put(task, cached.known_at, is_recorded=False)
+            self.cache.put(task, cached.known_at, is_recorded=False)
         return CachedTask(task, cached.known_at, query.started_at)
 
     async def _send_check(self, reference: TaskReference) -> CheckResult:
-        account = self._registry.current.account_by_id(reference.account)
+        account = self.registry.current.account_by_id(reference.account)
         if account is None:
             return CheckResult(outcome=CheckOutcome.NOT_FOUND)
-        return await self._upstream.check(account, reference.upstream_id)
+        return await self.upstream.check(account, reference.upstream_id)
 
     async def _record_end(self, reference: TaskReference, check: CheckResult) -> None:
         """Record an end before it is returned, so that no other process shows the task as running afterwards."""
         if check.outcome not in {CheckOutcome.SUCCEEDED, CheckOutcome.FAILED}:
             return
         try:
-            stored = await self._tasks.get(reference.reservation)
+            stored = await self.tasks.get(reference.reservation)
             if stored is None or stored[0].state.is_final:
                 return
             # The ledger time of the query is unknown, but later than this.
-            recorded = await self._tasks.record_check(
+            recorded = await self.tasks.record_check(
                 ClaimedCheck(stored[0], reference.created_at, reference.created_at), check
             )
         except LedgerUnavailable:
             return  # the poller records it
         if recorded:
-            self._cache.put(*recorded)
-            report_end(recorded[0], self._registry.current, self._metrics)
+            self.cache.put(*recorded)
+            report_end(recorded[0], self.registry.current, self.metrics)
 
     async def _recreate_reservation(self, reference: TaskReference, task_id: str) -> bool:
         """Settle a lost reservation as accepted, so that it is polled again; return whether that succeeded.
 
         Not beyond the age at which the ledger itself forgets: it would count twice.
         """
-        if self._now() - reference.created_at / 1000 >= MAX_RECREATE_AGE_SECONDS:
+        if self.now() - reference.created_at / 1000 >= MAX_RECREATE_AGE_SECONDS:
             return False
-        tenant = self._registry.current.tenant_by_id(reference.tenant)
+        tenant = self.registry.current.tenant_by_id(reference.tenant)
         settlement = Settlement(
             reservation=reference.reservation,
             tenant=reference.tenant,
@@ -320,10 +308,10 @@ class TaskReader:
             is_late=True,
         )
         try:
-            booked = await self._ledger.settle(settlement)
+            booked = await self.ledger.settle(settlement)
         except LedgerUnavailable:
             return False  # the next read repeats it
-        log_settlement(self._registry.current, settlement, source=READER, booked=booked)
+        log_settlement(self.registry.current, settlement, source=READER, booked=booked)
         return True
 
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import structlog
 from msgspec import Struct
@@ -45,34 +46,20 @@ Raises Overloaded if this machine can't send, and nothing else.
 """
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class WebhookDispatcher:
-    def __init__(
-        self,
-        *,
-        deliveries: DeliveryQueue,
-        tasks: TaskStore,
-        post_webhook: PostWebhook,
-        registry: CachedRegistry,
-        cipher: AesSivCipher,
-        encode_task_event: Callable[[Task], bytes],
-        now: Callable[[], float],
-        metrics: Metrics,
-        tracer: Tracer = tracing.NOOP_TRACER,
-        max_concurrent: int = 64,
-        jitter: Callable[[], float] = random.random,
-    ) -> None:
-        self._deliveries = deliveries
-        self._tasks = tasks
-        self._post_webhook = post_webhook
-        self._registry = registry
-        self._cipher = cipher
-        self._encode_task_event = encode_task_event
-        self._now = now
-        self._metrics = metrics
-        self._tracer = tracer
-        self._max_concurrent = max_concurrent
-        self._jitter = jitter
-        self._attempts: set[asyncio.Task[None]] = set()
+    deliveries: DeliveryQueue
+    tasks: TaskStore
+    post_webhook: PostWebhook
+    registry: CachedRegistry
+    cipher: AesSivCipher
+    encode_task_event: Callable[[Task], bytes]
+    now: Callable[[], float]
+    metrics: Metrics
+    tracer: Tracer = tracing.NOOP_TRACER
+    max_concurrent: int = 64
+    jitter: Callable[[], float] = random.random
+    _attempts: set[asyncio.Task[None]] = field(default_factory=set, init=False)
 
     async def run(self) -> None:
         try:
@@ -85,13 +72,13 @@ class WebhookDispatcher:
 
         Waits for the registry: without it, tenants would look deleted.
         """
-        if not self._registry.is_ready:
+        if not self.registry.is_ready:
             return False
-        capacity = self._max_concurrent - len(self._attempts)
+        capacity = self.max_concurrent - len(self._attempts)
         if capacity <= 0:
             await asyncio.wait(self._attempts, return_when=asyncio.FIRST_COMPLETED)
             return True
-        claimed = await self._deliveries.claim(capacity)
+        claimed = await self.deliveries.claim(capacity)
         for delivery in claimed:
             attempt = asyncio.create_task(self._deliver_safely(delivery))
             self._attempts.add(attempt)
@@ -116,14 +103,14 @@ class WebhookDispatcher:
         result = await self._make_result(delivery)
         if result.state is DeliveryState.DISABLED and result.attempted:
             await self.disable_url(delivery.tenant, delivery.url)
-        if not await self._deliveries.record_attempt(claimed, result):
+        if not await self.deliveries.record_attempt(claimed, result):
             return
-        self._metrics.record_delivery(result.state, self._now() - delivery.created_at / 1000)
+        self.metrics.record_delivery(result.state, self.now() - delivery.created_at / 1000)
         _log.log(
             logging.INFO if result.state is DeliveryState.DELIVERED else logging.WARNING,
             "webhook.attempted",
             delivery=_event_id(delivery),
-            tenant=self._registry.current.tenant_name(delivery.tenant),
+            tenant=self.registry.current.tenant_name(delivery.tenant),
             address=strip_query(delivery.url),
             state=result.state,
             status=result.status,
@@ -132,30 +119,30 @@ class WebhookDispatcher:
         )
 
     async def _make_result(self, delivery: Delivery) -> DeliveryResult:
-        tenant = self._registry.current.tenant_by_id(delivery.tenant)
+        tenant = self.registry.current.tenant_by_id(delivery.tenant)
         if tenant is None:  # this copy of the registry may be out of date
-            await self._registry.refresh()
-            tenant = self._registry.current.tenant_by_id(delivery.tenant)
+            await self.registry.refresh()
+            tenant = self.registry.current.tenant_by_id(delivery.tenant)
         if tenant is None:
             return _failed_result("The tenant was deleted.")
         if not tenant.webhook.allows_url(delivery.url):
             return _failed_result("This address is not allowed any more.")
         if tenant.webhook.is_disabled(delivery.url):
             return DeliveryResult(state=DeliveryState.DISABLED, attempted=False, error="This address is disabled.")
-        stored = await self._tasks.get(delivery.reservation)
+        stored = await self.tasks.get(delivery.reservation)
         if stored is None:
             return _failed_result("The task has expired.")
         task = stored[0]
-        with tracing.start_linked_span(self._tracer, "deliver webhook", task.trace_context, delivery.reservation):
-            return await self._send(delivery, tenant, self._encode_task_event(task))
+        with tracing.start_linked_span(self.tracer, "deliver webhook", task.trace_context, delivery.reservation):
+            return await self._send(delivery, tenant, self.encode_task_event(task))
 
     async def _send(self, delivery: Delivery, tenant: Tenant, body: bytes) -> DeliveryResult:
-        now, secrets = self._now(), tenant.webhook.secrets
+        now, secrets = self.now(), tenant.webhook.secrets
         encrypted = secrets.active_secrets(now) if secrets else ()
-        keys = [key for key in map(self._cipher.decrypt, encrypted) if key is not None]
+        keys = [key for key in map(self.cipher.decrypt, encrypted) if key is not None]
         if keys:
             headers = webhooks.sign_headers(_event_id(delivery), now, body, keys)
-            response = await self._post_webhook(delivery.url, headers, body, tenant.webhook)
+            response = await self.post_webhook(delivery.url, headers, body, tenant.webhook)
         else:  # their key was removed, and may be restored
             response = WebhookResponse(error="None of the gateway's keys decrypts the secret.")
         state, delay = webhooks.classify_response(response.status), None
@@ -163,7 +150,7 @@ class WebhookDispatcher:
             return DeliveryResult(state=state, status=response.status)
         if state is DeliveryState.PENDING:
             delay = webhooks.retry_delay(
-                delivery.attempts + 1, self._jitter(), response.status, response.retry_after_seconds
+                delivery.attempts + 1, self.jitter(), response.status, response.retry_after_seconds
             )
             state = DeliveryState.FAILED if delay is None else DeliveryState.PENDING
         return DeliveryResult(
@@ -184,10 +171,10 @@ class WebhookDispatcher:
             tenant = replace(tenant, webhook=tenant.webhook.with_disabled_url(url))
             return replace(no_change(registry), tenants=(tenant,)), None
 
-        await self._registry.write_change(
+        await self.registry.write_change(
             "webhook.disabled",
             change,
-            tenant=self._registry.current.tenant_name(tenant_id),
+            tenant=self.registry.current.tenant_name(tenant_id),
             address=strip_query(url),
         )
 
@@ -214,26 +201,19 @@ class TenantDelivery(Struct, frozen=True):
     tenant: str | None
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class WebhookAdmin:
     """Rotates webhook secrets, and lists and repeats failed deliveries."""
 
-    def __init__(
-        self,
-        *,
-        registry: CachedRegistry,
-        deliveries: DeliveryQueue,
-        cipher: AesSivCipher,
-        now: Callable[[], float],
-    ) -> None:
-        self._registry = registry
-        self._deliveries = deliveries
-        self._cipher = cipher
-        self._now = now
+    registry: CachedRegistry
+    deliveries: DeliveryQueue
+    cipher: AesSivCipher
+    now: Callable[[], float]
 
     async def rotate_secret(self, name: str, grace_seconds: float) -> NewSecret:
         """Generate a new secret; the current one signs too during the grace. Raises NotFound or Conflict."""
-        text, previous_expires_at = webhooks.generate_secret(), self._now() + grace_seconds
-        secret = self._cipher.encrypt(webhooks.parse_secret(text))
+        text, previous_expires_at = webhooks.generate_secret(), self.now() + grace_seconds
+        secret = self.cipher.encrypt(webhooks.parse_secret(text))
 
         def change(registry: Registry) -> tuple[RegistryChange, None]:
             tenant = require(registry.tenants.get(name), name, "tenant")
@@ -243,17 +223,17 @@ class WebhookAdmin:
             webhook = replace(tenant.webhook, secrets=WebhookSecrets(secret, previous, previous_expires_at))
             return replace(no_change(registry), tenants=(replace(tenant, webhook=webhook),)), None
 
-        await self._registry.write_change("webhook.secret_rotated", change, tenant=name, grace=grace_seconds)
+        await self.registry.write_change("webhook.secret_rotated", change, tenant=name, grace=grace_seconds)
         return NewSecret(text, previous_expires_at)
 
     async def list_failed(self, limit: int) -> Sequence[TenantDelivery]:
         """Return up to `limit` deliveries that failed in the last 30 days, newest first."""
-        return [self._with_tenant_name(delivery) for delivery in await self._deliveries.list_failed(limit)]
+        return [self._with_tenant_name(delivery) for delivery in await self.deliveries.list_failed(limit)]
 
     async def redeliver(self, event: str) -> TenantDelivery:
         """Send an event again now. Raises NotFound."""
         reservation = webhooks.parse_event_id(event)
-        delivery = await self._deliveries.redeliver(reservation) if reservation else None
+        delivery = await self.deliveries.redeliver(reservation) if reservation else None
         if delivery is None:
             raise NotFound(f"There is no delivery {event} (any more).")
         result = self._with_tenant_name(delivery)
@@ -261,4 +241,4 @@ class WebhookAdmin:
         return result
 
     def _with_tenant_name(self, delivery: Delivery) -> TenantDelivery:
-        return TenantDelivery(delivery, self._registry.current.tenant_name(delivery.tenant))
+        return TenantDelivery(delivery, self.registry.current.tenant_name(delivery.tenant))

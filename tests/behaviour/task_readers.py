@@ -97,5 +97,5 @@ async def poll_with_outcomes(gateway: RunningGateway, *responses: CheckOutcome) 
     for answered in responses:
         upstream = FakeUpstream()
         upstream.next_checks.append(CheckResult(outcome=answered))
-        gateway.services.task_poller._upstream = upstream
+        gateway.services.task_poller.upstream = upstream
         await gateway.poll_due_tasks()

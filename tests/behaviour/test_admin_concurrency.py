@@ -53,14 +53,14 @@ async def test_concurrent_changes_are_all_kept(valkey: Valkey) -> None:
 
 async def test_conflicting_change_is_retried(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     async with run_two_processes(valkey) as (one, other):
-        write = one._registry.store.write
+        write = one.registry.store.write
 
         async def forestalled(change: RegistryChange) -> bool:
             monkeypatch.undo()
             await save_tenant(other, "theirs")
             return await write(change)
 
-        monkeypatch.setattr(one._registry.store, "write", forestalled)
+        monkeypatch.setattr(one.registry.store, "write", forestalled)
         await save_tenant(one, "ours")
         tenants = await one.list_tenants()
         assert {item.name for item in tenants} == {"shop", "theirs", "ours"}

@@ -136,7 +136,7 @@ async def test_truncated_download_can_be_resumed(gateway: RunningGateway, href: 
 
 async def test_artifact_of_a_task_lost_by_redis(gateway: RunningGateway, href: str, valkey: Valkey) -> None:
     task_id = href.split("/")[3]
-    reservation = gateway.services.task_reader._task_ids.decode(task_id).reservation
+    reservation = gateway.services.task_reader.task_ids.decode(task_id).reservation
     connections = connect(valkey.url, timeout=5)
     client: Any = connections.commands
     await client.delete(Keys("gw").task(reservation))

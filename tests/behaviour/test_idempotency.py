@@ -176,7 +176,7 @@ async def _task_id_of(gateway: RunningGateway, reservation: str) -> str:
         (received,) = await gateway.upstream.control.list_requests()
         upstream_id = received.task_id
     tenant, account = services.registry.current.tenants["shop"], services.registry.current.accounts["main"]
-    created = int(services.task_reader._now() * 1000)
+    created = int(services.task_reader.now() * 1000)
     reference = TaskReference(tenant.id, account.id, Kind.SEAMLESS, created, reservation, upstream_id)
     return TaskIdCodec(Keyring([SECRET_KEY]).derive("task-id")).encode(reference)
 

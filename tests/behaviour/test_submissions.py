@@ -100,7 +100,7 @@ async def test_refused_submissions_are_free(gateway: RunningGateway) -> None:
 async def test_tombstone_has_no_creation_time(gateway: RunningGateway) -> None:
     registry = gateway.services.registry.current
     name = "5" * 32
-    ledger: Any = gateway.services.quota._ledger
+    ledger: Any = gateway.services.quota.ledger
     await ledger.settle(
         Settlement(
             reservation=name,

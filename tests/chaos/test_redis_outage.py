@@ -43,7 +43,7 @@ async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
 async def read_counters(gateway: RunningGateway) -> TenantState:
     """Return the counters of the tenant `shop`."""
     tenant = gateway.services.registry.current.tenants["shop"]
-    return (await gateway.services.quota._ledger.tenant_snapshot(tenant.id)).state
+    return (await gateway.services.quota.ledger.tenant_snapshot(tenant.id)).state
 
 
 def reservation_states(store: Valkey) -> list[ReservationState]:

@@ -129,7 +129,7 @@ async def test_free_submission(shell: Shell) -> None:
     """A rejected submission cost nothing and cannot be refunded."""
     await shell.gateway.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
     await shell.gateway.submit()
-    ledger: Any = shell.gateway.services.submissions._ledger
+    ledger: Any = shell.gateway.services.submissions.ledger
     (refused,) = ledger.reservations
     shown = dict(await shell.run_table("submission", refused))
     assert (shown["outcome:"], shown["task:"], shown["cost:"], shown["refunded:"]) == ("refused", "-", "-", "-")

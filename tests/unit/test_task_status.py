@@ -206,7 +206,7 @@ async def test_end_is_recorded_before_it_is_shown(gateway: FakeGateway) -> None:
         gateway.make_reader(interval=0),
         gateway.make_reader(interval=0),
     )
-    others._cache = caches.TaskCache(gateway.ledger.cache.durations)
+    others.cache = caches.TaskCache(gateway.ledger.cache.durations)
     assert (await reads.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
     assert (await others.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
     assert len(gateway.upstream.checks) == 1

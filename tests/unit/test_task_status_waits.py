@@ -124,7 +124,7 @@ async def test_missed_notification_is_found_later(gateway: FakeGateway, store_re
     task, follow = (await gateway.submit_image()).task, gateway.make_reader(interval=0)
     wait = asyncio.create_task(follow.read(gateway.tenant, task.id, wait_seconds=LONG_SECONDS))
     await wait_until(lambda: gateway.ledger.cache.subscription_count == 1 and len(store_reads) == 1)
-    gateway.ledger.cache = gateway.poller._cache = caches.TaskCache(gateway.ledger.cache.durations)
+    gateway.ledger.cache = gateway.poller.cache = caches.TaskCache(gateway.ledger.cache.durations)
     await advance_interval(gateway)
     gateway.ledger.is_unavailable = True
     async with run_touching(follow):

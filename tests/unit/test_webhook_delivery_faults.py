@@ -98,7 +98,7 @@ async def test_internal_error_loses_no_delivery(
     webhook_gateway: WebhookGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reservation = await webhook_gateway.finish_task()
-    monkeypatch.setattr(webhook_gateway.dispatcher, "_encode_task_event", lambda _: 1 // 0)
+    monkeypatch.setattr(webhook_gateway.dispatcher, "encode_task_event", lambda _: 1 // 0)
     await webhook_gateway.deliver_due()
     monkeypatch.undo()
     webhook_gateway.dispatcher = webhook_gateway.make_dispatcher()
