@@ -103,15 +103,15 @@ class MetricsSnapshot(Struct, frozen=True, kw_only=True):
     `clock_offset_ms` is by how much the ledger clock is ahead of the clock of Redis.
     """
 
-    tenant_count: int
-    quotas: Sequence[QuotaSample]
-    active_tasks: Mapping[tuple[str, str], int]
-    spent_fen: Mapping[tuple[str, str], int]
-    accounts: Sequence[AccountSample]
-    poll_queue: Backlog
-    webhook_queue: Backlog
-    failed_webhooks: int
-    clock_offset_ms: int
+    tenant_count: int = 0
+    quotas: Sequence[QuotaSample] = ()
+    active_tasks: Mapping[tuple[str, str], int] = {}
+    spent_fen: Mapping[tuple[str, str], int] = {}
+    accounts: Sequence[AccountSample] = ()
+    poll_queue: Backlog = Backlog(0, 0)
+    webhook_queue: Backlog = Backlog(0, 0)
+    failed_webhooks: int = 0
+    clock_offset_ms: int = 0
 
 
 class LedgerCollector(Collector):
@@ -125,43 +125,31 @@ class LedgerCollector(Collector):
         self._snapshot = snapshot
 
     def describe(self) -> Iterable[Metric]:
-        return [
-            _redis_up_metric(up=False),
-            _clock_offset_metric(0),
-            *_tenant_metrics(0, (), {}, {}),
-            *_account_metrics(()),
-            *_queue_metrics(Backlog(0, 0), Backlog(0, 0), 0),
-        ]
+        return _create_metrics(MetricsSnapshot())
 
     def collect(self) -> Iterable[Metric]:
-        snapshot = self._snapshot
-        yield _redis_up_metric(up=snapshot is not None)
-        if snapshot:
-            yield _clock_offset_metric(snapshot.clock_offset_ms)
-            yield from _tenant_metrics(
-                snapshot.tenant_count, snapshot.quotas, snapshot.active_tasks, snapshot.spent_fen
-            )
-            yield from _account_metrics(snapshot.accounts)
-            yield from _queue_metrics(snapshot.poll_queue, snapshot.webhook_queue, snapshot.failed_webhooks)
+        return _create_metrics(self._snapshot)
 
 
-def _redis_up_metric(*, up: bool) -> Metric:
-    text = "1 if the ledger could be read for this scrape; otherwise its metrics are absent."
-    return GaugeMetricFamily("gateway_redis_up", text, value=float(up))
+def _create_metrics(snapshot: MetricsSnapshot | None) -> Iterable[Metric]:
+    yield GaugeMetricFamily(
+        "gateway_redis_up",
+        "1 if the ledger could be read for this scrape; otherwise its metrics are absent.",
+        value=float(snapshot is not None),
+    )
+    if snapshot:
+        yield GaugeMetricFamily(
+            "gateway_ledger_clock_offset_seconds",
+            "How far the ledger clock is ahead of the clock of Redis after that stepped back; 0 if it did not.",
+            value=snapshot.clock_offset_ms / 1000,
+        )
+        yield from _tenant_metrics(snapshot)
+        yield from _account_metrics(snapshot.accounts)
+        yield from _queue_metrics(snapshot)
 
 
-def _clock_offset_metric(offset: int) -> Metric:
-    text = "How far the ledger clock is ahead of the clock of Redis after that stepped back; 0 if it did not."
-    return GaugeMetricFamily("gateway_ledger_clock_offset_seconds", text, value=offset / 1000)
-
-
-def _tenant_metrics(
-    tenants: int,
-    quotas: Sequence[QuotaSample],
-    active: Mapping[tuple[str, str], int],
-    spent: Mapping[tuple[str, str], int],
-) -> Iterable[Metric]:
-    yield GaugeMetricFamily("gateway_tenants", "Tenants of the gateway.", value=tenants)
+def _tenant_metrics(snapshot: MetricsSnapshot) -> Iterable[Metric]:
+    yield GaugeMetricFamily("gateway_tenants", "Tenants of the gateway.", value=snapshot.tenant_count)
     policy = ("tenant", "policy", "unit")
     used = GaugeMetricFamily(
         "gateway_quota_used",
@@ -174,7 +162,7 @@ def _tenant_metrics(
         labels=policy,
     )
     limit = GaugeMetricFamily("gateway_quota_limit", "The limits, by tenant, policy and unit.", labels=policy)
-    for quota in quotas:
+    for quota in snapshot.quotas:
         labels = (quota.tenant, quota.policy, quota.unit)
         used.add_metric(labels, quota.used)
         reserved.add_metric(labels, quota.reserved)
@@ -185,7 +173,7 @@ def _tenant_metrics(
         "Reserved tasks that have not finished, by tenant and kind.",
         labels=("tenant", "kind"),
     )
-    for tenant_kind, tasks in active.items():
+    for tenant_kind, tasks in snapshot.active_tasks.items():
         running.add_metric(tenant_kind, tasks)
     yield running
     money = GaugeMetricFamily(
@@ -193,7 +181,7 @@ def _tenant_metrics(
         "Money spent in the current window (day, month, total), by tenant, less refunds.",
         labels=("tenant", "window"),
     )
-    for tenant_window, spent_fen in spent.items():
+    for tenant_window, spent_fen in snapshot.spent_fen.items():
         money.add_metric(tenant_window, fen_to_yuan(spent_fen))
     yield money
 
@@ -239,17 +227,13 @@ _ACCOUNT_COUNTERS: Sequence[tuple[str, str, Callable[[AccountSample], float]]] =
 
 
 def _account_metrics(accounts: Sequence[AccountSample]) -> Iterable[Metric]:
-    for name, help_text, read in _ACCOUNT_GAUGES:
-        gauge = GaugeMetricFamily(f"gateway_account_{name}", help_text, labels=("account",))
-        for account in accounts:
-            if (value := read(account)) is not None:
-                gauge.add_metric((account.name,), value)
-        yield gauge
-    for name, help_text, read in _ACCOUNT_COUNTERS:
-        counter = CounterMetricFamily(f"gateway_account_{name}", help_text, labels=("account",))
-        for account in accounts:
-            counter.add_metric((account.name,), read(account))
-        yield counter
+    for create_family, table in ((GaugeMetricFamily, _ACCOUNT_GAUGES), (CounterMetricFamily, _ACCOUNT_COUNTERS)):
+        for name, help_text, read in table:
+            family = create_family(f"gateway_account_{name}", help_text, labels=("account",))
+            for account in accounts:
+                if (value := read(account)) is not None:
+                    family.add_metric((account.name,), value)
+            yield family
     states = GaugeMetricFamily(
         "gateway_account_state",
         f"1 for the state of the account ({', '.join(AccountStatus)}), 0 for the others.",
@@ -261,7 +245,8 @@ def _account_metrics(accounts: Sequence[AccountSample]) -> Iterable[Metric]:
     yield states
 
 
-def _queue_metrics(poll_queue: Backlog, webhook_queue: Backlog, failed: int) -> Iterable[Metric]:
+def _queue_metrics(snapshot: MetricsSnapshot) -> Iterable[Metric]:
+    poll_queue, webhook_queue = snapshot.poll_queue, snapshot.webhook_queue
     yield GaugeMetricFamily("gateway_poll_tasks", "Tasks that are polled.", value=poll_queue.length)
     yield GaugeMetricFamily(
         "gateway_poll_overdue_seconds",
@@ -274,4 +259,6 @@ def _queue_metrics(poll_queue: Backlog, webhook_queue: Backlog, failed: int) -> 
         "How long the oldest unclaimed delivery has been due; 0 if there is none.",
         value=webhook_queue.overdue_ms / 1000,
     )
-    yield GaugeMetricFamily("gateway_webhooks_failed", "Deliveries abandoned in the last 30 days.", value=failed)
+    yield GaugeMetricFamily(
+        "gateway_webhooks_failed", "Deliveries abandoned in the last 30 days.", value=snapshot.failed_webhooks
+    )

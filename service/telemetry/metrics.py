@@ -81,7 +81,6 @@ class RedisErrorKind(StrEnum):
     OTHER = "other"
 
 
-CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _NAME_SUFFIXES = {"counter": "_total", "info": "_info"}
 _TEXT_TYPES = {"info": "gauge", "stateset": "gauge", "gaugehistogram": "histogram", "unknown": "untyped"}
 
@@ -100,15 +99,9 @@ def _format_metric(metric: Metric) -> Iterator[str]:
     documentation = metric.documentation.replace("\\", r"\\").replace("\n", r"\n")
     yield f"# HELP {name} {documentation}\n# TYPE {name} {_TEXT_TYPES.get(metric.type, metric.type)}\n"
     for sample in metric.samples:
-        labels = ""
-        if sample.labels:
-            labels = (
-                "{"
-                + ",".join([f'{label}="{_escape_label(sample.labels[label])}"' for label in sorted(sample.labels)])
-                + "}"
-            )
+        labels = ",".join([f'{label}="{_escape_label(sample.labels[label])}"' for label in sorted(sample.labels)])
         value = floatToGoString(sample.value)  # type: ignore[no-untyped-call] # the library's own
-        yield f"{sample.name}{labels} {value}\n"
+        yield f"{sample.name}{{{labels}}} {value}\n" if labels else f"{sample.name} {value}\n"
 
 
 def _escape_label(value: str) -> str:
@@ -136,9 +129,7 @@ def preregister(family: Counter | Histogram, *labels: Iterable[object]) -> None:
 class Metrics:
     """The metrics of one process, on a registry of its own."""
 
-    def __init__(
-        self, registry: CollectorRegistry, *, version: str = __version__, max_named_tenants: int = MAX_NAMED_TENANTS
-    ) -> None:
+    def __init__(self, registry: CollectorRegistry, *, max_named_tenants: int = MAX_NAMED_TENANTS) -> None:
         self.registry = registry
         self.gauges = GaugeCollector()
         self.ledger_collector = LedgerCollector()
@@ -156,7 +147,7 @@ class Metrics:
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
         build = Gauge("gateway_build_info", "The running version; always 1.", ("version", "python"), registry=registry)
-        build.labels(version, python_version()).set(1)
+        build.labels(__version__, python_version()).set(1)
         # `labels()` costs more than counting, and these two are counted for every request.
         self._request_children: dict[tuple[Port, str, str, int, bool], tuple[Counter, Histogram]] = {}
         self._call_children: dict[tuple[str, RedisOutcome], tuple[Counter, Histogram]] = {}
@@ -379,7 +370,7 @@ class Metrics:
 
     def render(self) -> tuple[bytes, str]:
         """Return the text format and its content type; callable from any thread."""
-        return format_exposition(self.registry), CONTENT_TYPE
+        return format_exposition(self.registry), CONTENT_TYPE_PLAIN_0_0_4
 
 
 class LabelNames:

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
+from service import __version__
 from service.domain.ledger import AccountState, BalanceReading
 from service.domain.ledger import ReadingSource as Call
 from service.domain.tasks import Cost, CostBasis, Kind
@@ -27,7 +28,7 @@ from tests.unit.metric_samples import (
 @pytest.fixture
 def metrics() -> Metrics:
     """Metrics of a new process."""
-    return Metrics(CollectorRegistry(), version="1.2.3")
+    return Metrics(CollectorRegistry())
 
 
 def test_requests_are_counted_and_timed(metrics: Metrics) -> None:
@@ -175,7 +176,7 @@ def test_all_metrics_are_described(metrics: Metrics) -> None:
 
 
 def test_build_info(metrics: Metrics) -> None:
-    assert read_sample(metrics, "gateway_build_info", version="1.2.3") == 1
+    assert read_sample(metrics, "gateway_build_info", version=__version__) == 1
 
 
 def test_ledger_metrics_disappear_with_the_ledger(metrics: Metrics) -> None:
