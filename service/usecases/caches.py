@@ -131,7 +131,8 @@ class TaskCache:
         updated = self._tasks[task.reservation] = CachedTask(task, known_at, time.monotonic(), is_recorded)
         self._tasks.move_to_end(task.reservation)
         while len(self._tasks) > MAX_CACHED_TASKS + len(self._subscriptions):
-            self._evict_oldest()
+            oldest = next(known for known in self._tasks if known not in self._subscriptions)
+            del self._tasks[oldest]
         if cached is None or _version_rank(cached.task) < _version_rank(task):
             for subscription in self._subscriptions.get(task.reservation, ()):
                 subscription.notify()
@@ -208,12 +209,6 @@ class TaskCache:
         for subscriptions in self._subscriptions.values():
             for subscription in subscriptions:
                 subscription.notify()
-
-    def _evict_oldest(self) -> None:
-        for reservation in self._tasks:
-            if reservation not in self._subscriptions:
-                del self._tasks[reservation]
-                return
 
 
 def _version_rank(task: Task) -> tuple[bool, int]:

@@ -24,7 +24,6 @@ _log = structlog.get_logger(__name__)
 SNAPSHOT_TIMEOUT_SECONDS = 3.0
 """A scrape without the ledger is better than one that Prometheus gives up."""
 _REPORTED_WINDOWS = (Window.DAY, Window.MONTH, Window.TOTAL)
-_YUAN = "yuan"
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -120,7 +119,7 @@ def _to_quota_usage(tenant: str, report: PolicyReport) -> QuotaSample:
     return QuotaSample(
         tenant=tenant,
         policy=report.policy,
-        unit=_YUAN if is_money else report.unit,
+        unit="yuan" if is_money else report.unit,
         used=report.used / scale,
         reserved=report.reserved / scale,
         limit=report.limit / scale,

@@ -34,7 +34,6 @@ _log = structlog.get_logger(__name__)
 
 EXPIRY_INTERVAL_SECONDS = 5.0
 BALANCE_REFRESH_SECONDS = 5.0
-_DECRYPTION_FAILED = "None of the secret keys decrypts its id."
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -154,7 +153,8 @@ async def check_task(task: Task, registry: CachedRegistry, task_ids: TaskIdCodec
     try:
         upstream_id = task_ids.decode(task.id).upstream_id
     except NotFound:  # its key was removed, and may be restored
-        _log.error("task.decryption_failed", reservation=task.reservation, detail=_DECRYPTION_FAILED)
+        detail = "None of the secret keys decrypts its id."
+        _log.error("task.decryption_failed", reservation=task.reservation, detail=detail)
         return CheckResult(outcome=CheckOutcome.NO_RESPONSE)
     return await upstream.check(account, upstream_id)
 

@@ -176,10 +176,10 @@ class RegistryPlanner:
                 planned = replace(token, tenant=owner.id, created_at=created_at)
                 if existing and (
                     _round_times(existing) == _round_times(planned)
-                    or not (self._is_valid_token(existing) or self._is_valid_token(planned))
+                    or not (existing.is_valid_at(self._now) or planned.is_valid_at(self._now))
                 ):
                     tokens[token.id] = existing
-                elif existing or self._is_valid_token(planned):
+                elif existing or planned.is_valid_at(self._now):
                     tokens[token.id] = planned
         return tokens
 
@@ -189,7 +189,7 @@ class RegistryPlanner:
         return tuple(
             token
             for token in self._registry.tokens.values()
-            if token.tenant not in kept_tenants or (token.id not in tokens and self._is_valid_token(token))
+            if token.tenant not in kept_tenants or (token.id not in tokens and token.is_valid_at(self._now))
         )
 
     def _resolve_id(self, path: str, desired: Account | Tenant, existing: Account | Tenant | None) -> int:
@@ -224,9 +224,6 @@ class RegistryPlanner:
     def _is_plausible_id(self, number: int) -> bool:
         """Whether an id may have been assigned by now, allowing a day between clocks."""
         return number < max(self._registry.next_id, int(self._now * 1000) + _DAY_MS)
-
-    def _is_valid_token(self, token: Token) -> bool:
-        return token.is_valid_at(self._now)
 
     def _check_accounts(self, desired: DesiredRegistry, accounts: Mapping[str, Account]) -> None:
         for listed in desired.tenants:

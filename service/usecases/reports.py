@@ -20,7 +20,6 @@ from service.domain.ledger import (
     UNIT_TASKS,
     BalanceReading,
     Candidate,
-    DayUsage,
     Refund,
     RefundResult,
     Reservation,
@@ -235,10 +234,12 @@ class UsageReports:
         rows: dict[tuple[str, TenantRef | None, Kind | None], Tally] = {}
         days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
         for owner in sorted(owners, key=lambda tenant: (tenant.name, tenant.id)):
-            for day, usage in zip(
-                days, await self.ledger.get_usage(owner.id, [(day - _EPOCH).days for day in days]), strict=True
-            ):
-                _add_flagged(report, owner, day, usage)
+            usages = await self.ledger.get_usage(owner.id, [(day - _EPOCH).days for day in days])
+            for day, usage in zip(days, usages, strict=True):
+                for name, kind in sorted(usage.unknown.items()):
+                    report.unknown.append(FlaggedSubmission(name, owner, kind, day))
+                for name, (kind, refund) in sorted(usage.refunds.items()):
+                    report.refunds.append((FlaggedSubmission(name, owner, kind, day), refund))
                 for kind, tally in usage.tallies.items():
                     row = (
                         _row_period(report, day),
@@ -273,13 +274,6 @@ def _row_period(report: UsageReport, day: date) -> str:
     if report.interval is Interval.TOTAL:
         return f"{report.first}/{report.last}"
     return str(day) if report.interval is Interval.DAY else f"{day:%Y-%m}"
-
-
-def _add_flagged(report: UsageReport, owner: TenantRef, day: date, usage: DayUsage) -> None:
-    report.unknown += [FlaggedSubmission(name, owner, kind, day) for name, kind in sorted(usage.unknown.items())]
-    report.refunds += [
-        (FlaggedSubmission(name, owner, kind, day), refund) for name, (kind, refund) in sorted(usage.refunds.items())
-    ]
 
 
 def _row_order(row: tuple[tuple[str, TenantRef | None, Kind | None], Tally]) -> tuple[str, str, int, int]:
@@ -395,7 +389,11 @@ class SubmissionReports:
             raise _submission_not_found()
         outcome, reservation = result
         if outcome is RefundResult.ALREADY_REFUNDED and reservation.refund:
-            raise Conflict(f"Submission {submission} {_describe_refund(reservation.refund)}")
+            refunded_at = datetime.fromtimestamp(reservation.refund.refunded_at // 1000, UTC)
+            time = refunded_at.isoformat().replace("+00:00", "Z")
+            raise Conflict(
+                f"Submission {submission} was refunded before, at {time}, with this reason: {reservation.refund.reason}"
+            )
         if outcome is RefundResult.RUNNING:
             raise Conflict(f"Submission {submission} has not ended, so its cost is unknown. Try later.")
         if outcome is RefundResult.NOTHING_CHARGED:
@@ -436,11 +434,6 @@ class SubmissionReports:
     def _account_name(self, account_id: int) -> str | None:
         account = self.registry.current.account_by_id(account_id)
         return account.name if account else None
-
-
-def _describe_refund(refund: Refund) -> str:
-    time = datetime.fromtimestamp(refund.refunded_at // 1000, UTC).isoformat().replace("+00:00", "Z")
-    return f"was refunded before, at {time}, with this reason: {refund.reason}"
 
 
 def _submission_not_found() -> NotFound:

@@ -35,7 +35,7 @@ from service.domain.ledger import (
     digest_submission,
 )
 from service.domain.tasks import Kind, Options, State, Task, TaskReference, new_task
-from service.domain.tenants import Account, Tenant, TenantPolicy, TenantStatus
+from service.domain.tenants import Account, Tenant, TenantStatus
 from service.telemetry import tracing
 from service.telemetry.metrics import Metrics
 from service.usecases.background import TaskSupervisor
@@ -166,10 +166,19 @@ class Submitter:
         )
         encoded = msgspec.Raw(msgspec.json.encode(options)), msgspec.Raw(msgspec.json.encode(metadata))
         traceparent = tracing.trace_headers().get("traceparent")
-        verdict, limits, requested_at = await self._reserve(request, tenant.policy)
+        requested_at = time.monotonic()
+        try:
+            verdict, snapshot = await self.ledger.reserve(request)
+            limits = compute_rate_limits(tenant.policy, snapshot.state, snapshot.now)
+        except BaseException:
+            self.settlements.write_tombstone(request)
+            raise
         if isinstance(verdict, Replay):
             return await self._load_replay(verdict, limits)
-        pending = self._require_grant(verdict, request, encoded, accounts, limits, requested_at)
+        grant = self._require_grant(verdict, request, limits)
+        account = next(candidate for candidate in accounts if candidate.id == grant.account)
+        deadline = requested_at + (grant.lease_expires_at - grant.now) / 1000 - LEASE_MARGIN_SECONDS
+        pending = _PendingSubmission(request, *encoded, account, grant.now, deadline)
         try:
             result, pending = await self._send_with_failover(pending, accounts, options, image)
             task = self._make_task(pending, result.upstream_id) if result.outcome is SubmitOutcome.ACCEPTED else None
@@ -198,28 +207,8 @@ class Submitter:
         except Exception:  # noqa: BLE001 - an error in a metric must not change the response
             _log.exception("submission.response_error", reservation=request.reservation)
 
-    async def _reserve(
-        self, request: ReserveRequest, policy: TenantPolicy
-    ) -> tuple[Verdict, tuple[RateLimit, ...], float]:
-        """Reserve; return the verdict, the rate limits, and the monotonic time of the request."""
-        requested_at = time.monotonic()
-        try:
-            verdict, snapshot = await self.ledger.reserve(request)
-            return verdict, compute_rate_limits(policy, snapshot.state, snapshot.now), requested_at
-        except BaseException:
-            self.settlements.write_tombstone(request)
-            raise
-
-    def _require_grant(
-        self,
-        verdict: Verdict,
-        request: ReserveRequest,
-        encoded: tuple[msgspec.Raw, msgspec.Raw],
-        accounts: Sequence[Account],
-        limits: tuple[RateLimit, ...],
-        requested_at: float,
-    ) -> _PendingSubmission:
-        """Return the granted reservation. Raises the caller's error for any other verdict."""
+    def _require_grant(self, verdict: Verdict, request: ReserveRequest, limits: tuple[RateLimit, ...]) -> Grant:
+        """Return a grant. Raises the caller's error for any other verdict."""
         match verdict:
             case PolicyDenial():
                 name = self.metrics.label_names.of_tenant(request.tenant)
@@ -235,9 +224,7 @@ class Submitter:
                     retry_after=IN_FLIGHT_RETRY_SECONDS,
                 )
             case Grant():
-                deadline = requested_at + (verdict.lease_expires_at - verdict.now) / 1000 - LEASE_MARGIN_SECONDS
-                account = next(candidate for candidate in accounts if candidate.id == verdict.account)
-                return _PendingSubmission(request, *encoded, account, verdict.now, deadline)
+                return verdict
             case _:
                 raise errors.IdempotencyKeyReused(
                     "This Idempotency-Key was used for other content. Use a new key for each submission, and an old "
@@ -267,22 +254,18 @@ class Submitter:
                 return result, pending
             _log.warning("account.failover", account=pending.account.name, outcome=result.outcome)
             next_accounts = accounts[accounts.index(pending.account) + 1 :]
+            if not next_accounts:
+                return result, pending
+            request = msgspec.structs.replace(pending.request, accounts=tuple(account.id for account in next_accounts))
+            account_status = _FAILOVER_STATUS[result.outcome]
             try:
-                verdict = await self._change_account(pending, next_accounts, _FAILOVER_STATUS[result.outcome])
+                verdict = await self.ledger.change_account(request, pending.account.id, account_status)
             except errors.LedgerUnavailable:
                 return result, msgspec.structs.replace(pending, retarget_unconfirmed=True)
             if not isinstance(verdict, Grant):
                 return result, pending
             account = next(candidate for candidate in next_accounts if candidate.id == verdict.account)
             pending = msgspec.structs.replace(pending, account=account)
-
-    async def _change_account(
-        self, pending: _PendingSubmission, next_accounts: Sequence[Account], account_status: AccountStatus | None
-    ) -> Verdict | None:
-        if not next_accounts:
-            return None
-        request = msgspec.structs.replace(pending.request, accounts=tuple(account.id for account in next_accounts))
-        return await self.ledger.change_account(request, pending.account.id, account_status)
 
     def _make_settlement(
         self, pending: _PendingSubmission, result: SubmitResult, draft: NewTask | None = None
