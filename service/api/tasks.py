@@ -214,7 +214,7 @@ def task_routes(
         cursor: Cursor = None,
     ) -> Response[TaskList]:
         check_query(request, request.route_handler)
-        page = await reader.list_tasks(tenant, state=task_state, kind=kind, limit=limit, cursor=cursor)
+        page = await reader.tasks.list_page(tenant.id, state=task_state, kind=kind, limit=limit, cursor=cursor)
         tasks = [render_task(task) for task in page.tasks]
         return Response(TaskList(tasks, page.next_cursor), headers=PRIVATE_HEADERS)
 

@@ -267,6 +267,11 @@ class Registry(Struct, eq=False, dict=True):
     def account_by_id(self, account_id: int) -> Account | None:
         return self._accounts_by_id.get(account_id)
 
+    def account_name(self, account_id: int) -> str | None:
+        """Return the name of an account; None if it was deleted."""
+        account = self.account_by_id(account_id)
+        return account.name if account else None
+
     def accounts_of(self, tenant: Tenant) -> tuple[Account, ...]:
         """Return the accounts of a tenant in order, without deleted ones."""
         return tuple(self.accounts[name] for name in tenant.accounts if name in self.accounts)

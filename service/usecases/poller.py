@@ -129,12 +129,11 @@ class TaskPoller:
 def report_end(task: Task, registry: Registry, metrics: Metrics) -> None:
     """Count and log the recorded end of a task."""
     metrics.record_finished_task(task)
-    account = registry.account_by_id(task.account)
     _log.info(
         "task.finished",
         reservation=task.reservation,
         tenant=registry.tenant_name(task.tenant),
-        account=account and account.name,
+        account=registry.account_name(task.account),
         kind=task.kind,
         state=task.state,
         seconds=(task.updated_at - task.created_at) / 1000,

@@ -425,15 +425,12 @@ class SubmissionReports:
             reservation=reservation,
             task=stored[0] if stored else None,
             tenant=self.registry.current.tenant_name(reservation.tenant),
-            account=self._account_name(reservation.account),
+            account=self.registry.current.account_name(reservation.account),
         )
 
     def _build_task_report(self, task: Task) -> TaskReport:
-        return TaskReport(task, self.registry.current.tenant_name(task.tenant), self._account_name(task.account))
-
-    def _account_name(self, account_id: int) -> str | None:
-        account = self.registry.current.account_by_id(account_id)
-        return account.name if account else None
+        registry = self.registry.current
+        return TaskReport(task, registry.tenant_name(task.tenant), registry.account_name(task.account))
 
 
 def _submission_not_found() -> NotFound:

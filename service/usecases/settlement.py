@@ -101,14 +101,14 @@ class SettlementQueue:
 
 def log_settlement(registry: Registry, settlement: Settlement, *, source: str, booked: bool) -> None:
     """Log an outcome; as a warning if it is unknown or was not settled by its sender."""
-    account, balance = registry.account_by_id(settlement.account), settlement.balance
+    balance = settlement.balance
     is_expected = source == SENDER and settlement.outcome is not ReservationState.UNKNOWN
     _log.log(
         logging.INFO if is_expected else logging.WARNING,
         "reservation.settled",
         reservation=settlement.reservation,
         tenant=registry.tenant_name(settlement.tenant),
-        account=account and account.name,
+        account=registry.account_name(settlement.account),
         kind=settlement.kind,
         outcome=settlement.outcome,
         booked=booked,

@@ -20,7 +20,7 @@ from msgspec import Struct
 from service.crypto import TaskIdCodec
 from service.domain.errors import GatewayError, LedgerUnavailable, NotFound, UpstreamUnavailable
 from service.domain.ledger import ReservationState
-from service.domain.tasks import Artifact, Kind, State, Task, TaskReference, new_task
+from service.domain.tasks import Artifact, State, Task, TaskReference, new_task
 from service.domain.tenants import Account, Tenant
 from service.telemetry.logging import upstream_wait
 from service.telemetry.metrics import Metrics, ReadSource
@@ -35,7 +35,6 @@ from service.usecases.ports import (
     NewTask,
     RangeRequest,
     Settlement,
-    TaskPage,
     TaskStore,
     Upstream,
 )
@@ -224,12 +223,6 @@ class TaskReader:
             read = self._reads[reservation] = asyncio.ensure_future(self.tasks.touch([reservation]))
             read.add_done_callback(lambda _: self._reads.pop(reservation))
         return await asyncio.shield(read)
-
-    async def list_tasks(
-        self, tenant: Tenant, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
-    ) -> TaskPage:
-        """List a tenant's tasks, newest first. Raises LedgerUnavailable, or MalformedRequest for an invalid cursor."""
-        return await self.tasks.list_page(tenant.id, state=state, kind=kind, limit=limit, cursor=cursor)
 
     async def _query_upstream(self, reference: TaskReference, task_id: str, *, can_recreate: bool) -> CachedTask:
         """Query the upstream for a lost task, once per task and interval."""
