@@ -44,7 +44,7 @@ from service.storage.tasks import RedisTaskStore, put_task_event
 from service.telemetry import tracing
 from service.telemetry.gauges import GaugeName
 from service.telemetry.metrics import Metrics, RedisOutcome, preregister
-from service.telemetry.redaction import Redactor, RegisterSecret, noop
+from service.telemetry.redaction import Redactor
 from service.usecases.admin import RegistryAdmin
 from service.usecases.background import TaskSupervisor, cancel_and_wait
 from service.usecases.caches import CachedRegistry, DurationEstimator, TaskCache
@@ -77,8 +77,8 @@ REDIS_TIMEOUT_SECONDS = 5.0
 class Container:
     """The parts of the two applications, over an implementation of each port.
 
-    `jobs` are those of the implementations; `register_secret` is called with every secret that is encrypted or
-    decrypted. `drain_seconds` is how long shutdown waits for work in progress: as long as a submission may take.
+    `jobs` are those of the implementations; every secret is registered with `redactor` before it is used.
+    `drain_seconds` is how long shutdown waits for work in progress: as long as a submission may take.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Container:
         post_webhook: PostWebhook,
         now: Callable[[], float] = time.time,
         jobs: Sequence[Job] = (),
-        register_secret: RegisterSecret = noop,
+        redactor: Redactor | None = None,
         tracer: Tracer = tracing.NOOP_TRACER,
     ) -> None:
         if settings.admin_token is None:
@@ -110,10 +110,10 @@ class Container:
         self.catalogue = settings.catalogue
         self.drain_seconds = settings.lease_seconds
         self._is_draining = False
-        keyring = Keyring(settings.secret_keys)
-        user_keys = derive_user_key_cipher(settings, register_secret)
+        keyring, redactor = Keyring(settings.secret_keys), redactor or Redactor()
+        user_keys = derive_user_key_cipher(settings, redactor)
         webhook_cipher = keyring.derive(
-            WEBHOOK_SECRET_PURPOSE, lambda secret: register_secret(base64.b64encode(secret).decode())
+            WEBHOOK_SECRET_PURPOSE, lambda secret: redactor.register_secrets(base64.b64encode(secret).decode())
         )
         task_ids = TaskIdCodec(keyring.derive(TASK_ID_PURPOSE))
         settlements = SettlementQueue(ledger, background, registry)
@@ -225,8 +225,8 @@ class Container:
             await asyncio.sleep(JOB_RESTART_SECONDS)
 
 
-def derive_user_key_cipher(settings: Settings, register_secret: RegisterSecret) -> AesSivCipher:
-    return Keyring(settings.secret_keys).derive(USER_KEY_PURPOSE, lambda key: register_secret(key.decode()))
+def derive_user_key_cipher(settings: Settings, redactor: Redactor) -> AesSivCipher:
+    return Keyring(settings.secret_keys).derive(USER_KEY_PURPOSE, lambda key: redactor.register_secrets(key.decode()))
 
 
 @asynccontextmanager
@@ -249,22 +249,21 @@ async def open_tracer(url: str | None, sample_ratio: float, redact: Callable[[st
 async def open_container(
     settings: Settings,
     *,
-    register_secret: RegisterSecret = noop,
-    redact: Callable[[str], str] | None = None,
+    redactor: Redactor | None = None,
     on_version_error: Callable[[DataVersionError], None] = lambda _: None,
 ) -> AsyncIterator[Container]:
     """Open the gateway for complete settings; connections are made at first use.
 
-    `register_secret` is called with every secret before it is used, `redact` removes them from traces, and
-    `on_version_error` is called if Redis holds data of another version. On exit, submissions in progress finish before
-    anything is closed.
+    Secrets are registered with `redactor`, which removes them from traces; `on_version_error` is called if Redis holds
+    data of another version. On exit, submissions in progress finish before anything is closed.
     """
     if settings.redis_url is None or settings.upstream_url is None:
         raise ValueError("the settings are not complete")
     background, keys = TaskSupervisor(), Keys(settings.key_prefix)
     metrics = Metrics(CollectorRegistry(), max_named_tenants=settings.metrics_tenants)
     preregister(metrics.redis_calls, [READ_COMMAND, *SCRIPT_NAMES], RedisOutcome)
-    user_keys = derive_user_key_cipher(settings, register_secret)
+    redactor = redactor or Redactor()
+    user_keys = derive_user_key_cipher(settings, redactor)
     retention = Retention(
         lease_ms=settings.lease_seconds * 1000,
         check_interval_ms=int(settings.poll_seconds * 1000),
@@ -276,7 +275,7 @@ async def open_container(
     )
     async with AsyncExitStack() as exit_stack:
         # Opened first, so that it closes last and sends the spans of the shutdown.
-        tracer_context = open_tracer(settings.traces_url, settings.traces_share, redact or Redactor().redact_text)
+        tracer_context = open_tracer(settings.traces_url, settings.traces_share, redactor.redact_text)
         tracer = await exit_stack.enter_async_context(tracer_context)
         connections = connect(settings.redis_url, timeout=REDIS_TIMEOUT_SECONDS)
         exit_stack.push_async_callback(connections.aclose)
@@ -327,6 +326,6 @@ async def open_container(
             fetch_artifact=artifact_client.fetch,
             post_webhook=WebhookClient(tracer=tracer).post,
             jobs=[subscriber.run for subscriber in subscribers],
-            register_secret=register_secret,
+            redactor=redactor,
             tracer=tracer,
         )

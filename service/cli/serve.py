@@ -126,12 +126,7 @@ async def _serve(settings: Settings, redactor: Redactor) -> None:
         settings = await stack.enter_async_context(start_dev_services(settings))
         redactor.register_secrets(*_secret_values(settings))
         container = await stack.enter_async_context(
-            open_container(
-                settings,
-                register_secret=redactor.register_secrets,
-                redact=redactor.redact_text,
-                on_version_error=signals.stop_with_error,
-            )
+            open_container(settings, redactor=redactor, on_version_error=signals.stop_with_error)
         )
         with suppress(Unavailable, TimeoutError):  # an unavailable store is checked when it first responds
             async with asyncio.timeout(_STORE_RETRY_SECONDS):

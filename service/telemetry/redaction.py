@@ -233,11 +233,3 @@ def _redact_url(match: re.Match[str]) -> str:
     if "@" in authority:
         authority = f"{REDACTED}@{authority.rpartition('@')[2]}"
     return f"{match[1]}{authority}{slash}{path}{suffix}"
-
-
-RegisterSecret = Callable[[str], None]
-"""Redacts a secret in the log from now on."""
-
-
-def noop(_: str) -> None:
-    """Register nothing, for use without a log."""

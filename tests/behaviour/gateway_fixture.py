@@ -21,7 +21,7 @@ from service.settings import Settings
 from service.storage.connections import connect
 from service.storage.redis import Keys
 from service.telemetry.metrics import Metrics
-from service.telemetry.redaction import RegisterSecret, noop
+from service.telemetry.redaction import Redactor
 from service.usecases.background import TaskSupervisor
 from service.usecases.task_status import FetchArtifact
 from tests.behaviour.upstream_control import USER_KEY, FakeUpstreamControl, SandboxUpstreamControl, UpstreamControl
@@ -182,7 +182,7 @@ async def assert_keys_expire(client: Any) -> None:
 
 @asynccontextmanager
 async def run_real_gateway(
-    valkey: Valkey, register_secret: RegisterSecret = noop, redact: Callable[[str], str] | None = None, **more: str
+    valkey: Valkey, redactor: Redactor | None = None, **more: str
 ) -> AsyncIterator[RunningGateway]:
     """Run a gateway over an emptied Valkey and the sandbox; `more` are settings."""
     install_server_time()
@@ -200,9 +200,7 @@ async def run_real_gateway(
         async def pass_time(seconds: float) -> None:
             await set_server_time(client, keys, await read_server_time(client, keys) + int(seconds * 1000))
 
-        services = await stack.enter_async_context(
-            open_container(settings, register_secret=register_secret, redact=redact)
-        )
+        services = await stack.enter_async_context(open_container(settings, redactor=redactor))
         stack.push_async_callback(assert_keys_expire, client)
         yield await stack.enter_async_context(
             serve_gateway(services, SandboxUpstreamControl(sandbox.control), pass_time)

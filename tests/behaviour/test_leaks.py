@@ -91,7 +91,7 @@ def log() -> Iterator[CapturedLog]:
 @pytest.fixture
 async def gateway(valkey: Valkey, log: CapturedLog) -> AsyncIterator[RunningGateway]:
     log.redactor.register_secrets(ADMIN_TOKEN, ENCODED_SECRET_KEY)
-    async with run_real_gateway(valkey, register_secret=log.redactor.register_secrets) as running_gateway:
+    async with run_real_gateway(valkey, log.redactor) as running_gateway:
         yield running_gateway
 
 

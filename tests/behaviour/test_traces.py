@@ -87,9 +87,7 @@ async def test_idle_gateway_sends_no_spans(valkey: Valkey, collector: TraceColle
 async def test_no_secret_is_exported(valkey: Valkey, collector: TraceCollector) -> None:
     private = ["a prompt", "order-of-a-customer"]
     redactor = Redactor([ADMIN_TOKEN])
-    async with run_real_gateway(
-        valkey, redactor.register_secrets, redactor.redact_text, GATEWAY_TRACES_URL=collector.url
-    ) as gateway:
+    async with run_real_gateway(valkey, redactor, GATEWAY_TRACES_URL=collector.url) as gateway:
         await gateway.submit("upscale", {"prompt": "a prompt", "metadata": '{"order": "order-of-a-customer"}'})
         await gateway.call("GET", f"/v1/tasks/{gateway.token}")
         await gateway.call("GET", f"/v1/tasks?token={gateway.token}", headers={"User-Agent": f"curl {gateway.token}"})
