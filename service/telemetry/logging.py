@@ -16,11 +16,9 @@ from structlog.typing import FilteringBoundLogger, Processor
 
 from service.telemetry.redaction import Redactor
 
-_FEN_PER_YUAN = 100
-
 
 def fen_to_yuan(fen: int) -> float:
-    return fen / _FEN_PER_YUAN
+    return fen / 100
 
 
 class WaitTimer:
