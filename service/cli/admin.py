@@ -36,12 +36,13 @@ from service.cli.common import (
     removed_set,
 )
 from service.cli.formatting import (
-    Duration,
+    DURATION,
+    LIMIT,
+    PRICE,
+    TIMESTAMP,
+    YUAN,
     Fields,
-    Limit,
-    Price,
-    Timestamp,
-    Yuan,
+    choice,
     format_record,
     format_table,
     format_value,
@@ -51,31 +52,22 @@ from service.cli.usage import format_policies
 from service.domain.tasks import Kind
 from service.domain.tenants import SpendingMode, TenantStatus, Window
 
-_KIND = click.Choice(list(map(str, Kind)))
 _ACCOUNT_OPTIONS = (
     click.option("--user-key-env", metavar="VARIABLE", help="Read the user_key from an environment variable."),
     click.option("--user-key-file", type=click.File("rb"), help="Read it from a file, or from standard input: `-`."),
     click.option("--user-key-prompt", is_flag=True, help="Prompt for it."),
     click.option("--base-url", help="Address of its upstream.  [default: from GATEWAY_UPSTREAM_URL]"),
     click.option("--floor-count", type=click.IntRange(min=0), help="Prepaid uses that must remain."),
-    click.option("--floor-money", type=Yuan(), help="Money that must remain."),
-    click.option("--max-price", "prices", type=Price(), multiple=True, help="Maximum price of a kind; repeatable."),
+    click.option("--floor-money", type=YUAN, help="Money that must remain."),
+    click.option("--max-price", "prices", type=PRICE, multiple=True, help="Maximum price of a kind; repeatable."),
 )
 _TENANT_OPTIONS = (
     click.option("--account", "accounts", multiple=True, help="An account to use; in order of preference, repeatable."),
-    click.option("--limit", "limits", type=Limit(), multiple=True, help="Whole limit of a window; repeatable."),
+    click.option("--limit", "limits", type=LIMIT, multiple=True, help="Whole limit of a window; repeatable."),
     click.option("--max-active", type=click.IntRange(min=0), help="Maximum number of tasks at once."),
-    click.option(
-        "--spending-mode",
-        type=click.Choice(list(map(str, SpendingMode))),
-        help="Prepaid uses only, or money after them.",
-    ),
-    click.option("--kind", "kinds", type=_KIND, multiple=True, help="A kind it may submit; repeatable."),
-    click.option(
-        "--state",
-        type=click.Choice(list(map(str, TenantStatus))),
-        help="read-only refuses submissions, disabled every request.",
-    ),
+    click.option("--spending-mode", type=choice(SpendingMode), help="Prepaid uses only, or money after them."),
+    click.option("--kind", "kinds", type=choice(Kind), multiple=True, help="A kind it may submit; repeatable."),
+    click.option("--state", type=choice(TenantStatus), help="read-only refuses submissions, disabled every request."),
     click.option("--webhook-url", help="Address that receives the events of its tasks."),
     click.option(
         "--webhook-allow",
@@ -120,7 +112,9 @@ def create_account(
 @click.argument("name")
 @add_options(*_ACCOUNT_OPTIONS)
 @clear_option("--no-base-url", "base_url", "Use the address of GATEWAY_UPSTREAM_URL.")
-@click.option("--no-max-price", "no_prices", type=_KIND, multiple=True, help="Remove the price of a kind; repeatable.")
+@click.option(
+    "--no-max-price", "no_prices", type=choice(Kind), multiple=True, help="Remove the price of a kind; repeatable."
+)
 @json_option
 @with_admin_client
 def update_account(
@@ -246,8 +240,8 @@ def token() -> None:
 @token.command("create")
 @click.argument("tenant")
 @click.option("--label", help="Its purpose.")
-@click.option("--expires-at", type=Timestamp(), help="Expiry time, with a time zone: 2030-01-31T12:00:00Z.")
-@click.option("--expires-in", type=Duration(), help="Validity from now: 90d, 12h, 30m.")
+@click.option("--expires-at", type=TIMESTAMP, help="Expiry time, with a time zone: 2030-01-31T12:00:00Z.")
+@click.option("--expires-in", type=DURATION, help="Validity from now: 90d, 12h, 30m.")
 @json_option
 @with_admin_client
 def create_token(
@@ -294,7 +288,7 @@ def list_tokens(client: AdminClient, *, tenant: str, as_json: bool) -> None:
 @token.command("revoke")
 @click.argument("tenant")
 @click.argument("token_id", metavar="ID")
-@click.option("--grace", type=Duration(), default=0, help="Time until it expires: 3600 (seconds), 1h, 7d.")
+@click.option("--grace", type=DURATION, default="0", help="Time until it expires: 3600 (seconds), 1h, 7d.")
 @with_admin_client
 def revoke_token(client: AdminClient, *, tenant: str, token_id: str, grace: float) -> None:
     """Revoke the token ID of TENANT."""
@@ -318,7 +312,7 @@ def webhook() -> None:
 @webhook.command("rotate-secret")
 @click.argument("tenant")
 @click.option(
-    "--grace", type=Duration(), default=0, show_default=True, help="Time for which the previous secret signs too: 7d."
+    "--grace", type=DURATION, default="0", show_default=True, help="Time for which the previous secret signs too: 7d."
 )
 @json_option
 @with_admin_client
@@ -392,11 +386,7 @@ def create_tenant(
 @click.argument("name")
 @add_options(*_TENANT_OPTIONS)
 @click.option(
-    "--no-limit",
-    "no_limits",
-    type=click.Choice(list(map(str, Window))),
-    multiple=True,
-    help="Remove the limit of a window; repeatable.",
+    "--no-limit", "no_limits", type=choice(Window), multiple=True, help="Remove the limit of a window; repeatable."
 )
 @clear_option("--no-max-active", "max_active", "Remove the maximum number of tasks at once.")
 @clear_option("--all-kinds", "kinds", "Allow all kinds.")

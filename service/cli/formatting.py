@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, BinaryIO
+from enum import StrEnum
+from typing import Any, BinaryIO, TypeVar
 
 import click
 
@@ -14,21 +16,20 @@ from service.domain.tasks import Kind
 from service.domain.tenants import Window
 
 EMPTY_CELL = "-"
+T = TypeVar("T")
 Fields = Sequence[tuple[str, object]]
 
 
 def format_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Format columns with headings. A column of numbers is aligned to the right."""
     columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in head]
-    return "\n".join(
-        _join_columns([_format_column(name.upper(), cells) for name, cells in zip(head, columns, strict=True)])
-    )
+    return _join_columns([_format_column(name.upper(), cells) for name, cells in zip(head, columns, strict=True)])
 
 
 def format_record(*pairs: tuple[str, object]) -> str:
     """Format one line for each name and value."""
     names = [f"{name}:" for name, _ in pairs]
-    return "\n".join(_join_columns([_pad_column(names, right=False), [format_value(value) for _, value in pairs]]))
+    return _join_columns([_pad_column(names, right=False), [format_value(value) for _, value in pairs]])
 
 
 def format_value(value: object) -> str:
@@ -52,8 +53,8 @@ def single_line(text: str) -> str:
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
-def _join_columns(columns: Sequence[Sequence[str]]) -> Iterable[str]:
-    return ("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+def _join_columns(columns: Sequence[Sequence[str]]) -> str:
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
 def _format_column(name: str, cells: Sequence[object]) -> Sequence[str]:
@@ -88,75 +89,67 @@ def read_secret(file: BinaryIO, option: str) -> str:
     return value
 
 
-class Yuan(click.ParamType[float]):
-    """An amount of money such as `12` or `0.50`."""
-
-    name = "yuan"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, str) and not re.fullmatch(r"[0-9]{1,10}(\.[0-9]{1,2})?", value):
-            self.fail("must be an amount in yuan such as 12 or 0.50", param, ctx)
-        return float(value)
+def choice(values: type[StrEnum]) -> click.Choice[str]:
+    return click.Choice([value.value for value in values])
 
 
-class Duration(click.ParamType[float]):
-    """A duration such as `90d`, `12h`, `30m` or `45`, in seconds."""
+class OptionType(click.types.FuncParamType[str, T]):
+    """Type of the values that `parse` returns or refuses with BadParameter; the help shows `name`."""
 
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, int | float):
-            return float(value)
-        match = re.fullmatch(r"([0-9]{1,9})([smhdw]?)", str(value))
-        if not match:
-            self.fail("must be a duration such as 90d, 12h, 30m or 45 (seconds)", param, ctx)
-        return float(int(match[1]) * _SECONDS_BY_UNIT[match[2]])
+    def __init__(self, name: str, parse: Callable[[str], T]) -> None:
+        super().__init__(parse)
+        self.name = name
 
 
-class Timestamp(click.ParamType[datetime]):
-    """A timestamp with a time zone, such as `2030-01-31T12:00:00Z`."""
-
-    name = "timestamp"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
-        try:
-            timestamp = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
-        except ValueError:
-            timestamp = None
-        if timestamp is None or timestamp.tzinfo is None:
-            self.fail("must be a timestamp with a time zone, such as 2030-01-31T12:00:00Z", param, ctx)
-        return timestamp
+def _parse_yuan(text: str) -> float:
+    """Parse an amount of money such as `12` or `0.50`."""
+    if not re.fullmatch(r"[0-9]{1,10}(\.[0-9]{1,2})?", text):
+        raise click.BadParameter("must be an amount in yuan such as 12 or 0.50")
+    return float(text)
 
 
-class Price(click.ParamType[tuple[str, float]]):
-    """A kind of task and its maximum price in yuan, such as `upscale=0.50`."""
-
-    name = "kind=yuan"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
-        kind, _, amount = str(value).partition("=")
-        if kind not in set(Kind):
-            self.fail(f"must begin with a kind of task: {' or '.join(Kind)}", param, ctx)
-        return kind, Yuan().convert(amount, param, ctx)
+def _parse_duration(text: str) -> float:
+    """Parse a duration such as `90d`, `12h`, `30m` or `45` into seconds."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhdw]?)", text)
+    if not match:
+        raise click.BadParameter("must be a duration such as 90d, 12h, 30m or 45 (seconds)")
+    return float(int(match[1]) * _SECONDS_BY_UNIT[match[2]])
 
 
-class Limit(click.ParamType[tuple[str, Mapping[str, Any]]]):
-    """A window and its limit in the form of the operators' API, such as `day:tasks=100,money=50`."""
+def _parse_timestamp(text: str) -> datetime:
+    with suppress(ValueError):
+        timestamp = datetime.fromisoformat(text)
+        if timestamp.tzinfo:
+            return timestamp
+    raise click.BadParameter("must be a timestamp with a time zone, such as 2030-01-31T12:00:00Z")
 
-    name = "window:tasks=n,money=yuan"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, Mapping[str, Any]]:
-        window, _, rest = str(value).partition(":")
-        if window not in set(Window):
-            self.fail(f"must begin with a window: {' or '.join(Window)}", param, ctx)
-        limit: dict[str, Any] = {"window": window}
-        for part in rest.split(","):
-            name, _, amount = part.partition("=")
-            if name in limit or name not in {"tasks", "money"}:
-                self.fail(f"must be a limit such as {window}:tasks=100,money=50", param, ctx)
-            if name == "tasks" and not re.fullmatch(r"[0-9]{1,13}", amount):
-                self.fail("must limit tasks to a whole number", param, ctx)
-            limit[name] = int(amount) if name == "tasks" else Yuan().convert(amount, param, ctx)
-        return window, limit
+def _parse_price(text: str) -> tuple[str, float]:
+    """Parse a kind of task and its maximum price in yuan, such as `upscale=0.50`."""
+    kind, _, amount = text.partition("=")
+    if kind not in set(Kind):
+        raise click.BadParameter(f"must begin with a kind of task: {' or '.join(Kind)}")
+    return kind, _parse_yuan(amount)
+
+
+def _parse_limit(text: str) -> tuple[str, Mapping[str, Any]]:
+    """Parse a limit such as `day:tasks=100,money=50`. Return its window, and its form in the operators' API."""
+    window, _, rest = text.partition(":")
+    if window not in set(Window):
+        raise click.BadParameter(f"must begin with a window: {' or '.join(Window)}")
+    limit: dict[str, Any] = {"window": window}
+    for part in rest.split(","):
+        name, _, amount = part.partition("=")
+        if name in limit or name not in {"tasks", "money"}:
+            raise click.BadParameter(f"must be a limit such as {window}:tasks=100,money=50")
+        if name == "tasks" and not re.fullmatch(r"[0-9]{1,13}", amount):
+            raise click.BadParameter("must limit tasks to a whole number")
+        limit[name] = int(amount) if name == "tasks" else _parse_yuan(amount)
+    return window, limit
+
+
+YUAN = OptionType("yuan", _parse_yuan)
+DURATION = OptionType("duration", _parse_duration)
+TIMESTAMP = OptionType("timestamp", _parse_timestamp)
+PRICE = OptionType("kind=yuan", _parse_price)
+LIMIT = OptionType("window:tasks=n,money=yuan", _parse_limit)

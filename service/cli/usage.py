@@ -12,7 +12,7 @@ from service.api.admin_schemas import Tenant
 from service.api.schemas import Cost, OperatorTask, OperatorTaskList, Policy, Submission, Usage, UsageRow, UsageSum
 from service.cli.client import AdminClient, print_response, with_admin_client
 from service.cli.common import json_option
-from service.cli.formatting import format_record, format_table, format_value
+from service.cli.formatting import choice, format_record, format_table, format_value
 from service.domain.tasks import Kind, State
 
 _MAX_PAGE_SIZE = 100
@@ -99,8 +99,8 @@ def show_task(client: AdminClient, *, task_id: str, as_json: bool) -> None:
 
 @task.command("list")
 @click.option("--tenant", required=True, help="The tenant, or a deleted one.")
-@click.option("--state", type=click.Choice(list(map(str, State))), help="Only tasks in this state.")
-@click.option("--kind", type=click.Choice(list(map(str, Kind))), help="Only tasks of this kind.")
+@click.option("--state", type=choice(State), help="Only tasks in this state.")
+@click.option("--kind", type=choice(Kind), help="Only tasks of this kind.")
 @click.option("--limit", type=click.IntRange(1, 1_000), default=20, show_default=True, help="Maximum number.")
 @json_option
 @with_admin_client
