@@ -13,7 +13,7 @@ import click
 import httpx2
 import msgspec
 
-from service.cli.common import load_settings, url_option
+from service.cli.common import CommandError, load_settings, url_option
 from service.cli.formatting import Fields, format_record, format_value, single_line
 from service.settings import Settings, parse_http_url, parse_printable
 
@@ -24,14 +24,6 @@ _MAX_ATTEMPTS = 5
 _JSON_TYPE = "application/json"
 _HTTP_TIMEOUT = httpx2.Timeout(30.0, connect=5.0)
 _LOOPBACK_BY_WILDCARD = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-
-
-class CommandError(click.ClickException):
-    """Ends a command with exit code 1."""
-
-    def show(self, file: Any = None) -> None:
-        # Without the prefix `Error:` of Click.
-        click.echo(self.message, file=file, err=file is None)
 
 
 class ProblemError(CommandError):

@@ -54,6 +54,14 @@ def named_items(option: str, items: Iterable[tuple[str, T]], removed: Sequence[s
     return named
 
 
+class CommandError(click.ClickException):
+    """Ends a command with exit code 1 and this message on standard error."""
+
+    def show(self, file: Any = None) -> None:
+        # Without the prefix `Error:` of Click.
+        click.echo(self.message, file=file, err=file is None)
+
+
 def load_settings() -> Settings:
     """Load the settings from the environment, or print all errors and exit with 2."""
     from service.settings import Settings, SettingsError

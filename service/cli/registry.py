@@ -23,8 +23,8 @@ from service.api.admin_schemas import (
     TenantEntry,
     rename_old_fields,
 )
-from service.cli.client import AdminClient, CommandError, print_response, with_admin_client
-from service.cli.common import DetailedExitCommand, get_environment, json_option
+from service.cli.client import AdminClient, print_response, with_admin_client
+from service.cli.common import CommandError, DetailedExitCommand, get_environment, json_option
 from service.cli.formatting import MAX_SECRET_BYTES, single_line
 from service.domain.errors import ErrorCollector, field_path, suggest, validate_tree
 from service.domain.tenants import Name

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 
 from service.api.admin_schemas import AccountEntry, RegistryBody, SecretEntry, TenantEntry, TokenEntry, WebhookEntry
-from service.cli.client import CommandError
+from service.cli.common import CommandError
 from service.cli.registry import FILE_HEADER, format_registry_file, read_registry_file
 from tests.unit.registry_strategies import ANY_EXPIRY, ENVIRONMENT, registry_documents, without_secrets
 
