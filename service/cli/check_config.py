@@ -39,11 +39,7 @@ def check_config(*, production: bool, connect: bool) -> None:
 
     Secrets are not shown. The exit code is 0 if the settings are valid, else 1.
     """
-    sys.exit(check_settings(get_environment(), production=production, connect=connect))
-
-
-def check_settings(environ: Mapping[str, str], *, production: bool, connect: bool) -> int:
-    """Check the settings and return the exit code."""
+    environ = get_environment()
     if production:
         environ = {name: text for name, text in environ.items() if name != _ENV_VARIABLE + FILE_SUFFIX} | {
             _ENV_VARIABLE: "production"
@@ -52,17 +48,16 @@ def check_settings(environ: Mapping[str, str], *, production: bool, connect: boo
         settings = Settings.load(environ)
     except SettingsError as error:
         print_errors(error.errors)
-        return 1
+        sys.exit(1)
     if errors := list(_missing_dependencies(settings)):
         print_errors(errors)
-        return 1
+        sys.exit(1)
     rows = [(item.name, _display_value(settings, item), _value_source(environ, item)) for item in SETTINGS]
     click.echo(format_table(("setting", "value", "from"), rows))
     _print_warnings(_production_warnings(settings, environ))
     if connect and not asyncio.run(_check_connections(settings)):
-        return 1
+        sys.exit(1)
     click.echo(f"These settings are valid for {settings.env}.")
-    return 0
 
 
 def _missing_dependencies(settings: Settings) -> Iterator[str]:
@@ -108,11 +103,8 @@ def _production_warnings(settings: Settings, environ: Mapping[str, str]) -> Iter
 
 async def _check_connections(settings: Settings) -> bool:
     """Check the store and the upstream, print the results, and return whether both can be used."""
-    return all(
-        await asyncio.gather(
-            _check_store(settings.redis_url, settings.key_prefix), _check_upstream(settings.upstream_url)
-        )
-    )
+    store = _check_store(settings.redis_url, settings.key_prefix)
+    return all(await asyncio.gather(store, _check_upstream(settings.upstream_url)))
 
 
 async def _check_store(url: str | None, prefix: str) -> bool:

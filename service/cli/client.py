@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -13,12 +11,11 @@ import click
 import httpx2
 import msgspec
 
-from service.cli.common import CommandError, load_settings, url_option
+from service.cli.common import CommandError, load_settings
 from service.cli.formatting import Fields, format_record, format_value, single_line
 from service.settings import Settings, parse_http_url, parse_printable
 
 T = TypeVar("T")
-_NOT_FOUND = 404
 _OUTDATED = 412
 _MAX_ATTEMPTS = 5
 _JSON_TYPE = "application/json"
@@ -32,6 +29,9 @@ class ProblemError(CommandError):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+    def show(self, file: Any = None) -> None:  # noqa: ARG002 - always on standard error
+        click.echo(self.message, err=True)
 
 
 class FieldError(msgspec.Struct, frozen=True):
@@ -58,7 +58,7 @@ class AdminResponse:
 
     def __init__(self, url: str, content: bytes, version: str | None = None) -> None:
         self._url = url
-        self._content = content
+        self.content = content
         self.version = version
 
     def with_members(self, **members: Any) -> AdminResponse:
@@ -67,17 +67,14 @@ class AdminResponse:
     def decode(self, schema: type[T]) -> T:
         """Raises CommandError."""
         try:
-            return msgspec.json.decode(self._content, type=schema)
+            return msgspec.json.decode(self.content, type=schema)
         except msgspec.DecodeError as error:
             raise _unexpected_response(self._url, single_line(str(error))) from None
-
-    def text(self) -> str:
-        return self._content.decode()
 
     def format_json(self) -> str:
         """Return indented JSON. Raises CommandError."""
         self.decode(object)
-        return msgspec.json.format(self._content, indent=2).decode()
+        return msgspec.json.format(self.content, indent=2).decode()
 
 
 def print_response(response: AdminResponse, schema: type[T], format_text: Callable[[T], str], *, as_json: bool) -> None:
@@ -105,7 +102,7 @@ class AdminClient:
         for part in path:
             if part in {"", ".", ".."} or "/" in part:
                 # Servers normalize such a path even if it is quoted.
-                raise ProblemError(_NOT_FOUND, f"gateway: there is no {single_line(part)!r}")
+                raise CommandError(f"there is no {single_line(part)!r}")
         address = "/".join(["/admin/v1", *(quote(part, safe="") for part in path)])
         content = None if body is None else msgspec.json.encode(body)
         headers = {"Accept": accept} | ({} if body is None else {"Content-Type": _JSON_TYPE})
@@ -137,15 +134,15 @@ class AdminClient:
             if error.status != _OUTDATED:
                 raise
             noun = section.removesuffix("s")
-            raise CommandError(f"gateway: there is {noun} {name} already: use `gateway {noun} update`") from None
+            raise CommandError(f"there is {noun} {name} already: use `gateway {noun} update`") from None
 
     def _map_transport_error(self, method: str, error: httpx2.RequestError) -> CommandError:
         why = single_line(str(error)) or type(error).__name__
         if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
             hint = "Start it, or use --url for its operators' port."
-            return CommandError(f"gateway: can't connect to {self._url}: {why}. {hint}")
+            return CommandError(f"can't connect to {self._url}: {why}. {hint}")
         hint = "" if method == "GET" else " The change may have been made: check before you repeat it."
-        return CommandError(f"gateway: no response from {self._url}: {why}.{hint}")
+        return CommandError(f"no response from {self._url}: {why}.{hint}")
 
 
 def change_entry(
@@ -192,36 +189,31 @@ def _patch_current(
 
 
 def with_admin_client(command: Callable[..., None]) -> Callable[..., None]:
-    """Pass a client as the first argument, and add the option for its address."""
+    """Pass a client with the operators' token as the first argument, and add the option for its address."""
 
-    @url_option
+    @click.option(
+        "--url", help="Address of the operators' port.  [default: from GATEWAY_OPS_HOST and GATEWAY_OPS_PORT]"
+    )
     @functools.wraps(command)
     def run_command(*, url: str | None, **arguments: Any) -> None:
-        with open_admin_client(url) as client:
-            command(client, **arguments)
+        settings = load_settings()
+        base = (url or _admin_url(settings)).rstrip("/")
+        headers = {"Authorization": f"Bearer {_read_admin_token(settings)}"}
+        try:
+            parse_http_url(base)
+            # A proxy from the environment would receive the token.
+            http = httpx2.Client(base_url=base, headers=headers, timeout=_HTTP_TIMEOUT, trust_env=False)
+        except (ValueError, httpx2.InvalidURL):
+            raise CommandError(f"{single_line(base)} is no address such as http://127.0.0.1:8081") from None
+        with http:
+            command(AdminClient(base, http), **arguments)
 
     return run_command
 
 
-@contextmanager
-def open_admin_client(url: str | None) -> Iterator[AdminClient]:
-    """Open a client with the operators' token, by default at the address of the settings. Raises CommandError."""
-    settings = load_settings()
-    base = (url or _admin_url(settings)).rstrip("/")
-    headers = {"Authorization": f"Bearer {_read_admin_token(settings)}"}
-    try:
-        parse_http_url(base)
-        # A proxy from the environment would receive the token.
-        http = httpx2.Client(base_url=base, headers=headers, timeout=_HTTP_TIMEOUT, trust_env=False)
-    except (ValueError, httpx2.InvalidURL):
-        raise CommandError(f"gateway: {single_line(base)} is no address such as http://127.0.0.1:8081") from None
-    with http:
-        yield AdminClient(base, http)
-
-
 def _admin_url(settings: Settings) -> str:
     if not settings.ops_port:
-        raise CommandError("gateway: GATEWAY_OPS_PORT is 0, any free port: use --url")
+        raise CommandError("GATEWAY_OPS_PORT is 0, any free port: use --url")
     host = _LOOPBACK_BY_WILDCARD.get(settings.ops_host, settings.ops_host)
     return f"http://{f'[{host}]' if ':' in host else host}:{settings.ops_port}"
 
@@ -232,13 +224,13 @@ def _read_admin_token(settings: Settings) -> str:
         return settings.admin_token
     file = settings.data_dir / "admin.token"
     try:
-        return parse_printable(Path(file).read_text().strip())
+        return parse_printable(file.read_text().strip())
     except (OSError, ValueError):
         raise CommandError(
-            f"gateway: there is no operators' token: set GATEWAY_ADMIN_TOKEN or GATEWAY_ADMIN_TOKEN_FILE "
+            "there is no operators' token: set GATEWAY_ADMIN_TOKEN or GATEWAY_ADMIN_TOKEN_FILE "
             f"(a gateway in development generates {file})"
         ) from None
 
 
 def _unexpected_response(url: str, why: str) -> CommandError:
-    return CommandError(f"gateway: {url} is no operators' port of this version ({why})")
+    return CommandError(f"{url} is no operators' port of this version ({why})")

@@ -15,9 +15,6 @@ import click
 if TYPE_CHECKING:
     from service.settings import Settings
 
-url_option = click.option(
-    "--url", help="Address of the operators' port.  [default: from GATEWAY_OPS_HOST and GATEWAY_OPS_PORT]"
-)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the JSON response.")
 T = TypeVar("T")
 _Command = Callable[..., None]
@@ -55,11 +52,10 @@ def named_items(option: str, items: Iterable[tuple[str, T]], removed: Sequence[s
 
 
 class CommandError(click.ClickException):
-    """Ends a command with exit code 1 and this message on standard error."""
+    """Ends a command with exit code 1 and this message."""
 
-    def show(self, file: Any = None) -> None:
-        # Without the prefix `Error:` of Click.
-        click.echo(self.message, file=file, err=file is None)
+    def show(self, file: Any = None) -> None:  # noqa: ARG002 - always on standard error
+        print_errors([self.message])
 
 
 def load_settings() -> Settings:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from service.cli.common import load_settings, print_errors
+from service.cli.common import CommandError, load_settings
 
 # The sandbox loads its image libraries for the first task, so that a missing one would fail every task.
 SANDBOX_PACKAGES = ("PIL", "cv2", "numpy", "vtracer")
@@ -36,13 +36,8 @@ def missing_packages_error(feature: str, packages: Sequence[str]) -> str | None:
 @click.option("--port", default=8082, show_default=True, help="0 takes a free one.")
 def sandbox(folder: Path | None, host: str, port: int) -> None:
     """Run a stand-in for the upstream: the vendor's API with real image processing."""
-    sys.exit(_run_sandbox(folder, host, port))
-
-
-def _run_sandbox(folder: Path | None, host: str, port: int) -> int:
     if missing := missing_packages_error("the sandbox", SANDBOX_PACKAGES):
-        print_errors([missing])
-        return 1
+        raise CommandError(missing)
     from service.devstack import SANDBOX_USER_KEY
     from service.sandbox.app import SandboxConfig, serve
     from service.sandbox.store import AccountBalance
@@ -51,12 +46,9 @@ def _run_sandbox(folder: Path | None, host: str, port: int) -> int:
     try:
         asyncio.run(serve(config, host, port, on_ready=click.echo))
     except OSError as error:
-        print_errors([f"can't run the sandbox on {host}:{port}: {error.strerror or error}"])
-        return 1
+        raise CommandError(f"can't run the sandbox on {host}:{port}: {error.strerror or error}") from None
     except sqlite3.Error as error:
-        print_errors([f"can't run the sandbox in {folder}: {error}"])
-        return 1
-    return 0
+        raise CommandError(f"can't run the sandbox in {folder}: {error}") from None
 
 
 @click.command()
@@ -65,21 +57,15 @@ def _run_sandbox(folder: Path | None, host: str, port: int) -> int:
 @click.option("--token", help="A tenant's token.  [default: the demo tenant's]")
 def demo(folder: Path, url: str | None, token: str | None) -> None:
     """Submit an image of each kind to a running gateway, and check the results."""
-    sys.exit(_run_demo(folder, url, token))
-
-
-def _run_demo(folder: Path, url: str | None, token: str | None) -> int:
     if missing := missing_packages_error("the demo", ("PIL", "rich")):
-        print_errors([missing])
-        return 1
+        raise CommandError(missing)
     from service.cli.serve import read_demo_token
     from service.demo.run import DemoOptions, run_demo
 
     settings = load_settings()
     token = token or read_demo_token(settings.data_dir)
     if token is None:
-        print_errors([f"no demo token is in {settings.data_dir}: start a gateway with `make run`, or give --token"])
-        return 1
+        raise CommandError(f"no demo token is in {settings.data_dir}: start a gateway with `make run`, or give --token")
     options = DemoOptions(
         base_url=url or f"http://{settings.host}:{settings.port}",
         token=token,
@@ -87,7 +73,7 @@ def _run_demo(folder: Path, url: str | None, token: str | None) -> int:
         output=sys.stdout,
         interactive=sys.stdout.isatty(),
     )
-    return asyncio.run(run_demo(options))
+    sys.exit(asyncio.run(run_demo(options)))
 
 
 @click.command()
@@ -95,10 +81,6 @@ def _run_demo(folder: Path, url: str | None, token: str | None) -> int:
 @click.option("--check", is_flag=True, help="Write nothing; fail if a file differs from the code.")
 def openapi(folder: Path, *, check: bool) -> None:
     """Write the OpenAPI documents of both ports."""
-    sys.exit(_write_openapi(folder, check=check))
-
-
-def _write_openapi(folder: Path, *, check: bool) -> int:
     import yaml
 
     outdated = []
@@ -112,9 +94,7 @@ def _write_openapi(folder: Path, *, check: bool) -> int:
             path.write_text(text, encoding="utf-8")
             click.echo(f"wrote {path}")
     if check and outdated:
-        print_errors([f"{', '.join(outdated)} differs from the code: run `make openapi` and commit it"])
-        return 1
-    return 0
+        raise CommandError(f"{', '.join(outdated)} differs from the code: run `make openapi` and commit it")
 
 
 async def _build_documents() -> Mapping[str, Mapping[str, Any]]:

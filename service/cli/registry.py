@@ -57,7 +57,7 @@ def read_registry_file(file: BinaryIO) -> RegistryBody:
         tree = tomllib.loads(file.read().decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         why = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "not UTF-8"
-        raise CommandError(f"gateway: {name} is not TOML: {single_line(why)}") from None
+        raise CommandError(f"{name} is not TOML: {single_line(why)}") from None
     errors = ErrorCollector()
     rename_old_fields(tree, errors)
     for path, table, key in _secret_fields(tree):
@@ -65,7 +65,7 @@ def read_registry_file(file: BinaryIO) -> RegistryBody:
     _validate_registry(tree, errors)
     if errors.errors:
         lines = [single_line(f"{error.field}: {error.detail}") for error in errors.errors]
-        raise CommandError("\n  ".join([f"gateway: {name} can't be applied:", *lines]))
+        raise CommandError("\n  ".join([f"{name} can't be applied:", *lines]))
     return msgspec.convert(tree, RegistryBody)
 
 
@@ -248,9 +248,7 @@ def rotate_keys(client: AdminClient, *, as_json: bool) -> None:
     elif paths:
         click.echo(f"Encrypted with the first secret key: {single_line(', '.join(paths))}")
     if result.undecryptable:
-        raise CommandError(
-            f"gateway: no secret key decrypts {single_line(', '.join(result.undecryptable))}: set them again"
-        )
+        raise CommandError(f"no secret key decrypts {single_line(', '.join(result.undecryptable))}: set them again")
     if not as_json:
         click.echo("All secrets of the registry are encrypted with the first secret key.")
 

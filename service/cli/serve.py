@@ -21,7 +21,7 @@ import uvloop
 
 from service import __version__
 from service.app import create_app, create_ops_app
-from service.cli.common import load_settings, print_errors
+from service.cli.common import CommandError, load_settings
 from service.container import Container, open_container
 from service.crypto import SecretFileError
 from service.devstack import DevServiceError, ensure_demo_token, start_dev_services
@@ -40,10 +40,6 @@ _MAX_TENANT_CONNECTIONS = 10_000
 _MAX_OPERATOR_CONNECTIONS = 500
 _SHUTDOWN_MARGIN_SECONDS = 10
 """The process exits two leases and this margin after a signal; platforms wait for two leases and 15 s."""
-
-
-class PortTakenError(Exception):
-    """Listening on an address failed; the message is one line."""
 
 
 class _SignalHandler:
@@ -95,27 +91,18 @@ class _SignalHandler:
 @click.command()
 def serve() -> None:
     """Run the gateway until SIGINT or SIGTERM."""
-    sys.exit(run(load_settings()))
-
-
-def run(settings: Settings) -> int:
-    """Serve until SIGINT or SIGTERM. Return the exit code; a failed start prints one line."""
-    redactor = Redactor()
+    settings, redactor = load_settings(), Redactor()
     logging.configure_logging(
         json=settings.is_production, level=settings.log_level, stream=sys.stderr.buffer, redactor=redactor
     )
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        # A signal during the startup cancels it.
+        with suppress(asyncio.CancelledError), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(settings, redactor))
-    except (DevServiceError, SecretFileError, PortTakenError) as error:
-        print_errors([str(error)])
-        return 1
+    except (DevServiceError, SecretFileError) as error:
+        raise CommandError(str(error)) from None
     except DataVersionError as error:
-        print_errors([error.reason])
-        return 1
-    except asyncio.CancelledError:
-        return 0  # a signal during startup
-    return 0
+        raise CommandError(error.reason) from None
 
 
 async def _serve(settings: Settings, redactor: Redactor) -> None:
@@ -194,7 +181,7 @@ def _open_socket(host: str, port: int, prefix: str) -> socket.socket:
         return listen(host, port)
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
-        raise PortTakenError(f"can't listen on {host}:{port} ({prefix}HOST, {prefix}PORT): {why}") from error
+        raise CommandError(f"can't listen on {host}:{port} ({prefix}HOST, {prefix}PORT): {why}") from error
 
 
 async def _set_up_demo(container: Container, settings: Settings, url: str) -> None:

@@ -40,7 +40,7 @@ def usage(
     options |= {"from": first, "to": last}
     query: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if as_csv:
-        click.echo(client.request("GET", "usage", accept="text/csv", **query).text(), nl=False)
+        click.echo(client.request("GET", "usage", accept="text/csv", **query).content, nl=False)
         return
     response = client.request("GET", "usage", **query)
     print_response(response, Usage, _format_usage, as_json=as_json)

@@ -226,8 +226,8 @@ def test_expected_tables(text: bytes) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"x = ", "gateway: the input is not TOML: Invalid value (at end of document)"),
-        (b"# \xff", "gateway: the input is not TOML: not UTF-8"),
+        (b"x = ", "the input is not TOML: Invalid value (at end of document)"),
+        (b"# \xff", "the input is not TOML: not UTF-8"),
     ],
 )
 def test_invalid_toml(content: bytes, expected: str) -> None:
