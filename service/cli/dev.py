@@ -71,7 +71,6 @@ def demo(folder: Path, url: str | None, token: str | None) -> None:
         token=token,
         folder=folder,
         output=sys.stdout,
-        interactive=sys.stdout.isatty(),
     )
     sys.exit(asyncio.run(run_demo(options)))
 

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
-from service.demo.client import Artifact, Cost, GatewayClient, GatewayError, ResultFile, Task, open_client, single_line
+from service.demo.client import Cost, GatewayClient, GatewayError, ResultFile, Task, open_client, single_line
 from service.demo.verify import CheckResult, format_size, verify_results
 
 FINAL_STATES = frozenset({"succeeded", "failed", "no task", "timed out"})
@@ -36,8 +36,6 @@ class DemoOptions:
     """Receives the results; created if missing. Files of an earlier run are overwritten."""
     output: TextIO
     """Receives the progress and the report."""
-    interactive: bool
-    """Whether `output` is a terminal that can redraw lines; otherwise every change gets a line of its own."""
     timeout_seconds: float = 120.0
     """Limit for each task, from the upload to the last byte of its results."""
 
@@ -82,12 +80,10 @@ async def run_demo(options: DemoOptions) -> int:
 async def _run_all_tasks(options: DemoOptions, gateway: GatewayClient) -> Sequence["DemoTask"]:
     tasks: list[DemoTask] = []
     try:
-        with show_progress(options.output, interactive=options.interactive) as show_state:
+        with show_progress(options.output) as show_state:
             async with asyncio.TaskGroup() as group:
                 for job in JOBS:
-                    task = DemoTask(
-                        job, gateway, options.folder, timeout_seconds=options.timeout_seconds, on_state=show_state
-                    )
+                    task = DemoTask(job, gateway, options, show_state)
                     tasks.append(task)
                     group.create_task(task.run())
     except asyncio.CancelledError:
@@ -109,13 +105,7 @@ class DemoTask:
     """One task. Its attributes can be read at any time, also after a cancelled run."""
 
     def __init__(
-        self,
-        job: Job,
-        gateway: GatewayClient,
-        folder: Path,
-        *,
-        timeout_seconds: float,
-        on_state: Callable[[str, str], None],
+        self, job: Job, gateway: GatewayClient, options: DemoOptions, on_state: Callable[[str, str], None]
     ) -> None:
         """`on_state` is called with the kind and its state after every poll."""
         self.kind = job.kind
@@ -130,21 +120,20 @@ class DemoTask:
         self.errors: tuple[str, ...] = ()
         self._job = job
         self._gateway = gateway
-        self._folder = folder
-        self._timeout_seconds = timeout_seconds
+        self._options = options
         self._on_state = on_state
         self._started_at = time.monotonic()
 
     async def run(self) -> None:
         """Submit, poll, download and verify; failures end up in `errors`."""
-        self._started_at = time.monotonic()
+        timeout_seconds = self._options.timeout_seconds
         try:
-            async with asyncio.timeout(self._timeout_seconds):
+            async with asyncio.timeout(timeout_seconds):
                 await self._submit_and_verify()
         except TimeoutError:
             self._set_state("timed out")
             continued = f"; the gateway continues {self.task_id}" if self.task_id else ""
-            self.errors = (f"not done after {self._timeout_seconds:g} s{continued}",)
+            self.errors = (f"not done after {timeout_seconds:g} s{continued}",)
         except GatewayError as error:
             if self.task_id is None:
                 self._set_state("no task")
@@ -162,14 +151,11 @@ class DemoTask:
         if poll.task.state == "failed":
             self.errors = (f"the task failed: {_failure_reason(poll.task.error)}",)
             return
-        files = await self._fetch_artifacts(poll.task.artifacts)
-        self.files = await asyncio.to_thread(_write_files, self._folder, self.kind, files)
+        files = {artifact.name: await self._gateway.fetch_artifact(artifact) for artifact in poll.task.artifacts}
+        self.files = await asyncio.to_thread(_write_files, self._options.folder, self.kind, files)
         contents = {name: file.content for name, file in files.items()}
         self.results = await asyncio.to_thread(verify_results, self.kind, image, contents)
         self.errors = tuple(result.text for result in self.results if not result.is_valid)
-
-    async def _fetch_artifacts(self, artifacts: tuple[Artifact, ...]) -> Mapping[str, ResultFile]:
-        return {artifact.name: await self._gateway.fetch_artifact(artifact) for artifact in artifacts}
 
     def _update(self, task: Task) -> None:
         self.task_id = task.id
@@ -200,9 +186,9 @@ def _failure_reason(error: Any) -> str:
 
 
 @contextmanager
-def show_progress(output: TextIO, *, interactive: bool) -> Iterator[Callable[[str, str], None]]:
-    """Yield a function that shows the state of a kind: in a live table, or on a line for each change."""
-    if interactive:
+def show_progress(output: TextIO) -> Iterator[Callable[[str, str], None]]:
+    """Yield a function that shows the state of a kind: in a live table of a terminal, or line by line."""
+    if output.isatty():
         columns = (SpinnerColumn("line", finished_text=" "), "{task.description}", "{task.fields[state]}")
         console = Console(file=output, force_terminal=True)
         with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:

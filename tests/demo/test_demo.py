@@ -27,7 +27,6 @@ def make_options(gateway: FakeGateway, folder: Path, **changes: Any) -> DemoOpti
         "token": TOKEN,
         "folder": folder / "results",
         "output": io.StringIO(),
-        "interactive": False,
         "timeout_seconds": 20.0,
     }
     return DemoOptions(**usual | changes)
@@ -95,10 +94,11 @@ async def test_poll_interval(gateway: FakeGateway, tmp_path: Path) -> None:
     assert [later - sooner >= 0.99 for sooner, later in pairwise(polls)] == [True, True]
 
 
-async def test_terminal(gateway: FakeGateway, tmp_path: Path) -> None:
+async def test_terminal(gateway: FakeGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal the states are shown in place, and the table replaces them."""
     output = io.StringIO()
-    assert await run_demo(make_options(gateway, tmp_path, interactive=True, output=output)) == 0
+    monkeypatch.setattr(output, "isatty", lambda: True)
+    assert await run_demo(make_options(gateway, tmp_path, output=output)) == 0
     progress, erased, report = output.getvalue().rpartition("\x1b[?25h\r" + "\x1b[1A\x1b[2K" * len(JOBS))
     assert all(re.search(rf"{job.kind} +succeeded", progress) for job in JOBS)
     assert erased
