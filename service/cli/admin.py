@@ -82,6 +82,54 @@ _TENANT_OPTIONS = (
 )
 
 
+def _format_account(account: Account) -> str:
+    uses, yuan, seen_at = _latest_balance(account)
+    return format_record(
+        ("name", account.name),
+        ("state", account.state),
+        ("next check at", account.look_again_at),
+        ("uses left", uses),
+        ("yuan left", yuan),
+        ("balance at", seen_at),
+        ("in flight", account.in_flight),
+        ("unknown", account.unknown),
+        ("unexplained uses", account.unexplained.count),
+        ("unexplained yuan", account.unexplained.money),
+        ("last price", _format_prices(account.prices)),
+        ("live balance checks", account.live_balance_checks),
+        *_account_settings(account),
+    )
+
+
+def _account_settings(account: Account) -> Fields:
+    return [
+        ("base URL", account.base_url),
+        ("minimum uses", account.floor_count),
+        ("minimum yuan", account.floor_money),
+        ("maximum price", _format_prices(account.max_price)),
+    ]
+
+
+def _format_prices(prices: Mapping[Kind, float]) -> Sequence[str]:
+    return [f"{kind} {format_value(price)} yuan" for kind, price in prices.items()]
+
+
+def _format_accounts(accounts: AccountList) -> str:
+    head = ("name", "state", "uses", "yuan", "balance at", "in flight", "unknown", "next check at")
+    rows = [
+        (item.name, item.state, *_latest_balance(item), item.in_flight, item.unknown, item.look_again_at)
+        for item in accounts.items
+    ]
+    return format_table(head, rows)
+
+
+def _latest_balance(account: Account) -> tuple[object, object, object]:
+    """Return the remaining uses and yuan, and the time of the newer reading."""
+    readings: list[Figure | None] = [account.remaining_count, account.remaining_money]
+    uses, yuan = (reading.value if reading else None for reading in readings)
+    return uses, yuan, max((reading.seen_at for reading in readings if reading and reading.seen_at), default=None)
+
+
 @click.group()
 def account() -> None:
     """Manage accounts at the upstream."""
@@ -156,15 +204,6 @@ def list_accounts(client: AdminClient, *, as_json: bool) -> None:
     print_response(client.request("GET", "accounts"), AccountList, _format_accounts, as_json=as_json)
 
 
-def _format_accounts(accounts: AccountList) -> str:
-    head = ("name", "state", "uses", "yuan", "balance at", "in flight", "unknown", "next check at")
-    rows = [
-        (item.name, item.state, *_latest_balance(item), item.in_flight, item.unknown, item.look_again_at)
-        for item in accounts.items
-    ]
-    return format_table(head, rows)
-
-
 @account.command("show")
 @click.argument("name")
 @json_option
@@ -193,43 +232,11 @@ def delete_account(client: AdminClient, *, name: str, force: bool) -> None:
     click.echo(f"The account {name} is deleted.")
 
 
-def _format_account(account: Account) -> str:
-    uses, yuan, seen_at = _latest_balance(account)
-    return format_record(
-        ("name", account.name),
-        ("state", account.state),
-        ("next check at", account.look_again_at),
-        ("uses left", uses),
-        ("yuan left", yuan),
-        ("balance at", seen_at),
-        ("in flight", account.in_flight),
-        ("unknown", account.unknown),
-        ("unexplained uses", account.unexplained.count),
-        ("unexplained yuan", account.unexplained.money),
-        ("last price", _format_prices(account.prices)),
-        ("live balance checks", account.live_balance_checks),
-        *_account_settings(account),
-    )
-
-
-def _account_settings(account: Account) -> Fields:
-    return [
-        ("base URL", account.base_url),
-        ("minimum uses", account.floor_count),
-        ("minimum yuan", account.floor_money),
-        ("maximum price", _format_prices(account.max_price)),
-    ]
-
-
-def _format_prices(prices: Mapping[Kind, float]) -> Sequence[str]:
-    return [f"{kind} {format_value(price)} yuan" for kind, price in prices.items()]
-
-
-def _latest_balance(account: Account) -> tuple[object, object, object]:
-    """Return the remaining uses and yuan, and the time of the newer reading."""
-    readings: list[Figure | None] = [account.remaining_count, account.remaining_money]
-    uses, yuan = (reading.value if reading else None for reading in readings)
-    return uses, yuan, max((reading.seen_at for reading in readings if reading and reading.seen_at), default=None)
+def _format_tokens(tokens: Sequence[Token]) -> str:
+    if not tokens:
+        return "It has no tokens."
+    rows = [(item.id, item.label, item.created_at, item.expires_at) for item in tokens]
+    return format_table(("token", "label", "created at", "expires at"), rows)
 
 
 @click.group()
@@ -297,11 +304,13 @@ def revoke_token(client: AdminClient, *, tenant: str, token_id: str, grace: floa
     click.echo(f"The token {token_id} of {tenant} {status}.")
 
 
-def _format_tokens(tokens: Sequence[Token]) -> str:
-    if not tokens:
-        return "It has no tokens."
-    rows = [(item.id, item.label, item.created_at, item.expires_at) for item in tokens]
-    return format_table(("token", "label", "created at", "expires at"), rows)
+def _format_deliveries(deliveries: DeliveryList) -> str:
+    head = ("id", "tenant", "state", "attempts", "status", "error", "url", "updated at")
+    rows = [
+        (item.id, item.tenant, item.state, item.attempts, item.status, item.error, item.url, item.updated_at)
+        for item in deliveries.items
+    ]
+    return format_table(head, rows)
 
 
 @click.group()
@@ -352,11 +361,51 @@ def redeliver_webhook(client: AdminClient, *, delivery: str, as_json: bool) -> N
     print_response(response, Delivery, lambda item: _format_deliveries(DeliveryList([item])), as_json=as_json)
 
 
-def _format_deliveries(deliveries: DeliveryList) -> str:
-    head = ("id", "tenant", "state", "attempts", "status", "error", "url", "updated at")
+def _format_tenant(tenant: Tenant) -> str:
+    record = format_record(("name", tenant.name), *_tenant_settings(tenant))
+    return "\n\n".join([record, format_policies(tenant.policies), _format_tokens(tenant.tokens)])
+
+
+def _tenant_settings(tenant: Tenant) -> Fields:
+    webhook = tenant.webhook
+    return [
+        ("state", tenant.state),
+        ("accounts", tenant.accounts),
+        ("limits", [_format_limit(limit) for limit in tenant.limits]),
+        ("max active", tenant.max_active),
+        ("spending mode", tenant.spending_mode),
+        ("kinds", _format_kinds(tenant)),
+        ("webhook", webhook and webhook.url),
+        ("webhook hosts", webhook and webhook.allow),
+        ("disabled URLs", webhook and webhook.disabled_urls),
+        *([("webhook secret, shown once", webhook.secret)] if webhook and webhook.secret else []),
+    ]
+
+
+def _format_limit(limit: admin_schemas.Limit) -> str:
+    amounts = {"tasks": limit.tasks, "yuan": limit.money}
+    parts = [f"{format_value(amount)} {unit}" for unit, amount in amounts.items() if amount is not None]
+    return f"{limit.window} {' + '.join(parts)}"
+
+
+def _format_kinds(tenant: Tenant) -> object:
+    return "all" if tenant.kinds is None else tenant.kinds or "none"
+
+
+def _format_tenants(tenants: TenantList) -> str:
+    head = ("name", "accounts", "limits", "max active", "spending mode", "kinds", "tokens", "state")
     rows = [
-        (item.id, item.tenant, item.state, item.attempts, item.status, item.error, item.url, item.updated_at)
-        for item in deliveries.items
+        (
+            item.name,
+            item.accounts,
+            [_format_limit(limit) for limit in item.limits],
+            item.max_active,
+            item.spending_mode,
+            _format_kinds(item),
+            len(item.tokens),
+            item.state,
+        )
+        for item in tenants.items
     ]
     return format_table(head, rows)
 
@@ -467,24 +516,6 @@ def list_tenants(client: AdminClient, *, as_json: bool) -> None:
     print_response(client.request("GET", "tenants"), TenantList, _format_tenants, as_json=as_json)
 
 
-def _format_tenants(tenants: TenantList) -> str:
-    head = ("name", "accounts", "limits", "max active", "spending mode", "kinds", "tokens", "state")
-    rows = [
-        (
-            item.name,
-            item.accounts,
-            [_format_limit(limit) for limit in item.limits],
-            item.max_active,
-            item.spending_mode,
-            _format_kinds(item),
-            len(item.tokens),
-            item.state,
-        )
-        for item in tenants.items
-    ]
-    return format_table(head, rows)
-
-
 @tenant.command("show")
 @click.argument("name")
 @json_option
@@ -502,37 +533,6 @@ def delete_tenant(client: AdminClient, *, name: str, force: bool) -> None:
     """Delete the tenant NAME and its tokens."""
     client.request("DELETE", "tenants", name, force=force)
     click.echo(f"The tenant {name} is deleted.")
-
-
-def _format_tenant(tenant: Tenant) -> str:
-    record = format_record(("name", tenant.name), *_tenant_settings(tenant))
-    return "\n\n".join([record, format_policies(tenant.policies), _format_tokens(tenant.tokens)])
-
-
-def _tenant_settings(tenant: Tenant) -> Fields:
-    webhook = tenant.webhook
-    return [
-        ("state", tenant.state),
-        ("accounts", tenant.accounts),
-        ("limits", [_format_limit(limit) for limit in tenant.limits]),
-        ("max active", tenant.max_active),
-        ("spending mode", tenant.spending_mode),
-        ("kinds", _format_kinds(tenant)),
-        ("webhook", webhook and webhook.url),
-        ("webhook hosts", webhook and webhook.allow),
-        ("disabled URLs", webhook and webhook.disabled_urls),
-        *([("webhook secret, shown once", webhook.secret)] if webhook and webhook.secret else []),
-    ]
-
-
-def _format_limit(limit: admin_schemas.Limit) -> str:
-    amounts = {"tasks": limit.tasks, "yuan": limit.money}
-    parts = [f"{format_value(amount)} {unit}" for unit, amount in amounts.items() if amount is not None]
-    return f"{limit.window} {' + '.join(parts)}"
-
-
-def _format_kinds(tenant: Tenant) -> object:
-    return "all" if tenant.kinds is None else tenant.kinds or "none"
 
 
 @click.group()

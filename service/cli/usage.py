@@ -22,6 +22,125 @@ _COLUMNS = (
 )
 
 
+def _format_usage(usage: Usage) -> str:
+    parts = [f"From {usage.first} to {usage.last}, in UTC.", _format_rows(usage)]
+    if usage.unknown_submissions:
+        rows = [(item.id, item.tenant, item.kind, item.day) for item in usage.unknown_submissions]
+        parts.append(format_table(("unknown submission", "tenant", "kind", "day"), rows))
+    if usage.refunds:
+        head = ("refunded submission", "tenant", "kind", "day", "uses", "yuan", "refunded at", "reason")
+        refunds = [
+            (item.submission, item.tenant, item.kind, item.day, item.count, item.money, item.refunded_at, item.reason)
+            for item in usage.refunds
+        ]
+        parts.append(format_table(head, refunds))
+    return "\n\n".join(parts)
+
+
+def _format_rows(usage: Usage) -> str:
+    """Format the items and their total; tenants with the same name, such as a deleted one, get their ids."""
+    tenants = {(row.tenant, row.tenant_id) for row in usage.items}
+    names = Counter(name for name, _ in tenants)
+    rows = [
+        (
+            row.period,
+            f"{row.tenant} ({row.tenant_id})" if names[row.tenant] > 1 else row.tenant,
+            row.kind,
+            *_row_values(row),
+        )
+        for row in usage.items
+    ]
+    total = ("total", None, None, *_row_values(usage.total))
+    return format_table(("period", "tenant", "kind", *_COLUMNS), [*rows, total])
+
+
+def _row_values(row: UsageRow | UsageSum) -> Sequence[int | float]:
+    tasks, spent = row.tasks, row.spent
+    return (
+        *(tasks.running, tasks.succeeded, tasks.failed, tasks.unknown, tasks.refused, tasks.not_sent),
+        *(row.refunded.tasks, row.charged.tasks, row.charged.money),
+        spent.observed.count + spent.estimated.count,
+        round(spent.observed.money + spent.estimated.money, 2),
+    )
+
+
+def format_policies(policies: Sequence[Policy]) -> str:
+    if not policies:
+        return "It has no limits."
+    head = ("policy", "unit", "limit", "used", "reserved", "remaining", "overrun", "resets at")
+    units = {"money": "yuan"}
+    rows = [
+        (
+            item.policy,
+            units.get(item.unit, item.unit),
+            item.limit,
+            item.used,
+            item.reserved,
+            item.remaining,
+            item.overrun,
+            item.resets_at,
+        )
+        for item in policies
+    ]
+    return format_table(head, rows)
+
+
+def _format_submission(submission: Submission) -> str:
+    task, cost, refund = submission.task, submission.cost, submission.refund
+    return format_record(
+        ("submission", submission.id),
+        ("tenant", submission.tenant),
+        ("account", submission.account),
+        ("kind", submission.kind),
+        ("outcome", submission.outcome),
+        ("balance suggests", submission.balance_suggests),
+        ("created at", submission.created_at),
+        ("settled at", submission.settled_at),
+        ("task", task and task.id),
+        ("state of the task", task and task.state),
+        ("cost", cost and _format_cost(cost)),
+        ("refunded", refund and _format_amount(refund.count, refund.money)),
+        ("refunded at", refund and refund.refunded_at),
+        ("reason", refund and refund.reason),
+    )
+
+
+def _format_task(task: OperatorTask) -> str:
+    return format_record(
+        ("task", task.id),
+        ("submission", task.submission),
+        ("tenant", task.tenant),
+        ("account", task.account),
+        ("kind", task.kind),
+        ("state", task.state),
+        ("error", task.error and task.error.detail),
+        ("cost", _format_cost(task.cost)),
+        ("created at", task.created_at),
+        ("updated at", task.updated_at),
+        ("finished at", task.finished_at),
+        ("options", [f"{name}={value}" for name, value in task.options.items()]),
+        ("metadata", [f"{name}={value}" for name, value in task.metadata.items()]),
+        ("results", [artifact.name for artifact in task.artifacts]),
+    )
+
+
+def _format_tasks(tasks: OperatorTaskList) -> str:
+    head = ("id", "kind", "state", "account", "cost", "created at", "finished at")
+    rows = [
+        (item.id, item.kind, item.state, item.account, _format_cost(item.cost), item.created_at, item.finished_at)
+        for item in tasks.items
+    ]
+    return format_table(head, rows)
+
+
+def _format_cost(cost: Cost) -> str:
+    return f"{_format_amount(cost.count, cost.money)}, {cost.basis}"
+
+
+def _format_amount(uses: int, yuan: float) -> str:
+    return f"{uses} uses, {format_value(yuan)} yuan"
+
+
 @click.command()
 @click.option("--from", "first", metavar="DAY", help="The first day, in UTC.  [default: the first of the month]")
 @click.option("--to", "last", metavar="DAY", help="The last day, included.  [default: today]")
@@ -117,122 +236,3 @@ def list_tasks(client: AdminClient, *, limit: int, as_json: bool, **options: str
         query["cursor"] = page.next_cursor
     response = response.with_members(items=items, next_cursor=page.next_cursor)
     print_response(response, OperatorTaskList, _format_tasks, as_json=as_json)
-
-
-def _format_tasks(tasks: OperatorTaskList) -> str:
-    head = ("id", "kind", "state", "account", "cost", "created at", "finished at")
-    rows = [
-        (item.id, item.kind, item.state, item.account, _format_cost(item.cost), item.created_at, item.finished_at)
-        for item in tasks.items
-    ]
-    return format_table(head, rows)
-
-
-def _format_task(task: OperatorTask) -> str:
-    return format_record(
-        ("task", task.id),
-        ("submission", task.submission),
-        ("tenant", task.tenant),
-        ("account", task.account),
-        ("kind", task.kind),
-        ("state", task.state),
-        ("error", task.error and task.error.detail),
-        ("cost", _format_cost(task.cost)),
-        ("created at", task.created_at),
-        ("updated at", task.updated_at),
-        ("finished at", task.finished_at),
-        ("options", [f"{name}={value}" for name, value in task.options.items()]),
-        ("metadata", [f"{name}={value}" for name, value in task.metadata.items()]),
-        ("results", [artifact.name for artifact in task.artifacts]),
-    )
-
-
-def format_policies(policies: Sequence[Policy]) -> str:
-    if not policies:
-        return "It has no limits."
-    head = ("policy", "unit", "limit", "used", "reserved", "remaining", "overrun", "resets at")
-    units = {"money": "yuan"}
-    rows = [
-        (
-            item.policy,
-            units.get(item.unit, item.unit),
-            item.limit,
-            item.used,
-            item.reserved,
-            item.remaining,
-            item.overrun,
-            item.resets_at,
-        )
-        for item in policies
-    ]
-    return format_table(head, rows)
-
-
-def _format_usage(usage: Usage) -> str:
-    parts = [f"From {usage.first} to {usage.last}, in UTC.", _format_rows(usage)]
-    if usage.unknown_submissions:
-        rows = [(item.id, item.tenant, item.kind, item.day) for item in usage.unknown_submissions]
-        parts.append(format_table(("unknown submission", "tenant", "kind", "day"), rows))
-    if usage.refunds:
-        head = ("refunded submission", "tenant", "kind", "day", "uses", "yuan", "refunded at", "reason")
-        refunds = [
-            (item.submission, item.tenant, item.kind, item.day, item.count, item.money, item.refunded_at, item.reason)
-            for item in usage.refunds
-        ]
-        parts.append(format_table(head, refunds))
-    return "\n\n".join(parts)
-
-
-def _format_rows(usage: Usage) -> str:
-    """Format the items and their total; tenants with the same name, such as a deleted one, get their ids."""
-    tenants = {(row.tenant, row.tenant_id) for row in usage.items}
-    names = Counter(name for name, _ in tenants)
-    rows = [
-        (
-            row.period,
-            f"{row.tenant} ({row.tenant_id})" if names[row.tenant] > 1 else row.tenant,
-            row.kind,
-            *_row_values(row),
-        )
-        for row in usage.items
-    ]
-    total = ("total", None, None, *_row_values(usage.total))
-    return format_table(("period", "tenant", "kind", *_COLUMNS), [*rows, total])
-
-
-def _row_values(row: UsageRow | UsageSum) -> Sequence[int | float]:
-    tasks, spent = row.tasks, row.spent
-    return (
-        *(tasks.running, tasks.succeeded, tasks.failed, tasks.unknown, tasks.refused, tasks.not_sent),
-        *(row.refunded.tasks, row.charged.tasks, row.charged.money),
-        spent.observed.count + spent.estimated.count,
-        round(spent.observed.money + spent.estimated.money, 2),
-    )
-
-
-def _format_submission(submission: Submission) -> str:
-    task, cost, refund = submission.task, submission.cost, submission.refund
-    return format_record(
-        ("submission", submission.id),
-        ("tenant", submission.tenant),
-        ("account", submission.account),
-        ("kind", submission.kind),
-        ("outcome", submission.outcome),
-        ("balance suggests", submission.balance_suggests),
-        ("created at", submission.created_at),
-        ("settled at", submission.settled_at),
-        ("task", task and task.id),
-        ("state of the task", task and task.state),
-        ("cost", cost and _format_cost(cost)),
-        ("refunded", refund and _format_amount(refund.count, refund.money)),
-        ("refunded at", refund and refund.refunded_at),
-        ("reason", refund and refund.reason),
-    )
-
-
-def _format_cost(cost: Cost) -> str:
-    return f"{_format_amount(cost.count, cost.money)}, {cost.basis}"
-
-
-def _format_amount(uses: int, yuan: float) -> str:
-    return f"{uses} uses, {format_value(yuan)} yuan"
