@@ -24,7 +24,7 @@ from service.api.admin_schemas import (
     TenantList,
     Token,
 )
-from service.cli.client import AdminClient, change_entry, print_response, with_admin_client
+from service.cli.client import AdminClient, AdminResponse, change_entry, print_response, with_admin_client
 from service.cli.common import (
     LazyCommand,
     add_options,
@@ -141,11 +141,10 @@ account.add_command(removed_set)
 @account.command("create")
 @click.argument("name")
 @add_options(*_ACCOUNT_OPTIONS)
-@json_option
-@with_admin_client
+@print_response(Account, _format_account)
 def create_account(
-    client: AdminClient, *, name: str, prices: Sequence[tuple[str, float]], as_json: bool, **options: Any
-) -> None:
+    client: AdminClient, *, name: str, prices: Sequence[tuple[str, float]], **options: Any
+) -> AdminResponse:
     """Create the account NAME.
 
     Its key is no argument of the command line, since other users could read it there. Without an option for it, a
@@ -153,7 +152,7 @@ def create_account(
     """
     key = _read_user_key(name, options, can_prompt=sys.stdin.isatty())
     body = named_fields({**options, "user_key": key, "max_price": named_items("--max-price", prices)})
-    print_response(client.create("accounts", name, body), Account, _format_account, as_json=as_json)
+    return client.create("accounts", name, body)
 
 
 @account.command("update")
@@ -197,29 +196,26 @@ def _read_user_key(name: str, options: dict[str, Any], *, can_prompt: bool) -> s
 
 
 @account.command("list")
-@json_option
-@with_admin_client
-def list_accounts(client: AdminClient, *, as_json: bool) -> None:
+@print_response(AccountList, _format_accounts)
+def list_accounts(client: AdminClient) -> AdminResponse:
     """List the accounts with their balances and tasks in flight."""
-    print_response(client.request("GET", "accounts"), AccountList, _format_accounts, as_json=as_json)
+    return client.request("GET", "accounts")
 
 
 @account.command("show")
 @click.argument("name")
-@json_option
-@with_admin_client
-def show_account(client: AdminClient, *, name: str, as_json: bool) -> None:
+@print_response(Account, _format_account)
+def show_account(client: AdminClient, *, name: str) -> AdminResponse:
     """Show the account NAME."""
-    print_response(client.request("GET", "accounts", name), Account, _format_account, as_json=as_json)
+    return client.request("GET", "accounts", name)
 
 
 @account.command("reopen")
 @click.argument("name")
-@json_option
-@with_admin_client
-def reopen_account(client: AdminClient, *, name: str, as_json: bool) -> None:
+@print_response(Account, _format_account)
+def reopen_account(client: AdminClient, *, name: str) -> AdminResponse:
     """Use the account NAME again, though it was exhausted or invalid."""
-    print_response(client.request("POST", "accounts", name, "reopen"), Account, _format_account, as_json=as_json)
+    return client.request("POST", "accounts", name, "reopen")
 
 
 @account.command("delete")
@@ -343,22 +339,18 @@ webhook.add_command(LazyCommand("rotate", "service.cli.admin", attribute="rotate
 
 @webhook.command("failed")
 @click.option("--limit", type=click.IntRange(1, 1_000), default=100, show_default=True, help="Maximum number.")
-@json_option
-@with_admin_client
-def list_failed_deliveries(client: AdminClient, *, limit: int, as_json: bool) -> None:
+@print_response(DeliveryList, _format_deliveries)
+def list_failed_deliveries(client: AdminClient, *, limit: int) -> AdminResponse:
     """List the failed deliveries of the last 30 days, newest first."""
-    response = client.request("GET", "webhooks", "failed", limit=limit)
-    print_response(response, DeliveryList, _format_deliveries, as_json=as_json)
+    return client.request("GET", "webhooks", "failed", limit=limit)
 
 
 @webhook.command("redeliver")
 @click.argument("delivery", metavar="ID")
-@json_option
-@with_admin_client
-def redeliver_webhook(client: AdminClient, *, delivery: str, as_json: bool) -> None:
+@print_response(Delivery, lambda item: _format_deliveries(DeliveryList([item])))
+def redeliver_webhook(client: AdminClient, *, delivery: str) -> AdminResponse:
     """Repeat the delivery ID msg_..., with all its attempts."""
-    response = client.request("POST", "webhooks", delivery, "redeliver")
-    print_response(response, Delivery, lambda item: _format_deliveries(DeliveryList([item])), as_json=as_json)
+    return client.request("POST", "webhooks", delivery, "redeliver")
 
 
 def _format_tenant(tenant: Tenant) -> str:
@@ -421,14 +413,13 @@ tenant.add_command(removed_set)
 @tenant.command("create")
 @click.argument("name")
 @add_options(*_TENANT_OPTIONS)
-@json_option
-@with_admin_client
+@print_response(Tenant, _format_tenant)
 def create_tenant(
-    client: AdminClient, *, name: str, limits: Sequence[tuple[str, Any]], as_json: bool, **options: Any
-) -> None:
+    client: AdminClient, *, name: str, limits: Sequence[tuple[str, Any]], **options: Any
+) -> AdminResponse:
     """Create the tenant NAME. A generated secret of its webhooks is printed once."""
     body = _tenant_fields(options) | {"limits": list(named_items("--limit", limits).values())}
-    print_response(client.create("tenants", name, body), Tenant, _format_tenant, as_json=as_json)
+    return client.create("tenants", name, body)
 
 
 @tenant.command("update")
@@ -489,12 +480,10 @@ def enable_tenant(client: AdminClient, *, name: str, as_json: bool) -> None:
 
 @tenant.command("revoke-all")
 @click.argument("name")
-@json_option
-@with_admin_client
-def revoke_all_tokens(client: AdminClient, *, name: str, as_json: bool) -> None:
+@print_response(RevokedTokens, lambda result: f"Revoked: {format_value(result.revoked)}")
+def revoke_all_tokens(client: AdminClient, *, name: str) -> AdminResponse:
     """Revoke all tokens of the tenant NAME at once."""
-    response = client.request("POST", "tenants", name, "revoke-all")
-    print_response(response, RevokedTokens, lambda result: f"Revoked: {format_value(result.revoked)}", as_json=as_json)
+    return client.request("POST", "tenants", name, "revoke-all")
 
 
 def _tenant_fields(options: dict[str, Any]) -> dict[str, Any]:
@@ -509,20 +498,18 @@ def _tenant_fields(options: dict[str, Any]) -> dict[str, Any]:
 
 
 @tenant.command("list")
-@json_option
-@with_admin_client
-def list_tenants(client: AdminClient, *, as_json: bool) -> None:
+@print_response(TenantList, _format_tenants)
+def list_tenants(client: AdminClient) -> AdminResponse:
     """List the tenants."""
-    print_response(client.request("GET", "tenants"), TenantList, _format_tenants, as_json=as_json)
+    return client.request("GET", "tenants")
 
 
 @tenant.command("show")
 @click.argument("name")
-@json_option
-@with_admin_client
-def show_tenant(client: AdminClient, *, name: str, as_json: bool) -> None:
+@print_response(Tenant, _format_tenant)
+def show_tenant(client: AdminClient, *, name: str) -> AdminResponse:
     """Show the tenant NAME, the use of its limits, and its tokens."""
-    print_response(client.request("GET", "tenants", name), Tenant, _format_tenant, as_json=as_json)
+    return client.request("GET", "tenants", name)
 
 
 @tenant.command("delete")

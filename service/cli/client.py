@@ -11,7 +11,7 @@ import click
 import httpx2
 import msgspec
 
-from service.cli.common import CommandError, load_settings
+from service.cli.common import CommandError, json_option, load_settings
 from service.cli.formatting import Fields, format_record, format_value, single_line
 from service.settings import Settings, parse_http_url, parse_printable
 
@@ -75,10 +75,6 @@ class AdminResponse:
         """Return indented JSON. Raises CommandError."""
         self.decode(object)
         return msgspec.json.format(self.content, indent=2).decode()
-
-
-def print_response(response: AdminResponse, schema: type[T], format_text: Callable[[T], str], *, as_json: bool) -> None:
-    click.echo(response.format_json() if as_json else format_text(response.decode(schema)))
 
 
 class AdminClient:
@@ -168,7 +164,7 @@ def change_entry(
         changes += [(label, "changed") for label, secret in secrets.items() if secret]
         return format_record(*changes) if changes else "Nothing changed."
 
-    print_response(response, schema, format_changes, as_json=as_json)
+    click.echo(response.format_json() if as_json else format_changes(response.decode(schema)))
 
 
 def _patch_current(
@@ -209,6 +205,24 @@ def with_admin_client(command: Callable[..., None]) -> Callable[..., None]:
             command(AdminClient(base, http), **arguments)
 
     return run_command
+
+
+def print_response(
+    schema: type[T], format_text: Callable[[T], str]
+) -> Callable[[Callable[..., AdminResponse]], Callable[..., None]]:
+    """Pass a client to a command and print the response that it returns, as text or with `--json` as it is."""
+
+    def wrap_command(command: Callable[..., AdminResponse]) -> Callable[..., None]:
+        @json_option
+        @with_admin_client
+        @functools.wraps(command)
+        def run_command(client: AdminClient, *, as_json: bool, **arguments: Any) -> None:
+            response = command(client, **arguments)
+            click.echo(response.format_json() if as_json else format_text(response.decode(schema)))
+
+        return run_command
+
+    return wrap_command
 
 
 def _admin_url(settings: Settings) -> str:

@@ -23,7 +23,7 @@ from service.api.admin_schemas import (
     TenantEntry,
     rename_old_fields,
 )
-from service.cli.client import AdminClient, print_response, with_admin_client
+from service.cli.client import AdminClient, with_admin_client
 from service.cli.common import CommandError, DetailedExitCommand, get_environment, json_option
 from service.cli.formatting import MAX_SECRET_BYTES, single_line
 from service.domain.errors import ErrorCollector, field_path, suggest, validate_tree
@@ -220,7 +220,7 @@ def apply(client: AdminClient, *, file: BinaryIO, dry_run: bool, prune: bool, fo
     if plan.differences and not dry_run:
         # `version` refuses the change if the registry changed after the differences were shown.
         applied = client.request("PUT", "registry", body=body, version=planned.version, prune=prune, force=force)
-        print_response(applied, ApplyResult, _format_result, as_json=as_json)
+        click.echo(applied.format_json() if as_json else _format_result(applied.decode(ApplyResult)))
         return
     if as_json:
         click.echo(planned.format_json())

@@ -10,7 +10,7 @@ import click
 
 from service.api.admin_schemas import Tenant
 from service.api.schemas import Cost, OperatorTask, OperatorTaskList, Policy, Submission, Usage, UsageRow, UsageSum
-from service.cli.client import AdminClient, print_response, with_admin_client
+from service.cli.client import AdminClient, AdminResponse, print_response, with_admin_client
 from service.cli.common import json_option
 from service.cli.formatting import choice, format_record, format_table, format_value
 from service.domain.tasks import Kind, State
@@ -162,7 +162,7 @@ def usage(
         click.echo(client.request("GET", "usage", accept="text/csv", **query).content, nl=False)
         return
     response = client.request("GET", "usage", **query)
-    print_response(response, Usage, _format_usage, as_json=as_json)
+    click.echo(response.format_json() if as_json else _format_usage(response.decode(Usage)))
 
 
 @click.command()
@@ -178,12 +178,10 @@ def quota(client: AdminClient, *, tenant: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("submission", metavar="ID")
-@json_option
-@with_admin_client
-def submission(client: AdminClient, *, submission: str, as_json: bool) -> None:
+@print_response(Submission, _format_submission)
+def submission(client: AdminClient, *, submission: str) -> AdminResponse:
     """Show the outcome of the submission ID, which may be the id of its task."""
-    response = client.request("GET", "submissions", submission)
-    print_response(response, Submission, _format_submission, as_json=as_json)
+    return client.request("GET", "submissions", submission)
 
 
 @click.command()
@@ -191,15 +189,13 @@ def submission(client: AdminClient, *, submission: str, as_json: bool) -> None:
 @click.option("--task", hidden=True)  # until 0.3.0, like --submission
 @click.option("--submission", hidden=True)
 @click.option("--reason", required=True, help="The reason, which the usage shows.")
-@json_option
-@with_admin_client
-def refund(client: AdminClient, *, reason: str, as_json: bool, **targets: str | None) -> None:
+@print_response(Submission, _format_submission)
+def refund(client: AdminClient, *, reason: str, **targets: str | None) -> AdminResponse:
     """Return the cost of ID, a task or a submission, to its tenant's limits, once."""
     ids = [target for target in targets.values() if target is not None]
     if len(ids) != 1:
         raise click.UsageError("The ID of one task or submission is required.")
-    response = client.request("POST", "refunds", body={"submission": ids[0], "reason": reason})
-    print_response(response, Submission, _format_submission, as_json=as_json)
+    return client.request("POST", "refunds", body={"submission": ids[0], "reason": reason})
 
 
 @click.group()
@@ -209,11 +205,10 @@ def task() -> None:
 
 @task.command("show")
 @click.argument("task_id", metavar="ID")
-@json_option
-@with_admin_client
-def show_task(client: AdminClient, *, task_id: str, as_json: bool) -> None:
+@print_response(OperatorTask, _format_task)
+def show_task(client: AdminClient, *, task_id: str) -> AdminResponse:
     """Show the task ID, which may be the id of its submission."""
-    print_response(client.request("GET", "tasks", task_id), OperatorTask, _format_task, as_json=as_json)
+    return client.request("GET", "tasks", task_id)
 
 
 @task.command("list")
@@ -221,9 +216,8 @@ def show_task(client: AdminClient, *, task_id: str, as_json: bool) -> None:
 @click.option("--state", type=choice(State), help="Only tasks in this state.")
 @click.option("--kind", type=choice(Kind), help="Only tasks of this kind.")
 @click.option("--limit", type=click.IntRange(1, 1_000), default=20, show_default=True, help="Maximum number.")
-@json_option
-@with_admin_client
-def list_tasks(client: AdminClient, *, limit: int, as_json: bool, **options: str | None) -> None:
+@print_response(OperatorTaskList, _format_tasks)
+def list_tasks(client: AdminClient, *, limit: int, **options: str | None) -> AdminResponse:
     """List the tasks of a tenant, newest first."""
     query: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     items: list[OperatorTask] = []
@@ -234,5 +228,4 @@ def list_tasks(client: AdminClient, *, limit: int, as_json: bool, **options: str
         if page.next_cursor is None or len(items) == limit:
             break
         query["cursor"] = page.next_cursor
-    response = response.with_members(items=items, next_cursor=page.next_cursor)
-    print_response(response, OperatorTaskList, _format_tasks, as_json=as_json)
+    return response.with_members(items=items, next_cursor=page.next_cursor)
