@@ -71,20 +71,19 @@ def read_registry_file(file: BinaryIO) -> RegistryBody:
 
 def format_registry_file(registry: RegistryBody) -> str:
     tree = _to_toml_value(msgspec.to_builtins(registry, builtin_types=(datetime,)))
-    missing = [
-        *(
-            field_path("accounts", name, "user_key")
-            for name, account in registry.accounts.items()
-            if not account.user_key
-        ),
-        *(
-            field_path("tenants", name, "webhook", "secret")
-            for name, tenant in registry.tenants.items()
-            if tenant.webhook and not tenant.webhook.secret
-        ),
-    ]
+    missing = _secret_paths(
+        [name for name, account in registry.accounts.items() if not account.user_key],
+        [name for name, tenant in registry.tenants.items() if tenant.webhook and not tenant.webhook.secret],
+    )
     note = "#\n# These secrets have no reference. They are kept, but could not be restored:\n" if missing else ""
     return "\n".join([FILE_HEADER + note + "".join(f"#   {path}\n" for path in missing), tomli_w.dumps(tree)])
+
+
+def _secret_paths(accounts: Sequence[str], tenants: Sequence[str]) -> list[str]:
+    return [
+        *(field_path("accounts", name, "user_key") for name in accounts),
+        *(field_path("tenants", name, "webhook", "secret") for name in tenants),
+    ]
 
 
 def _secret_fields(tree: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -92,8 +91,8 @@ def _secret_fields(tree: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any
     for name, account in _subtables(tree.get("accounts")):
         yield field_path("accounts", name, "user_key"), account, "user_key"
     for name, tenant in _subtables(tree.get("tenants")):
-        for key, webhook in _subtables({"webhook": tenant.get("webhook")}):
-            yield field_path("tenants", name, key, "secret"), webhook, "secret"
+        if isinstance(webhook := tenant.get("webhook"), dict):
+            yield field_path("tenants", name, "webhook", "secret"), webhook, "secret"
 
 
 def _subtables(value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -239,13 +238,9 @@ def rotate_keys(client: AdminClient, *, as_json: bool) -> None:
     """
     response = client.request("POST", "registry", "rotate-keys")
     result = response.decode(ReencryptResult)
-    paths = [
-        *(field_path("accounts", name, "user_key") for name in result.accounts),
-        *(field_path("tenants", name, "webhook", "secret") for name in result.tenants),
-    ]
     if as_json:
         click.echo(response.format_json())
-    elif paths:
+    elif paths := _secret_paths(result.accounts, result.tenants):
         click.echo(f"Encrypted with the first secret key: {single_line(', '.join(paths))}")
     if result.undecryptable:
         raise CommandError(f"no secret key decrypts {single_line(', '.join(result.undecryptable))}: set them again")

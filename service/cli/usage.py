@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import click
 
 from service.api.admin_schemas import Tenant
 from service.api.schemas import Cost, OperatorTask, OperatorTaskList, Policy, Submission, Usage, UsageRow, UsageSum
 from service.cli.client import AdminClient, AdminResponse, print_response, with_admin_client
-from service.cli.common import json_option
+from service.cli.common import json_option, named_fields
 from service.cli.formatting import choice, format_record, format_table, format_value
 from service.domain.tasks import Kind, State
 
@@ -68,11 +67,10 @@ def format_policies(policies: Sequence[Policy]) -> str:
     if not policies:
         return "It has no limits."
     head = ("policy", "unit", "limit", "used", "reserved", "remaining", "overrun", "resets at")
-    units = {"money": "yuan"}
     rows = [
         (
             item.policy,
-            units.get(item.unit, item.unit),
+            "yuan" if item.unit == "money" else item.unit,
             item.limit,
             item.used,
             item.reserved,
@@ -142,22 +140,19 @@ def _format_amount(uses: int, yuan: float) -> str:
 
 
 @click.command()
-@click.option("--from", "first", metavar="DAY", help="The first day, in UTC.  [default: the first of the month]")
-@click.option("--to", "last", metavar="DAY", help="The last day, included.  [default: today]")
+@click.option("--from", metavar="DAY", help="The first day, in UTC.  [default: the first of the month]")
+@click.option("--to", metavar="DAY", help="The last day, included.  [default: today]")
 @click.option("--interval", type=click.Choice(["day", "month", "total"]), help="Period of a row.  [default: day]")
 @click.option("--group-by", metavar="WORDS", help="tenant, kind, both with a comma, or none.  [default: tenant,kind]")
 @click.option("--tenant", help="Only this tenant.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @json_option
 @with_admin_client
-def usage(
-    client: AdminClient, *, first: str | None, last: str | None, as_csv: bool, as_json: bool, **options: str | None
-) -> None:
+def usage(client: AdminClient, *, as_csv: bool, as_json: bool, **options: str | None) -> None:
     """Show tasks and spending of tenants, including deleted ones."""
     if as_csv and as_json:
         raise click.UsageError("Use --csv or --json, not both.")
-    options |= {"from": first, "to": last}
-    query: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    query = named_fields(options)
     if as_csv:
         click.echo(client.request("GET", "usage", accept="text/csv", **query).content, nl=False)
         return
@@ -219,7 +214,7 @@ def show_task(client: AdminClient, *, task_id: str) -> AdminResponse:
 @print_response(OperatorTaskList, _format_tasks)
 def list_tasks(client: AdminClient, *, limit: int, **options: str | None) -> AdminResponse:
     """List the tasks of a tenant, newest first."""
-    query: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    query = named_fields(options)
     items: list[OperatorTask] = []
     while True:
         response = client.request("GET", "tasks", limit=min(limit - len(items), _MAX_PAGE_SIZE), **query)
