@@ -11,7 +11,7 @@ _COMMANDS = {
     "account": ("admin", "Manage accounts at the upstream."),
     "tenant": ("admin", "Manage tenants, which submit tasks."),
     "token": ("admin", "Manage the bearer tokens of tenants."),
-    "webhook": ("admin", "Manage webhooks, which report finished tasks to tenants."),
+    "webhook": ("usage", "Manage webhooks, which report finished tasks to tenants."),
     "clock": ("admin", "Manage the clock of the ledger."),
     "quota": ("usage", "Show the limits of TENANT and their use."),
     "usage": ("usage", "Show tasks and spending of tenants, including deleted ones."),

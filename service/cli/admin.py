@@ -1,4 +1,4 @@
-"""Commands for accounts, tenants, tokens, webhooks and the clock."""
+"""Commands for accounts, tenants, tokens and the clock."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from service.api.admin_schemas import (
     Account,
     AccountList,
     ClockReset,
-    Delivery,
-    DeliveryList,
     Figure,
-    NewSecret,
     NewToken,
     RevokedTokens,
     Tenant,
@@ -26,7 +23,6 @@ from service.api.admin_schemas import (
 )
 from service.cli.client import AdminClient, AdminResponse, change_entry, print_response, with_admin_client
 from service.cli.common import (
-    LazyCommand,
     add_options,
     clear_option,
     get_environment,
@@ -298,59 +294,6 @@ def revoke_token(client: AdminClient, *, tenant: str, token_id: str, grace: floa
     client.request("DELETE", "tenants", tenant, "tokens", token_id, grace=grace)
     status = f"expires in {grace:g} seconds" if grace else "is revoked"
     click.echo(f"The token {token_id} of {tenant} {status}.")
-
-
-def _format_deliveries(deliveries: DeliveryList) -> str:
-    head = ("id", "tenant", "state", "attempts", "status", "error", "url", "updated at")
-    rows = [
-        (item.id, item.tenant, item.state, item.attempts, item.status, item.error, item.url, item.updated_at)
-        for item in deliveries.items
-    ]
-    return format_table(head, rows)
-
-
-@click.group()
-def webhook() -> None:
-    """Manage webhooks, which report finished tasks to tenants."""
-
-
-@webhook.command("rotate-secret")
-@click.argument("tenant")
-@click.option(
-    "--grace", type=DURATION, default="0", show_default=True, help="Time for which the previous secret signs too: 7d."
-)
-@json_option
-@with_admin_client
-def rotate_webhook_secret(client: AdminClient, *, tenant: str, grace: float, as_json: bool) -> None:
-    """Generate a new webhook secret for TENANT and print it, once."""
-    response = client.request("POST", "tenants", tenant, "webhook-secret", grace=grace)
-    if as_json:
-        click.echo(response.format_json())
-        return
-    rotated = response.decode(NewSecret)
-    note = f" The previous one signs too until {format_value(rotated.previous_expires_at)}." if grace else ""
-    click.echo(f"The new secret of {tenant}. It is not shown again.{note}", err=True)
-    click.echo(rotated.secret)
-
-
-# The name until 0.2.0.
-webhook.add_command(LazyCommand("rotate", "service.cli.admin", attribute="rotate_webhook_secret"))
-
-
-@webhook.command("failed")
-@click.option("--limit", type=click.IntRange(1, 1_000), default=100, show_default=True, help="Maximum number.")
-@print_response(DeliveryList, _format_deliveries)
-def list_failed_deliveries(client: AdminClient, *, limit: int) -> AdminResponse:
-    """List the failed deliveries of the last 30 days, newest first."""
-    return client.request("GET", "webhooks", "failed", limit=limit)
-
-
-@webhook.command("redeliver")
-@click.argument("delivery", metavar="ID")
-@print_response(Delivery, lambda item: _format_deliveries(DeliveryList([item])))
-def redeliver_webhook(client: AdminClient, *, delivery: str) -> AdminResponse:
-    """Repeat the delivery ID msg_..., with all its attempts."""
-    return client.request("POST", "webhooks", delivery, "redeliver")
 
 
 def _format_tenant(tenant: Tenant) -> str:
