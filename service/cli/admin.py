@@ -471,15 +471,12 @@ def clock() -> None:
 
 
 @clock.command("reset")
-@json_option
-@with_admin_client
-def reset_clock(client: AdminClient, *, as_json: bool) -> None:
+@print_response(
+    ClockReset, lambda reset: f"The clock of the ledger was {reset.offset_seconds:g} s ahead of the clock of Redis."
+)
+def reset_clock(client: AdminClient) -> AdminResponse:
     """Reset the clock of the ledger to the clock of Redis, with all due times.
 
     The ledger is ahead after the clock of Redis was set back, and by itself adjusts ten times as slowly.
     """
-    response = client.request("POST", "clock", "reset")
-    seconds = response.decode(ClockReset).offset_seconds
-    click.echo(
-        response.format_json() if as_json else f"The clock of the ledger was {seconds:g} s ahead of the clock of Redis."
-    )
+    return client.request("POST", "clock", "reset")

@@ -38,9 +38,6 @@ class FieldError(msgspec.Struct, frozen=True):
     field: str
     detail: str
 
-    def __str__(self) -> str:
-        return f"{self.field}: {self.detail}"
-
 
 class ProblemDocument(msgspec.Struct, frozen=True):
     title: str
@@ -48,7 +45,7 @@ class ProblemDocument(msgspec.Struct, frozen=True):
     errors: tuple[FieldError, ...] = ()
 
     def __str__(self) -> str:
-        errors = [str(error) for error in self.errors]
+        errors = [f"{error.field}: {error.detail}" for error in self.errors]
         detail = "" if self.detail == "; ".join(errors) else f" {single_line(self.detail)}"
         return "\n  ".join([f"{single_line(self.title)}:{detail}", *map(single_line, errors)])
 
@@ -108,13 +105,10 @@ class AdminClient:
             response = self._http.request(method, address, content=content, headers=headers, params=query)
         except httpx2.RequestError as error:
             raise self._map_transport_error(method, error) from None
-        if (
-            response.is_success
-            and accept != _JSON_TYPE
-            and response.headers.get("content-type", "").partition(";")[0] != accept
-        ):
-            raise _unexpected_response(self._url, f"no {accept}")
         if response.is_success:
+            media_type = response.headers.get("content-type", "").partition(";")[0]
+            if accept not in {_JSON_TYPE, media_type}:  # JSON is checked when it is decoded
+                raise _unexpected_response(self._url, f"no {accept}")
             return AdminResponse(self._url, response.content, response.headers.get("etag"))
         try:
             problem = msgspec.json.decode(response.content, type=ProblemDocument)

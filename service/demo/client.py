@@ -85,14 +85,13 @@ class GatewayClient:
         return ResultFile(response.content, content_type)
 
     async def _request(self, method: str, address: str, **content: Any) -> httpx2.Response:
+        url = single_line(str(self._http.base_url)).rstrip("/")
         try:
             response = await self._http.request(method, address, headers=self._authorization, **content)
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            raise GatewayError(
-                f"Can't connect to {_format_url(self._http.base_url)} — start a gateway with `make run`"
-            ) from error
+            raise GatewayError(f"Can't connect to {url} — start a gateway with `make run`") from error
         except httpx2.UnsupportedProtocol as error:
-            raise GatewayError(f"{_format_url(self._http.base_url)} is not the address of a gateway") from error
+            raise GatewayError(f"{url} is not the address of a gateway") from error
         except httpx2.RequestError as error:
             raise GatewayError(f"The connection to the gateway broke: {_error_text(error)}") from error
         if not response.is_success:
@@ -114,10 +113,6 @@ async def open_client(base_url: str, token: str, timeout_seconds: float) -> Asyn
 def single_line(text: str) -> str:
     """Join text onto one line, without control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def _format_url(base_url: httpx2.URL) -> str:
-    return single_line(str(base_url)).rstrip("/")
 
 
 def _error_text(error: Exception) -> str:
