@@ -39,11 +39,10 @@ from service.api.admin_schemas import (
     account_spec,
     rename_old_fields,
     render_account,
-    render_apply_result,
     render_delivery,
-    render_new_secret,
     render_registry,
     render_tenant,
+    seconds_to_datetime,
     tenant_spec,
     token_expires_at,
 )
@@ -440,8 +439,14 @@ def registry_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
 
         desired = data.to_desired(prune=prune)
         plan = await registry_admin.apply(desired, force=force, dry_run=dry_run, version_matches=version_matches)
-        result = render_apply_result(plan, diff_registry(plan, registry_admin.now()), dry_run=dry_run)
-        version = plan.after.version if result.applied else plan.before.version
+        is_applied = plan.change is not None and not dry_run
+        result = ApplyResult(
+            applied=is_applied,
+            differences=diff_registry(plan, registry_admin.now()),
+            unmanaged=list(plan.unmanaged),
+            generated_secrets=dict(plan.generated_secrets) if is_applied else {},
+        )
+        version = plan.after.version if is_applied else plan.before.version
         return Response(result, headers={"ETag": _registry_etag(version)})
 
     @post(
@@ -483,7 +488,8 @@ def webhook_routes(webhooks: WebhookAdmin) -> Sequence[HTTPRouteHandler]:
         ),
     )
     async def rotate(name: TenantName, grace: SecretGrace = 0) -> NewSecret:
-        return render_new_secret(await webhooks.rotate_secret(name, grace))
+        generated = await webhooks.rotate_secret(name, grace)
+        return NewSecret(generated.text, seconds_to_datetime(generated.previous_expires_at))
 
     @get(
         "/webhooks/failed",

@@ -41,8 +41,7 @@ from service.domain.tenants import (
     Window,
 )
 from service.domain.webhooks import MAX_ALLOW_ENTRIES, MAX_URL_CHARS, DeliveryState, WebhookEvent
-from service.usecases import webhook_delivery
-from service.usecases.registry_plan import DesiredAccount, DesiredRegistry, DesiredTenant, RegistryPlan
+from service.usecases.registry_plan import DesiredAccount, DesiredRegistry, DesiredTenant
 from service.usecases.reports import QuotaReport
 from service.usecases.webhook_delivery import TenantDelivery
 
@@ -63,14 +62,6 @@ class WebhookSpec(Struct, frozen=True, forbid_unknown_fields=True):
             "addresses; networks such as 127.0.0.0/8 allow other addresses.",
         ),
     ] = []
-
-    def to_webhook(self) -> tenants.Webhook:
-        """Return the webhook without its secret. Raises InvalidOptions."""
-        errors = ErrorCollector()
-        url = errors.collect("", self.url, webhooks.parse_url, "webhook.url", self.url)
-        allow = errors.collect("", (), webhooks.parse_allow_list, "webhook.allow", self.allow)
-        errors.raise_if_any()
-        return tenants.Webhook(url, allow)
 
 
 class WebhookBody(WebhookSpec, frozen=True):
@@ -134,10 +125,6 @@ def encode_task_event(task: tasks.Task) -> bytes:
     return msgspec.json.encode(event)
 
 
-def render_new_secret(generated: webhook_delivery.NewSecret) -> NewSecret:
-    return NewSecret(generated.text, datetime.fromtimestamp(generated.previous_expires_at, UTC))
-
-
 def render_delivery(entry: TenantDelivery) -> Delivery:
     delivery = entry.delivery
     return Delivery(
@@ -171,14 +158,17 @@ class AccountSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     floor_money: YuanInput = 0
     max_price: Annotated[dict[Kind, YuanInput], Meta(description="The most a task of a kind can cost.")] = {}
 
-    def to_account(self, name: str) -> tenants.Account:
-        """Return the account without its id and key. Raises InvalidOptions with all errors."""
+    def _to_desired(self, name: str, user_key: str | None) -> DesiredAccount:
+        """Raises InvalidOptions with all errors, which do not contain the key."""
         errors = ErrorCollector()
+        if user_key is not None and not re.fullmatch(r"[!-~]+", user_key):
+            errors.add("user_key", "must be printable ASCII without spaces")
         url = errors.collect("", None, _parse_base_url, self.base_url)
         floor = errors.collect("", 0, _to_fen, "floor_money", self.floor_money)
         prices = {kind: errors.collect("max_price", 0, _to_fen, kind, price) for kind, price in self.max_price.items()}
         errors.raise_if_any()
-        return tenants.Account(0, name, b"", url, AccountPolicy(self.floor_count, floor, prices))
+        account = tenants.Account(0, name, b"", url, AccountPolicy(self.floor_count, floor, prices))
+        return DesiredAccount(account, None if user_key is None else user_key.encode())
 
 
 class AccountBody(AccountSpec, frozen=True):
@@ -187,11 +177,7 @@ class AccountBody(AccountSpec, frozen=True):
     user_key: Annotated[str, Meta(min_length=1, max_length=512, description="Of printable ASCII.")] | None = None
 
     def to_desired(self, name: str) -> DesiredAccount:
-        """Raises InvalidOptions, which does not contain the key."""
-        errors = ErrorCollector()
-        desired = _desired_account(self, name, self.user_key, errors)
-        errors.raise_if_any()
-        return desired
+        return self._to_desired(name, self.user_key)
 
 
 class Limit(Struct, frozen=True, forbid_unknown_fields=True):
@@ -215,9 +201,7 @@ class TenantSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         TenantStatus.ACTIVE
     )
 
-    def to_tenant(self, name: str) -> tenants.Tenant:
-        """Return the tenant without its id and the secrets of its webhook. Raises InvalidOptions with all errors."""
-        errors = ErrorCollector()
+    def _to_desired(self, name: str, secret: str | None, errors: ErrorCollector) -> DesiredTenant:
         errors.errors += [
             *_find_repeated("accounts", "account", self.accounts),
             *_find_repeated("limits", "window", [limit.window for limit in self.limits]),
@@ -227,11 +211,15 @@ class TenantSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for index, limit in enumerate(self.limits):
             if limit.tasks is None and limit.money is None:
                 errors.add(f"limits[{index}]", "must limit tasks, money or both")
-            money = limit.money and errors.collect(f"limits[{index}]", 0, _to_fen, "money", limit.money)
-            limits.append(tenants.Limit(limit.window, limit.tasks, None if money is None else int(money)))
-        webhook = errors.collect("", tenants.Webhook(), self.webhook.to_webhook) if self.webhook else tenants.Webhook()
-        errors.raise_if_any()
-        return tenants.Tenant(
+            money = errors.collect(f"limits[{index}]", 0, _to_fen, "money", limit.money or 0)
+            limits.append(tenants.Limit(limit.window, limit.tasks, None if limit.money is None else money))
+        webhook = tenants.Webhook()
+        if self.webhook:
+            url = errors.collect("", "", webhooks.parse_url, "webhook.url", self.webhook.url)
+            webhook = tenants.Webhook(
+                url, errors.collect("", (), webhooks.parse_allow_list, "webhook.allow", self.webhook.allow)
+            )
+        tenant = tenants.Tenant(
             id=0,
             name=name,
             accounts=tuple(self.accounts),
@@ -240,6 +228,8 @@ class TenantSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             state=self.state,
             webhook=webhook,
         )
+        key = None if secret is None else errors.collect("", b"", webhooks.parse_secret, secret)
+        return DesiredTenant(tenant, secret=key)
 
 
 class TenantBody(TenantSpec, frozen=True, kw_only=True):
@@ -250,7 +240,7 @@ class TenantBody(TenantSpec, frozen=True, kw_only=True):
     def to_desired(self, name: str) -> DesiredTenant:
         """Raises InvalidOptions with all errors."""
         errors = ErrorCollector()
-        desired = _desired_tenant(self, name, self.webhook.secret if self.webhook else None, errors)
+        desired = self._to_desired(name, self.webhook.secret if self.webhook else None, errors)
         errors.raise_if_any()
         return desired
 
@@ -404,17 +394,17 @@ def render_tenant(
         name=tenant.name,
         policies=render_quota(report).policies,
         tokens=[
-            Token(token.id, token.label, _seconds_to_datetime(token.created_at), token_expires_at(token))
+            Token(token.id, token.label, seconds_to_datetime(token.created_at), token_expires_at(token))
             for token in tokens
         ],
     )
 
 
 def token_expires_at(token: tenants.Token) -> datetime | None:
-    return None if token.expires_at is None else _seconds_to_datetime(token.expires_at)
+    return None if token.expires_at is None else seconds_to_datetime(token.expires_at)
 
 
-def _seconds_to_datetime(seconds: float) -> datetime:
+def seconds_to_datetime(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
@@ -452,23 +442,6 @@ def _is_base_url(text: str) -> bool:
         return False
     is_plain = re.fullmatch(r"[!-~]+", text) and "@" not in parts.netloc and "?" not in text and "#" not in text
     return bool(is_plain and host and parts.scheme in {"http", "https"})
-
-
-def _desired_account(
-    spec: AccountSpec, name: str, user_key: str | None, errors: ErrorCollector, *path: str
-) -> DesiredAccount:
-    if user_key is not None and not re.fullmatch(r"[!-~]+", user_key):
-        errors.add(field_path(*path, "user_key"), "must be printable ASCII without spaces")
-    account = errors.collect(field_path(*path), tenants.Account(0, name, b""), spec.to_account, name)
-    return DesiredAccount(account, None if user_key is None else user_key.encode())
-
-
-def _desired_tenant(
-    spec: TenantSpec, name: str, secret: str | None, errors: ErrorCollector, *path: str
-) -> DesiredTenant:
-    tenant = errors.collect(field_path(*path), tenants.Tenant(0, name, ()), spec.to_tenant, name)
-    key = None if secret is None else errors.collect(field_path(*path), b"", webhooks.parse_secret, secret)
-    return DesiredTenant(tenant, secret=key)
 
 
 def _find_repeated(field: str, noun: str, values: Sequence[str]) -> Sequence[FieldError]:
@@ -516,9 +489,9 @@ class AccountEntry(AccountSpec, frozen=True, omit_defaults=True):
     id: _Id | None = None
     user_key: SecretEntry | None = None
 
-    def to_desired(self, name: str, errors: ErrorCollector) -> DesiredAccount:
+    def to_desired(self, name: str) -> DesiredAccount:
         entry = self.user_key or SecretEntry()
-        desired = _desired_account(self, name, entry.value, errors, "accounts", name)
+        desired = self._to_desired(name, entry.value)
         account = replace(desired.account, id=self.id or 0, secret_ref=entry.to_secret_ref())
         return replace(desired, account=account)
 
@@ -531,9 +504,9 @@ class TokenEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     created_at: _Timestamp | None = None
     expires_at: _Timestamp | None = None
 
-    def to_token(self, token_id: str, path: str, errors: ErrorCollector) -> tenants.Token:
+    def to_token(self, token_id: str, errors: ErrorCollector) -> tenants.Token:
         """Return the token without the id of its tenant."""
-        path = f"{path}.{field_path('tokens', token_id)}"
+        path = field_path("tokens", token_id)
         created = errors.collect(path, None, _to_seconds, "created_at", self.created_at) or 0
         expires = errors.collect(path, None, _to_seconds, "expires_at", self.expires_at)
         return tenants.Token(token_id, 0, bytes.fromhex(self.sha256), self.label, created, expires)
@@ -552,11 +525,13 @@ class TenantEntry(TenantSpec, frozen=True, kw_only=True, omit_defaults=True):
     webhook: WebhookEntry | None = None
     tokens: Annotated[dict[_TokenId, TokenEntry], Meta(description="By their ids.")] = {}
 
-    def to_desired(self, name: str, errors: ErrorCollector) -> DesiredTenant:
+    def to_desired(self, name: str) -> DesiredTenant:
+        """Raises InvalidOptions with all errors."""
+        errors = ErrorCollector()
         entry = self.webhook.secret if self.webhook and self.webhook.secret else SecretEntry()
-        desired = _desired_tenant(self, name, entry.value, errors, "tenants", name)
-        path = field_path("tenants", name)
-        tokens = tuple(token.to_token(token_id, path, errors) for token_id, token in self.tokens.items())
+        desired = self._to_desired(name, entry.value, errors)
+        tokens = tuple(token.to_token(token_id, errors) for token_id, token in self.tokens.items())
+        errors.raise_if_any()
         tenant = replace(desired.tenant, id=self.id or 0)
         return replace(desired, tenant=tenant, tokens=tokens, secret_ref=entry.to_secret_ref())
 
@@ -570,10 +545,16 @@ class RegistryBody(Struct, frozen=True, forbid_unknown_fields=True, omit_default
     def to_desired(self, *, prune: bool) -> DesiredRegistry:
         """Return the desired registry. Raises InvalidOptions with all errors."""
         errors = ErrorCollector()
-        desired_accounts = tuple(account.to_desired(name, errors) for name, account in self.accounts.items())
-        desired_tenants = tuple(tenant.to_desired(name, errors) for name, tenant in self.tenants.items())
+        desired_accounts = [
+            errors.collect(field_path("accounts", name), None, entry.to_desired, name)
+            for name, entry in self.accounts.items()
+        ]
+        desired_tenants = [
+            errors.collect(field_path("tenants", name), None, entry.to_desired, name)
+            for name, entry in self.tenants.items()
+        ]
         errors.raise_if_any()
-        return DesiredRegistry(desired_accounts, desired_tenants, prune)
+        return DesiredRegistry(tuple(filter(None, desired_accounts)), tuple(filter(None, desired_tenants)), prune)
 
 
 def rename_old_fields(body: Any, errors: ErrorCollector) -> None:
@@ -639,19 +620,15 @@ class ReencryptResult(Struct, frozen=True):
 
 def render_registry(registry: Registry, now: float) -> RegistryBody:
     """Render the registry by name, without tokens that have expired at `now` (seconds since the epoch)."""
-    tokens = defaultdict[int, list[tenants.Token]](list)
+    tokens = defaultdict[int, dict[str, TokenEntry]](dict)
     for token in sorted(registry.tokens.values(), key=lambda token: (token.created_at, token.id)):
         if token.is_valid_at(now):
-            tokens[token.tenant].append(token)
+            created_at, expires_at = seconds_to_datetime(token.created_at), token_expires_at(token)
+            tokens[token.tenant][token.id] = TokenEntry(token.digest.hex(), token.label, created_at, expires_at)
     return RegistryBody(
         {name: _account_entry(account) for name, account in sorted(registry.accounts.items())},
         {name: _tenant_entry(tenant, tokens[tenant.id]) for name, tenant in sorted(registry.tenants.items())},
     )
-
-
-def render_apply_result(plan: RegistryPlan, differences: list[Difference], *, dry_run: bool) -> ApplyResult:
-    applied = plan.change is not None and not dry_run
-    return ApplyResult(applied, differences, list(plan.unmanaged), dict(plan.generated_secrets) if applied else {})
 
 
 def _to_seconds(field: str, time: datetime | None) -> float | None:
@@ -666,17 +643,12 @@ def _account_entry(account: tenants.Account) -> AccountEntry:
     return AccountEntry(**asdict(account_spec(account)), id=account.id, user_key=_secret_entry(account.secret_ref))
 
 
-def _tenant_entry(tenant: tenants.Tenant, tokens: list[tenants.Token]) -> TenantEntry:
+def _tenant_entry(tenant: tenants.Tenant, tokens: dict[str, TokenEntry]) -> TenantEntry:
     fields, secrets = asdict(tenant_spec(tenant)), tenant.webhook.secrets
     if webhook := fields["webhook"]:
         secret = _secret_entry(secrets.secret_ref) if secrets else None
         fields["webhook"] = WebhookEntry(webhook.url, webhook.allow, secret)
-    return TenantEntry(**fields, id=tenant.id, tokens={token.id: _token_entry(token) for token in tokens})
-
-
-def _token_entry(token: tenants.Token) -> TokenEntry:
-    created_at = _seconds_to_datetime(token.created_at)
-    return TokenEntry(token.digest.hex(), token.label, created_at, token_expires_at(token))
+    return TenantEntry(**fields, id=tenant.id, tokens=tokens)
 
 
 def _secret_entry(ref: SecretRef | None) -> SecretEntry | None:

@@ -159,7 +159,7 @@ def _validate_entry(section: str, name: str, entry: Any, errors: ErrorCollector)
         # The valid fields are converted without the others, so that all errors are reported at once.
         invalid_paths = {prefix for error in invalid for prefix in _path_prefixes(error.field)}
         valid = {key: value for key, value in entry.items() if f"{path}.{field_path(key)}" not in invalid_paths}
-        msgspec.convert(_REQUIRED_FIELDS[section] | valid, kind).to_desired(name, errors)
+        errors.collect(path, None, msgspec.convert(_REQUIRED_FIELDS[section] | valid, kind).to_desired, name)
 
 
 def _path_prefixes(path: str) -> Iterator[str]:
