@@ -7,7 +7,7 @@ from typing import Any
 
 from litestar import Litestar, Request, Router, get
 from litestar.connection import ASGIConnection
-from litestar.datastructures import CacheControlHeader
+from litestar.datastructures import CacheControlHeader, ResponseHeader
 from litestar.di import Provide
 from litestar.handlers import BaseRouteHandler
 from litestar.openapi.config import OpenAPIConfig
@@ -22,6 +22,7 @@ from service.api.errors import exception_handlers
 from service.api.health import health_routes, metrics_route
 from service.api.openapi_document import operators_config, tenants_config
 from service.api.params import JsonRequest, check_query
+from service.api.schemas import PRIVATE_HEADERS
 from service.api.uploads import refuse_content_encoding
 from service.container import Container
 from service.domain.tenants import Tenant
@@ -40,7 +41,10 @@ def create_ops_app(container: Container) -> RequestMiddleware:
 
 
 def _add_middleware(app: Litestar, container: Container, port: Port) -> RequestMiddleware:
-    _preregister_route_metrics(container, app, port)
+    for route in app.routes:
+        if isinstance(route, HTTPRoute) and not route.path.startswith(openapi.UNSERVED_PATH):
+            # So that its errors are counted from zero.
+            preregister(container.metrics.http_requests, [port], route.methods, [route.path_format], _SERVER_ERRORS)
     return RequestMiddleware(
         HeadMiddleware(app), metrics=container.metrics, logger=container.logger, port=port, tracer=container.tracer
     )
@@ -74,6 +78,7 @@ def tenants_app(container: Container) -> Litestar:
             Router("/", route_handlers=usage_routes, tags=["Usage"]),
         ],
         dependencies={"tenant": Provide(tenant, sync_to_thread=False)},
+        response_headers=[ResponseHeader(name=name, value=value) for name, value in PRIVATE_HEADERS.items()],
     )
     old = Router(
         "/api",
@@ -125,13 +130,6 @@ def operators_app(container: Container) -> Litestar:
     health = Router("/", route_handlers=health_routes(container.health), tags=["Service"], security=[{}])
     metrics = metrics_route(container.metrics, container.ledger_snapshot)
     return _create_litestar(container, [admin_routes, health, metrics, *docs_routes()], operators_config())
-
-
-def _preregister_route_metrics(container: Container, app: Litestar, port: Port) -> None:
-    # So that their errors are counted from zero.
-    for route in app.routes:
-        if isinstance(route, HTTPRoute) and not route.path.startswith(openapi.UNSERVED_PATH):
-            preregister(container.metrics.http_requests, [port], route.methods, [route.path_format], _SERVER_ERRORS)
 
 
 def _create_litestar(

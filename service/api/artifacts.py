@@ -57,7 +57,7 @@ def artifact_routes(reader: TaskReader) -> list[HTTPRouteHandler]:
         summary="Fetch a result",
         description=_DESCRIPTION,
         response_description="The whole result",
-        response_headers=openapi.response_headers(*openapi.FILE_HEADERS),
+        response_headers=openapi.response_headers("Content-Disposition", "ETag", "Last-Modified", "Accept-Ranges"),
         responses=openapi.problem_responses(
             401, "tenant-disabled", 404, 416, "upstream-invalid-response", "upstream-unavailable", "overloaded"
         )

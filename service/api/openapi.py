@@ -29,7 +29,6 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service import __version__
 from service.api.errors import MEDIA_TYPE, PROBLEMS, ProblemType
-from service.domain.media import EXTENSIONS
 from service.domain.tasks import MAX_METADATA_BYTES, OPTIONS, Catalogue, Kind
 from service.domain.webhooks import MAX_URL_CHARS
 
@@ -85,9 +84,6 @@ _FILE_SCHEMA = {
     "format": "binary",  # of OpenAPI 3.0, the only one that most client generators support
     "contentMediaType": "application/octet-stream",
 }
-FILE_HEADERS = ("Content-Disposition", "ETag", "Last-Modified", "Accept-Ranges", "Cache-Control")
-FILE_TYPES = tuple(EXTENSIONS)
-"""Headers and media types of responses that are files."""
 
 
 def problem_responses(*codes_or_statuses: int | str) -> dict[int, ResponseSpec]:

@@ -19,6 +19,7 @@ from service.api.admin_schemas import TaskEvent
 from service.api.errors import MEDIA_TYPE, PROBLEMS, ProblemResponse, render
 from service.api.schemas import Artifact, Availability, Cost, Links, Policy, Quota, Task
 from service.api.tasks import EVENT_STREAM_TYPE, encode_event
+from service.domain.media import EXTENSIONS
 from service.domain.tasks import ArtifactName, CostBasis, Kind, State, UpscaleOptions
 from service.domain.tenants import Window
 from service.domain.webhooks import WebhookEvent
@@ -165,7 +166,7 @@ _PROBLEM_HEADERS: Mapping[str, tuple[str, ...]] = {
 _NOT_MODIFIED_HEADERS = frozenset({"ETag", "Age", "Retry-After", "Last-Modified", "Accept-Ranges", "Cache-Control"})
 """Headers of a success that a 304 has too."""
 _TEXT = {"schema": {"type": "string"}}
-_FILES = {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in openapi.FILE_TYPES}
+_FILES = {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in EXTENSIONS}
 _EVENTS = {EVENT_STREAM_TYPE: _TEXT | {"examples": {"end": {"value": encode_event(_TASK, 3).decode()}}}}
 _USAGE = {"application/json": {"schema": {"$ref": "#/components/schemas/Usage"}}, "text/csv": _TEXT}
 _CONTENTS: Mapping[str, Mapping[str, Node]] = {

@@ -95,7 +95,3 @@ def parse_wait_seconds(headers: Sequence[str]) -> int:
             wait = _WAIT.fullmatch(stripped)
             return min(int(wait[1] or wait[2] or MAX_WAIT_SECONDS), MAX_WAIT_SECONDS) if wait else 0
     return 0
-
-
-def preference_applied_header(seconds: int) -> dict[str, str]:
-    return {"Preference-Applied": f"wait={seconds}"} if seconds else {}

@@ -34,6 +34,7 @@ from service.usecases.reports import (
 FEN_PER_YUAN = 100
 Yuan = Annotated[float, Meta(description="Money in yuan (CNY).")]
 PRIVATE_HEADERS = {"Cache-Control": "private, no-cache"}
+"""For responses with data of a tenant."""
 REPLAYED_HEADERS = {"Idempotent-Replayed": "true"}
 """For responses about an earlier submission under the same idempotency key."""
 
@@ -194,15 +195,13 @@ def render_operator_task(report: TaskReport) -> OperatorTask:
 
 def task_headers(cached: CachedTask, estimator: DurationEstimator) -> dict[str, str]:
     """Return the ETag, the age in seconds and, unless the task has ended, when to repeat the request."""
-    headers = PRIVATE_HEADERS | {"ETag": task_etag(cached.task), "Age": str(max(int(cached.age_seconds), 0))}
-    if not cached.task.state.is_final:
-        headers["Retry-After"] = str(estimator.retry_after(cached.task, cached.known_at))
-    return headers
-
-
-def task_etag(task: tasks.Task) -> str:
+    task = cached.task
     # With the state: a task that Redis has lost is read from the upstream alone, under one version in every state.
-    return f'"{task.reservation[:12]}-{task.version}-{task.state}"'
+    etag = f'"{task.reservation[:12]}-{task.version}-{task.state}"'
+    headers = {"ETag": etag, "Age": str(max(int(cached.age_seconds), 0))}
+    if not task.state.is_final:
+        headers["Retry-After"] = str(estimator.retry_after(task, cached.known_at))
+    return headers
 
 
 def render_quota(report: QuotaReport) -> Quota:
@@ -287,6 +286,7 @@ class RefundBody(Struct, frozen=True, forbid_unknown_fields=True):
 
 def render_submission(status: SubmissionStatus, *, for_operators: bool) -> Submission:
     reservation, task, cost = status.reservation, status.task, status.cost
+    refund = reservation.refund
     return Submission(
         id=status.id,
         tenant=status.tenant if for_operators else UNSET,
@@ -298,12 +298,9 @@ def render_submission(status: SubmissionStatus, *, for_operators: bool) -> Submi
         task=TaskLink(task.id, task.state, task_path(task)) if task else None,
         cost=Cost(cost.count, to_yuan(cost.money_fen), cost.basis) if cost else None,
         balance_suggests=status.balance_suggests,
-        refund=_render_refund(reservation.refund) if reservation.refund else None,
+        refund=refund
+        and Refund(to_datetime(refund.refunded_at), refund.reason, refund.count, to_yuan(refund.money_fen)),
     )
-
-
-def _render_refund(refund: ledger.Refund) -> Refund:
-    return Refund(to_datetime(refund.refunded_at), refund.reason, refund.count, to_yuan(refund.money_fen))
 
 
 CSV_MEDIA_TYPE = "text/csv; header=present"

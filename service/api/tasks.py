@@ -28,9 +28,8 @@ from service.api import openapi
 from service.api.asgi import run_until_disconnect
 from service.api.auth import TenantAuth
 from service.api.errors import OUTCOME, ClientDisconnected, rate_limit_headers
-from service.api.params import check_query, parse_wait_seconds, preference_applied_header
+from service.api.params import check_query, parse_wait_seconds
 from service.api.schemas import (
-    PRIVATE_HEADERS,
     REPLAYED_HEADERS,
     Links,
     OperatorTask,
@@ -97,7 +96,7 @@ _LAST_EVENT_ID_DESCRIPTION = "The `id` of the last event received. After the las
 
 _SUBMIT_HEADERS = (
     *("Location", "ETag", "Retry-After", "RateLimit-Policy", "RateLimit"),
-    *("Idempotent-Replayed", "Preference-Applied", "Cache-Control"),
+    *("Idempotent-Replayed", "Preference-Applied"),
 )
 _SUBMIT_PROBLEMS = (
     *(400, 401, 402, "kind-not-allowed", "tenant-read-only", "tenant-disabled", "idempotency-in-flight", 413, 415),
@@ -124,7 +123,10 @@ def task_routes(
     ) -> tuple[CachedTask, dict[str, str]]:
         reading = reader.read(tenant, task_id, wait_seconds=wait)
         cached = await (run_until_disconnect(request, reading) if wait else reading)
-        return cached, task_headers(cached, estimator) | preference_applied_header(wait)
+        headers = task_headers(cached, estimator)
+        if wait:
+            headers["Preference-Applied"] = f"wait={wait}"
+        return cached, headers
 
     async def submit_upload(request: Request[Any, Any, Any], tenant: Tenant, kind: Kind, key: str | None) -> Submission:
         # A function of its own, so that nothing holds the image while the end of the task is awaited.
@@ -176,7 +178,7 @@ def task_routes(
         summary="Read a task",
         description=_READ_DESCRIPTION,
         response_description="The current task",
-        response_headers=openapi.response_headers("ETag", "Age", "Retry-After", "Preference-Applied", "Cache-Control"),
+        response_headers=openapi.response_headers("ETag", "Age", "Retry-After", "Preference-Applied"),
         responses=openapi.problem_responses(401, "tenant-disabled", 404, "overloaded", "upstream-unavailable")
         | openapi.NOT_MODIFIED,
     )
@@ -192,7 +194,8 @@ def task_routes(
         del prefer  # declared for the OpenAPI document; it may be sent several times
         wait = parse_wait_seconds(request.headers.getall("prefer", []))
         cached, headers = await read_with_wait(request, tenant, task_id, wait)
-        if _matches_etag(if_none_match or "", headers["ETag"]):
+        etags = [etag.strip().removeprefix("W/") for etag in (if_none_match or "").split(",")]
+        if headers["ETag"] in etags or "*" in etags:  # weak comparison (RFC 9110)
             return Response(None, status_code=304, headers=headers)
         return Response(render_task(cached.task), headers=headers)
 
@@ -202,7 +205,6 @@ def task_routes(
         summary="List your tasks, newest first",
         description=_LIST_DESCRIPTION,
         response_description="A page of tasks",
-        response_headers=openapi.response_headers("Cache-Control"),
         responses=openapi.problem_responses(400, 401, "tenant-disabled", "invalid-options", "ledger-unavailable"),
     )
     async def list_tasks(
@@ -212,11 +214,10 @@ def task_routes(
         kind: KindFilter = None,
         limit: PageSize = 20,
         cursor: Cursor = None,
-    ) -> Response[TaskList]:
+    ) -> TaskList:
         check_query(request, request.route_handler)
         page = await reader.tasks.list_page(tenant.id, state=task_state, kind=kind, limit=limit, cursor=cursor)
-        tasks = [render_task(task) for task in page.tasks]
-        return Response(TaskList(tasks, page.next_cursor), headers=PRIVATE_HEADERS)
+        return TaskList([render_task(task) for task in page.tasks], page.next_cursor)
 
     return [*(make_submit_handler(kind) for kind in Kind), read, list_tasks]
 
@@ -268,7 +269,6 @@ def event_routes(*, reader: TaskReader, tenant_auth: TenantAuth) -> Sequence[HTT
         description=_STREAM_DESCRIPTION,
         media_type=EVENT_STREAM_TYPE,
         response_description="The changes of the task",
-        response_headers=openapi.response_headers("Cache-Control"),
         responses=openapi.problem_responses(401, "tenant-disabled", 404, "overloaded", "upstream-unavailable")
         | _STREAM_RESPONSES,
     )
@@ -388,7 +388,7 @@ async def _accepted_response(
         raise
     except Exception:  # noqa: BLE001 - the task was accepted
         _log.exception("submission.response_error", reservation=accepted.task.reservation)
-        headers = PRIVATE_HEADERS | {"Location": task_path(accepted.task)}
+        headers = {"Location": task_path(accepted.task)}
         try:
             return Response(render_task(accepted.task), headers=headers)
         except Exception:  # noqa: BLE001 - its id alone is still of use
@@ -409,9 +409,3 @@ def _split_fields(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, str], li
     if errors:
         raise InvalidOptions(errors)
     return extras, [field for field in fields if field[0] not in _NON_OPTION_FIELDS]
-
-
-def _matches_etag(condition: str, tag: str) -> bool:
-    """Return whether an If-None-Match names this entity tag (RFC 9110, weak comparison)."""
-    tags = [part.strip().removeprefix("W/") for part in condition.split(",")]
-    return tag in tags or "*" in tags

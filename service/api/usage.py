@@ -13,7 +13,6 @@ from litestar.params import JSONBody, PathParameter, QueryParameter
 from service.api import openapi, schemas
 from service.api.params import check_query, parse_choices, parse_date
 from service.api.schemas import (
-    PRIVATE_HEADERS,
     Quota,
     RefundBody,
     Submission,
@@ -43,11 +42,10 @@ def quota_routes(quota: QuotaReports) -> Sequence[HTTPRouteHandler]:
         summary="Read your quota",
         description="The present state of your policies, and whether an account can pay.",
         response_description="Your policies",
-        response_headers=openapi.response_headers("Cache-Control"),
         responses=openapi.problem_responses(401, "tenant-disabled", "ledger-unavailable"),
     )
-    async def read(tenant: NamedDependency[Tenant]) -> Response[Quota]:
-        return Response(render_quota(await quota.for_tenant(tenant)), headers=PRIVATE_HEADERS)
+    async def read(tenant: NamedDependency[Tenant]) -> Quota:
+        return render_quota(await quota.for_tenant(tenant))
 
     return [read]
 
@@ -79,7 +77,6 @@ def usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
         summary="Read your usage",
         description=_USAGE_DESCRIPTION,
         response_description="Your usage",
-        response_headers=openapi.response_headers("Cache-Control"),
         responses=openapi.problem_responses(401, "tenant-disabled", "invalid-options", "ledger-unavailable"),
     )
     async def read(
@@ -129,7 +126,7 @@ def operator_usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
 
 
 def _usage_response(request: Request[Any, Any, Any], report: UsageReport, *, for_operators: bool) -> Response[Any]:
-    headers = {"Vary": "Accept"} | ({} if for_operators else PRIVATE_HEADERS)
+    headers = {"Vary": "Accept"}
     if not schemas.prefers_csv(",".join(request.headers.getall("accept", []))):
         return Response(render_usage(report, for_operators=for_operators), headers=headers)
     content = schemas.render_csv(*tabulate_usage(report, for_operators=for_operators))
@@ -143,7 +140,6 @@ def submission_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHandl
         summary="Read a submission and its outcome",
         description="The outcome may be provisional: `unknown` becomes `accepted` if its task is discovered.",
         response_description="The submission",
-        response_headers=openapi.response_headers("Cache-Control"),
         responses=openapi.problem_responses(401, "tenant-disabled", 404, "ledger-unavailable"),
     )
     async def read(
@@ -151,9 +147,8 @@ def submission_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHandl
         submission_id: Annotated[
             str, PathParameter(description="The `submission_id` of the problem `submission-unknown`.")
         ],
-    ) -> Response[Submission]:
-        status = await submissions.for_tenant(tenant, submission_id)
-        return Response(render_submission(status, for_operators=False), headers=PRIVATE_HEADERS)
+    ) -> Submission:
+        return render_submission(await submissions.for_tenant(tenant, submission_id), for_operators=False)
 
     return [read]
 
