@@ -102,7 +102,7 @@ def operators_app(container: Container) -> Litestar:
 
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
         container.admin_auth.authenticate(connection)
-        refuse_content_encoding(connection.scope)
+        refuse_content_encoding(connection.headers)
 
     registry_routes = [
         *admin.resource_routes(registry_admin=container.registry_admin, quota=container.quota),

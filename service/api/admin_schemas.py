@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
@@ -370,8 +370,8 @@ def render_account(account: tenants.Account, state: AccountState) -> Account:
         **asdict(account_spec(account)),
         name=account.name,
         state=state.status,
-        remaining_count=_render_reading(state.count, 1),
-        remaining_money=_render_reading(state.money, FEN_PER_YUAN),
+        remaining_count=_render_reading(state.count, int),
+        remaining_money=_render_reading(state.money, to_yuan),
         look_again_at=to_datetime(state.next_probe_at) if state.status is AccountStatus.EXHAUSTED else None,
         in_flight=state.open_submissions,
         unknown=state.unknown_outcomes,
@@ -408,12 +408,10 @@ def seconds_to_datetime(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
-def _render_reading(reading: BalanceReading | None, divisor: int) -> Figure | None:
+def _render_reading(reading: BalanceReading | None, convert: Callable[[int], float]) -> Figure | None:
     if reading is None:
         return None
-    return Figure(
-        reading.value if divisor == 1 else to_yuan(reading.value), to_datetime(reading.received_at), reading.source
-    )
+    return Figure(convert(reading.value), to_datetime(reading.received_at), reading.source)
 
 
 def _to_fen(field: str, amount: float) -> int:

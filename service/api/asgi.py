@@ -103,7 +103,8 @@ class RequestMiddleware:
             return
         # The server may share one state among all requests.
         state = scope["state"] = {**scope.get("state", {})}
-        request_id = state[REQUEST_ID] = _request_id(scope)
+        sent_id = next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID_HEADER), "")
+        request_id = state[REQUEST_ID] = sent_id if _REQUEST_ID.fullmatch(sent_id) else uuid4().hex
         with tracing.start_request_span(self._tracer, scope) as span:
             trace_id = tracing.trace_id_of(span)
             names = {"request_id": request_id} | ({"trace_id": trace_id} if trace_id else {})
@@ -199,12 +200,6 @@ class _ResponseRecorder:
             }
         )
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-def _request_id(scope: Message) -> str:
-    """Return the client's request id if it is well formed, else a new one."""
-    sent = next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID_HEADER), "")
-    return sent if _REQUEST_ID.fullmatch(sent) else uuid4().hex
 
 
 class HeadMiddleware:

@@ -14,9 +14,6 @@ from service.domain.errors import TenantDisabled, Unauthenticated
 from service.domain.tenants import Tenant, TenantStatus
 from service.usecases.caches import CachedRegistry
 
-_MISSING_TOKEN = "Send your token as `Authorization: Bearer TOKEN`."  # noqa: S105 - a message
-_INVALID_TOKEN = "This token is not valid or has expired. Request a new one from the operators of the gateway."  # noqa: S105 - a message
-
 
 class TenantAuth:
     """Authenticates tenants against the registry in memory."""
@@ -25,25 +22,23 @@ class TenantAuth:
         self._registry = registry
         self._now = now
 
-    def authenticate(self, request: ASGIConnection[Any, Any, Any, Any]) -> Tenant:
-        """Return the tenant of the bearer token and record it for log and metrics.
+    def authenticate(self, request: ASGIConnection[Any, Any, Any, Any], token: str | None = None) -> Tenant:
+        """Return the tenant of a token, by default the bearer token, and record it for log and metrics.
 
         Raises Unauthenticated or TenantDisabled.
         """
-        tenant = self.authenticate_token(_bearer_token(request))
+        token = _bearer_token(request) if token is None else token
+        is_well_formed = tenants.has_valid_checksum(token)
+        owner = self._registry.current.tenant_by_token(tenants.hash_token(token)) if is_well_formed else None
+        if owner is None or not owner[1].is_valid_at(self._now()):
+            raise Unauthenticated(
+                "This token is not valid or has expired. Request a new one from the operators of the gateway."
+            )
+        tenant = owner[0]
+        if tenant.state is TenantStatus.DISABLED:
+            raise TenantDisabled("This tenant is disabled. Ask the operators of the gateway.")
         request.scope["state"]["tenant"] = tenant.name
         return tenant
-
-    def authenticate_token(self, token: str) -> Tenant:
-        """Return the tenant of a token. Raises Unauthenticated or TenantDisabled."""
-        if not tenants.has_valid_checksum(token):
-            raise Unauthenticated(_INVALID_TOKEN)
-        owner = self._registry.current.tenant_by_token(tenants.hash_token(token))
-        if owner is None or not owner[1].is_valid_at(self._now()):
-            raise Unauthenticated(_INVALID_TOKEN)
-        if owner[0].state is TenantStatus.DISABLED:
-            raise TenantDisabled("This tenant is disabled. Ask the operators of the gateway.")
-        return owner[0]
 
 
 class AdminAuth:
@@ -62,5 +57,5 @@ def _bearer_token(request: ASGIConnection[Any, Any, Any, Any]) -> str:
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     token = token.strip()
     if scheme.lower() != "bearer" or not token:
-        raise Unauthenticated(_MISSING_TOKEN)
+        raise Unauthenticated("Send your token as `Authorization: Bearer TOKEN`.")
     return token

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Annotated, Any, NoReturn
 
@@ -20,9 +19,9 @@ from litestar.utils.scope.state import ScopeState
 from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
 
-from service.api.schemas import REPLAYED_HEADERS, to_yuan
+from service.api.schemas import REPLAYED_HEADERS, to_datetime, to_yuan
 from service.domain import errors
-from service.domain.errors import MalformedRequest, RateLimit, Violation, expected_format, validate_tree
+from service.domain.errors import MalformedRequest, RateLimit, expected_format, validate_tree
 from service.domain.ledger import MAX_ACTIVE_POLICY, UNIT_MONEY, UNIT_TASKS, policy_name
 from service.domain.tenants import Window
 
@@ -185,8 +184,8 @@ def to_problem(error: errors.GatewayError) -> ProblemResponse:
             extras["violated_policies"] = [
                 {
                     "policy": violation.policy,
-                    "limit": _limit_in_unit(violation),
-                    "resets_at": _format_rfc3339(violation.resets_at),
+                    "limit": to_yuan(violation.limit) if violation.policy in _MONEY_POLICIES else violation.limit,
+                    "resets_at": to_datetime(violation.resets_at),
                 }
                 for violation in error.violations
             ]
@@ -354,13 +353,3 @@ def _quota_problem_type(policies: set[str]) -> ProblemType:
     if policies == {MAX_ACTIVE_POLICY}:
         return TOO_MANY_ACTIVE_TASKS
     return RATE_LIMITED if policies and policies <= _MINUTE_POLICIES else QUOTA_EXCEEDED
-
-
-def _limit_in_unit(violation: Violation) -> int | float:
-    return to_yuan(violation.limit) if violation.policy in _MONEY_POLICIES else violation.limit
-
-
-def _format_rfc3339(milliseconds: int | None) -> str | None:
-    if milliseconds is None:
-        return None
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

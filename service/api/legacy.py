@@ -127,6 +127,9 @@ def legacy_routes(
     uploads: UploadReader,
     catalogue: Catalogue,
 ) -> Sequence[HTTPRouteHandler]:
+    def authenticate(request: Request[Any, Any, Any], fields: Sequence[tuple[str, str]]) -> Tenant:
+        return tenant_auth.authenticate(request, dict(fields).get(_USER_KEY_FIELD, ""))
+
     def make_submit_handler(kind: Kind) -> HTTPRouteHandler:
         @post(
             f"/{_ROUTES[kind]}",
@@ -141,13 +144,13 @@ def legacy_routes(
             def check_key(name: str, value: str) -> None:
                 # Programs send their fields before the file, so a refusal comes before the image is received.
                 if name == _USER_KEY_FIELD:
-                    submitter.check_allowed(_authenticate_key(request, tenant_auth, value), kind)
+                    submitter.check_allowed(tenant_auth.authenticate(request, value), kind)
 
             async def submit_upload() -> Submitted:
                 async with uploads.receive(
                     request.scope, request.receive, part=_IMAGE_PART, on_field=check_key
                 ) as upload:
-                    tenant = _authenticate_form(request, tenant_auth, upload.fields)
+                    tenant = authenticate(request, upload.fields)
                     submitter.check_allowed(tenant, kind)
                     options = _parse_fields(kind, upload.fields, catalogue)
                     accepted = await submitter.submit(tenant, options, {}, upload.image)
@@ -168,7 +171,7 @@ def legacy_routes(
     async def check(request: Request[Any, Any, Any]) -> Response[Checked | Failure]:
         async def read() -> Checked:
             fields = await uploads.read_form(request.scope, request.receive)
-            tenant = _authenticate_form(request, tenant_auth, fields)
+            tenant = authenticate(request, fields)
             task = (await reader.read(tenant, dict(fields).get("task_id", ""))).task
             if task.state is not State.SUCCEEDED:
                 return Checked(0, _STATES[task.state])
@@ -178,18 +181,6 @@ def legacy_routes(
         return await _respond(read, _check_message)
 
     return [*(make_submit_handler(kind) for kind in Kind), check]
-
-
-def _authenticate_form(
-    request: Request[Any, Any, Any], tenant_auth: TenantAuth, fields: Sequence[tuple[str, str]]
-) -> Tenant:
-    return _authenticate_key(request, tenant_auth, dict(fields).get(_USER_KEY_FIELD, ""))
-
-
-def _authenticate_key(request: Request[Any, Any, Any], tenant_auth: TenantAuth, key: str) -> Tenant:
-    tenant = tenant_auth.authenticate_token(key)
-    request.scope["state"]["tenant"] = tenant.name
-    return tenant
 
 
 def _parse_fields(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Catalogue) -> Options:

@@ -298,8 +298,9 @@ def render_submission(status: SubmissionStatus, *, for_operators: bool) -> Submi
         task=TaskLink(task.id, task.state, task_path(task)) if task else None,
         cost=Cost(cost.count, to_yuan(cost.money_fen), cost.basis) if cost else None,
         balance_suggests=status.balance_suggests,
-        refund=refund
-        and Refund(to_datetime(refund.refunded_at), refund.reason, refund.count, to_yuan(refund.money_fen)),
+        refund=Refund(to_datetime(refund.refunded_at), refund.reason, refund.count, to_yuan(refund.money_fen))
+        if refund
+        else None,
     )
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import structlog
-from litestar.types import HTTPScope, Receive, Scope
+from litestar.datastructures import Headers
+from litestar.types import HTTPScope, Receive
 from msgspec import Struct
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 
@@ -293,15 +294,6 @@ def parse_urlencoded(body: bytes) -> list[tuple[str, str]]:
         raise MalformedRequest(f"The form has more than {MAX_FIELDS} fields.") from None
 
 
-def parse_form_type(content_type: str) -> tuple[str, str]:
-    """Return the media type of a form and its boundary, empty if there is none. Raises UnsupportedMediaType."""
-    media_type, options = parse_options_header(content_type)
-    boundary = options.get("boundary", "")
-    if media_type == MULTIPART and not boundary:
-        raise UnsupportedMediaType(f"The content type {MULTIPART} has no boundary.")
-    return media_type, boundary
-
-
 def _has_file_name(part: Any) -> bool:
     # The parser does not know `filename*`, and some clients send only that for names that are not ASCII.
     return part.filename is not None or _FILENAME_PARAMETER.search(part.header("Content-Disposition")) is not None
@@ -416,11 +408,12 @@ class UploadReader:
         Raises UnsupportedMediaType, ImageTooLarge, InvalidOptions, InvalidImage, MalformedRequest, Overloaded,
         ClientDisconnected.
         """
-        kind, boundary = _parse_form_type(scope)
+        headers = Headers.from_scope(scope)
+        kind, boundary = _parse_form_type(headers)
         if kind != MULTIPART:
             raise UnsupportedMediaType(f"Send the request as {MULTIPART}, with the image in the part {part}.")
         max_bytes = self._max_image_bytes + FORM_OVERHEAD_BYTES
-        length = _parse_content_length(scope)
+        length = _parse_content_length(headers)
         if length is not None and length > max_bytes:
             raise ImageTooLarge(
                 f"The request has {length} bytes; an image may have at most {self._max_image_bytes} bytes."
@@ -454,7 +447,7 @@ class UploadReader:
 
         Raises UnsupportedMediaType, MalformedRequest, InvalidOptions, ClientDisconnected.
         """
-        kind, boundary = _parse_form_type(scope)
+        kind, boundary = _parse_form_type(Headers.from_scope(scope))
         body = _BodyReader(receive, self._limits)
         if kind == MULTIPART:
             form = MultipartForm(boundary, file_part=None, max_file_bytes=0, max_other_bytes=MAX_FORM_BYTES)
@@ -538,25 +531,26 @@ class _BodyReader:
         return min(limits.idle_seconds, allowed - self._waited_seconds)
 
 
-def _parse_form_type(scope: HTTPScope) -> tuple[str, str]:
-    refuse_content_encoding(scope)
-    return parse_form_type(_get_header(scope, b"content-type"))
+def _parse_form_type(headers: Headers) -> tuple[str, str]:
+    """Return the media type of a form and its boundary, empty if there is none. Raises UnsupportedMediaType."""
+    refuse_content_encoding(headers)
+    media_type, options = parse_options_header(headers.get("Content-Type", ""))
+    boundary = options.get("boundary", "")
+    if media_type == MULTIPART and not boundary:
+        raise UnsupportedMediaType(f"The content type {MULTIPART} has no boundary.")
+    return media_type, boundary
 
 
-def refuse_content_encoding(scope: Scope) -> None:
+def refuse_content_encoding(headers: Headers) -> None:
     """Reject a compressed or otherwise encoded body (RFC 9110, 15.5.16). Raises UnsupportedCoding."""
-    codings = b",".join(value for key, value in scope["headers"] if key == b"content-encoding")
-    if codings and any(coding.strip().lower() not in {b"", b"identity"} for coding in codings.split(b",")):
+    codings = ",".join(headers.getall("Content-Encoding", [])).split(",")
+    if any(coding.strip().lower() not in {"", "identity"} for coding in codings):
         raise UnsupportedCoding("Send the body of the request without a Content-Encoding.")
 
 
-def _get_header(scope: HTTPScope, name: bytes) -> str:
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
-
-
-def _parse_content_length(scope: HTTPScope) -> int | None:
+def _parse_content_length(headers: Headers) -> int | None:
     """Return the length of the body in bytes, None if it is chunked. Raises MalformedRequest."""
-    text = _get_header(scope, b"content-length")
+    text = headers.get("Content-Length", "")
     if text and not (text.isascii() and text.isdigit() and len(text) < 20):
         raise MalformedRequest("The Content-Length is not a number.")
     return int(text) if text else None

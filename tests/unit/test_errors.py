@@ -115,12 +115,11 @@ def test_extra_members() -> None:
         "errors": [{"field": "scale", "detail": "must be a number"}]
     }
     assert to_problem(make_error(errors.UpstreamRejected)).extras == {"upstream_reason": "too dark"}
-    assert to_problem(make_quota_error(("day-tasks", 5, 1_767_312_000_000), ("total-money", 950, None))).extras == {
-        "violated_policies": [
-            {"policy": "day-tasks", "limit": 5, "resets_at": "2026-01-02T00:00:00Z"},
-            {"policy": "total-money", "limit": 9.5, "resets_at": None},
-        ]
-    }
+    problem = to_problem(make_quota_error(("day-tasks", 5, 1_767_312_000_000), ("total-money", 950, None)))
+    assert AsgiResponse(*render(problem, "r")).json()["violated_policies"] == [
+        {"policy": "day-tasks", "limit": 5, "resets_at": "2026-01-02T00:00:00Z"},
+        {"policy": "total-money", "limit": 9.5, "resets_at": None},
+    ]
 
 
 @pytest.mark.parametrize(
