@@ -153,7 +153,6 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
 
     @put(
         "/accounts/{name:str}",
-        operation_id="put-account",
         summary="Make or replace an account",
         response_headers=openapi.response_headers("ETag"),
         responses=openapi.problem_responses(401, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
@@ -169,7 +168,6 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
 
     @patch(
         "/accounts/{name:str}",
-        operation_id="patch-account",
         summary="Change some settings of an account",
         response_headers=openapi.response_headers("ETag"),
         responses=openapi.problem_responses(401, 404, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
@@ -184,7 +182,6 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
 
     @get(
         "/accounts",
-        operation_id="list-accounts",
         summary="List the accounts",
         responses=openapi.problem_responses(401, "ledger-unavailable"),
     )
@@ -195,7 +192,6 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
 
     @get(
         "/accounts/{name:str}",
-        operation_id="read-account",
         summary="Read an account: balance, state, open submissions",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )
@@ -204,7 +200,6 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
 
     @delete(
         "/accounts/{name:str}",
-        operation_id="delete-account",
         summary="Delete an account",
         responses=openapi.problem_responses(401, 404, "conflict", *_CHANGE_PROBLEMS),
     )
@@ -213,15 +208,14 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
 
     @post(
         "/accounts/{name:str}/reopen",
-        operation_id="reopen-account",
         summary="Check an exhausted or invalid account again now",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
         status_code=200,
     )
-    async def reopen(name: TenantName) -> Response[Account]:
+    async def reopen_account(name: TenantName) -> Response[Account]:
         return await render(await registry_admin.reopen_account(name))
 
-    return [put_account, patch_account, list_accounts, read_account, delete_account, reopen]
+    return [put_account, patch_account, list_accounts, read_account, delete_account, reopen_account]
 
 
 def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequence[HTTPRouteHandler]:
@@ -233,7 +227,6 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
 
     @put(
         "/tenants/{name:str}",
-        operation_id="put-tenant",
         summary="Make or replace a tenant",
         request_class=TenantRequest,
         response_headers=openapi.response_headers("ETag"),
@@ -251,7 +244,6 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
 
     @patch(
         "/tenants/{name:str}",
-        operation_id="patch-tenant",
         summary="Change some settings of a tenant",
         request_class=TenantRequest,
         response_headers=openapi.response_headers("ETag"),
@@ -268,7 +260,6 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
 
     @get(
         "/tenants",
-        operation_id="list-tenants",
         summary="List the tenants",
         responses=openapi.problem_responses(401, "ledger-unavailable"),
     )
@@ -277,7 +268,6 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
 
     @get(
         "/tenants/{name:str}",
-        operation_id="read-tenant",
         summary="Read a tenant: policies, use, tokens",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )
@@ -286,7 +276,6 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
 
     @delete(
         "/tenants/{name:str}",
-        operation_id="delete-tenant",
         summary="Delete a tenant and its tokens",
         responses=openapi.problem_responses(401, 404, "conflict", *_CHANGE_PROBLEMS),
     )
@@ -299,7 +288,6 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
 def _token_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
     @post(
         "/tenants/{name:str}/tokens",
-        operation_id="create-token",
         summary="Make a token for a tenant, shown only once",
         responses=openapi.problem_responses(401, 404, "malformed-request", *_CHANGE_PROBLEMS),
     )
@@ -310,7 +298,6 @@ def _token_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
 
     @delete(
         "/tenants/{name:str}/tokens/{token_id:str}",
-        operation_id="revoke-token",
         summary="Revoke a token, at once or after a grace period",
         responses=openapi.problem_responses(401, 404, *_CHANGE_PROBLEMS),
     )
@@ -319,7 +306,6 @@ def _token_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
 
     @post(
         "/tenants/{name:str}/revoke-all",
-        operation_id="revoke-all-tokens",
         summary="Revoke all tokens of a tenant at once",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable", "overloaded"),
         status_code=200,
@@ -402,7 +388,6 @@ DryRun = Annotated[bool, QueryParameter(description="Change nothing, only return
 def registry_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
     @get(
         "/registry",
-        operation_id="read-registry",
         summary="Read the whole registry, for example to keep it in a file",
         description="With the hashes of tokens and the sources of secrets, without secrets.",
         response_headers=openapi.response_headers("ETag"),
@@ -416,7 +401,6 @@ def registry_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
 
     @put(
         "/registry",
-        operation_id="put-registry",
         summary="Apply a whole registry, completely or not at all",
         description="Entries replace those of the same name: omitted fields get their defaults, only ids and secrets "
         "are kept. Other entries stay, unless `prune` is set. A repetition changes nothing.",
@@ -451,7 +435,6 @@ def registry_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
 
     @post(
         "/registry/rotate-keys",
-        operation_id="rotate-keys",
         summary="Encrypt all secrets with the first of the secret keys",
         description="Afterwards the other keys can be removed. All processes must already have the first key. The "
         "secrets themselves stay the same; a repetition changes nothing.",
@@ -480,45 +463,41 @@ MaxListed = Annotated[int, QueryParameter(ge=1, le=_MAX_LISTED, description="The
 def webhook_routes(webhooks: WebhookAdmin) -> Sequence[HTTPRouteHandler]:
     @post(
         "/tenants/{name:str}/webhook-secret",
-        operation_id="rotate-webhook-secret",
         summary="Make a new webhook secret for a tenant, shown only once",
         description="During the grace period both secrets sign, so that the receiver can change over.",
         responses=openapi.problem_responses(
             401, 404, "conflict", "invalid-options", "ledger-unavailable", "overloaded"
         ),
     )
-    async def rotate(name: TenantName, grace: SecretGrace = 0) -> NewSecret:
+    async def rotate_webhook_secret(name: TenantName, grace: SecretGrace = 0) -> NewSecret:
         generated = await webhooks.rotate_secret(name, grace)
         return NewSecret(generated.text, seconds_to_datetime(generated.previous_expires_at))
 
     @get(
         "/webhooks/failed",
-        operation_id="list-failed-webhooks",
         summary="List failed webhook deliveries, newest first",
         description="Kept for 30 days.",
         responses=openapi.problem_responses(401, "invalid-options", "ledger-unavailable"),
     )
-    async def list_failed(limit: MaxListed = 100) -> DeliveryList:
+    async def list_failed_webhooks(limit: MaxListed = 100) -> DeliveryList:
         return DeliveryList([render_delivery(entry) for entry in await webhooks.list_failed(limit)])
 
     @post(
         "/webhooks/{delivery_id:str}/redeliver",
-        operation_id="redeliver-webhook",
         summary="Send a webhook again",
         description="Failed ones, and those delivered in the last three days.",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
         status_code=200,
     )
-    async def redeliver(delivery_id: DeliveryId) -> Delivery:
+    async def redeliver_webhook(delivery_id: DeliveryId) -> Delivery:
         return render_delivery(await webhooks.redeliver(delivery_id))
 
-    return [rotate, list_failed, redeliver]
+    return [rotate_webhook_secret, list_failed_webhooks, redeliver_webhook]
 
 
 def clock_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
     @post(
         "/clock/reset",
-        operation_id="reset-clock",
         summary="Set the ledger's time back to the clock of Redis",
         description=(
             "When the clock of Redis steps back, the ledger's time stays ahead of it and reduces the offset slowly. "
@@ -528,8 +507,8 @@ def clock_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
         responses=openapi.problem_responses(401, "ledger-unavailable"),
         status_code=200,
     )
-    async def reset(request: Request[Any, Any, Any]) -> ClockReset:
+    async def reset_clock(request: Request[Any, Any, Any]) -> ClockReset:
         address = request.client.host if request.client else "unknown"
         return ClockReset(await registry_admin.reset_clock(f"operator at {address}") / 1000)
 
-    return [reset]
+    return [reset_clock]

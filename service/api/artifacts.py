@@ -53,7 +53,6 @@ ArtifactContext = AbstractAsyncContextManager[tuple[Task, ArtifactStream]]
 def artifact_routes(reader: TaskReader) -> list[HTTPRouteHandler]:
     @get(
         "/tasks/{task_id:str}/artifacts/{name:str}",
-        operation_id="read-artifact",
         summary="Fetch a result",
         description=_DESCRIPTION,
         response_description="The whole result",
@@ -64,7 +63,7 @@ def artifact_routes(reader: TaskReader) -> list[HTTPRouteHandler]:
         | openapi.NOT_MODIFIED
         | {206: ResponseSpec(bytes, description="The requested range", generate_examples=False)},
     )
-    async def read(
+    async def read_artifact(
         request: Request[Any, Any, Any],
         tenant: NamedDependency[Tenant],
         task_id: Annotated[str, PathParameter(description="The `id` of the task.")],
@@ -87,7 +86,7 @@ def artifact_routes(reader: TaskReader) -> list[HTTPRouteHandler]:
         range_request = _parse_range_request(request.headers, is_head=HEAD_KEY in request.scope)
         return ArtifactResponse(request, reader.open_artifact(tenant, task_id, name, range_request))
 
-    return [read]
+    return [read_artifact]
 
 
 class ArtifactResponse(Response[bytes]):

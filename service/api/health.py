@@ -34,7 +34,6 @@ def health_routes(get_health: Callable[[], Health]) -> Sequence[HTTPRouteHandler
 
     @get(
         "/healthz",
-        operation_id="healthz",
         summary="Check that the process is alive",
         response_description="It is alive",
     )
@@ -43,7 +42,6 @@ def health_routes(get_health: Callable[[], Health]) -> Sequence[HTTPRouteHandler
 
     @get(
         "/readyz",
-        operation_id="readyz",
         summary="Check that the process accepts requests",
         response_description="It accepts requests",
         responses={503: ResponseSpec(HealthReport, description="It is starting or draining", generate_examples=False)},
@@ -56,7 +54,7 @@ def health_routes(get_health: Callable[[], Health]) -> Sequence[HTTPRouteHandler
 
 
 def metrics_route(metrics: Metrics, snapshot: LedgerSnapshot) -> HTTPRouteHandler:
-    @get("/metrics", operation_id="metrics", summary="Metrics for Prometheus", include_in_schema=False)
+    @get("/metrics", include_in_schema=False)
     async def scrape() -> Response[bytes]:
         await snapshot.refresh()
         # In a thread: rendering takes tens of milliseconds.

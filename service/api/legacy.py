@@ -134,7 +134,6 @@ def legacy_routes(
         @post(
             f"/{_ROUTES[kind]}",
             name=f"legacy-{kind}",
-            operation_id=f"legacy-{kind}",
             summary=f"{openapi.SUBMIT_SUMMARIES[kind]}, in the upstream's protocol",
             operation_class=openapi.legacy_operation(_IMAGE_PART, _FIELDS[kind], kind),
             response_description="The task, or an error",
@@ -162,13 +161,12 @@ def legacy_routes(
 
     @post(
         "/check_task_status",
-        operation_id="legacy-check",
         summary="Check a task, in the upstream's protocol",
         operation_class=openapi.legacy_operation(None, {"task_id": "task_id"}),
         response_description="The state of the task, or an error",
         status_code=200,
     )
-    async def check(request: Request[Any, Any, Any]) -> Response[Checked | Failure]:
+    async def legacy_check(request: Request[Any, Any, Any]) -> Response[Checked | Failure]:
         async def read() -> Checked:
             fields = await uploads.read_form(request.scope, request.receive)
             tenant = authenticate(request, fields)
@@ -180,7 +178,7 @@ def legacy_routes(
 
         return await _respond(read, _check_message)
 
-    return [*(make_submit_handler(kind) for kind in Kind), check]
+    return [*(make_submit_handler(kind) for kind in Kind), legacy_check]
 
 
 def _parse_fields(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Catalogue) -> Options:

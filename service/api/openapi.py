@@ -181,6 +181,7 @@ def openapi_config(title: str, description: str, bearer: str, tags: Mapping[str,
         ),
         tags=[Tag(name=name, description=text) for name, text in tags.items()],
         openapi_router=Router(UNSERVED_PATH, route_handlers=[], include_in_schema=False, guards=[_refuse_request]),
+        operation_id_creator=lambda handler, _method, _path: handler.name or handler.handler_name.replace("_", "-"),
         use_handler_docstrings=False,
     )
     # Set afterwards: passed an empty list, Litestar adds all its renderers, whose pages load third-party scripts.

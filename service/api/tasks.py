@@ -143,7 +143,6 @@ def task_routes(
         @post(
             f"/tasks/{kind}",
             name=f"submit-{kind}",
-            operation_id=f"submit-{kind}",
             summary=openapi.SUBMIT_SUMMARIES[kind],
             description=_SUBMIT_DESCRIPTION,
             operation_class=openapi.submit_operation(kind, catalogue),
@@ -174,7 +173,6 @@ def task_routes(
 
     @get(
         "/tasks/{task_id:str}",
-        operation_id="read-task",
         summary="Read a task",
         description=_READ_DESCRIPTION,
         response_description="The current task",
@@ -182,7 +180,7 @@ def task_routes(
         responses=openapi.problem_responses(401, "tenant-disabled", 404, "overloaded", "upstream-unavailable")
         | openapi.NOT_MODIFIED,
     )
-    async def read(
+    async def read_task(
         request: Request[Any, Any, Any],
         tenant: NamedDependency[Tenant],
         task_id: Annotated[str, PathParameter(description="The `id` of the task.")],
@@ -201,7 +199,6 @@ def task_routes(
 
     @get(
         "/tasks",
-        operation_id="list-tasks",
         summary="List your tasks, newest first",
         description=_LIST_DESCRIPTION,
         response_description="A page of tasks",
@@ -219,32 +216,30 @@ def task_routes(
         page = await reader.tasks.list_page(tenant.id, state=task_state, kind=kind, limit=limit, cursor=cursor)
         return TaskList([render_task(task) for task in page.tasks], page.next_cursor)
 
-    return [*(make_submit_handler(kind) for kind in Kind), read, list_tasks]
+    return [*(make_submit_handler(kind) for kind in Kind), read_task, list_tasks]
 
 
 def operator_task_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHandler]:
     @get(
         "/tasks/{task_id:str}",
-        operation_id="read-any-task",
         summary="Read any task and its tenant",
         description="The task as it is stored: reading it does not check it at the upstream.",
         response_description="The task",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )
-    async def read(
+    async def read_any_task(
         task_id: Annotated[str, PathParameter(description="The `id` of the task, or of its submission.")],
     ) -> OperatorTask:
         return render_operator_task(await submissions.read_task(task_id))
 
     @get(
         "/tasks",
-        operation_id="list-tenant-tasks",
         summary="List a tenant's tasks, newest first",
         description=_LIST_DESCRIPTION,
         response_description="A page of tasks",
         responses=openapi.problem_responses(401, 404, "malformed-request", "invalid-options", "ledger-unavailable"),
     )
-    async def list_tasks(
+    async def list_tenant_tasks(
         tenant: Annotated[
             str, QueryParameter(description="Its name. Of a deleted one, the last of this name is listed.")
         ],
@@ -258,13 +253,12 @@ def operator_task_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHa
         )
         return OperatorTaskList([render_operator_task(report) for report in reports], next_cursor)
 
-    return [read, list_tasks]
+    return [read_any_task, list_tenant_tasks]
 
 
 def event_routes(*, reader: TaskReader, tenant_auth: TenantAuth) -> Sequence[HTTPRouteHandler]:
     @get(
         "/tasks/{task_id:str}/events",
-        operation_id="follow-task",
         summary="Follow a task",
         description=_STREAM_DESCRIPTION,
         media_type=EVENT_STREAM_TYPE,
@@ -272,7 +266,7 @@ def event_routes(*, reader: TaskReader, tenant_auth: TenantAuth) -> Sequence[HTT
         responses=openapi.problem_responses(401, "tenant-disabled", 404, "overloaded", "upstream-unavailable")
         | _STREAM_RESPONSES,
     )
-    async def events(
+    async def follow_task(
         request: Request[Any, Any, Any],
         tenant: NamedDependency[Tenant],
         task_id: Annotated[str, PathParameter(description="The `id` of the task.")],
@@ -287,7 +281,7 @@ def event_routes(*, reader: TaskReader, tenant_auth: TenantAuth) -> Sequence[HTT
         changes = reader.stream_changes(tenant, task_id, after_version=version, max_seconds=MAX_STREAM_SECONDS)
         return EventStreamResponse(request, changes, lambda: tenant_auth.authenticate(request))
 
-    return [events]
+    return [follow_task]
 
 
 def encode_event(task: Task, version: int) -> bytes:

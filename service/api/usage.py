@@ -38,16 +38,15 @@ from service.usecases.reports import (
 def quota_routes(quota: QuotaReports) -> Sequence[HTTPRouteHandler]:
     @get(
         "/quota",
-        operation_id="read-quota",
         summary="Read your quota",
         description="The present state of your policies, and whether an account can pay.",
         response_description="Your policies",
         responses=openapi.problem_responses(401, "tenant-disabled", "ledger-unavailable"),
     )
-    async def read(tenant: NamedDependency[Tenant]) -> Quota:
+    async def read_quota(tenant: NamedDependency[Tenant]) -> Quota:
         return render_quota(await quota.for_tenant(tenant))
 
-    return [read]
+    return [read_quota]
 
 
 _CSV_NOTE = "As CSV, columns are named as in JSON, joined by `_`; the total and the lists are omitted."
@@ -73,13 +72,12 @@ PeriodLength = Annotated[Interval, QueryParameter(name="interval", description="
 def usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
     @get(
         "/usage",
-        operation_id="read-usage",
         summary="Read your usage",
         description=_USAGE_DESCRIPTION,
         response_description="Your usage",
         responses=openapi.problem_responses(401, "tenant-disabled", "invalid-options", "ledger-unavailable"),
     )
-    async def read(
+    async def read_usage(
         request: Request[Any, Any, Any],
         tenant: NamedDependency[Tenant],
         first: FirstDay = None,
@@ -94,19 +92,18 @@ def usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
         )
         return _usage_response(request, report, for_operators=False)
 
-    return [read]
+    return [read_usage]
 
 
 def operator_usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
     @get(
         "/usage",
-        operation_id="read-all-usage",
         summary="Read the usage of tenants",
         description=_OPERATOR_USAGE_DESCRIPTION,
         response_description="Their usage",
         responses=openapi.problem_responses(401, "invalid-options", "ledger-unavailable"),
     )
-    async def read(
+    async def read_all_usage(
         request: Request[Any, Any, Any],
         first: FirstDay = None,
         last: LastDay = None,
@@ -122,7 +119,7 @@ def operator_usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
         )
         return _usage_response(request, report, for_operators=True)
 
-    return [read]
+    return [read_all_usage]
 
 
 def _usage_response(request: Request[Any, Any, Any], report: UsageReport, *, for_operators: bool) -> Response[Any]:
@@ -136,13 +133,12 @@ def _usage_response(request: Request[Any, Any, Any], report: UsageReport, *, for
 def submission_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHandler]:
     @get(
         "/submissions/{submission_id:str}",
-        operation_id="read-submission",
         summary="Read a submission and its outcome",
         description="The outcome may be provisional: `unknown` becomes `accepted` if its task is discovered.",
         response_description="The submission",
         responses=openapi.problem_responses(401, "tenant-disabled", 404, "ledger-unavailable"),
     )
-    async def read(
+    async def read_submission(
         tenant: NamedDependency[Tenant],
         submission_id: Annotated[
             str, PathParameter(description="The `submission_id` of the problem `submission-unknown`.")
@@ -150,25 +146,23 @@ def submission_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHandl
     ) -> Submission:
         return render_submission(await submissions.for_tenant(tenant, submission_id), for_operators=False)
 
-    return [read]
+    return [read_submission]
 
 
 def operator_submission_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHandler]:
     @get(
         "/submissions/{submission_id:str}",
-        operation_id="read-any-submission",
         summary="Read any submission, its outcome and its tenant",
         response_description="The submission",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )
-    async def read(
+    async def read_any_submission(
         submission_id: Annotated[str, PathParameter(description="The `id` of the submission, or of its task.")],
     ) -> Submission:
         return render_submission(await submissions.any_tenant(submission_id), for_operators=True)
 
     @post(
         "/refunds",
-        operation_id="refund",
         summary="Refund a submission to its tenant's windows, once",
         description="Afterwards it no longer counts in them, whatever its outcome. The usage shows the reason.",
         response_description="The submission",
@@ -180,4 +174,4 @@ def operator_submission_routes(submissions: SubmissionReports) -> Sequence[HTTPR
         status = await submissions.refund(data.target_id(), data.checked_reason())
         return render_submission(status, for_operators=True)
 
-    return [read, refund]
+    return [read_any_submission, refund]
