@@ -284,16 +284,6 @@ class MultipartForm:
             self._on_field(self._name, value)
 
 
-def parse_urlencoded(body: bytes) -> list[tuple[str, str]]:
-    """Parse an urlencoded form. Raises MalformedRequest."""
-    try:
-        return parse_qsl(body.decode(), keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS)
-    except UnicodeDecodeError:
-        raise MalformedRequest("The form is not UTF-8.") from None
-    except ValueError:
-        raise MalformedRequest(f"The form has more than {MAX_FIELDS} fields.") from None
-
-
 def _has_file_name(part: Any) -> bool:
     # The parser does not know `filename*`, and some clients send only that for names that are not ASCII.
     return part.filename is not None or _FILENAME_PARAMETER.search(part.header("Content-Disposition")) is not None
@@ -440,7 +430,10 @@ class UploadReader:
             yield Upload(await self._inspect_file(form, part), form.fields)
         finally:
             del chunk
-            _close_quietly(stack)
+            try:
+                stack.close()
+            except Exception:  # noqa: BLE001 - must not turn the response to an accepted submission into an error
+                _log.exception("upload.cleanup_error")
 
     async def read_form(self, scope: HTTPScope, receive: Receive) -> list[tuple[str, str]]:
         """Read a form without a file, urlencoded or multipart.
@@ -462,7 +455,12 @@ class UploadReader:
             if body.received_bytes > MAX_FORM_BYTES:
                 raise MalformedRequest(f"The form is larger than {MAX_FORM_BYTES} bytes.")
             text += chunk
-        return parse_urlencoded(bytes(text))
+        try:
+            return parse_qsl(text.decode(), keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS)
+        except UnicodeDecodeError:
+            raise MalformedRequest("The form is not UTF-8.") from None
+        except ValueError:
+            raise MalformedRequest(f"The form has more than {MAX_FIELDS} fields.") from None
 
     async def _inspect_file(self, form: MultipartForm, part: str) -> Image:
         data, sha256 = form.take_file()
@@ -476,14 +474,6 @@ class UploadReader:
                 f" at most {self._max_image_pixels} are accepted."
             )
         return Image(data, sha256, info.media_type, info.width, info.height)
-
-
-def _close_quietly(stack: ExitStack) -> None:
-    # An error here must not turn the response to an accepted submission into an error.
-    try:
-        stack.close()
-    except Exception:  # noqa: BLE001 - logged
-        _log.exception("upload.cleanup_error")
 
 
 class _TimeLimits(Struct, frozen=True):
