@@ -14,38 +14,9 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import BodyKwarg, FromPath, HeaderParameter, JSONBody, PathParameter, QueryParameter
 from msgspec.structs import replace
 
+from service.api import admin_schemas as schemas
 from service.api import openapi
-from service.api.admin_schemas import (
-    Account,
-    AccountBody,
-    AccountList,
-    AccountSpec,
-    ApplyResult,
-    ClockReset,
-    Delivery,
-    DeliveryList,
-    Difference,
-    DifferenceKind,
-    NewSecret,
-    NewToken,
-    ReencryptResult,
-    RegistryBody,
-    RevokedTokens,
-    Tenant,
-    TenantBody,
-    TenantList,
-    TenantSpec,
-    TokenBody,
-    account_spec,
-    rename_old_fields,
-    render_account,
-    render_delivery,
-    render_registry,
-    render_tenant,
-    seconds_to_datetime,
-    tenant_spec,
-    token_expires_at,
-)
+from service.api.admin_schemas import Difference, DifferenceKind
 from service.api.errors import find_body_errors
 from service.api.params import JsonRequest
 from service.domain import tenants
@@ -70,7 +41,7 @@ class TenantRequest(JsonRequest):
     async def json(self) -> Any:
         body = await super().json()
         errors = ErrorCollector()
-        rename_old_fields(body, errors)
+        schemas.rename_old_fields(body, errors)
         errors.raise_if_any()
         return body
 
@@ -91,7 +62,7 @@ MergePatch = Annotated[
 ]
 _ANY_ETAG = "*"
 _Entry = tenants.Account | tenants.Tenant
-_Body = TypeVar("_Body", AccountBody, TenantBody)
+_Body = TypeVar("_Body", schemas.AccountBody, schemas.TenantBody)
 
 
 def _entry_etag(entry: _Entry) -> str:
@@ -112,7 +83,9 @@ def _check_preconditions(entry: _Entry | None, if_match: str | None, if_none_mat
         raise VersionConflict(f"{entry.name} exists already.")
 
 
-def _apply_patch(body_type: type[_Body], spec: AccountSpec | TenantSpec, patch: Mapping[str, Any]) -> _Body:
+def _apply_patch(
+    body_type: type[_Body], spec: schemas.AccountSpec | schemas.TenantSpec, patch: Mapping[str, Any]
+) -> _Body:
     """Return a body with the settings changed by a merge patch. Raises InvalidOptions."""
     body = _merge(msgspec.to_builtins(spec), patch)
     if errors := find_body_errors(body, body_type):
@@ -122,7 +95,7 @@ def _apply_patch(body_type: type[_Body], spec: AccountSpec | TenantSpec, patch: 
 
 def _patch_tenant(tenant: tenants.Tenant, patch: Mapping[str, Any]) -> DesiredTenant:
     """Return the patched tenant; disabled URLs are enabled by a patch of its webhook. Raises InvalidOptions."""
-    desired = _apply_patch(TenantBody, tenant_spec(tenant), patch).to_desired(tenant.name)
+    desired = _apply_patch(schemas.TenantBody, schemas.tenant_spec(tenant), patch).to_desired(tenant.name)
     if "webhook" in patch:
         return desired
     webhook = replace(desired.tenant.webhook, disabled_urls=tenant.webhook.disabled_urls)
@@ -147,9 +120,9 @@ def resource_routes(*, registry_admin: RegistryAdmin, quota: QuotaReports) -> Se
 
 
 def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
-    async def render(account: tenants.Account) -> Response[Account]:
+    async def render(account: tenants.Account) -> Response[schemas.Account]:
         states = await registry_admin.account_states((account,))
-        return Response(render_account(account, states[account.id]), headers={"ETag": _entry_etag(account)})
+        return Response(schemas.render_account(account, states[account.id]), headers={"ETag": _entry_etag(account)})
 
     @put(
         "/accounts/{name:str}",
@@ -158,8 +131,8 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         responses=openapi.problem_responses(401, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
     )
     async def put_account(
-        name: NewName, data: JSONBody[AccountBody], if_match: IfMatch = None, if_none_match: IfNoneMatch = None
-    ) -> Response[Account]:
+        name: NewName, data: JSONBody[schemas.AccountBody], if_match: IfMatch = None, if_none_match: IfNoneMatch = None
+    ) -> Response[schemas.Account]:
         def desire(before: tenants.Account | None) -> DesiredAccount:
             _check_preconditions(before, if_match, if_none_match)
             return data.to_desired(validate_name(name))
@@ -172,11 +145,11 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         response_headers=openapi.response_headers("ETag"),
         responses=openapi.problem_responses(401, 404, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
     )
-    async def patch_account(name: TenantName, data: MergePatch, if_match: IfMatch = None) -> Response[Account]:
+    async def patch_account(name: TenantName, data: MergePatch, if_match: IfMatch = None) -> Response[schemas.Account]:
         def desire(before: tenants.Account | None) -> DesiredAccount:
             account = require(before, name, "account")
             _check_preconditions(account, if_match)
-            return _apply_patch(AccountBody, account_spec(account), data).to_desired(account.name)
+            return _apply_patch(schemas.AccountBody, schemas.account_spec(account), data).to_desired(account.name)
 
         return await render(await registry_admin.save_account(name, desire))
 
@@ -185,17 +158,17 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         summary="List the accounts",
         responses=openapi.problem_responses(401, "ledger-unavailable"),
     )
-    async def list_accounts() -> AccountList:
+    async def list_accounts() -> schemas.AccountList:
         accounts = await registry_admin.list_accounts()
         states = await registry_admin.account_states(accounts)
-        return AccountList([render_account(account, states[account.id]) for account in accounts])
+        return schemas.AccountList([schemas.render_account(account, states[account.id]) for account in accounts])
 
     @get(
         "/accounts/{name:str}",
         summary="Read an account: balance, state, open submissions",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )
-    async def read_account(name: TenantName) -> Response[Account]:
+    async def read_account(name: TenantName) -> Response[schemas.Account]:
         return await render(await registry_admin.get_account(name))
 
     @delete(
@@ -212,17 +185,17 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
         status_code=200,
     )
-    async def reopen_account(name: TenantName) -> Response[Account]:
+    async def reopen_account(name: TenantName) -> Response[schemas.Account]:
         return await render(await registry_admin.reopen_account(name))
 
     return [put_account, patch_account, list_accounts, read_account, delete_account, reopen_account]
 
 
 def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequence[HTTPRouteHandler]:
-    async def render(tenant: tenants.Tenant, secret: str | None = None) -> Tenant:
-        return render_tenant(tenant, registry_admin.list_tokens(tenant), await quota.for_tenant(tenant), secret)
+    async def render(tenant: tenants.Tenant, secret: str | None = None) -> schemas.Tenant:
+        return schemas.render_tenant(tenant, registry_admin.list_tokens(tenant), await quota.for_tenant(tenant), secret)
 
-    async def respond(tenant: tenants.Tenant, secret: str | None = None) -> Response[Tenant]:
+    async def respond(tenant: tenants.Tenant, secret: str | None = None) -> Response[schemas.Tenant]:
         return Response(await render(tenant, secret), headers={"ETag": _entry_etag(tenant)})
 
     @put(
@@ -233,8 +206,8 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
         responses=openapi.problem_responses(401, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
     )
     async def put_tenant(
-        name: NewName, data: JSONBody[TenantBody], if_match: IfMatch = None, if_none_match: IfNoneMatch = None
-    ) -> Response[Tenant]:
+        name: NewName, data: JSONBody[schemas.TenantBody], if_match: IfMatch = None, if_none_match: IfNoneMatch = None
+    ) -> Response[schemas.Tenant]:
         def desire(before: tenants.Tenant | None) -> DesiredTenant:
             _check_preconditions(before, if_match, if_none_match)
             return data.to_desired(validate_name(name))
@@ -249,7 +222,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
         response_headers=openapi.response_headers("ETag"),
         responses=openapi.problem_responses(401, 404, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
     )
-    async def patch_tenant(name: TenantName, data: MergePatch, if_match: IfMatch = None) -> Response[Tenant]:
+    async def patch_tenant(name: TenantName, data: MergePatch, if_match: IfMatch = None) -> Response[schemas.Tenant]:
         def desire(before: tenants.Tenant | None) -> DesiredTenant:
             tenant = require(before, name, "tenant")
             _check_preconditions(tenant, if_match)
@@ -263,15 +236,15 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
         summary="List the tenants",
         responses=openapi.problem_responses(401, "ledger-unavailable"),
     )
-    async def list_tenants() -> TenantList:
-        return TenantList([await render(tenant) for tenant in await registry_admin.list_tenants()])
+    async def list_tenants() -> schemas.TenantList:
+        return schemas.TenantList([await render(tenant) for tenant in await registry_admin.list_tenants()])
 
     @get(
         "/tenants/{name:str}",
         summary="Read a tenant: policies, use, tokens",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )
-    async def read_tenant(name: TenantName) -> Response[Tenant]:
+    async def read_tenant(name: TenantName) -> Response[schemas.Tenant]:
         return await respond(await registry_admin.get_tenant(name))
 
     @delete(
@@ -291,10 +264,10 @@ def _token_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
         summary="Make a token for a tenant, shown only once",
         responses=openapi.problem_responses(401, 404, "malformed-request", *_CHANGE_PROBLEMS),
     )
-    async def create_token(name: TenantName, data: JSONBody[TokenBody | None] = None) -> NewToken:
-        body = data or TokenBody()
+    async def create_token(name: TenantName, data: JSONBody[schemas.TokenBody | None] = None) -> schemas.NewToken:
+        body = data or schemas.TokenBody()
         created = await registry_admin.create_token(name, body.label, body.checked_expires_at(registry_admin.now()))
-        return NewToken(created.token.id, created.text, token_expires_at(created.token))
+        return schemas.NewToken(created.token.id, created.text, schemas.token_expires_at(created.token))
 
     @delete(
         "/tenants/{name:str}/tokens/{token_id:str}",
@@ -310,8 +283,8 @@ def _token_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
         responses=openapi.problem_responses(401, 404, "ledger-unavailable", "overloaded"),
         status_code=200,
     )
-    async def revoke_all_tokens(name: TenantName) -> RevokedTokens:
-        return RevokedTokens(list(await registry_admin.revoke_all_tokens(name)))
+    async def revoke_all_tokens(name: TenantName) -> schemas.RevokedTokens:
+        return schemas.RevokedTokens(list(await registry_admin.revoke_all_tokens(name)))
 
     return [create_token, revoke_token, revoke_all_tokens]
 
@@ -329,7 +302,7 @@ _KEY_PATH, _SECRET_PATH, _URL_PATH = ("user_key", "value"), ("webhook", "secret"
 def diff_registry(plan: RegistryPlan, now: float) -> list[Difference]:
     """Return what a plan changes, at `now` (seconds since the epoch). Secrets are not shown."""
     before, after = (
-        _to_plain(render_registry(version, now), plan.assigned_ids) for version in (plan.before, plan.after)
+        _to_plain(schemas.render_registry(version, now), plan.assigned_ids) for version in (plan.before, plan.after)
     )
     keys = plan.changed_keys & plan.before.accounts.keys()
     secrets = plan.changed_secrets & plan.before.tenants.keys()
@@ -345,7 +318,7 @@ def diff_registry(plan: RegistryPlan, now: float) -> list[Difference]:
     return sorted(differences, key=lambda difference: difference.path)
 
 
-def _to_plain(body: RegistryBody, assigned_ids: Collection[int]) -> dict[str, Any]:
+def _to_plain(body: schemas.RegistryBody, assigned_ids: Collection[int]) -> dict[str, Any]:
     # Without the ids that the gateway assigns: a dry run can't know them.
     plain: dict[str, Any] = {"accounts": {}, "tenants": {}} | msgspec.to_builtins(body)
     for entries in plain.values():
@@ -393,10 +366,10 @@ def registry_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         response_headers=openapi.response_headers("ETag"),
         responses=openapi.problem_responses(401, "ledger-unavailable"),
     )
-    async def read_registry() -> Response[RegistryBody]:
+    async def read_registry() -> Response[schemas.RegistryBody]:
         current = await registry_admin.load_registry()
         return Response(
-            render_registry(current, registry_admin.now()), headers={"ETag": _registry_etag(current.version)}
+            schemas.render_registry(current, registry_admin.now()), headers={"ETag": _registry_etag(current.version)}
         )
 
     @put(
@@ -412,19 +385,19 @@ def registry_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         request_max_body_size=_MAX_REGISTRY_BYTES,
     )
     async def put_registry(
-        data: JSONBody[RegistryBody],
+        data: JSONBody[schemas.RegistryBody],
         if_match: IfMatch = None,
         dry_run: DryRun = False,
         prune: Prune = False,
         force: ForceApply = False,
-    ) -> Response[ApplyResult]:
+    ) -> Response[schemas.ApplyResult]:
         def version_matches(version: int) -> bool:
             return if_match is None or etag_matches(if_match, _registry_etag(version))
 
         desired = data.to_desired(prune=prune)
         plan = await registry_admin.apply(desired, force=force, dry_run=dry_run, version_matches=version_matches)
         is_applied = plan.change is not None and not dry_run
-        result = ApplyResult(
+        result = schemas.ApplyResult(
             applied=is_applied,
             differences=diff_registry(plan, registry_admin.now()),
             unmanaged=list(plan.unmanaged),
@@ -441,9 +414,9 @@ def registry_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         responses=openapi.problem_responses(401, "ledger-unavailable", "overloaded"),
         status_code=200,
     )
-    async def rotate_keys() -> ReencryptResult:
+    async def rotate_keys() -> schemas.ReencryptResult:
         secrets = await registry_admin.reencrypt_secrets()
-        return ReencryptResult(list(secrets.accounts), list(secrets.tenants), list(secrets.undecryptable))
+        return schemas.ReencryptResult(list(secrets.accounts), list(secrets.tenants), list(secrets.undecryptable))
 
     return [read_registry, put_registry, rotate_keys]
 
@@ -469,9 +442,9 @@ def webhook_routes(webhooks: WebhookAdmin) -> Sequence[HTTPRouteHandler]:
             401, 404, "conflict", "invalid-options", "ledger-unavailable", "overloaded"
         ),
     )
-    async def rotate_webhook_secret(name: TenantName, grace: SecretGrace = 0) -> NewSecret:
+    async def rotate_webhook_secret(name: TenantName, grace: SecretGrace = 0) -> schemas.NewSecret:
         generated = await webhooks.rotate_secret(name, grace)
-        return NewSecret(generated.text, seconds_to_datetime(generated.previous_expires_at))
+        return schemas.NewSecret(generated.text, schemas.seconds_to_datetime(generated.previous_expires_at))
 
     @get(
         "/webhooks/failed",
@@ -479,8 +452,8 @@ def webhook_routes(webhooks: WebhookAdmin) -> Sequence[HTTPRouteHandler]:
         description="Kept for 30 days.",
         responses=openapi.problem_responses(401, "invalid-options", "ledger-unavailable"),
     )
-    async def list_failed_webhooks(limit: MaxListed = 100) -> DeliveryList:
-        return DeliveryList([render_delivery(entry) for entry in await webhooks.list_failed(limit)])
+    async def list_failed_webhooks(limit: MaxListed = 100) -> schemas.DeliveryList:
+        return schemas.DeliveryList([schemas.render_delivery(entry) for entry in await webhooks.list_failed(limit)])
 
     @post(
         "/webhooks/{delivery_id:str}/redeliver",
@@ -489,8 +462,8 @@ def webhook_routes(webhooks: WebhookAdmin) -> Sequence[HTTPRouteHandler]:
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
         status_code=200,
     )
-    async def redeliver_webhook(delivery_id: DeliveryId) -> Delivery:
-        return render_delivery(await webhooks.redeliver(delivery_id))
+    async def redeliver_webhook(delivery_id: DeliveryId) -> schemas.Delivery:
+        return schemas.render_delivery(await webhooks.redeliver(delivery_id))
 
     return [rotate_webhook_secret, list_failed_webhooks, redeliver_webhook]
 
@@ -507,8 +480,8 @@ def clock_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
         responses=openapi.problem_responses(401, "ledger-unavailable"),
         status_code=200,
     )
-    async def reset_clock(request: Request[Any, Any, Any]) -> ClockReset:
+    async def reset_clock(request: Request[Any, Any, Any]) -> schemas.ClockReset:
         address = request.client.host if request.client else "unknown"
-        return ClockReset(await registry_admin.reset_clock(f"operator at {address}") / 1000)
+        return schemas.ClockReset(await registry_admin.reset_clock(f"operator at {address}") / 1000)
 
     return [reset_clock]

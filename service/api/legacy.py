@@ -20,19 +20,7 @@ from service.api import openapi
 from service.api.auth import TenantAuth
 from service.api.errors import BodyTimeout
 from service.api.uploads import UploadReader
-from service.domain.errors import (
-    BalanceExhausted,
-    FieldError,
-    GatewayError,
-    InvalidOptions,
-    NotFound,
-    QuotaDenied,
-    SubmissionUnknown,
-    TenantDisabled,
-    Unauthenticated,
-    UpstreamRejected,
-    UpstreamUnavailable,
-)
+from service.domain import errors
 from service.domain.ledger import MAX_ACTIVE_POLICY
 from service.domain.tasks import ArtifactName, Catalogue, Kind, Options, State, parse_options
 from service.domain.tenants import Tenant
@@ -192,10 +180,10 @@ def _parse_fields(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Cata
     }
     try:
         return parse_options(kind, list(options.items()), catalogue)
-    except InvalidOptions as error:
+    except errors.InvalidOptions as error:
         fields_by_option = {option: name for name, option in names.items()}
-        raise InvalidOptions(
-            [FieldError(fields_by_option[invalid.field], invalid.detail) for invalid in error.errors]
+        raise errors.InvalidOptions(
+            [errors.FieldError(fields_by_option[invalid.field], invalid.detail) for invalid in error.errors]
         ) from None
 
 
@@ -223,7 +211,7 @@ async def _remaining_fields(quota: QuotaReports, tenant: Tenant) -> dict[str, An
     """Return the remaining uses and whole yuan of a tenant, as far as they are known."""
     try:
         remaining = await quota.remaining(tenant)
-    except GatewayError:
+    except errors.GatewayError:
         return {}  # an error here must not lose an accepted task
     except Exception:  # noqa: BLE001 - nor must any other
         _log.exception("submission.response_error")
@@ -233,37 +221,39 @@ async def _remaining_fields(quota: QuotaReports, tenant: Tenant) -> dict[str, An
     return {name: value for name, value in fields.items() if value is not None}
 
 
-async def _respond(handle: Callable[[], Awaitable[A]], message: Callable[[GatewayError], str]) -> Response[A | Failure]:
+async def _respond(
+    handle: Callable[[], Awaitable[A]], message: Callable[[errors.GatewayError], str]
+) -> Response[A | Failure]:
     """Return the result of `handle`, or its error in the closest message of the upstream."""
     try:
         return Response(await handle())
-    except (Unauthenticated, TenantDisabled):
+    except (errors.Unauthenticated, errors.TenantDisabled):
         return Response(Failure(1, NO_ACCOUNT))
     except BodyTimeout as error:
         # Else a client that keeps sending slowly would keep its connection.
         return Response(Failure(1, message(error)), headers={"Connection": "close"})
-    except GatewayError as error:
+    except errors.GatewayError as error:
         return Response(Failure(1, message(error)))
 
 
-def _submit_message(error: GatewayError) -> str:
+def _submit_message(error: errors.GatewayError) -> str:
     match error:
         # A limit of active tasks passes by itself, whereas a program may stop for good at "nothing left".
-        case BalanceExhausted() | QuotaDenied() if not _is_active_limit_only(error):
+        case errors.BalanceExhausted() | errors.QuotaDenied() if not _is_active_limit_only(error):
             return NOTHING_LEFT
-        case UpstreamRejected():
+        case errors.UpstreamRejected():
             return REJECTED.format(error.reason)
-        case SubmissionUnknown():
+        case errors.SubmissionUnknown():
             return REJECTED.format(f"{error.detail} (submission_id {error.submission_id})")
         case _:
             return REJECTED.format(error.detail)
 
 
-def _is_active_limit_only(error: GatewayError) -> bool:
-    if not isinstance(error, QuotaDenied):
+def _is_active_limit_only(error: errors.GatewayError) -> bool:
+    if not isinstance(error, errors.QuotaDenied):
         return False
     return {violation.policy for violation in error.violations} == {MAX_ACTIVE_POLICY}
 
 
-def _check_message(error: GatewayError) -> str:
-    return NOT_FOUND if isinstance(error, NotFound | UpstreamUnavailable) else error.detail
+def _check_message(error: errors.GatewayError) -> str:
+    return NOT_FOUND if isinstance(error, errors.NotFound | errors.UpstreamUnavailable) else error.detail

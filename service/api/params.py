@@ -8,6 +8,7 @@ from datetime import date
 from enum import StrEnum
 from typing import Any, TypeVar
 
+import msgspec
 from litestar import Request
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
@@ -56,13 +57,9 @@ def check_query(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRou
 def parse_date(name: str, text: str | None) -> date | None:
     """Parse an ISO 8601 date. Raises InvalidOptions."""
     try:
-        parsed = None if text is None else date.fromisoformat(text)
-    except ValueError:
-        parsed = None
-    # Python also accepts other spellings of ISO 8601.
-    if text is not None and str(parsed) != text:
-        raise InvalidOptions([FieldError(name, "must be a day such as 2026-01-31")])
-    return parsed
+        return None if text is None else msgspec.convert(text, date)
+    except msgspec.ValidationError:
+        raise InvalidOptions([FieldError(name, "must be a day such as 2026-01-31")]) from None
 
 
 def parse_choices(name: str, text: str, choices: Collection[E]) -> tuple[E, ...]:

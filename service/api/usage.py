@@ -12,16 +12,6 @@ from litestar.params import JSONBody, PathParameter, QueryParameter
 
 from service.api import openapi, schemas
 from service.api.params import check_query, parse_choices, parse_date
-from service.api.schemas import (
-    Quota,
-    RefundBody,
-    Submission,
-    Usage,
-    render_quota,
-    render_submission,
-    render_usage,
-    tabulate_usage,
-)
 from service.domain.tenants import Tenant
 from service.usecases.reports import (
     MAX_DAYS,
@@ -43,8 +33,8 @@ def quota_routes(quota: QuotaReports) -> Sequence[HTTPRouteHandler]:
         response_description="Your policies",
         responses=openapi.problem_responses(401, "tenant-disabled", "ledger-unavailable"),
     )
-    async def read_quota(tenant: NamedDependency[Tenant]) -> Quota:
-        return render_quota(await quota.for_tenant(tenant))
+    async def read_quota(tenant: NamedDependency[Tenant]) -> schemas.Quota:
+        return schemas.render_quota(await quota.for_tenant(tenant))
 
     return [read_quota]
 
@@ -84,7 +74,7 @@ def usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
         last: LastDay = None,
         interval: PeriodLength = Interval.DAY,
         group_by: Annotated[str, QueryParameter(description="`kind` or `none`.")] = "kind",
-    ) -> Response[Usage]:
+    ) -> Response[schemas.Usage]:
         check_query(request, request.route_handler)
         groups = parse_choices("group_by", group_by, (Group.KIND,))
         report = await usage.for_tenant(
@@ -112,7 +102,7 @@ def operator_usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
             "tenant,kind"
         ),
         tenant: Annotated[str | None, QueryParameter(description="Only tenants of this name.")] = None,
-    ) -> Response[Usage]:
+    ) -> Response[schemas.Usage]:
         groups = parse_choices("group_by", group_by, tuple(Group))
         report = await usage.for_all_tenants(
             UsageQuery(parse_date("from", first), parse_date("to", last), interval, groups), tenant
@@ -125,8 +115,8 @@ def operator_usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
 def _usage_response(request: Request[Any, Any, Any], report: UsageReport, *, for_operators: bool) -> Response[Any]:
     headers = {"Vary": "Accept"}
     if not schemas.prefers_csv(",".join(request.headers.getall("accept", []))):
-        return Response(render_usage(report, for_operators=for_operators), headers=headers)
-    content = schemas.render_csv(*tabulate_usage(report, for_operators=for_operators))
+        return Response(schemas.render_usage(report, for_operators=for_operators), headers=headers)
+    content = schemas.render_csv(*schemas.tabulate_usage(report, for_operators=for_operators))
     return Response(content, media_type=schemas.CSV_MEDIA_TYPE, headers=headers)
 
 
@@ -143,8 +133,8 @@ def submission_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHandl
         submission_id: Annotated[
             str, PathParameter(description="The `submission_id` of the problem `submission-unknown`.")
         ],
-    ) -> Submission:
-        return render_submission(await submissions.for_tenant(tenant, submission_id), for_operators=False)
+    ) -> schemas.Submission:
+        return schemas.render_submission(await submissions.for_tenant(tenant, submission_id), for_operators=False)
 
     return [read_submission]
 
@@ -158,8 +148,8 @@ def operator_submission_routes(submissions: SubmissionReports) -> Sequence[HTTPR
     )
     async def read_any_submission(
         submission_id: Annotated[str, PathParameter(description="The `id` of the submission, or of its task.")],
-    ) -> Submission:
-        return render_submission(await submissions.any_tenant(submission_id), for_operators=True)
+    ) -> schemas.Submission:
+        return schemas.render_submission(await submissions.any_tenant(submission_id), for_operators=True)
 
     @post(
         "/refunds",
@@ -170,8 +160,8 @@ def operator_submission_routes(submissions: SubmissionReports) -> Sequence[HTTPR
             401, 404, "malformed-request", "conflict", "invalid-options", "ledger-unavailable"
         ),
     )
-    async def refund(data: JSONBody[RefundBody]) -> Submission:
+    async def refund(data: JSONBody[schemas.RefundBody]) -> schemas.Submission:
         status = await submissions.refund(data.target_id(), data.checked_reason())
-        return render_submission(status, for_operators=True)
+        return schemas.render_submission(status, for_operators=True)
 
     return [read_any_submission, refund]
