@@ -19,16 +19,7 @@ from litestar import Request
 from opentelemetry.trace import Span, Tracer
 from structlog.typing import FilteringBoundLogger
 
-from service.api.errors import (
-    HEADERS_TOO_LARGE,
-    INTERNAL_ERROR_RESPONSE,
-    MALFORMED_REQUEST,
-    OUTCOME,
-    REQUEST_ID,
-    ClientDisconnected,
-    ProblemResponse,
-    render,
-)
+from service.api import errors
 from service.telemetry import logging, tracing
 from service.telemetry.logging import OUTCOME_ANSWERED, WaitTimer
 from service.telemetry.metrics import OTHER_LABEL, UNMATCHED_ROUTE, Metrics, Port
@@ -71,7 +62,7 @@ async def run_until_disconnect(request: Request[Any, Any, Any], work: Coroutine[
         await asyncio.wait((running, disconnect), return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             return running.result()
-        raise ClientDisconnected
+        raise errors.ClientDisconnected
     finally:
         for future in (running, disconnect):
             future.cancel()
@@ -104,7 +95,7 @@ class RequestMiddleware:
         # The server may share one state among all requests.
         state = scope["state"] = {**scope.get("state", {})}
         sent_id = next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID_HEADER), "")
-        request_id = state[REQUEST_ID] = sent_id if _REQUEST_ID.fullmatch(sent_id) else uuid4().hex
+        request_id = state[errors.REQUEST_ID] = sent_id if _REQUEST_ID.fullmatch(sent_id) else uuid4().hex
         with tracing.start_request_span(self._tracer, scope) as span:
             trace_id = tracing.trace_id_of(span)
             names = {"request_id": request_id} | ({"trace_id": trace_id} if trace_id else {})
@@ -128,8 +119,8 @@ class RequestMiddleware:
             self._logger.warning(
                 "request.refused", client=client, status=status, detail=detail, port=self._port, request_id=request_id
             )
-        kind = HEADERS_TOO_LARGE if status == HEADERS_TOO_LARGE.status else MALFORMED_REQUEST
-        _, headers, body = render(ProblemResponse(kind, detail), request_id)
+        kind = errors.HEADERS_TOO_LARGE if status == errors.HEADERS_TOO_LARGE.status else errors.MALFORMED_REQUEST
+        _, headers, body = errors.render(errors.ProblemResponse(kind, detail), request_id)
         fields = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         return [*fields, (_REQUEST_ID_HEADER, request_id.encode())], body
 
@@ -141,11 +132,11 @@ class RequestMiddleware:
         started_at = time.perf_counter()
         try:
             await self._app(scope, receive, recorder.send)
-        except ClientDisconnected:
-            state[OUTCOME] = "client-disconnected"
+        except errors.ClientDisconnected:
+            state[errors.OUTCOME] = "client-disconnected"
         except Exception:
             self._logger.exception("request.error")
-            state[OUTCOME] = INTERNAL_ERROR_RESPONSE.type.code
+            state[errors.OUTCOME] = errors.INTERNAL_ERROR_RESPONSE.type.code
             # Once a response has started, returning without its end makes the server close the connection.
             if recorder.status is None:
                 await recorder.send_internal_error()
@@ -153,7 +144,7 @@ class RequestMiddleware:
             seconds = time.perf_counter() - started_at
             status = recorder.status or CLIENT_DISCONNECTED_STATUS
             route = scope.get("path_template") or UNMATCHED_ROUTE
-            outcome, tenant = state.get(OUTCOME, OUTCOME_ANSWERED), state.get(TENANT)
+            outcome, tenant = state.get(errors.OUTCOME, OUTCOME_ANSWERED), state.get(TENANT)
             tracing.record_request_end(
                 span, method, recorder.status, route=scope.get("path_template"), outcome=outcome, tenant=tenant
             )
@@ -190,7 +181,7 @@ class _ResponseRecorder:
 
     async def send_internal_error(self) -> None:
         """Respond in place of an application that failed before its response started."""
-        status, headers, body = render(INTERNAL_ERROR_RESPONSE, self._request_id)
+        status, headers, body = errors.render(errors.INTERNAL_ERROR_RESPONSE, self._request_id)
         fields = {**headers, "Content-Length": str(len(body))}
         await self.send(
             {

@@ -82,7 +82,6 @@ FORBIDDEN = ProblemType("forbidden", 403, "Forbidden", "The token does not allow
 NOT_FOUND = ProblemType("not-found", 404, "Not found", "It does not exist, or belongs to another tenant.")
 METHOD_NOT_ALLOWED = ProblemType("method-not-allowed", 405, "Method not allowed", "`Allow` names the methods.")
 IMAGE_TOO_LARGE = ProblemType("image-too-large", 413, "Image too large", "It exceeds the limit on bytes or on pixels.")
-INVALID_OPTIONS = ProblemType("invalid-options", 422, "Invalid options", "`errors` names each faulty field.")
 QUOTA_EXCEEDED = ProblemType("quota-exceeded", 429, "Quota exceeded", "A limit of the tenant is used up.")
 HEADERS_TOO_LARGE = ProblemType(
     "headers-too-large", 431, "Header fields too large", "The request line and the header fields exceed the limit."
@@ -120,7 +119,7 @@ _PROBLEM_TYPES: Mapping[type[errors.GatewayError], ProblemType] = {
     errors.RangeNotSatisfiable: ProblemType(
         "range-not-satisfiable", 416, "Range not satisfiable", "The result has no bytes there."
     ),
-    errors.InvalidOptions: INVALID_OPTIONS,
+    errors.InvalidOptions: ProblemType("invalid-options", 422, "Invalid options", "`errors` names each faulty field."),
     errors.InvalidImage: ProblemType("invalid-image", 422, "Invalid image", "It is damaged or incomplete."),
     errors.IdempotencyKeyInvalid: ProblemType(
         "idempotency-key-invalid", 400, "Invalid idempotency key", "It is malformed, too long, or sent twice."

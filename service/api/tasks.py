@@ -24,24 +24,11 @@ from litestar.params import HeaderParameter, PathParameter, QueryParameter
 from litestar.response.base import ASGIResponse
 from litestar.types import HTTPResponseBodyEvent, HTTPResponseStartEvent, Receive, Scope, Send
 
-from service.api import openapi
+from service.api import openapi, schemas
 from service.api.asgi import run_until_disconnect
 from service.api.auth import TenantAuth
 from service.api.errors import OUTCOME, ClientDisconnected, rate_limit_headers
 from service.api.params import check_query, parse_wait_seconds
-from service.api.schemas import (
-    REPLAYED_HEADERS,
-    Links,
-    OperatorTask,
-    OperatorTaskList,
-    Task,
-    TaskList,
-    events_path,
-    render_operator_task,
-    render_task,
-    task_headers,
-    task_path,
-)
 from service.api.uploads import UploadReader
 from service.domain.errors import FieldError, GatewayError, InvalidOptions, TenantDisabled, Unauthenticated
 from service.domain.ledger import parse_idempotency_key
@@ -123,7 +110,7 @@ def task_routes(
     ) -> tuple[CachedTask, dict[str, str]]:
         reading = reader.read(tenant, task_id, wait_seconds=wait)
         cached = await (run_until_disconnect(request, reading) if wait else reading)
-        headers = task_headers(cached, estimator)
+        headers = schemas.task_headers(cached, estimator)
         if wait:
             headers["Preference-Applied"] = f"wait={wait}"
         return cached, headers
@@ -158,7 +145,7 @@ def task_routes(
                 str | None, HeaderParameter(name="Idempotency-Key", description=_IDEMPOTENCY_KEY_DESCRIPTION)
             ] = None,
             prefer: Annotated[str | None, HeaderParameter(name="Prefer", description=_PREFER_DESCRIPTION)] = None,
-        ) -> Response[Task]:
+        ) -> Response[schemas.Task]:
             del idempotency_key, prefer  # declared for the OpenAPI document; each may be sent several times
             submitter.check_allowed(tenant, kind)
             key = parse_idempotency_key(request.headers.getall("idempotency-key", []))
@@ -188,14 +175,14 @@ def task_routes(
             str | None, HeaderParameter(name="If-None-Match", description="The `ETag` of the version you have.")
         ] = None,
         prefer: Annotated[str | None, HeaderParameter(name="Prefer", description=_PREFER_DESCRIPTION)] = None,
-    ) -> Response[Task | None]:
+    ) -> Response[schemas.Task | None]:
         del prefer  # declared for the OpenAPI document; it may be sent several times
         wait = parse_wait_seconds(request.headers.getall("prefer", []))
         cached, headers = await read_with_wait(request, tenant, task_id, wait)
         etags = [etag.strip().removeprefix("W/") for etag in (if_none_match or "").split(",")]
         if headers["ETag"] in etags or "*" in etags:  # weak comparison (RFC 9110)
             return Response(None, status_code=304, headers=headers)
-        return Response(render_task(cached.task), headers=headers)
+        return Response(schemas.render_task(cached.task), headers=headers)
 
     @get(
         "/tasks",
@@ -211,10 +198,10 @@ def task_routes(
         kind: KindFilter = None,
         limit: PageSize = 20,
         cursor: Cursor = None,
-    ) -> TaskList:
+    ) -> schemas.TaskList:
         check_query(request, request.route_handler)
         page = await reader.tasks.list_page(tenant.id, state=task_state, kind=kind, limit=limit, cursor=cursor)
-        return TaskList([render_task(task) for task in page.tasks], page.next_cursor)
+        return schemas.TaskList([schemas.render_task(task) for task in page.tasks], page.next_cursor)
 
     return [*(make_submit_handler(kind) for kind in Kind), read_task, list_tasks]
 
@@ -229,8 +216,8 @@ def operator_task_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHa
     )
     async def read_any_task(
         task_id: Annotated[str, PathParameter(description="The `id` of the task, or of its submission.")],
-    ) -> OperatorTask:
-        return render_operator_task(await submissions.read_task(task_id))
+    ) -> schemas.OperatorTask:
+        return schemas.render_operator_task(await submissions.read_task(task_id))
 
     @get(
         "/tasks",
@@ -247,11 +234,11 @@ def operator_task_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHa
         kind: KindFilter = None,
         limit: PageSize = 20,
         cursor: Cursor = None,
-    ) -> OperatorTaskList:
+    ) -> schemas.OperatorTaskList:
         reports, next_cursor = await submissions.list_tasks(
             tenant, state=task_state, kind=kind, limit=limit, cursor=cursor
         )
-        return OperatorTaskList([render_operator_task(report) for report in reports], next_cursor)
+        return schemas.OperatorTaskList([schemas.render_operator_task(report) for report in reports], next_cursor)
 
     return [read_any_task, list_tenant_tasks]
 
@@ -284,7 +271,7 @@ def event_routes(*, reader: TaskReader, tenant_auth: TenantAuth) -> Sequence[HTT
     return [follow_task]
 
 
-def encode_event(task: Task, version: int) -> bytes:
+def encode_event(task: schemas.Task, version: int) -> bytes:
     # The id contains the state, so that a client which reconnects with it shows whether that was the last event.
     return b"event: state\nid: %d-%s\ndata: %s\n\n" % (version, task.state.encode(), msgspec.json.encode(task))
 
@@ -346,7 +333,7 @@ def _parse_event_id(event_id: str) -> tuple[int, State | None]:
 
 
 def _encode_change(change: CachedTask | None) -> bytes:
-    return encode_event(render_task(change.task), change.task.version) if change else _HEARTBEAT
+    return encode_event(schemas.render_task(change.task), change.task.version) if change else _HEARTBEAT
 
 
 async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
@@ -370,23 +357,23 @@ async def _accepted_response(
     """Return the accepted task whatever fails from here on: any other response would make the caller pay again."""
     try:
         cached = CachedTask(accepted.task, accepted.known_at, time.monotonic())
-        headers = task_headers(cached, estimator)
+        headers = schemas.task_headers(cached, estimator)
         if wait := parse_wait_seconds(request.headers.getall("prefer", [])):
             with suppress(GatewayError):
                 cached, headers = await read_with_wait(wait)
         del headers["Age"]
-        headers |= {"Location": task_path(cached.task)} | rate_limit_headers(accepted.rate_limits)
-        headers |= REPLAYED_HEADERS if accepted.is_replay else {}
-        return Response(render_task(cached.task), headers=headers)
+        headers |= {"Location": schemas.task_path(cached.task)} | rate_limit_headers(accepted.rate_limits)
+        headers |= schemas.REPLAYED_HEADERS if accepted.is_replay else {}
+        return Response(schemas.render_task(cached.task), headers=headers)
     except ClientDisconnected:
         raise
     except Exception:  # noqa: BLE001 - the task was accepted
         _log.exception("submission.response_error", reservation=accepted.task.reservation)
-        headers = {"Location": task_path(accepted.task)}
+        headers = {"Location": schemas.task_path(accepted.task)}
         try:
-            return Response(render_task(accepted.task), headers=headers)
+            return Response(schemas.render_task(accepted.task), headers=headers)
         except Exception:  # noqa: BLE001 - its id alone is still of use
-            links = Links(self=task_path(accepted.task), events=events_path(accepted.task))
+            links = schemas.Links(self=schemas.task_path(accepted.task), events=schemas.events_path(accepted.task))
             return Response({"id": accepted.task.id, "links": links}, headers=headers)
 
 
