@@ -22,7 +22,7 @@ from service.api.errors import BodyTimeout
 from service.api.uploads import UploadReader
 from service.domain import errors
 from service.domain.ledger import MAX_ACTIVE_POLICY
-from service.domain.tasks import ArtifactName, Catalogue, Kind, Options, State, parse_options
+from service.domain.tasks import OPTIONS, VENDOR_FIELDS, ArtifactName, Catalogue, Kind, Options, State, parse_options
 from service.domain.tenants import Tenant
 from service.usecases.reports import QuotaReports
 from service.usecases.submit import Submitter
@@ -44,24 +44,9 @@ _ROUTES = {
     Kind.SEAMLESS: "submit_seamless_task",
 }
 _FIELDS: Mapping[Kind, Mapping[str, str]] = {
-    Kind.UPSCALE: {
-        "sdxl_model_dropdown": "model",
-        "style_dropdown": "style",
-        "upscale": "scale",
-        "s_noise": "noise",
-        "steps": "steps",
-        "high_fidelity": "high_fidelity",
-        "strong_inpaint": "strong_inpaint",
-        "strong_inpaint_intensity": "inpaint_strength",
-        "prompt": "prompt",
-        "neg_prompt": "negative_prompt",
-        "vector_switch": "vector",
-        "color_count": "colors",
-    },
-    Kind.VECTORIZE: {"color_count": "colors"},
-    Kind.FACE_ENHANCE: {},
-    Kind.SEAMLESS: {"fit": "fit"},
+    kind: {VENDOR_FIELDS[option]: option for option in options.__struct_fields__} for kind, options in OPTIONS.items()
 }
+"""Fields of the forms, each with its option."""
 _STEPS_RANGE = (20, 40)
 _BOOLEAN_OPTIONS = frozenset({"high_fidelity", "strong_inpaint", "vector"})
 _TEXT_OPTIONS = frozenset({"model", "style", "prompt", "negative_prompt"})

@@ -19,7 +19,7 @@ import msgspec
 
 from service.clients.http import decode_object
 from service.domain.ledger import Balance
-from service.domain.tasks import Artifact, ArtifactName, Catalogue, Kind, Options, TaskError
+from service.domain.tasks import VENDOR_FIELDS, Artifact, ArtifactName, Catalogue, Kind, Options, TaskError
 from service.telemetry.redaction import encodings
 from service.usecases.ports import CheckOutcome, CheckResult, SubmitOutcome, SubmitResult
 
@@ -146,21 +146,6 @@ CHECK_PATH = "/api/check_task_status"
 USER_KEY_FIELD = "user_key"
 IMAGE_FIELD = "input_image"
 TASK_ID_FIELD = "task_id"
-_FORM_FIELDS: Mapping[str, str] = {
-    "model": "sdxl_model_dropdown",
-    "style": "style_dropdown",
-    "scale": "upscale",
-    "noise": "s_noise",
-    "steps": "steps",
-    "high_fidelity": "high_fidelity",
-    "strong_inpaint": "strong_inpaint",
-    "inpaint_strength": "strong_inpaint_intensity",
-    "prompt": "prompt",
-    "negative_prompt": "neg_prompt",
-    "vector": "vector_switch",
-    "colors": "color_count",
-    "fit": "fit",
-}
 _RESULT_FIELDS: Mapping[str, ArtifactName] = {
     "images_url": ArtifactName.IMAGE,
     "vector_url": ArtifactName.VECTOR,
@@ -192,7 +177,7 @@ def build_form_fields(options: Options, catalogue: Catalogue) -> Mapping[str, st
             text = format(Decimal(repr(value)), "f")
         else:
             text = str(value)
-        fields[_FORM_FIELDS[option]] = text
+        fields[VENDOR_FIELDS[option]] = text
     return fields
 
 

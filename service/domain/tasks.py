@@ -104,6 +104,22 @@ class SeamlessOptions(Options, frozen=True):
 OPTIONS: Mapping[Kind, type[Options]] = {
     cls.kind: cls for cls in (UpscaleOptions, VectorizeOptions, FaceEnhanceOptions, SeamlessOptions)
 }
+VENDOR_FIELDS: Mapping[str, str] = {
+    "model": "sdxl_model_dropdown",
+    "style": "style_dropdown",
+    "scale": "upscale",
+    "noise": "s_noise",
+    "steps": "steps",
+    "high_fidelity": "high_fidelity",
+    "strong_inpaint": "strong_inpaint",
+    "inpaint_strength": "strong_inpaint_intensity",
+    "prompt": "prompt",
+    "negative_prompt": "neg_prompt",
+    "vector": "vector_switch",
+    "colors": "color_count",
+    "fit": "fit",
+}
+"""Names of the options in the vendor's forms."""
 
 
 class Catalogue(Struct, frozen=True):
