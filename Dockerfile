@@ -3,7 +3,7 @@
 # The production image: the gateway and its locked packages, without the sandbox.
 #
 #     docker build --tag imaging-gateway \
-#         --build-arg VERSION=0.3.0 --build-arg REVISION="$(git rev-parse HEAD)" \
+#         --build-arg VERSION=0.4.0 --build-arg REVISION="$(git rev-parse HEAD)" \
 #         --build-arg CREATED="$(date --utc +%Y-%m-%dT%H:%M:%SZ)" --build-arg SOURCE=https://... .
 #
 # A tag moves. Build a release on a digest of the base image (`docker buildx imagetools inspect python:3.13-slim`), which
