@@ -150,6 +150,9 @@ Count = Annotated[int, Meta(ge=0, le=_MAX_COUNT)]
 YuanInput = Annotated[float, Meta(ge=0, le=_MAX_YUAN, description="Yuan, with at most two decimals.")]
 
 
+_Note = Annotated[str, Meta(max_length=2_000, description="Free text of the operators.")]
+
+
 class AccountSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of an account at the upstream."""
 
@@ -157,6 +160,7 @@ class AccountSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     floor_count: Count = 0
     floor_money: YuanInput = 0
     max_price: Annotated[dict[Kind, YuanInput], Meta(description="The most a task of a kind can cost.")] = {}
+    note: _Note = ""
 
     def _to_desired(self, name: str, user_key: str | None) -> DesiredAccount:
         """Raises InvalidOptions with all errors, which do not contain the key."""
@@ -167,7 +171,8 @@ class AccountSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         floor = errors.collect("", 0, _to_fen, "floor_money", self.floor_money)
         prices = {kind: errors.collect("max_price", 0, _to_fen, kind, price) for kind, price in self.max_price.items()}
         errors.raise_if_any()
-        account = tenants.Account(0, name, b"", url, AccountPolicy(self.floor_count, floor, prices))
+        policy = AccountPolicy(self.floor_count, floor, prices)
+        account = tenants.Account(0, name, b"", url, policy, note=self.note)
         return DesiredAccount(account, None if user_key is None else user_key.encode())
 
 
@@ -200,6 +205,7 @@ class TenantSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     state: Annotated[TenantStatus, Meta(description="`read-only` refuses submissions, `disabled` every call.")] = (
         TenantStatus.ACTIVE
     )
+    note: _Note = ""
 
     def _to_desired(self, name: str, secret: str | None, errors: ErrorCollector) -> DesiredTenant:
         errors.errors += [
@@ -227,6 +233,7 @@ class TenantSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             kinds=None if self.kinds is None else tuple(self.kinds),
             state=self.state,
             webhook=webhook,
+            note=self.note,
         )
         key = None if secret is None else errors.collect("", b"", webhooks.parse_secret, secret)
         return DesiredTenant(tenant, secret=key)
@@ -337,6 +344,7 @@ def account_spec(account: tenants.Account) -> AccountSpec:
         floor_count=policy.floor_count,
         floor_money=to_yuan(policy.floor_money_fen),
         max_price={kind: to_yuan(price) for kind, price in policy.max_price.items()},
+        note=account.note,
     )
 
 
@@ -353,6 +361,7 @@ def tenant_spec(tenant: tenants.Tenant) -> TenantSpec:
         kinds=None if tenant.kinds is None else list(tenant.kinds),
         webhook=None if webhook.url is None else WebhookSpec(webhook.url, list(webhook.allow)),
         state=tenant.state,
+        note=tenant.note,
     )
 
 

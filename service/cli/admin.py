@@ -48,7 +48,9 @@ from service.cli.usage import format_policies
 from service.domain.tasks import Kind
 from service.domain.tenants import SpendingMode, TenantStatus, Window
 
+_NOTE_OPTION = click.option("--note", help="Free text about it; empty to remove it.")
 _ACCOUNT_OPTIONS = (
+    _NOTE_OPTION,
     click.option("--user-key-env", metavar="VARIABLE", help="Read the user_key from an environment variable."),
     click.option("--user-key-file", type=click.File("rb"), help="Read it from a file, or from standard input: `-`."),
     click.option("--user-key-prompt", is_flag=True, help="Prompt for it."),
@@ -58,6 +60,7 @@ _ACCOUNT_OPTIONS = (
     click.option("--max-price", "prices", type=PRICE, multiple=True, help="Maximum price of a kind; repeatable."),
 )
 _TENANT_OPTIONS = (
+    _NOTE_OPTION,
     click.option("--account", "accounts", multiple=True, help="An account to use; in order of preference, repeatable."),
     click.option("--limit", "limits", type=LIMIT, multiple=True, help="Whole limit of a window; repeatable."),
     click.option("--max-active", type=click.IntRange(min=0), help="Maximum number of tasks at once."),
@@ -103,6 +106,7 @@ def _account_settings(account: Account) -> Fields:
         ("minimum uses", account.floor_count),
         ("minimum yuan", account.floor_money),
         ("maximum price", _format_prices(account.max_price)),
+        ("note", account.note),
     ]
 
 
@@ -313,6 +317,7 @@ def _tenant_settings(tenant: Tenant) -> Fields:
         ("webhook", webhook and webhook.url),
         ("webhook hosts", webhook and webhook.allow),
         ("disabled URLs", webhook and webhook.disabled_urls),
+        ("note", tenant.note),
         *([("webhook secret, shown once", webhook.secret)] if webhook and webhook.secret else []),
     ]
 

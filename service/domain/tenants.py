@@ -169,6 +169,7 @@ class Tenant(Struct, frozen=True):
     kinds: tuple[Kind, ...] | None = None
     state: TenantStatus = TenantStatus.ACTIVE
     webhook: Webhook = Webhook()
+    note: str = ""
 
     def can_submit(self, kind: Kind) -> bool:
         return self.kinds is None or kind in self.kinds
@@ -191,6 +192,7 @@ class Account(Struct, frozen=True):
     base_url: str | None = None
     policy: AccountPolicy = AccountPolicy()
     secret_ref: SecretRef | None = None
+    note: str = ""
 
 
 class Token(Struct, frozen=True):

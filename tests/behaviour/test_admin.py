@@ -14,7 +14,7 @@ from tests.behaviour.gateway_fixture import ADMIN_TOKEN, RunningGateway
 from tests.behaviour.upstream_control import USER_KEY, SandboxUpstreamControl
 from tests.support.valkey import Valkey
 
-DEFAULTS = {"floor_count": 0, "floor_money": 0, "max_price": {}, "base_url": None}
+DEFAULTS = {"floor_count": 0, "floor_money": 0, "max_price": {}, "base_url": None, "note": ""}
 
 
 async def get_json(gateway: RunningGateway, path: str) -> dict[str, Any]:

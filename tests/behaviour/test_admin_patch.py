@@ -19,6 +19,7 @@ TENANT: dict[str, Any] = {
     "spending_mode": "count_only",
     "kinds": ["upscale"],
     "state": "read-only",
+    "note": "Ask Li before raising a limit.",
     "webhook": {"url": "https://hooks.example/a?key=1", "allow": ["other.example"]},
 }
 ACCOUNT: dict[str, Any] = {
@@ -26,6 +27,7 @@ ACCOUNT: dict[str, Any] = {
     "floor_count": 2,
     "floor_money": 1.5,
     "max_price": {"upscale": 0.07, "vectorize": 2},
+    "note": "Invoiced\nmonthly.",
 }
 ACCOUNT_CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),
@@ -33,6 +35,7 @@ ACCOUNT_CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"base_url": None, "floor_money": None}, {"base_url": None, "floor_money": 0}),
     ({"max_price": {"upscale": 3, "vectorize": None}}, {"max_price": {"upscale": 3}}),
     ({"max_price": None}, {"max_price": {}}),
+    ({"note": None}, {"note": ""}),
 ]
 TENANT_CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),
@@ -44,6 +47,7 @@ TENANT_CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"webhook": {"url": "https://new.example/"}}, {"webhook": TENANT["webhook"] | {"url": "https://new.example/"}}),
     ({"webhook": {"allow": None}}, {"webhook": TENANT["webhook"] | {"allow": []}}),
     ({"webhook": None}, {"webhook": None}),
+    ({"note": "Another."}, {"note": "Another."}),
 ]
 INVALID_PATCHES = [
     ("accounts/main", {"floor_count": -1}, "floor_count"),
@@ -56,6 +60,7 @@ INVALID_PATCHES = [
     ("tenants/shop", {"webhook": {"allow": ["x"]}}, "webhook.url"),
     ("tenants/shop", {"state": "off"}, "state"),
     ("tenants/shop", {"tokens": {}}, "tokens"),
+    ("tenants/shop", {"note": "x" * 2001}, "note"),
 ]
 
 

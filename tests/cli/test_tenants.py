@@ -12,6 +12,7 @@ ALL_OPTIONS = (
     *("--account", "spare", "--account", "main", "--max-active", "20", "--spending-mode", "count_only"),
     *("--limit", "day:tasks=100,money=50.5", "--limit", "total:tasks=0", "--state", "read-only"),
     *("--kind", "upscale", "--kind", "face-enhance"),
+    *("--note", "Ask Li before raising a limit."),
     *("--webhook-url", "https://hooks.test/in", "--webhook-allow", "127.0.0.0/8", "--webhook-allow", "other.test"),
 )
 LIMITS = [{"window": "day", "tasks": 100, "money": 50.5}, {"window": "total", "tasks": 0, "money": None}]
@@ -64,6 +65,8 @@ async def test_create_existing(shell: Shell) -> None:
         (("--webhook-url", "https://b.test/"), {"webhook": {"url": "https://b.test/"}}),
         (("--webhook-allow", "b.test"), {"webhook": {"allow": ["b.test"]}}),
         (("--no-webhook",), {"webhook": None}),
+        (("--note", "Another."), {"note": "Another."}),
+        (("--note", ""), {"note": None}),
         (("--max-active", "20", "--state", "read-only"), {}),
     ],
 )

@@ -114,6 +114,7 @@ def _tenant(draw: st.DrawFn, number: int, accounts: Sequence[str], ends: st.Sear
         spending_mode=draw(st.sampled_from(SpendingMode)),
         kinds=draw(st.none() | st.lists(st.sampled_from(Kind), unique=True)),
         webhook=draw(st.none() | webhook),
+        note=draw(st.text(max_size=20)),
         state=draw(st.sampled_from(TenantStatus)),
         tokens=draw(_tokens(number, ends)),
     )
