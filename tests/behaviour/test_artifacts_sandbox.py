@@ -14,6 +14,7 @@ from service.storage.connections import connect
 from service.storage.redis import Keys
 from tests.behaviour.audit import expect_problem
 from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
+from tests.behaviour.openapi_reader import resolve_reference
 from tests.behaviour.upstream_control import SandboxUpstreamControl
 from tests.support.images import make_png
 from tests.support.valkey import Valkey
@@ -63,7 +64,7 @@ async def test_document_lists_headers_and_types(gateway: RunningGateway, href: s
         (416, {"Range": "bytes=999999-"}),
     ):
         response = await fetch_artifact(gateway, href, **headers)
-        documented = operation["responses"][str(status)]
+        documented = resolve_reference(document, operation["responses"][str(status)])
         assert response.status_code == status
         assert response.headers["content-type"] in documented["content"]
         # The sandbox sends no Last-Modified; other servers may.
