@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from service.api import legacy, tasks
+from service.api import legacy, schemas, tasks
 from service.api.uploads import MultipartForm
 from service.domain.tasks import Kind
 from service.usecases.caches import TaskCache
@@ -227,7 +227,7 @@ async def test_form_parts_in_any_order(gateway: RunningGateway) -> None:
 @pytest.mark.parametrize(
     ("where", "name"),
     [
-        (tasks, "task_headers"),
+        (schemas, "task_headers"),
         (tasks, "rate_limit_headers"),
         (tasks, "parse_wait_seconds"),
         (MultipartForm, "discard"),
@@ -255,7 +255,7 @@ async def test_unrenderable_task_still_returns_its_id(gateway: RunningGateway, m
         raise KeyError("a fault of the gateway")
 
     with monkeypatch.context() as patched:
-        patched.setattr(tasks, "render_task", failing)
+        patched.setattr(schemas, "render_task", failing)
         response = await gateway.submit()
     assert response.status_code == 201
     assert response.headers["location"] == response.json()["links"]["self"]
