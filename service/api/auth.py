@@ -35,9 +35,9 @@ class TenantAuth:
                 "This token is not valid or has expired. Request a new one from the operators of the gateway."
             )
         tenant = owner[0]
+        request.scope["state"]["tenant"] = tenant.name
         if tenant.state is TenantStatus.DISABLED:
             raise TenantDisabled("This tenant is disabled. Ask the operators of the gateway.")
-        request.scope["state"]["tenant"] = tenant.name
         return tenant
 
 

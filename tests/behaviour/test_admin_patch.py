@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from tests.behaviour.audit import expect_problem
 from tests.behaviour.gateway_fixture import RunningGateway
 from tests.behaviour.legacy_client import LegacyClient
 from tests.behaviour.registry_requests import get_registry
+from tests.behaviour.task_readers import wait_until
 
 SECRET = "whsec_" + "A" * 32
 TENANT: dict[str, Any] = {
@@ -166,6 +168,16 @@ async def test_states_of_a_tenant(gateway: RunningGateway) -> None:
     await gateway.call_admin("PATCH", "/tenants/shop", json={"state": "active"})
     assert (await gateway.submit()).status_code == 201
     assert await gateway.upstream.count_submits() == 2
+
+
+async def test_log_names_a_disabled_tenant(gateway: RunningGateway) -> None:
+    await gateway.call_admin("PATCH", "/tenants/shop", json={"state": "disabled"})
+    with capture_logs() as events:
+        await gateway.call("GET", "/v1/quota")
+        await LegacyClient(gateway.http, gateway.url, gateway.token).check("task_x")
+        await wait_until(lambda: len([event for event in events if event["event"] == "request.ended"]) == 2)
+    ended = [event for event in events if event["event"] == "request.ended"]
+    assert [(event["status"], event["tenant"]) for event in ended] == [(403, "shop"), (200, "shop")]
 
 
 async def test_revoke_all(gateway: RunningGateway) -> None:
