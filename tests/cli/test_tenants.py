@@ -169,6 +169,7 @@ async def test_quota(shell: Shell) -> None:
     ]
     stored = await shell.get_admin("/tenants/shop")
     assert await shell.run_json("quota", "shop") == {"policies": stored["policies"]}
+    assert '"limit": 5,' in (await shell.run("quota", "shop", "--json")).stdout  # no 5.0
 
 
 async def test_show(shell: Shell) -> None:

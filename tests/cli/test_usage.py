@@ -121,8 +121,9 @@ async def test_tasks(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     head, *lines = await shell.run_table("task", "list", "--tenant", "shop", "--kind", "upscale", "--state", "queued")
     assert head[:3] == ["ID", "KIND", "STATE"]
     assert sorted(line[:3] for line in lines) == sorted([task, "upscale", "queued"] for task in (ids[0], ids[2]))
-    listed = await shell.run_json("task", "list", "--tenant", "shop", "--limit", "2")
-    assert listed == await shell.get_admin("/tasks?tenant=shop&limit=2")
+    arguments = ("task", "list", "--tenant", "shop", "--limit", "2")
+    assert await shell.run_json(*arguments) == await shell.get_admin("/tasks?tenant=shop&limit=2")
+    assert '"money": 0,' in (await shell.run(*arguments, "--json")).stdout  # no 0.0
 
 
 async def test_free_submission(shell: Shell) -> None:
