@@ -265,12 +265,18 @@ class _Fetch:
             with upstream_wait():
                 async with asyncio.timeout(self.timeouts.first_byte_seconds):
                     return await self._open_stream(transport, artifact)
-        except (GatewayError, httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-            gateway_error = _to_gateway_error(error)
-            self.outcome = _OUTCOME_OF_ERROR[type(gateway_error)]
-            if self.outcome is not FetchOutcome.DONE:
-                _log.warning("artifact.fetch_failed", host=self.host, error=type(error).__name__, detail=str(error))
-            raise gateway_error  # noqa: B904 - it may be the caught one itself
+        except GatewayError as error:
+            self._record_failure(error, error)
+            raise
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+            raise self._record_failure(_to_gateway_error(error), error) from error
+
+    def _record_failure(self, failure: GatewayError, cause: Exception) -> GatewayError:
+        # Not in `start`: a variable there would form a cycle error -> traceback -> frame, which keeps the first bytes.
+        self.outcome = _OUTCOME_OF_ERROR[type(failure)]
+        if self.outcome is not FetchOutcome.DONE:
+            _log.warning("artifact.fetch_failed", host=self.host, error=type(cause).__name__, detail=str(cause))
+        return failure
 
     async def _open_stream(self, transport: GuardedTransport, artifact: Artifact) -> ArtifactStream:
         response, metadata = await self._request_file(transport, artifact.url, self.range_request)
@@ -396,8 +402,6 @@ _OUTCOME_OF_ERROR: Mapping[type[GatewayError], FetchOutcome] = {
 
 def _to_gateway_error(error: Exception) -> GatewayError:
     """Return the error for the tenant, without any address, of an error before the first byte."""
-    if isinstance(error, GatewayError):
-        return error
     if local_error_reason(error):
         return Overloaded("The gateway can't fetch results at the moment. Try again.", retry_after=RETRY_AFTER_SECONDS)
     if isinstance(error, AddressRefused):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import resource
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.api import artifacts
+from service.clients import artifacts as artifact_client
 from service.clients.artifacts import ArtifactClient, FetchOutcome, FetchTimeouts
 from service.domain.tasks import Artifact, ArtifactName
 from service.usecases.ports import CheckOutcome, CheckResult
@@ -238,3 +240,22 @@ async def test_html_is_rejected() -> None:
     for media_type in ("text/html", "application/octet-stream", ""):
         async with run_artifact_setup(send_pieces(file_response(b"<html><script>", Content_Type=media_type))) as setup:
             expect_problem(await setup.gateway.call("GET", setup.href), 502, "upstream-invalid-response")
+
+
+async def test_failed_fetch_leaves_no_cycle() -> None:
+    """What was read of a result that is no image is freed at once, not by a later garbage collection."""
+
+    async def serve(connection: Connection) -> None:
+        await read_request(connection)
+        await connection.send(response_head(Content_Length="60000") + b"x" * 60_000)
+
+    async with asyncio.timeout(20), run_artifact_setup(serve) as setup:
+        await setup.gateway.call("GET", setup.href)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(3):
+                expect_problem(await setup.gateway.call("GET", setup.href), 502, "upstream-invalid-response")
+            assert not [item for item in gc.get_objects() if type(item) is artifact_client._Fetch]
+        finally:
+            gc.enable()
