@@ -48,6 +48,11 @@ def format_value(value: object) -> str:
             return single_line(str(value))
 
 
+def format_number(number: int, noun: str) -> str:
+    """Format a number with its noun, whose plural ends in s."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def single_line(text: str) -> str:
     """Join text onto one line, without control characters."""
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())

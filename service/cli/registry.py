@@ -25,7 +25,7 @@ from service.api.admin_schemas import (
 )
 from service.cli.client import AdminClient, with_admin_client
 from service.cli.common import CommandError, DetailedExitCommand, get_environment, json_option
-from service.cli.formatting import MAX_SECRET_BYTES, single_line
+from service.cli.formatting import MAX_SECRET_BYTES, format_number, single_line
 from service.domain.errors import ErrorCollector, field_path, suggest, validate_tree
 from service.domain.tenants import Name
 
@@ -258,7 +258,7 @@ def _print_diff(plan: ApplyResult) -> None:
 
 
 def _format_result(result: ApplyResult) -> str:
-    lines = [f"Applied {len(result.differences)} differences."]
+    lines = [f"Applied {format_number(len(result.differences), 'difference')}."]
     for name, secret in result.generated_secrets.items():
         lines.append(f"The webhook secret of {name}, which is not shown again: {secret}")
     return "\n".join(lines)

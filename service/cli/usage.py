@@ -12,7 +12,7 @@ from service.api.admin_schemas import Delivery, DeliveryList, NewSecret, Tenant
 from service.api.schemas import Cost, OperatorTask, OperatorTaskList, Policy, Submission, Usage, UsageRow, UsageSum
 from service.cli.client import AdminClient, AdminResponse, print_response, with_admin_client
 from service.cli.common import LazyCommand, json_option, named_fields
-from service.cli.formatting import DURATION, choice, format_record, format_table, format_value
+from service.cli.formatting import DURATION, choice, format_number, format_record, format_table, format_value
 from service.domain.tasks import Kind, State
 
 _MAX_PAGE_SIZE = 100
@@ -137,7 +137,7 @@ def _format_cost(cost: Cost) -> str:
 
 
 def _format_amount(uses: int, yuan: float) -> str:
-    return f"{uses} uses, {format_value(yuan)} yuan"
+    return f"{format_number(uses, 'use')}, {format_value(yuan)} yuan"
 
 
 @click.command()

@@ -102,6 +102,12 @@ async def test_dry_run(shell: Shell, file: Path) -> None:
     assert "another-key" not in result.output
 
 
+async def test_single_difference(shell: Shell, file: Path) -> None:
+    """A single difference is counted in the singular."""
+    file.write_text('tenants.shop = { accounts = ["main"], max_active = 3 }')
+    assert (await shell.run("apply", str(file))).stdout.splitlines()[-1] == "Applied 1 difference."
+
+
 async def test_prune(shell: Shell, file: Path) -> None:
     """--prune deletes what is not in the file, under running tasks only with --force."""
     await shell.gateway.upstream.keep_running()

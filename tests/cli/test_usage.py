@@ -77,7 +77,7 @@ async def test_refund_of_a_task(shell: Shell) -> None:
     shown = dict(await shell.run_table("refund", task["id"], "--reason", "It came out\nblank."))
     assert (shown["task:"], shown["state of the task:"]) == (task["id"], "succeeded")
     assert (shown["tenant:"], shown["account:"], shown["kind:"]) == ("shop", "main", "face-enhance")
-    assert (shown["cost:"], shown["refunded:"]) == ("1 uses, 0 yuan, estimated", "1 uses, 0 yuan")
+    assert (shown["cost:"], shown["refunded:"]) == ("1 use, 0 yuan, estimated", "1 use, 0 yuan")
     assert shown["reason:"] == "It came out blank."
     assert dict(await shell.run_table("submission", shown["submission:"])) == shown
     refund = (await shell.run_table("usage"))[-1]
@@ -108,7 +108,7 @@ async def test_task(shell: Shell) -> None:
     task, _ = await create_usage(shell)
     shown = dict(await shell.run_table("task", "show", task["id"]))
     assert (shown["tenant:"], shown["account:"], shown["kind:"]) == ("shop", "main", "face-enhance")
-    assert (shown["state:"], shown["cost:"]) == ("succeeded", "1 uses, 0 yuan, estimated")
+    assert (shown["state:"], shown["cost:"]) == ("succeeded", "1 use, 0 yuan, estimated")
     assert dict(await shell.run_table("task", "show", shown["submission:"])) == shown
     assert dict(await shell.run_table("submission", task["id"]))["submission:"] == shown["submission:"]
     assert await shell.run_json("task", "show", task["id"]) == await shell.get_admin(f"/tasks/{task['id']}")
