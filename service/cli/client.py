@@ -124,7 +124,7 @@ class AdminClient:
             if error.status != _OUTDATED:
                 raise
             noun = section.removesuffix("s")
-            raise CommandError(f"there is {noun} {name} already: use `gateway {noun} update`") from None
+            raise CommandError(f"the {noun} {name} exists already: use `gateway {noun} update`") from None
 
     def _map_transport_error(self, method: str, error: httpx2.RequestError) -> CommandError:
         why = single_line(str(error)) or type(error).__name__

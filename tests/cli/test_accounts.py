@@ -165,7 +165,7 @@ async def test_update(shell: Shell, options: tuple[str, ...], changes: dict[str,
 async def test_create_existing(shell: Shell) -> None:
     """An existing account is not replaced."""
     refused = await shell.run("account", "create", "main", "--user-key-file", "-", stdin="new-key", code=1)
-    assert refused.stderr == "gateway: there is account main already: use `gateway account update`\n"
+    assert refused.stderr == "gateway: the account main exists already: use `gateway account update`\n"
     assert stored_user_key(shell, "main") == USER_KEY
 
 

@@ -43,7 +43,7 @@ async def test_create_existing(shell: Shell) -> None:
     """An existing tenant is not replaced."""
     before = shell.gateway.services.registry.current.version
     refused = await shell.run("tenant", "create", "shop", "--account", "main", "--max-active", "0", code=1)
-    assert refused.stderr == "gateway: there is tenant shop already: use `gateway tenant update`\n"
+    assert refused.stderr == "gateway: the tenant shop exists already: use `gateway tenant update`\n"
     assert shell.gateway.services.registry.current.version == before
 
 
