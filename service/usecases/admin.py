@@ -184,7 +184,7 @@ class RegistryAdmin:
             users = [tenant for tenant in registry.tenants.values() if name in tenant.accounts]
             if users and not force:
                 names = ", ".join(tenant.name for tenant in users)
-                raise Conflict(f"Account {name} is used by {names}. Change them first, or force it.")
+                raise Conflict(f"Account {name} is used by tenants: {names}. Change them first, or force it.")
             changed = tuple(
                 replace(tenant, accounts=tuple(other for other in tenant.accounts if other != name)) for tenant in users
             )

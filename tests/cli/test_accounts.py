@@ -190,7 +190,7 @@ async def test_reopen(shell: Shell) -> None:
 async def test_delete(shell: Shell) -> None:
     """An account in use is deleted with --force only, and the error names its users."""
     refused = await shell.run("account", "delete", "main", code=1)
-    assert refused.stderr == "Conflict: Account main is used by shop. Change them first, or force it.\n"
+    assert refused.stderr == "Conflict: Account main is used by tenants: shop. Change them first, or force it.\n"
     assert (await shell.run("account", "delete", "main", "--force")).stdout == "The account main is deleted.\n"
     assert (await shell.run("account", "show", "main", code=1)).stderr == "Not found: There is no account main.\n"
 
