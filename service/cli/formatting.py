@@ -106,10 +106,10 @@ class OptionType(click.types.FuncParamType[str, T]):
         self.name = name
 
 
-def _parse_yuan(text: str) -> float:
+def _parse_yuan(text: str, rule: str = "must be") -> float:
     """Parse an amount of money such as `12` or `0.50`."""
     if not re.fullmatch(r"[0-9]{1,10}(\.[0-9]{1,2})?", text):
-        raise click.BadParameter("must be an amount in yuan such as 12 or 0.50")
+        raise click.BadParameter(f"{rule} an amount in yuan such as 12 or 0.50")
     return float(text)
 
 
@@ -134,7 +134,7 @@ def _parse_price(text: str) -> tuple[str, float]:
     kind, _, amount = text.partition("=")
     if kind not in set(Kind):
         raise click.BadParameter(f"must begin with a kind of task: {' or '.join(Kind)}")
-    return kind, _parse_yuan(amount)
+    return kind, _parse_yuan(amount, "must end with")
 
 
 def _parse_limit(text: str) -> tuple[str, Mapping[str, Any]]:
@@ -149,7 +149,7 @@ def _parse_limit(text: str) -> tuple[str, Mapping[str, Any]]:
             raise click.BadParameter(f"must be a limit such as {window}:tasks=100,money=50")
         if name == "tasks" and not re.fullmatch(r"[0-9]{1,13}", amount):
             raise click.BadParameter("must limit tasks to a whole number")
-        limit[name] = int(amount) if name == "tasks" else _parse_yuan(amount)
+        limit[name] = int(amount) if name == "tasks" else _parse_yuan(amount, "must limit money to")
     return window, limit
 
 

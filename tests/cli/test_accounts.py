@@ -91,7 +91,7 @@ async def test_declined_prompt(shell: Shell) -> None:
         (("--floor-count", "-1"), "must be a whole number of at least 0"),
         (("--floor-money", "nan"), "must be an amount in yuan"),
         (("--floor-money", "0.001"), "must be an amount in yuan"),
-        (("--max-price", "upscale"), "must be an amount in yuan"),
+        (("--max-price", "upscale"), "must end with an amount in yuan"),
         (("--max-price", "enlarge=1"), "must begin with a kind of task"),
         (("--max-price", "upscale=1", "--no-max-price", "upscale"), "--max-price names upscale more than once"),
     ],

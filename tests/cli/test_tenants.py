@@ -139,7 +139,7 @@ async def test_revoke_all(shell: Shell) -> None:
         (("--limit", "day:taks=1"), "must be a limit such as day:tasks=100"),
         (("--limit", "day:tasks=1,tasks=2"), "must be a limit such as day:tasks=100"),
         (("--limit", "day:tasks=-1"), "must limit tasks to a whole number"),
-        (("--limit", "day:money=lots"), "must be an amount in yuan"),
+        (("--limit", "day:money=lots"), "must limit money to an amount in yuan"),
         (("--limit", "day:tasks=1", "--limit", "day:tasks=2"), "--limit names day more than once"),
         (("--limit", "day:tasks=1", "--no-limit", "day"), "--limit names day more than once"),
         (("--max-active", "1", "--no-max-active"), "Set or remove max active, not both"),
