@@ -329,9 +329,9 @@ def _unwrap(schema: Node, *, nullable: bool = False) -> Node:
 def tenants_config() -> OpenAPIConfig:
     return openapi.openapi_config(
         title="Imaging Gateway",
-        description="Upscale, vectorise, restore faces, make seamless: submit an image, follow its task, fetch the "
-        "result. Send your token as `Authorization: Bearer TOKEN`. Errors are problem documents whose `detail` "
-        "explains what to do.",
+        description="Upscale, vectorize, restore faces, make seamless: submit an image, follow its task, fetch the "
+        "result. Send your token as `Authorization: Bearer TOKEN`. Errors are "
+        "[problem documents](docs/problems) whose `detail` explains what to do.",
         bearer="Your token, beginning with `igw_`. The operators of the gateway make and revoke it.",
         tags={
             "Tasks": "Submit an image, and follow its task.",
