@@ -348,8 +348,9 @@ def tenants_config() -> OpenAPIConfig:
 def operators_config() -> OpenAPIConfig:
     return openapi.openapi_config(
         title="Imaging Gateway: operators",
-        description="Accounts at the upstream, the tenants that spend them, and their tokens. `PUT` replaces: omitted "
-        "fields get their defaults, only secrets are kept. Send the admin token as `Authorization: Bearer TOKEN`.",
+        description="Accounts at the upstream, the tenants that spend them, and their tokens. `PATCH` changes only "
+        "the fields it has. `PUT` replaces: omitted fields get their defaults, only secrets are kept. Send the "
+        "admin token as `Authorization: Bearer TOKEN`.",
         bearer="The admin token.",
         tags={
             "Registry": "Accounts, tenants and tokens.",
