@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from litestar import MediaType, Request, Response, get
 from litestar.handlers import HTTPRouteHandler
+from litestar.response import Redirect
 
 from service.api.errors import PROBLEMS, ProblemType
 from service.api.openapi_document import build_document
@@ -62,7 +63,10 @@ def docs_routes() -> Sequence[HTTPRouteHandler]:
         return Response(encode_document(request.app), media_type=MediaType.JSON, headers={"Cache-Control": "no-cache"})
 
     @get("/docs", include_in_schema=False)
-    async def page() -> Response[str]:
+    async def page(request: Request[Any, Any, Any]) -> Response[Any]:
+        path: bytes = request.scope["raw_path"]
+        if slashes := len(path) - len(path.rstrip(b"/")):  # its relative addresses would lead nowhere
+            return Redirect("../" * slashes + "docs")
         return Response(_PAGE, media_type=MediaType.HTML, headers=_HEADERS)
 
     @get("/docs/setup.js", include_in_schema=False)

@@ -73,6 +73,16 @@ async def test_root_leads_to_the_docs() -> None:
     assert (response.status_code, response.headers["location"]) == (302, "/docs")
 
 
+async def test_slashes_after_docs_lead_to_the_docs() -> None:
+    """The addresses on the page are relative to its own."""
+    async with run_fake_gateway() as (gateway, _, _):
+        for page in (f"{gateway.url}/docs", f"{gateway.ops_url}/docs"):
+            for slashes in ("/", "//"):
+                response = await gateway.http.get(page + slashes)
+                assert response.status_code == 302
+                assert urljoin(page + slashes, response.headers["location"]) == page
+
+
 async def test_problems_link_to_their_description() -> None:
     async with run_fake_gateway() as (gateway, _, _):
         for url in (gateway.url, gateway.ops_url):
