@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import click
+from msgspec.structs import asdict
 
 from service.api import admin_schemas
 from service.api.admin_schemas import (
@@ -62,7 +63,7 @@ _ACCOUNT_OPTIONS = (
 _TENANT_OPTIONS = (
     _NOTE_OPTION,
     click.option("--account", "accounts", multiple=True, help="An account to use; in order of preference, repeatable."),
-    click.option("--limit", "limits", type=LIMIT, multiple=True, help="Whole limit of a window; repeatable."),
+    click.option("--limit", "limits", type=LIMIT, multiple=True, help="Limit of a window; repeatable."),
     click.option("--max-active", type=click.IntRange(min=0), help="Maximum number of tasks at once."),
     click.option("--spending-mode", type=choice(SpendingMode), help="Prepaid uses only, or money after them."),
     click.option("--kind", "kinds", type=choice(Kind), multiple=True, help="A kind it may submit; repeatable."),
@@ -392,16 +393,19 @@ def update_tenant(
 ) -> None:
     """Change the tenant NAME: only what the options name.
 
-    A --limit replaces the limit of its window, tasks and money, and no other window's. The options --account, --kind
-    and --webhook-allow each replace the whole list. The URL of a webhook enables it again after a response 410.
+    A --limit changes the tasks, the money or both of its window; `money=none` removes the money, --no-limit the whole
+    limit. The options --account, --kind and --webhook-allow each replace the whole list. The URL of a webhook enables
+    it again after a response 410.
     """
     patch, changed_limits = _tenant_fields(options), named_items("--limit", limits, no_limits)
 
     def make_patch(current: Tenant) -> Mapping[str, Any]:
         if not changed_limits:
             return patch
-        merged: Mapping[str, Any] = {limit.window: limit for limit in current.limits} | changed_limits
-        return patch | {"limits": [limit for limit in merged.values() if limit is not None]}
+        merged: dict[str, Any] = {limit.window: asdict(limit) for limit in current.limits}
+        for window, limit in changed_limits.items():
+            merged[window] = limit and {**merged.get(window, {}), **limit}
+        return patch | {"limits": [limit for limit in merged.values() if limit]}
 
     change_entry(client, ("tenants", name), (Tenant, _tenant_settings), make_patch, as_json=as_json)
 

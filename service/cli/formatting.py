@@ -137,8 +137,11 @@ def _parse_price(text: str) -> tuple[str, float]:
     return kind, _parse_yuan(amount, "must end with")
 
 
+_NO_LIMIT = "none"
+
+
 def _parse_limit(text: str) -> tuple[str, Mapping[str, Any]]:
-    """Parse a limit such as `day:tasks=100,money=50`. Return its window, and its form in the operators' API."""
+    """Parse a limit such as `day:tasks=100,money=none`. Return its window, and its form in the operators' API."""
     window, _, rest = text.partition(":")
     if window not in set(Window):
         raise click.BadParameter(f"must begin with a window: {' or '.join(Window)}")
@@ -147,6 +150,9 @@ def _parse_limit(text: str) -> tuple[str, Mapping[str, Any]]:
         name, _, amount = part.partition("=")
         if name in limit or name not in {"tasks", "money"}:
             raise click.BadParameter(f"must be a limit such as {window}:tasks=100,money=50")
+        if amount == _NO_LIMIT:
+            limit[name] = None
+            continue
         if name == "tasks" and not re.fullmatch(r"[0-9]{1,13}", amount):
             raise click.BadParameter("must limit tasks to a whole number")
         limit[name] = int(amount) if name == "tasks" else _parse_yuan(amount, "must limit money to")

@@ -124,9 +124,17 @@ def _format_task(task: OperatorTask) -> str:
 
 
 def _format_tasks(tasks: OperatorTaskList) -> str:
-    head = ("id", "kind", "state", "account", "cost", "created at", "finished at")
+    head = ("created at", "finished at", "kind", "state", "account", "cost", "submission")
     rows = [
-        (item.id, item.kind, item.state, item.account, _format_cost(item.cost), item.created_at, item.finished_at)
+        (
+            item.created_at,
+            item.finished_at,
+            item.kind,
+            item.state,
+            item.account,
+            _format_cost(item.cost),
+            item.submission,
+        )
         for item in tasks.items
     ]
     return format_table(head, rows)

@@ -51,7 +51,8 @@ async def test_create_existing(shell: Shell) -> None:
     ("options", "changes"),
     [
         (("--account", "main"), {"accounts": ["main"]}),
-        (("--limit", "day:tasks=7"), {"limits": [{"window": "day", "tasks": 7, "money": None}, LIMITS[1]]}),
+        (("--limit", "day:tasks=7"), {"limits": [{**LIMITS[0], "tasks": 7}, LIMITS[1]]}),
+        (("--limit", "day:tasks=7,money=none"), {"limits": [{"window": "day", "tasks": 7, "money": None}, LIMITS[1]]}),
         (("--limit", "hour:money=1"), {"limits": [*LIMITS, {"window": "hour", "tasks": None, "money": 1}]}),
         (("--no-limit", "day"), {"limits": LIMITS[1:]}),
         (("--no-limit", "day", "--no-limit", "total"), {"limits": None}),

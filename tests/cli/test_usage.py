@@ -117,10 +117,13 @@ async def test_task(shell: Shell) -> None:
 async def test_tasks(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest tasks of a tenant are listed, over several pages if necessary."""
     monkeypatch.setattr("service.cli.usage._MAX_PAGE_SIZE", 1)
-    ids = [(await shell.gateway.submit(kind)).json()["id"] for kind in ("upscale", "vectorize", "upscale")]
+    for kind in ("upscale", "vectorize", "upscale"):
+        await shell.gateway.submit(kind)
     head, *lines = await shell.run_table("task", "list", "--tenant", "shop", "--kind", "upscale", "--state", "queued")
-    assert head[:3] == ["ID", "KIND", "STATE"]
-    assert sorted(line[:3] for line in lines) == sorted([task, "upscale", "queued"] for task in (ids[0], ids[2]))
+    assert (head[2:4], head[-1]) == (["KIND", "STATE"], "SUBMISSION")
+    items = (await shell.get_admin("/tasks?tenant=shop&kind=upscale"))["items"]
+    assert [line[-1] for line in lines] == [item["submission"] for item in items]
+    assert [line[2:4] for line in lines] == [["upscale", "queued"]] * 2
     arguments = ("task", "list", "--tenant", "shop", "--limit", "2")
     assert await shell.run_json(*arguments) == await shell.get_admin("/tasks?tenant=shop&limit=2")
     assert '"money": 0,' in (await shell.run(*arguments, "--json")).stdout  # no 0.0
