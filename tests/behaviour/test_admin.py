@@ -143,7 +143,7 @@ async def test_deletion_of_used_objects_needs_force(gateway: RunningGateway) -> 
     await gateway.call_admin("PUT", "/accounts/spare", json={"user_key": "spare"})
     await gateway.put_tenant("other", accounts=["spare"])
     assert (
-        "by other." in expect_problem(await gateway.call_admin("DELETE", "/accounts/spare"), 409, "conflict")["detail"]
+        "other." in expect_problem(await gateway.call_admin("DELETE", "/accounts/spare"), 409, "conflict")["detail"]
     )
     for path in ("/tenants/other", "/accounts/spare", "/tenants/shop?force=true", "/accounts/main?force=true"):
         response = await gateway.call_admin("DELETE", path)
