@@ -142,9 +142,7 @@ async def test_deletion_of_used_objects_needs_force(gateway: RunningGateway) -> 
     assert "1 tasks" in expect_problem(await gateway.call_admin("DELETE", "/tenants/shop"), 409, "conflict")["detail"]
     await gateway.call_admin("PUT", "/accounts/spare", json={"user_key": "spare"})
     await gateway.put_tenant("other", accounts=["spare"])
-    assert (
-        "other." in expect_problem(await gateway.call_admin("DELETE", "/accounts/spare"), 409, "conflict")["detail"]
-    )
+    assert "other." in expect_problem(await gateway.call_admin("DELETE", "/accounts/spare"), 409, "conflict")["detail"]
     for path in ("/tenants/other", "/accounts/spare", "/tenants/shop?force=true", "/accounts/main?force=true"):
         response = await gateway.call_admin("DELETE", path)
         assert (response.status_code, response.content) == (204, b"")
