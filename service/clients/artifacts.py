@@ -21,7 +21,7 @@ from msgspec import Struct
 from opentelemetry.trace import Tracer
 
 from service.clients.egress import AddressRefused, GuardedTransport, IpAddress, Resolver, is_public, resolve_host
-from service.clients.http import USER_AGENT, OnCall, local_error_reason
+from service.clients.http import USER_AGENT, OnCall, default_tls, local_error_reason
 from service.clients.vendor_api import unmask_key
 from service.crypto import AesSivCipher
 from service.domain.errors import (
@@ -195,7 +195,7 @@ class ArtifactClient:
         self._max_bytes = max_bytes
         self._on_call = on_call
         self._user_keys = user_keys
-        self._tls = tls or httpx2.create_ssl_context()
+        self._tls = tls or default_tls()
         self._resolver = resolver
         self._timeouts = timeouts or FetchTimeouts()
         self._tracer = tracer

@@ -10,7 +10,6 @@ from functools import partial
 from io import BytesIO
 from typing import Self
 
-import httpx2
 import structlog
 from msgspec.structs import replace
 from opentelemetry.trace import Tracer
@@ -24,6 +23,7 @@ from service.clients.http import (
     ResponseLost,
     UpstreamPool,
     UpstreamResponse,
+    default_tls,
 )
 from service.clients.vendor_api import mask_key, remove_key
 from service.crypto import AesSivCipher
@@ -69,7 +69,7 @@ class UpstreamClient:
         self._breakers = defaultdict(Breaker, {base_url: Breaker()})
         # The server may close an idle connection just as it is reused. That is harmless for a check, but a submit
         # would have an unknown outcome.
-        tls = httpx2.create_ssl_context()
+        tls = default_tls()
         self._submit_pool = UpstreamPool(self._breakers, tls, keep_alive=False, tracer=tracer)
         self._check_pool = UpstreamPool(self._breakers, tls, keep_alive=True, tracer=tracer)
         self._reported_links: dict[tuple[int, str, str], None] = {}

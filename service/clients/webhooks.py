@@ -18,7 +18,7 @@ from service.clients.egress import (
     is_public,
     resolve_host,
 )
-from service.clients.http import USER_AGENT, Deadline, local_error_reason, parse_retry_after
+from service.clients.http import USER_AGENT, Deadline, default_tls, local_error_reason, parse_retry_after
 from service.domain.errors import Overloaded
 from service.domain.tenants import Webhook
 from service.telemetry import tracing
@@ -53,7 +53,7 @@ class WebhookClient:
         self._tracer = tracer
         self._resolver = resolver
         self._timeout_seconds = timeout_seconds
-        self._tls = httpx2.create_ssl_context()
+        self._tls = default_tls()
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes, webhook: Webhook) -> WebhookResponse:
         """Send once, to an address that is public or allowed by `webhook`.

@@ -112,6 +112,7 @@ async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert (await caller.submit()).outcome is NOT_SENT
         assert peer.requests == []
         monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+        monkeypatch.setattr("service.clients.upstream.default_tls", httpx2.create_ssl_context)
         async with open_caller(peer.url) as caller:
             assert (await caller.submit()).outcome is ACCEPTED
 
