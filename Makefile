@@ -25,9 +25,10 @@ endif
 # The output of a step is shown only if it fails.
 step = @output=$$($(2) 2>&1) && echo 'ok      $(1)' || { printf '%s\n' "$$output"; echo 'FAILED  $(1)'; exit 1; }
 
+pytest = .venv/bin/pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup
 bench_packages = UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON_DOWNLOADS=never $(UV) sync --locked --all-extras --group bench --quiet
 
-.PHONY: run demo test test-monitoring bench bench-quick check lint format types layers drift openapi docs-viewer dashboards chart settings release-check image-check fmt clean help
+.PHONY: run demo test test-fast test-all bench bench-quick check lint format types layers drift openapi docs-viewer dashboards chart settings release-check image-check fmt clean help
 
 run: $(VENV_STAMP) ## Start the gateway with a store and a sandbox on this machine
 	@exec .venv/bin/gateway serve
@@ -35,11 +36,14 @@ run: $(VENV_STAMP) ## Start the gateway with a store and a sandbox on this machi
 demo: $(VENV_STAMP) ## Run every kind of task, end to end
 	@exec .venv/bin/gateway demo
 
-test: check ## Run the static checks, then the tests with coverage
-	@exec .venv/bin/pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup --cov --cov-report=term-missing:skip-covered
+test-fast: $(VENV_STAMP) ## Run unit tests and a smoke test of the whole, in 1 minute
+	@exec $(pytest) -m 'smoke and not slow'
 
-test-monitoring: $(VENV_STAMP) ## Run the queries of dashboards and rules on a real Prometheus (Debian: prometheus)
-	@exec .venv/bin/pytest tests/monitoring
+test: check ## Run the static checks and all tests but the slow ones, in 4 minutes
+	@exec $(pytest) -m 'not slow'
+
+test-all: check ## Run everything that CI runs, with coverage, in 9 minutes (Debian: curl openssl prometheus)
+	@exec $(pytest) --hypothesis-profile=long --durations=30 --cov --cov-report=term-missing:skip-covered
 
 bench: $(VENV_STAMP) ## Compare the gateway with its peers in 25 minutes; writes tests/bench/results/
 	@$(bench_packages)
