@@ -10,21 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from httpx2 import Response
-from msgspec.structs import replace
 
 from service.sandbox.app import SandboxControl
-from service.sandbox.faults import DEFAULT_PRICES, Fault
+from service.sandbox.faults import DEFAULT_PRICES
 from service.sandbox.store import AccountBalance
 from tests.behaviour.audit import expect_problem
 from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
+from tests.behaviour.task_readers import wait_until
 from tests.behaviour.upstream_control import USER_KEY, SandboxUpstreamControl
 from tests.support.valkey import Valkey
 
 KIND = "vectorize"
 PRICE_YUAN = DEFAULT_PRICES["vector"]
 """Price at the sandbox once the prepaid uses are spent, in yuan."""
-OVERLAP_SECONDS = 0.25
-"""Latency of the upstream that makes concurrent submits overlap, in seconds."""
 UNREACHABLE_LIMITS: dict[str, Any] = {
     "limits": [{"window": "total", "tasks": 10**6, "money": 10**6}],
     "max_active": 10**6,
@@ -92,14 +90,12 @@ class BalanceHarness:
     ) -> tuple[list[dict[str, Any]], Counter[int]]:
         """Submit concurrently; return the accepted tasks and the statuses of the others.
 
-        The upstream is slow meanwhile, so that all are reserved before the first response.
+        All are reserved or refused before the first response of the upstream.
         """
-        faults = (await self.control.get_behaviour()).faults
-        await self.set_behaviour(
-            faults=tuple(replace(fault, latency=OVERLAP_SECONDS) for fault in faults or (Fault(on="submit"),))
-        )
-        responses = await asyncio.gather(*(self.gateway.submit(KIND, token=token) for _ in range(number)))
-        await self.set_behaviour(faults=faults)
+        with self.gateway.hold_responses() as held:
+            submits = [asyncio.create_task(self.gateway.submit(KIND, token=token)) for _ in range(number)]
+            await wait_until(lambda: held.count + sum(submit.done() for submit in submits) == number)
+        responses = await asyncio.gather(*submits)
         tasks = [response.json() for response in responses if response.status_code == 201]
         return tasks, Counter(response.status_code for response in responses if response.status_code != 201)
 
@@ -124,7 +120,6 @@ class BalanceHarness:
 @asynccontextmanager
 async def open_balance_harness(valkey: Valkey, **behaviour: Any) -> AsyncIterator[BalanceHarness]:
     async with run_real_gateway(valkey) as gateway:
-        assert isinstance(gateway.upstream, SandboxUpstreamControl)
         harness = BalanceHarness(gateway, gateway.upstream)
         await harness.set_behaviour(**behaviour)
         yield harness

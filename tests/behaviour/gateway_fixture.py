@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from httpx2 import AsyncClient, Response
 from prometheus_client import CollectorRegistry
@@ -24,7 +24,7 @@ from service.telemetry.metrics import Metrics
 from service.telemetry.redaction import Redactor
 from service.usecases.background import TaskSupervisor
 from service.usecases.task_status import FetchArtifact
-from tests.behaviour.upstream_control import USER_KEY, FakeUpstreamControl, SandboxUpstreamControl, UpstreamControl
+from tests.behaviour.upstream_control import USER_KEY, FakeUpstreamControl, HeldResponses, SandboxUpstreamControl
 from tests.fakes import FakeDeliveryQueue, FakeLedger, FakeRegistry, FakeUpstream
 from tests.fakes.artifacts import FakeArtifacts
 from tests.support.app_server import serve_app
@@ -57,7 +57,7 @@ class RunningGateway:
     ops_url: str
     http: AsyncClient
     services: Container
-    upstream: UpstreamControl
+    upstream: SandboxUpstreamControl
     advance_time: AdvanceTime
     token: str = ""
 
@@ -117,6 +117,18 @@ class RunningGateway:
             await self.poll_due_tasks()
         raise AssertionError("it is still running")
 
+    @contextmanager
+    def hold_responses(self) -> Iterator[HeldResponses]:
+        """Hold the upstream's responses to submits until they are released, at the latest at the end of the block."""
+        submitter = self.services.submitter
+        held = HeldResponses(submitter.upstream)
+        submitter.upstream = held
+        try:
+            yield held
+        finally:
+            submitter.upstream = held.upstream
+            held.release()
+
     async def create_demo_tenant(self) -> None:
         response = await self.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY})
         assert response.status_code == 200, response.text
@@ -126,7 +138,7 @@ class RunningGateway:
 
 @asynccontextmanager
 async def serve_gateway(
-    services: Container, upstream: UpstreamControl, pass_time: AdvanceTime
+    services: Container, upstream: SandboxUpstreamControl, pass_time: AdvanceTime
 ) -> AsyncIterator[RunningGateway]:
     """Serve both ports and create the demo tenant."""
     app, ops_app = create_app(services), create_ops_app(services)
@@ -164,7 +176,7 @@ async def run_fake_gateway(
     async def pass_time(seconds: float) -> None:
         ledger.clock.now_ms += int(seconds * 1000)
 
-    async with serve_gateway(services, FakeUpstreamControl(upstream), pass_time) as gateway:
+    async with serve_gateway(services, cast(Any, FakeUpstreamControl(upstream)), pass_time) as gateway:
         yield gateway, ledger, upstream
     await background.drain(0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -9,14 +10,34 @@ from msgspec.structs import replace
 
 from service.clients.vendor_api import translate_reason
 from service.domain.ledger import Balance
-from service.domain.tasks import TaskError
+from service.domain.tasks import Options, TaskError
+from service.domain.tenants import Account
 from service.sandbox.app import SandboxControl
 from service.sandbox.faults import Behaviour, Fault
 from service.sandbox.store import AccountBalance
-from service.usecases.ports import CheckOutcome, CheckResult, SubmitOutcome, SubmitResult
+from service.usecases.ports import CheckOutcome, CheckResult, Image, SubmitOutcome, SubmitResult, Upstream
 from tests.fakes import FakeUpstream
 
 USER_KEY = "upstream-key-main"
+
+
+class HeldResponses:
+    """Passes submits on to the upstream and holds its responses until they are released."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.upstream = upstream
+        self.check = upstream.check
+        self.count = 0
+        self._released = asyncio.Event()
+
+    async def submit(self, account: Account, options: Options, image: Image, *, timeout_seconds: float) -> SubmitResult:
+        result = await self.upstream.submit(account, options, image, timeout_seconds=timeout_seconds)
+        self.count += 1
+        await self._released.wait()
+        return result
+
+    def release(self) -> None:
+        self._released.set()
 
 
 class UpstreamControl(ABC):
@@ -97,6 +118,9 @@ class SandboxUpstreamControl(UpstreamControl):
         self._behaviour = replace(self._behaviour, **changes)
         await self.control.set_behaviour(self._behaviour)
 
+    async def set_fault(self, **fault: Any) -> None:
+        await self._set_fault(Fault(**fault))
+
     async def _set_fault(self, fault: Fault) -> None:
         await self.update_behaviour(faults=(fault,))  # one that was set before, and may be used up, would begin anew
 
@@ -114,19 +138,19 @@ class SandboxUpstreamControl(UpstreamControl):
             return  # an account at a dead address does it
         words = {SubmitOutcome.EXHAUSTED: "账户剩余次数不足", SubmitOutcome.INVALID_ACCOUNT: "账户不存在"}
         refuse = words.get(outcome, f"任务提交失败:{reason}")
-        await self._set_fault(Fault(on="submit", times=1, refuse=refuse))
+        await self.set_fault(on="submit", times=1, refuse=refuse)
 
     async def lose_next_response(self) -> None:
-        await self._set_fault(Fault(on="submit", times=1, reply="reset"))
+        await self.set_fault(on="submit", times=1, reply="reset")
 
     async def delay_next_response(self, seconds: float) -> None:
-        await self._set_fault(Fault(on="submit", times=1, latency=seconds))
+        await self.set_fault(on="submit", times=1, latency=seconds)
 
     async def keep_running(self) -> None:
         await self.update_behaviour(seconds=3_600)
 
     async def fail_next_task(self) -> None:
-        await self._set_fault(Fault(on="submit", times=1, fail="it could not be done"))
+        await self.set_fault(on="submit", times=1, fail="it could not be done")
 
     async def wait_until_idle(self) -> None:
         if not self._behaviour.seconds:
