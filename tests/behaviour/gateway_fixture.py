@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from httpx2 import AsyncClient, Response
 from prometheus_client import CollectorRegistry
+from redis import Redis
 
 from service.app import create_app, create_ops_app
 from service.clients.webhooks import WebhookClient
@@ -190,6 +191,17 @@ async def assert_keys_expire(client: Any) -> None:
     async for key in client.scan_iter():
         name = key.decode()
         assert await client.pttl(key) > 0 or _PERMANENT_KEYS.fullmatch(name), f"{name} would stay for ever"
+
+
+@contextmanager
+def reject_store_calls(valkey: Valkey) -> Iterator[None]:
+    """Make the store reject every access to a key within the block, as if it were away."""
+    with Redis(unix_socket_path=str(valkey.socket_path)) as client:
+        client.execute_command("ACL", "SETUSER", "default", "resetkeys")
+        try:
+            yield
+        finally:
+            client.execute_command("ACL", "SETUSER", "default", "allkeys")
 
 
 @asynccontextmanager

@@ -1,12 +1,15 @@
-"""Usage reports match the windows."""
+"""Usage reports match the windows; submissions as shown to tenants and operators."""
 
 from __future__ import annotations
 
 from collections import Counter
-from datetime import date
+from datetime import date, timedelta
 from typing import Any
 
-from service.storage.connections import connect
+import pytest
+import structlog
+from redis.asyncio import Redis
+
 from service.storage.redis import Keys
 from service.usecases.ports import SubmitOutcome
 from tests.behaviour.audit import UNREACHABLE_POLICIES, expect_problem
@@ -17,17 +20,23 @@ from tests.behaviour.usage_requests import (
     NO_SUBMISSIONS,
     advance_to_next_window,
     expect_json,
+    flatten_item,
     post_refund,
     read_all_usage,
     read_charged_today,
+    read_csv_rows,
+    read_submission,
     read_usage,
     read_windows,
     recover_task,
+    request_media_type,
     run_task,
     submission_id_of,
     submit_and_lose_response,
 )
 from tests.support.valkey import Valkey
+
+PATHS = ("/v1/usage", "/admin/v1/usage")
 
 
 def count_outcomes(report: dict[str, Any]) -> dict[tuple[str, str], dict[str, int]]:
@@ -38,6 +47,11 @@ def count_outcomes(report: dict[str, Any]) -> dict[tuple[str, str], dict[str, in
     }
 
 
+async def use_unreachable_account(gateway: RunningGateway) -> None:
+    await gateway.call_admin("PUT", "/accounts/dead", json={"user_key": USER_KEY, "base_url": "http://127.0.0.1:9"})
+    await gateway.put_tenant(accounts=["dead"])
+
+
 async def test_every_outcome_is_counted_once(gateway: RunningGateway) -> None:
     assert (await read_usage(gateway))["items"] == []
     today = (await read_usage(gateway))["to"]
@@ -46,9 +60,7 @@ async def test_every_outcome_is_counted_once(gateway: RunningGateway) -> None:
     await run_task(gateway)
     await gateway.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
     expect_problem(await gateway.submit("seamless"), 502, "upstream-rejected")
-    await gateway.call_admin("PUT", "/accounts/dead", json={"user_key": USER_KEY, "base_url": "http://127.0.0.1:9"})
-    await gateway.put_tenant(accounts=["dead"])
-    await gateway.upstream.refuse_next(SubmitOutcome.NOT_SENT)
+    await use_unreachable_account(gateway)
     expect_problem(await gateway.submit("seamless"), 503, "upstream-unavailable")
     await gateway.put_tenant()
     name = await submit_and_lose_response(gateway, "vectorize")
@@ -62,6 +74,7 @@ async def test_every_outcome_is_counted_once(gateway: RunningGateway) -> None:
     assert usage["total"]["tasks"] == dict.fromkeys(NO_SUBMISSIONS, 1)
     assert usage["total"]["charged"]["tasks"] == 4
     assert usage["unknown_submissions"] == [{"id": name, "kind": "vectorize", "day": today}]
+    assert (await gateway.call_admin("GET", "/accounts/main")).json()["unknown"] == 1
     await recover_task(gateway, name)
     usage = await read_usage(gateway)
     assert count_outcomes(usage)[today, "vectorize"] == {"succeeded": 1}
@@ -70,26 +83,22 @@ async def test_every_outcome_is_counted_once(gateway: RunningGateway) -> None:
 
 async def test_usage_equals_the_windows(gateway: RunningGateway) -> None:
     await gateway.put_tenant(**UNREACHABLE_POLICIES)
-    tasks = [await read_charged_today(gateway)]
+    assert await read_charged_today(gateway) == (0, 0)
     task = await run_task(gateway)
-    tasks.append(await read_charged_today(gateway))
     await gateway.upstream.fail_next_task()
     await run_task(gateway)
-    tasks.append(await read_charged_today(gateway))
+    assert await read_charged_today(gateway) == (2, 0)
     name = await submit_and_lose_response(gateway)
-    tasks.append(await read_charged_today(gateway))
+    assert await read_charged_today(gateway) == (3, 0)
     await recover_task(gateway, name)
-    tasks.append(await read_charged_today(gateway))
+    assert await read_charged_today(gateway) == (3, 0)
     expect_json(await post_refund(gateway, task=task["id"], reason="x"), 201)
-    tasks.append(await read_charged_today(gateway))
-    expect_json(
-        await post_refund(gateway, submission=await submit_and_lose_response(gateway, "seamless"), reason="y"), 201
-    )
-    tasks.append(await read_charged_today(gateway))
+    assert await read_charged_today(gateway) == (2, 0)
+    unknown = await submit_and_lose_response(gateway, "seamless")
+    expect_json(await post_refund(gateway, submission=unknown, reason="y"), 201)
     await gateway.upstream.keep_running()
     await gateway.submit()
-    tasks.append(await read_charged_today(gateway))
-    assert [number for number, _ in tasks] == [0, 1, 2, 3, 3, 2, 2, 3]
+    assert await read_charged_today(gateway) == (3, 0)
 
 
 async def test_uses_and_money_add_up(valkey: Valkey) -> None:
@@ -99,42 +108,11 @@ async def test_uses_and_money_add_up(valkey: Valkey) -> None:
         await gateway.put_tenant(**UNREACHABLE_POLICIES)
         for _ in range(4):
             await harness.run_task()
-        spending = (await read_usage(gateway))["total"]["spent"]
-        assert spending["observed"] == {"count": 1, "money": 2 * PRICE_YUAN}
-        assert spending["estimated"] == {"count": 1, "money": 0}
-        count, money = await harness.upstream_balance()
-        assert (2 - count, 100 - money) == (2, 2 * PRICE_YUAN)
+        spent = (await read_usage(gateway))["total"]["spent"]
+        assert spent["observed"] == {"count": 1, "money": 2 * PRICE_YUAN}
+        assert spent["estimated"] == {"count": 1, "money": 0}
+        assert await harness.upstream_balance() == (0, 100 - 2 * PRICE_YUAN)
         assert await read_charged_today(gateway) == (4, 2 * PRICE_YUAN)
-
-
-async def test_overrun_is_reported(valkey: Valkey) -> None:
-    async with open_balance_harness(valkey) as harness:
-        gateway = harness.gateway
-        await harness.set_balance(0, 100)
-        await harness.run_task()
-        await harness.run_task()
-        charged_money = (await read_usage(gateway))["total"]["charged"]["money"]
-        await gateway.put_tenant(limits=[{"window": "total", "money": charged_money + PRICE_YUAN + 0.99, "tasks": 9}])
-        await harness.set_behaviour(prices={"vector": PRICE_YUAN + 1})
-        await harness.run_task()
-        policies = expect_json(await gateway.call("GET", "/v1/quota"))["policies"]
-        assert {policy["policy"]: policy["overrun"] for policy in policies} == {
-            "total-tasks": None,
-            "total-money": 0.01,
-        }
-        assert expect_json(await gateway.call_admin("GET", "/tenants/shop"))["policies"] == policies
-
-
-async def test_unexplained_spending_is_no_tenants(valkey: Valkey) -> None:
-    async with open_balance_harness(valkey) as harness:
-        await harness.set_balance(20, 100)
-        for _ in range(2):
-            await harness.run_task()
-        assert (await harness.get_account())["unexplained"] == {"count": 0, "money": 0}
-        await harness.set_balance(15, 100)
-        await harness.run_task()
-        assert (await harness.get_account())["unexplained"] == {"count": 3, "money": 0}
-        assert (await read_usage(harness.gateway))["total"]["charged"] == {"tasks": 3, "money": 0}
 
 
 async def test_months_and_totals(gateway: RunningGateway) -> None:
@@ -145,20 +123,17 @@ async def test_months_and_totals(gateway: RunningGateway) -> None:
     await run_task(gateway, "seamless")
     third = await advance_to_next_window(gateway, "month")
     await run_task(gateway)
-    assert count_outcomes(await read_usage(gateway)) == {(str(third), "face-enhance"): {"succeeded": 1}}
-    assert (await read_usage(gateway))["from"] == (await read_usage(gateway))["to"] == str(third)
+    usage = await read_usage(gateway)
+    assert count_outcomes(usage) == {(str(third), "face-enhance"): {"succeeded": 1}}
+    assert usage["from"] == usage["to"] == str(third)
     since = f"from={first}"
-    assert Counter(item["period"] for item in (await read_usage(gateway, since))["items"]) == {
-        str(first): 1,
-        str(second): 2,
-        str(third): 1,
-    }
-    by_month = await read_usage(gateway, f"{since}&interval=month&group_by=none")
-    assert [(item["period"], item["charged"]["tasks"]) for item in by_month["items"]] == [
-        (f"{first:%Y-%m}", 3),
-        (f"{third:%Y-%m}", 1),
+    periods = Counter(item["period"] for item in (await read_usage(gateway, since))["items"])
+    assert periods == {str(first): 1, str(second): 2, str(third): 1}
+    by_month = (await read_usage(gateway, f"{since}&interval=month&group_by=none"))["items"]
+    assert [(item["period"], item["kind"], item["charged"]["tasks"]) for item in by_month] == [
+        (f"{first:%Y-%m}", None, 3),
+        (f"{third:%Y-%m}", None, 1),
     ]
-    assert {item["kind"] for item in by_month["items"]} == {None}
     (whole,) = (await read_usage(gateway, f"{since}&interval=total&group_by=none"))["items"]
     assert (whole["period"], whole["charged"]["tasks"]) == (f"{first}/{third}", 4)
     (only,) = (await read_usage(gateway, f"{since}&to={first}&interval=month"))["items"]
@@ -171,55 +146,29 @@ async def test_months_and_totals(gateway: RunningGateway) -> None:
     assert await read_windows(gateway) == {"day": (1, 0), "month": (1, 0), "total": (4, 0)}
 
 
-async def test_submission_belongs_to_the_day_of_its_creation(gateway: RunningGateway) -> None:
-    before = await advance_to_next_window(gateway)
-    await gateway.upstream.keep_running()
-    task = (await gateway.submit()).json()
-    name = await submit_and_lose_response(gateway, "seamless")
-    await advance_to_next_window(gateway)
-    usage = await read_usage(gateway, f"from={before}")
-    expected = {(str(before), "face-enhance"): {"running": 1}, (str(before), "seamless"): {"unknown": 1}}
-    assert count_outcomes(usage) == expected
-    assert usage["unknown_submissions"][0] == {"id": name, "kind": "seamless", "day": str(before)}
-    assert task["created_at"][:10] == str(before)
-
-
 async def test_usage_of_all_tenants(gateway: RunningGateway) -> None:
     await gateway.put_tenant("other")
     other = await gateway.new_token("other")
     await run_task(gateway)
     await run_task(gateway, token=other)
     await run_task(gateway, "seamless", token=other)
-    tenants = gateway.services.registry.current.tenants
-    usage = (await read_all_usage(gateway))["items"]
-    assert [(item["tenant"], item["tenant_id"], item["kind"]) for item in usage] == [
-        ("other", tenants["other"].id, "face-enhance"),
-        ("other", tenants["other"].id, "seamless"),
-        ("shop", tenants["shop"].id, "face-enhance"),
-    ]
-    usage = (await read_all_usage(gateway, "group_by=tenant"))["items"]
-    assert [(item["tenant"], item["kind"], item["charged"]["tasks"]) for item in usage] == [
-        ("other", None, 2),
-        ("shop", None, 1),
-    ]
-    usage = (await read_all_usage(gateway, "group_by=kind"))["items"]
-    assert [(item["tenant_id"], item["kind"], item["charged"]["tasks"]) for item in usage] == [
-        (None, "face-enhance", 2),
-        (None, "seamless", 1),
-    ]
+    for query, expected in (
+        ("", [("other", "face-enhance", 1), ("other", "seamless", 1), ("shop", "face-enhance", 1)]),
+        ("group_by=tenant", [("other", None, 2), ("shop", None, 1)]),
+        ("group_by=kind", [(None, "face-enhance", 2), (None, "seamless", 1)]),
+    ):
+        items = (await read_all_usage(gateway, query))["items"]
+        assert [(item["tenant"], item["kind"], item["charged"]["tasks"]) for item in items] == expected
     filtered = await read_all_usage(gateway, "tenant=other&group_by=kind")
     mine = await read_usage(gateway, token=other)
-    for report in (filtered, mine):
-        assert report["total"]["charged"]["tasks"] == 2
+    assert filtered["total"]["charged"]["tasks"] == mine["total"]["charged"]["tasks"] == 2
     assert [{**item, "tenant": None, "tenant_id": None} for item in mine["items"]] == filtered["items"]
     assert "tenant" not in str(mine)
-    assert (await read_usage(gateway))["total"]["charged"]["tasks"] == 1
     await submit_and_lose_response(gateway)
     await gateway.upstream.lose_next_response()
     assert (await gateway.submit(token=other)).status_code == 504
-    assert [
-        unknown_submission["tenant"] for unknown_submission in (await read_all_usage(gateway))["unknown_submissions"]
-    ] == ["other", "shop"]
+    unknown = (await read_all_usage(gateway))["unknown_submissions"]
+    assert [submission["tenant"] for submission in unknown] == ["other", "shop"]
     assert len((await read_usage(gateway))["unknown_submissions"]) == 1
 
 
@@ -233,42 +182,147 @@ async def test_usage_of_deleted_tenants(gateway: RunningGateway) -> None:
     await gateway.put_tenant()
     gateway.token = await gateway.new_token()
     assert (await read_usage(gateway))["total"]["charged"]["tasks"] == 0
-    await run_task(gateway)
-    new = gateway.services.registry.current.tenants["shop"].id
-    usage = await read_all_usage(gateway, "tenant=shop")
-    assert [(item["tenant_id"], item["charged"]["tasks"]) for item in usage["items"]] == [(old, 2), (new, 1)]
-    assert usage["total"]["charged"]["tasks"] == 3
-    (unknown,) = usage["unknown_submissions"]
-    assert (unknown["id"], unknown["tenant"], unknown["tenant_id"]) == (name, "shop", old)
-
-
-async def test_usage_of_a_tenant_deleted_while_running(gateway: RunningGateway) -> None:
     task = (await gateway.submit()).json()
+    new = gateway.services.registry.current.tenants["shop"].id
     await gateway.call_admin("DELETE", "/tenants/shop?force=true")
     await gateway.poll_due_tasks()
-    (row,) = (await read_all_usage(gateway))["items"]
-    assert (row["tenant"], row["tasks"]["succeeded"]) == ("shop", 1)
+    await gateway.put_tenant()
+    usage = await read_all_usage(gateway, "tenant=shop")
+    charged = [(item["tenant_id"], item["charged"]["tasks"], item["tasks"]["succeeded"]) for item in usage["items"]]
+    assert charged == [(old, 2, 1), (new, 1, 1)]
+    (unknown,) = usage["unknown_submissions"]
+    assert (unknown["id"], unknown["tenant"], unknown["tenant_id"]) == (name, "shop", old)
     submission = expect_json(await gateway.call_admin("GET", f"/submissions/{submission_id_of(gateway, task)}"))
     assert (submission["tenant"], submission["task"]["state"]) == ("shop", "succeeded")
 
 
-async def test_kept_for_13_months(gateway: RunningGateway) -> None:
+async def test_usage_is_kept_for_13_months(gateway: RunningGateway, valkey: Valkey) -> None:
     day = await advance_to_next_window(gateway)
     await run_task(gateway)
+    tenant = gateway.services.registry.current.tenants["shop"].id
+    async with Redis.from_url(valkey.url) as client:
+        ttl_ms = await client.pttl(Keys("gw").usage(tenant, (day - date(1970, 1, 1)).days))
+    assert 396 * 86_400_000 < ttl_ms <= 402 * 86_400_000
     await gateway.advance(396 * 86_400)
-    usage = await read_usage(gateway, f"from={day}&interval=total")
-    assert [item["charged"]["tasks"] for item in usage["items"]] == [1]
+    (item,) = (await read_usage(gateway, f"from={day}&interval=total"))["items"]
+    assert item["charged"]["tasks"] == 1
 
 
-async def test_stored_for_13_months(valkey: Valkey) -> None:
-    async with open_balance_harness(valkey) as harness:
-        await harness.run_task()
-        today = (date.fromisoformat((await read_usage(harness.gateway))["to"]) - date(1970, 1, 1)).days
-        tenant = harness.gateway.services.registry.current.tenants["shop"].id
-        connections = connect(valkey.url, timeout=5)
-        try:
-            client: Any = connections.commands
-            ttl_ms = await client.pttl(Keys("gw").usage(tenant, today))
-        finally:
-            await connections.aclose()
-        assert 396 * 86_400_000 < ttl_ms <= 401 * 86_400_000
+async def test_csv_equals_json(gateway: RunningGateway) -> None:
+    first = await advance_to_next_window(gateway)
+    await run_task(gateway)
+    expect_json(await post_refund(gateway, task=(await run_task(gateway))["id"], reason="=1+1"), 201)
+    await submit_and_lose_response(gateway, "seamless")
+    await advance_to_next_window(gateway)
+    await run_task(gateway, "vectorize")
+    heads = set()
+    for path in PATHS:
+        for groups in ("none", "kind", *(("tenant", "tenant,kind") if "admin" in path else ())):
+            for interval in ("day", "month", "total"):
+                address = f"{path}?from={first}&interval={interval}&group_by={groups}"
+                items = expect_json(await request_media_type(gateway, address, "application/json"))["items"]
+                rows = await read_csv_rows(gateway, address)
+                assert rows == [flatten_item(item) for item in items]
+                heads.add((path, *rows[0]))
+    assert len(heads) == 2
+    nothing = await request_media_type(gateway, f"{PATHS[0]}?to={first - timedelta(days=1)}", "TEXT/*")
+    assert (PATHS[0], *nothing.text.removesuffix("\r\n").split(",")) in heads
+    for accept in ("text/csv;q=0.5, application/json", "text/csv;q=0", "application/json, text/csv", "image/png"):
+        response = await request_media_type(gateway, PATHS[0], accept)
+        assert response.headers["content-type"] == "application/json", accept
+        assert (response.headers["vary"], response.headers["cache-control"]) == ("Accept", "private, no-cache")
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_invalid_query(gateway: RunningGateway, path: str) -> None:
+    today = date.fromisoformat((await read_usage(gateway))["to"])
+    days = ["", "yesterday", "2026-1-1", "20260101", "2026-02-30", "2026-01-01T00:00:00Z", "٢٠٢٦-٠١-٠١", "0000-01-01"]
+    days += ["0001-01-01", "9999-12-31", "2026-01-01\n", str(today - timedelta(400)), str(today + timedelta(400))]
+    faulty: dict[str, list[str]] = {
+        "from": days,
+        "to": days,
+        "interval": ["", "week", "DAY", "day,month"],
+        "group_by": ["week", "kind,kind", "none,kind", ",", "kind,"],
+        "form": [str(today)],
+        "From": [str(today)],
+    }
+    if "admin" in path:
+        faulty["tenant"] = ["unknown", "", "SHOP", "shop\n", "*"]
+    else:
+        faulty["group_by"] += ["tenant", "tenant,kind"]
+        faulty["tenant"] = ["shop"]
+    headers = {"Authorization": (await request_media_type(gateway, path, "*/*")).request.headers["authorization"]}
+    address = (gateway.ops_url if "admin" in path else gateway.url) + path
+    queries = [(field, [value]) for field, values in faulty.items() for value in values]
+    for field, values in (*queries, ("from", [str(today)] * 2), ("group_by", ["kind"] * 2)):
+        response = await gateway.http.get(address, params={field: values}, headers=headers)
+        document = expect_problem(response, 422, "invalid-options")
+        assert [error["field"] for error in document["errors"]] == [field], values
+    for first, last, status in ((-399, 0, 200), (0, 399, 200), (0, -1, 422), (-200, 200, 422)):
+        span = {"from": str(today + timedelta(first)), "to": str(today + timedelta(last))}
+        response = await gateway.http.get(address, params=span, headers=headers)
+        assert response.status_code == status
+
+
+@pytest.mark.smoke
+async def test_submission_of_a_task(gateway: RunningGateway) -> None:
+    task = (await gateway.submit()).json()
+    name = submission_id_of(gateway, task)
+    response = await gateway.call("GET", f"/v1/submissions/{name}")
+    assert response.headers["cache-control"] == "private, no-cache"
+    submission = expect_json(response)
+    settled_at = submission.pop("settled_at")
+    assert settled_at >= task["created_at"]
+    expected: dict[str, Any] = {
+        "id": name,
+        "outcome": "accepted",
+        "kind": "face-enhance",
+        "created_at": task["created_at"],
+        "task": {"id": task["id"], "state": "queued", "link": task["links"]["self"]},
+        "cost": {"count": 0, "money": 0, "basis": "unknown"},
+        "balance_suggests": None,
+        "refund": None,
+    }
+    assert submission == expected
+    for either_id in (name, task["id"]):
+        operators = expect_json(await gateway.call_admin("GET", f"/submissions/{either_id}"))
+        assert operators == expected | {"settled_at": settled_at, "tenant": "shop", "account": "main"}
+    ended = await gateway.wait_for_task(task["id"])
+    submission = await read_submission(gateway, name)
+    assert (submission["task"]["state"], submission["cost"]) == ("succeeded", ended["cost"])
+
+
+async def submit_with_status(gateway: RunningGateway, status: int) -> str:
+    """Submit and assert the status; return the submission id from the log."""
+    with structlog.testing.capture_logs() as events:
+        assert (await gateway.submit()).status_code == status
+    return str([event["reservation"] for event in events if event["event"] == "reservation.settled"][-1])
+
+
+async def test_free_submissions(gateway: RunningGateway) -> None:
+    await gateway.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
+    refused = await submit_with_status(gateway, 502)
+    await use_unreachable_account(gateway)
+    not_sent = await submit_with_status(gateway, 503)
+    for name, outcome in ((refused, "refused"), (not_sent, "not-sent")):
+        submission = await read_submission(gateway, name)
+        free = {"outcome": outcome, "task": None, "cost": None, "balance_suggests": None}
+        assert submission == submission | free
+        assert submission["settled_at"] >= submission["created_at"]
+    await gateway.put_tenant()
+    await gateway.call_admin("DELETE", "/accounts/dead")
+    assert expect_json(await gateway.call_admin("GET", f"/submissions/{not_sent}"))["account"] is None
+
+
+async def test_submission_not_found(gateway: RunningGateway) -> None:
+    name = submission_id_of(gateway, (await gateway.submit()).json())
+    await gateway.put_tenant("other")
+    other = await gateway.new_token("other")
+    never = expect_problem(await gateway.call("GET", f"/v1/submissions/{'0' * 32}", token=other), 404, "not-found")
+    malformed = ["x", name[:-1], f"{name}0", name.upper(), f"{name}%0A", f"%00{name}", "%E5%95%86", "*", "%2E%2E"]
+    for item in (name, "f" * 32, *malformed):
+        problem = expect_problem(await gateway.call("GET", f"/v1/submissions/{item}", token=other), 404, "not-found")
+        assert problem | {"instance": ""} == never | {"instance": ""}, item
+        if item != name:
+            for resource in ("submissions", "tasks"):
+                expect_problem(await gateway.call_admin("GET", f"/{resource}/{item}"), 404, "not-found")
