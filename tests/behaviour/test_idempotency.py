@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+import structlog
 from redis import Redis
 
-from service.crypto import Keyring, TaskIdCodec
-from service.domain.tasks import Kind, TaskReference
 from service.storage.redis import Keys
-from service.usecases.ports import SubmitOutcome, SubmitResult
-from tests.behaviour.gateway_fixture import SECRET_KEY, RunningGateway, run_fake_gateway, run_real_gateway
+from service.usecases.ports import SubmitOutcome
+from tests.behaviour.audit import UNREACHABLE_POLICIES, assert_nothing_happened
+from tests.behaviour.gateway_fixture import RunningGateway, reject_store_calls
 from tests.behaviour.idempotent_requests import (
     KEY,
     UNREACHABLE_LIMITS,
@@ -25,14 +27,26 @@ from tests.behaviour.idempotent_requests import (
     read_counts,
     submit_with_key,
 )
-from tests.behaviour.upstream_control import USER_KEY, SandboxUpstreamControl
-from tests.fakes import FakeUpstream
+from tests.behaviour.legacy_client import LegacyClient
+from tests.behaviour.task_readers import wait_until
+from tests.behaviour.upstream_control import USER_KEY
+from tests.behaviour.usage_requests import recover_task
 from tests.support.valkey import Valkey
-from tests.unit.fake_gateway import wait_until
+from tests.unit.asgi_client import AsgiResponse, open_raw_connection, read_response
+from tests.unit.multipart_forms import CONTENT_TYPE, encode_file, encode_form
+
+Change = Callable[[RunningGateway], Awaitable[Any]]
 
 DAY = 86_400
+OTHER_IMAGE = make_jpeg(b"b")
+SECRET = "Qx7fT2"
 
 
+async def expect_reused(gateway: RunningGateway) -> None:
+    expect_refused(await submit_with_key(gateway, image=OTHER_IMAGE), 422, "idempotency-key-reused")
+
+
+@pytest.mark.smoke
 async def test_replay_returns_the_first_response(gateway: RunningGateway) -> None:
     await gateway.put_tenant(**UNREACHABLE_LIMITS)
     first = await submit_with_key(gateway)
@@ -45,56 +59,43 @@ async def test_replay_returns_the_first_response(gateway: RunningGateway) -> Non
     assert first.headers["ratelimit"] == '"total-tasks";r=99'
     assert await gateway.upstream.count_submits() == 1
     assert await read_counts(gateway) == (1, 0, 1)
+    expect_created(await submit_with_key(gateway, key="another"))
+    assert (await submit_with_key(gateway)).headers["ratelimit"] == '"total-tasks";r=98'
 
 
-async def test_replay_of_a_running_task_is_current(gateway: RunningGateway) -> None:
-    await gateway.upstream.keep_running()
+@pytest.mark.parametrize("state", ["running", "succeeded", "failed"])
+async def test_replay_is_current(gateway: RunningGateway, state: str) -> None:
+    await gateway.put_tenant(**UNREACHABLE_LIMITS)
+    if state == "running":
+        await gateway.upstream.keep_running()
+    elif state == "failed":
+        await gateway.upstream.fail_next_task()
     task = expect_created(await submit_with_key(gateway))
     await gateway.poll_due_tasks()
     read = await gateway.call("GET", task["links"]["self"])
     again = await submit_with_key(gateway)
     assert expect_replayed(again, task) == read.json()
-    assert (again.json()["state"], again.headers["etag"]) == ("running", read.headers["etag"])
-    assert again.headers["retry-after"] == "3"
-
-
-@pytest.mark.parametrize("state", ["succeeded", "failed"])
-async def test_replay_of_a_finished_task(gateway: RunningGateway, state: str) -> None:
-    await gateway.put_tenant(**UNREACHABLE_LIMITS)
-    if state == "failed":
-        await gateway.upstream.fail_next_task()
-    task = expect_created(await submit_with_key(gateway))
-    ended = await gateway.wait_for_task(task["id"])
-    again = await submit_with_key(gateway)
-    assert expect_replayed(again, task) == ended
-    assert ended["state"] == state
-    assert "retry-after" not in again.headers
-    assert again.headers["etag"] == (await gateway.call("GET", task["links"]["self"])).headers["etag"]
-    assert await read_counts(gateway) == (1, 0, 0)
+    assert (again.json()["state"], again.headers["etag"]) == (state, read.headers["etag"])
+    assert ("retry-after" in again.headers) == (state == "running")
+    assert await read_counts(gateway) == (1, 0, int(state == "running"))
     assert await gateway.upstream.count_submits() == 1
 
 
 async def test_equivalent_content_is_replayed(gateway: RunningGateway) -> None:
     image = ("image", ("a.jpg", make_jpeg(), "image/jpeg"))
     renamed = ("image", ("b", make_jpeg(), "application/octet-stream"))
-    scale, prompt = ("scale", (None, "2")), ("prompt", (None, "红"))
-    metadata = ("metadata", (None, '{"a": "1", "b": "2"}'))
-    reordered = ("metadata", (None, '{"b":"2",\n"a":"1"}'))
-    defaults = {
-        "model": "通用模型",
-        "style": "general",
-        "noise": "1.003",
-        "steps": "30",
-        "vector": "false",
-        "colors": "5",
-    }
-    written: list[Any] = [(name, (None, value)) for name, value in defaults.items()]
+    prompt, metadata = ("prompt", (None, "红")), ("metadata", (None, '{"a": "1", "b": "2"}'))
+    prompt_in_gbk = ("prompt", (None, "红".encode("gbk"), "text/plain; charset=GBK"))
+    reordered = ("metadata", (None, '{"b":"2",\n"a":"1"}', "application/json"))
+    defaults = {"model": "通用模型", "style": "general", "noise": "1.003", "steps": "30", "vector": "false"}
+    written = [(name, (None, value)) for name, value in defaults.items()]
+    empty = [(name, (None, "")) for name in ("metadata", "webhook_url", "steps")]
     forms: list[list[Any]] = [
         [image, prompt, metadata],
-        [scale, prompt, metadata, image],
-        [("scale", (None, "2.0")), metadata, image, prompt],
-        [reordered, renamed, prompt],
+        [("scale", (None, "2")), prompt, metadata, image],
+        [reordered, renamed, ("scale", (None, "2.0", "application/json")), prompt_in_gbk],
         [*written, image, metadata, prompt, ("scale", (None, "2e0"))],
+        [*empty, image, metadata, prompt],
     ]
     headers = {"Idempotency-Key": KEY}
     first, *others = [await gateway.call("POST", "/v1/tasks/upscale", files=form, headers=headers) for form in forms]
@@ -105,32 +106,39 @@ async def test_equivalent_content_is_replayed(gateway: RunningGateway) -> None:
 
 async def test_different_content_is_refused(gateway: RunningGateway) -> None:
     await gateway.put_tenant(**UNREACHABLE_LIMITS)
-    task = expect_created(await submit_with_key(gateway, fields={"metadata": '{"a": "1"}'}))
+    fields = {"metadata": '{"a": "1"}'}
+    task = expect_created(await submit_with_key(gateway, fields=fields))
     for response in (
-        await submit_with_key(gateway, fields={"metadata": '{"a": "1"}', "fit": "0.6"}),
-        await submit_with_key(gateway, "face-enhance", {"metadata": '{"a": "1"}'}),
+        await submit_with_key(gateway, fields=fields | {"fit": "0.6"}),
+        await submit_with_key(gateway, "face-enhance", fields),
         await submit_with_key(gateway, fields={"metadata": '{"a": "2"}'}),
         await submit_with_key(gateway),
-        await submit_with_key(gateway, fields={"metadata": '{"a": "1"}'}, image=make_jpeg(b"b")),
+        await submit_with_key(gateway, fields=fields, image=OTHER_IMAGE),
     ):
         expect_refused(response, 422, "idempotency-key-reused")
-    assert len(make_jpeg(b"b")) == len(make_jpeg())
+    assert len(OTHER_IMAGE) == len(make_jpeg())
     assert await gateway.upstream.count_submits() == 1
     assert await read_counts(gateway) == (1, 0, 1)
-    expect_replayed(await submit_with_key(gateway, fields={"metadata": '{"a": "1"}'}), task)
+    expect_replayed(await submit_with_key(gateway, fields=fields), task)
 
 
-async def test_keys_are_per_tenant(gateway: RunningGateway) -> None:
+async def test_equal_and_different_keys(gateway: RunningGateway) -> None:
+    keys = ['"a-key"', '"A-key"', '"a-key "', '" a-key"', r'"a, \"key\"; \\"', "k" * 255, "k" * 254]
+    keys.append('"' + r"\"" * 255 + '"')
+    await gateway.upstream.set_balance(100, 0)
+    tasks = {key: expect_created(await submit_with_key(gateway, key=key)) for key in keys}
+    for key, task in tasks.items():
+        expect_replayed(await submit_with_key(gateway, key=key), task)
+    expect_replayed(await submit_with_key(gateway, key="a-key"), tasks['"a-key"'])
     await gateway.put_tenant("other")
     other_token = await gateway.new_token("other")
-    ours, theirs = (
-        expect_created(await submit_with_key(gateway)),
-        expect_created(await submit_with_key(gateway, token=other_token)),
-    )
-    assert ours["id"] != theirs["id"]
-    expect_replayed(await submit_with_key(gateway), ours)
-    expect_replayed(await submit_with_key(gateway, token=other_token), theirs)
-    assert await gateway.upstream.count_submits() == 2
+    theirs = expect_created(await submit_with_key(gateway, key=keys[0], token=other_token))
+    expect_replayed(await submit_with_key(gateway, key=keys[0], token=other_token), theirs)
+    client = LegacyClient(gateway.http, gateway.url, gateway.token)  # whose protocol has no keys
+    for key in (keys[0], keys[0], '"never ended'):
+        response = await client.submit("submit_face_enhance_task", headers={"Idempotency-Key": key})
+        assert response["err_code"] == 0
+    assert len({task["id"] for task in (*tasks.values(), theirs)}) + 3 == await gateway.upstream.count_submits() == 12
 
 
 async def test_replay_after_a_failover(gateway: RunningGateway) -> None:
@@ -143,149 +151,206 @@ async def test_replay_after_a_failover(gateway: RunningGateway) -> None:
     assert await read_counts(gateway) == (1, 0, 1)
 
 
-async def test_unknown_outcome_is_replayed(gateway: RunningGateway) -> None:
+async def test_unknown_outcome_is_replayed_until_its_task_is_known(gateway: RunningGateway) -> None:
     await gateway.put_tenant(**UNREACHABLE_LIMITS)
     await gateway.upstream.lose_next_response()
     first = expect_unknown(await submit_with_key(gateway))
     again = expect_unknown(await submit_with_key(gateway), first)
     assert {**again, "instance": ""} == {**first, "instance": ""}
-    expect_refused(await submit_with_key(gateway, image=make_jpeg(b"b")), 422, "idempotency-key-reused")
-    assert await gateway.upstream.count_submits() == 1
+    await expect_reused(gateway)
     assert await read_counts(gateway) == (1, 0, 0)
-
-
-async def test_recovered_task_is_replayed(gateway: RunningGateway) -> None:
+    await gateway.put_tenant(accounts=[], limits=[{"window": "total", "tasks": 1}])
+    expect_unknown(await submit_with_key(gateway), first)
     await gateway.put_tenant(**UNREACHABLE_LIMITS)
-    await gateway.upstream.lose_next_response()
-    first = expect_unknown(await submit_with_key(gateway))
-    task_id = await _task_id_of(gateway, first["submission_id"])
-    read = await gateway.call("GET", f"/v1/tasks/{task_id}")
-    assert read.status_code == 200, read.text
-    expect_replayed(await submit_with_key(gateway), {"id": task_id})
-    expect_refused(await submit_with_key(gateway, image=make_jpeg(b"b")), 422, "idempotency-key-reused")
+    task_id = await recover_task(gateway, first["submission_id"])
     ended = await gateway.wait_for_task(task_id)
     assert expect_replayed(await submit_with_key(gateway), ended) == ended
+    await expect_reused(gateway)
     assert await gateway.upstream.count_submits() == 1
     assert (await read_counts(gateway))[0] == 1
 
 
-async def _task_id_of(gateway: RunningGateway, reservation: str) -> str:
-    """Return the id of the task of a submission, whether or not it exists."""
-    services, upstream_id = gateway.services, "up-1"
-    if isinstance(gateway.upstream, SandboxUpstreamControl):
-        (received,) = await gateway.upstream.control.list_requests()
-        upstream_id = received.task_id
-    tenant, account = services.registry.current.tenants["shop"], services.registry.current.accounts["main"]
-    created = int(services.task_reader.now() * 1000)
-    reference = TaskReference(tenant.id, account.id, Kind.SEAMLESS, created, reservation, upstream_id)
-    return TaskIdCodec(Keyring([SECRET_KEY]).derive("task-id")).encode(reference)
-
-
-@pytest.fixture
-async def slow_gateway() -> AsyncIterator[tuple[RunningGateway, FakeUpstream, asyncio.Event]]:
-    """Run a gateway whose upstream responds to submits once an event is set."""
-    with pytest.MonkeyPatch.context() as patch:
-        async with run_fake_gateway() as (gateway, _, upstream):
-            go, submit = asyncio.Event(), upstream.submit
-
-            async def delayed_submit(*arguments: Any, **more: Any) -> SubmitResult:
-                response = await submit(*arguments, **more)
-                await go.wait()
-                return response
-
-            patch.setattr(upstream, "submit", delayed_submit)
-            try:
-                yield gateway, upstream, go
-            finally:
-                go.set()  # else the gateway would wait for its answer for ever
-
-
-async def test_submission_in_progress_is_409(slow_gateway: tuple[RunningGateway, FakeUpstream, asyncio.Event]) -> None:
-    gateway, upstream, go = slow_gateway
+@pytest.mark.smoke
+async def test_submission_in_progress_is_409(gateway: RunningGateway) -> None:
     await gateway.put_tenant(**UNREACHABLE_LIMITS)
-    first = asyncio.create_task(submit_with_key(gateway))
-    await wait_until(lambda: bool(upstream.submits))
-    for _ in range(2):
-        waiting = await submit_with_key(gateway)
-        expect_refused(waiting, 409, "idempotency-in-flight")
-        assert int(waiting.headers["retry-after"]) > 0
-        expect_refused(await submit_with_key(gateway, image=make_jpeg(b"b")), 422, "idempotency-key-reused")
-    assert await read_counts(gateway) == (0, 1, 1)
-    go.set()
-    expect_replayed(await submit_with_key(gateway), expect_created(await first))
-    assert len(upstream.submits) == 1
+    with gateway.hold_responses() as held:
+        first = asyncio.create_task(submit_with_key(gateway))
+        await wait_until(lambda: held.count == 1)
+        for _ in range(2):
+            waiting = await submit_with_key(gateway)
+            expect_refused(waiting, 409, "idempotency-in-flight")
+            assert int(waiting.headers["retry-after"]) > 0
+            await expect_reused(gateway)
+        assert await read_counts(gateway) == (0, 1, 1)
+    task = expect_created(await first)
+    expect_replayed(await submit_with_key(gateway), task)
+    assert await gateway.upstream.count_submits() == 1
 
 
-async def test_retry_after_a_disconnect_is_a_replay(
-    slow_gateway: tuple[RunningGateway, FakeUpstream, asyncio.Event],
-) -> None:
-    gateway, upstream, go = slow_gateway
-    leaving = asyncio.create_task(submit_with_key(gateway))
-    await wait_until(lambda: bool(upstream.submits))
-    leaving.cancel()
-    await asyncio.gather(leaving, return_exceptions=True)
-    expect_refused(await submit_with_key(gateway), 409, "idempotency-in-flight")
-    go.set()
-    async with asyncio.timeout(10):
+async def test_retry_after_a_disconnect_is_a_replay(gateway: RunningGateway) -> None:
+    with gateway.hold_responses() as held:
+        leaving = asyncio.create_task(submit_with_key(gateway))
+        await wait_until(lambda: held.count == 1)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        expect_refused(await submit_with_key(gateway), 409, "idempotency-in-flight")
+    async with asyncio.timeout(20):
         while (again := await submit_with_key(gateway)).status_code == 409:
             pass
     (listed,) = (await gateway.call("GET", "/v1/tasks")).json()["items"]
     assert expect_replayed(again, listed) == listed
-    assert len(upstream.submits) == 1
-
-
-async def test_key_expires_after_24_hours() -> None:
-    async with run_fake_gateway() as (gateway, _, upstream):
-        task = expect_created(await submit_with_key(gateway))
-        for seconds in (DAY - 3_600, 3_599.999):
-            await gateway.advance(seconds)
-            expect_replayed(await submit_with_key(gateway), task)
-        await gateway.advance(0.001)
-        assert expect_created(await submit_with_key(gateway, image=make_jpeg(b"b")))["id"] != task["id"]
-        assert len(upstream.submits) == 2
-
-
-async def test_stored_key_expires_and_is_hashed(valkey: Valkey) -> None:
-    async with run_real_gateway(valkey) as gateway:
-        with Redis(unix_socket_path=str(valkey.socket_path), decode_responses=True) as store:
-            task = expect_created(await submit_with_key(gateway))
-            tenant = gateway.services.registry.current.tenants["shop"]
-            (name,) = store.scan_iter(match=Keys("gw").idempotency(tenant.id, "*"))
-            assert DAY - 60 < store.pttl(name) / 1000 <= DAY
-            assert KEY.strip('"') not in name + str(store.get(name))
-            store.pexpire(name, 60_000)
-            await gateway.wait_for_task(task["id"])
-            expect_replayed(await submit_with_key(gateway), task)
-            assert 0 < store.pttl(name) <= 60_000
-            store.pexpire(name, 0)
-            assert expect_created(await submit_with_key(gateway, image=make_jpeg(b"b")))["id"] != task["id"]
-            assert await gateway.upstream.count_submits() == 2
-
-
-async def test_other_spellings_of_the_same_content_are_replayed(gateway: RunningGateway) -> None:
-    image = ("image", ("a.jpg", make_jpeg(), "image/jpeg"))
-    spellings: list[list[tuple[str, Any]]] = [
-        [("prompt", (None, "猫")), ("scale", (None, "2.50")), image],
-        [
-            image,
-            ("scale", (None, "2.5", "application/json")),
-            ("prompt", (None, "猫".encode("gbk"), "text/plain; charset=GBK")),
-        ],
-        [
-            ("metadata", (None, "")),
-            ("webhook_url", (None, "")),
-            ("steps", (None, "")),
-            ("prompt", (None, "猫")),
-            image,
-            ("scale", (None, "25e-1")),
-            ("metadata", (None, "{}", "application/json")),
-        ],
-    ]
-    first, *others = [
-        await gateway.call("POST", "/v1/tasks/upscale", files=parts, headers={"Idempotency-Key": KEY})
-        for parts in spellings
-    ]
-    task = expect_created(first)
-    for response in others:
-        expect_replayed(response, task)
     assert await gateway.upstream.count_submits() == 1
+
+
+async def test_acceptance_during_an_outage_is_settled_afterwards(gateway: RunningGateway, valkey: Valkey) -> None:
+    await gateway.put_tenant(**UNREACHABLE_LIMITS)
+    with gateway.hold_responses() as held:
+        submitting = asyncio.create_task(submit_with_key(gateway))
+        await wait_until(lambda: held.count == 1)
+        with reject_store_calls(valkey):
+            held.release()
+            task = expect_created(await submitting)
+            expect_refused(await submit_with_key(gateway), 503, "ledger-unavailable")
+    async with asyncio.timeout(20):
+        while (again := await submit_with_key(gateway)).status_code == 409:
+            pass
+    assert expect_replayed(again, task)["state"] == "queued"
+    assert await gateway.upstream.count_submits() == 1
+    assert await read_counts(gateway) == (1, 0, 1)
+
+
+async def test_stored_key_expires_and_is_hashed(gateway: RunningGateway, valkey: Valkey) -> None:
+    with Redis(unix_socket_path=str(valkey.socket_path), decode_responses=True) as store:
+        task = expect_created(await submit_with_key(gateway))
+        tenant = gateway.services.registry.current.tenants["shop"]
+        (name,) = store.scan_iter(match=Keys("gw").idempotency(tenant.id, "*"))
+        assert DAY - 60 < store.pttl(name) / 1000 <= DAY
+        assert KEY.strip('"') not in name + str(store.get(name))
+        store.pexpire(name, 60_000)
+        await gateway.wait_for_task(task["id"])
+        expect_replayed(await submit_with_key(gateway), task)
+        assert 0 < store.pttl(name) <= 60_000
+        store.pexpire(name, 0)
+        assert expect_created(await submit_with_key(gateway, image=OTHER_IMAGE))["id"] != task["id"]
+    assert await gateway.upstream.count_submits() == 2
+
+
+def set_policy(**policy: Any) -> Change:
+    return lambda gateway: gateway.put_tenant(**policy)
+
+
+def refuse_next(outcome: SubmitOutcome) -> Change:
+    return lambda gateway: gateway.upstream.refuse_next(outcome, "因为")
+
+
+async def use_unreachable_account(gateway: RunningGateway) -> None:
+    await gateway.call_admin("PUT", "/accounts/dead", json={"user_key": USER_KEY, "base_url": "http://127.0.0.1:9"})
+    await gateway.put_tenant(accounts=["dead"])
+
+
+REFUSALS: list[tuple[Change, int, str]] = [
+    (set_policy(limits=[{"window": "total", "tasks": 0}]), 429, "quota-exceeded"),
+    (set_policy(max_active=0), 429, "too-many-active-tasks"),
+    (set_policy(accounts=[]), 503, "account-misconfigured"),
+    (refuse_next(SubmitOutcome.REJECTED), 502, "upstream-rejected"),
+    (refuse_next(SubmitOutcome.EXHAUSTED), 402, "balance-exhausted"),
+    (refuse_next(SubmitOutcome.INVALID_ACCOUNT), 503, "account-misconfigured"),
+    (use_unreachable_account, 503, "upstream-unavailable"),
+]
+
+
+async def test_refusals_free_the_key(gateway: RunningGateway) -> None:
+    for number, (refuse, status, code) in enumerate(REFUSALS, 1):
+        key = f"key-{number}"
+        await refuse(gateway)
+        expect_refused(await submit_with_key(gateway, key=key, image=OTHER_IMAGE), status, code)
+        await gateway.call_admin("POST", "/accounts/main/reopen")
+        await gateway.put_tenant(**UNREACHABLE_LIMITS)
+        before = await gateway.upstream.count_submits()
+        await gateway.upstream.refuse_next(SubmitOutcome.REJECTED, f"理由{number}")
+        again = expect_refused(await submit_with_key(gateway, key=key), 502, "upstream-rejected")
+        assert again["upstream_reason"] == f"理由{number}"
+        task = expect_created(await submit_with_key(gateway, key=key))
+        expect_replayed(await submit_with_key(gateway, key=key), task)
+        reused = await submit_with_key(gateway, key=key, image=OTHER_IMAGE)
+        expect_refused(reused, 422, "idempotency-key-reused")
+        assert await gateway.upstream.count_submits() == before + 2
+        assert await read_counts(gateway) == (number, 0, number)
+
+
+async def exhaust_account(gateway: RunningGateway) -> None:
+    await gateway.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
+    expect_refused(await gateway.submit(), 402, "balance-exhausted")
+
+
+async def delete_account(gateway: RunningGateway) -> None:
+    assert (await gateway.call_admin("DELETE", "/accounts/main?force=true")).status_code == 204
+
+
+async def test_replay_ignores_refusals_of_new_submissions(gateway: RunningGateway) -> None:
+    task = expect_created(await submit_with_key(gateway))
+    for hinder, status, code in (
+        (set_policy(limits=[{"window": "total", "tasks": 1}]), 429, "quota-exceeded"),
+        (set_policy(max_active=0), 429, "too-many-active-tasks"),
+        (set_policy(accounts=[]), 503, "account-misconfigured"),
+        (exhaust_account, 402, "balance-exhausted"),
+        (delete_account, 503, "account-misconfigured"),
+    ):
+        await gateway.put_tenant()
+        await hinder(gateway)
+        before = await gateway.upstream.count_submits()
+        expect_refused(await submit_with_key(gateway, key="another"), status, code)
+        expect_replayed(await submit_with_key(gateway), task)
+        await expect_reused(gateway)
+        assert await gateway.upstream.count_submits() == before
+
+
+async def test_disabled_tenant_gets_no_replay(gateway: RunningGateway) -> None:
+    task = expect_created(await submit_with_key(gateway))
+    policies: list[tuple[dict[str, Any], str]] = [
+        ({"state": "read-only"}, "tenant-read-only"),
+        ({"kinds": ["upscale"]}, "kind-not-allowed"),
+    ]
+    for policy, code in policies:
+        await gateway.put_tenant(**policy)
+        for image in (make_jpeg(), b"not read"):
+            expect_refused(await submit_with_key(gateway, image=image), 403, code)
+    await gateway.put_tenant()
+    expect_replayed(await submit_with_key(gateway), task)
+    assert await gateway.upstream.count_submits() == 1
+
+
+async def send_head_only(gateway: RunningGateway, *keys: bytes) -> AsgiResponse:
+    """Send the head of a submission without a body."""
+    body = encode_form(encode_file("image", make_jpeg()))
+    lines = [b"POST /v1/tasks/vectorize HTTP/1.1", b"Host: gateway", b"Authorization: Bearer " + gateway.token.encode()]
+    lines += [b"Content-Type: " + CONTENT_TYPE.encode(), b"Content-Length: %d" % len(body)]
+    lines += [b"Idempotency-Key: " + key for key in keys]
+    async with open_raw_connection(urlsplit(gateway.url).port or 0) as (reader, writer):
+        writer.write(b"\r\n".join([*lines, b"", b""]))
+        return await read_response(reader)
+
+
+async def test_malformed_key_is_400_before_the_body(
+    gateway: RunningGateway, valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    await gateway.put_tenant(**UNREACHABLE_POLICIES)
+    secret = SECRET.encode()
+    with structlog.testing.capture_logs() as events, caplog.at_level(logging.DEBUG):
+        for keys in (
+            [b'""'],
+            [b'"' + secret],
+            [b'"%s";q=1' % secret],
+            [secret + b"\xe9"],
+            [b"%s,%s" % (secret, secret)],
+            [secret + b"x" * 20_000],
+            [secret, secret],
+            [b'"%s"' % secret, b""],
+        ):
+            response = await send_head_only(gateway, *keys)
+            assert (response.status, response.json()["code"]) == (400, "idempotency-key-invalid")
+            assert "Idempotency-Key" in response.json()["detail"]
+            assert SECRET not in repr((response.headers, response.body))
+        assert (await send_head_only(gateway, b'"%s\x00"' % secret)).status == 400
+    assert SECRET not in repr(events) + caplog.text
+    await assert_nothing_happened(gateway, valkey)
