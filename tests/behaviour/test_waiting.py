@@ -1,4 +1,4 @@
-"""`Prefer: wait` on reads and submissions."""
+"""Clients that wait for a task: `Prefer: wait` on reads and submissions, and the event stream."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 
+from service.api import tasks
 from service.api.uploads import Upload
+from service.usecases import task_status
 from service.usecases.ports import CheckOutcome
 from tests.behaviour.audit import expect_problem
-from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway
+from tests.behaviour.gateway_fixture import RunningGateway, reject_store_calls
 from tests.behaviour.idempotent_requests import KEY
-from tests.behaviour.task_readers import poll_with_outcomes, start_waiting_read, wait_until
-from tests.support.images import make_png
+from tests.behaviour.task_readers import open_event_stream, poll_with_outcomes, start_waiting_read, wait_until
+from tests.support.valkey import Valkey
 
 RUNNING, SUCCEEDED = CheckOutcome.RUNNING, CheckOutcome.SUCCEEDED
-PREFERS = {"Prefer": "wait=60"}
+PREFER = {"Prefer": "wait=60"}
 
 
 @pytest.fixture
@@ -31,10 +33,16 @@ def task_path(task: dict[str, Any]) -> str:
     return path
 
 
+async def wait_for_subscriptions(gateway: RunningGateway, number: int) -> None:
+    await wait_until(lambda: gateway.services.task_cache.subscription_count == number)
+
+
+@pytest.mark.smoke
 async def test_end_wakes_the_waiting_read(gateway: RunningGateway, task: dict[str, Any]) -> None:
     reading = await start_waiting_read(gateway, task_path(task))
     await poll_with_outcomes(gateway, RUNNING)
     assert not reading.done()
+    assert "gateway_waiting_clients 1.0" in (await gateway.http.get(f"{gateway.ops_url}/metrics")).text
     await poll_with_outcomes(gateway, SUCCEEDED)
     response = await reading
     assert (response.status_code, response.json()["state"]) == (200, "succeeded")
@@ -42,49 +50,34 @@ async def test_end_wakes_the_waiting_read(gateway: RunningGateway, task: dict[st
     assert "retry-after" not in response.headers
     assert response.json() == (await gateway.call("GET", task_path(task))).json()
     assert gateway.services.task_cache.subscription_count == 0
-
-
-async def test_finished_task_is_returned_at_once(gateway: RunningGateway, task: dict[str, Any]) -> None:
-    await poll_with_outcomes(gateway, SUCCEEDED)
     async with asyncio.timeout(20):
-        response = await gateway.call("GET", task_path(task), headers=PREFERS)
-    assert response.json()["state"] == "succeeded"
-    assert response.headers["preference-applied"] == "wait=60"
+        at_once = await gateway.call("GET", task_path(task), headers=PREFER)
+    assert (at_once.json(), at_once.headers["preference-applied"]) == (response.json(), "wait=60")
 
 
 async def test_timeout_returns_the_current_state(gateway: RunningGateway, task: dict[str, Any]) -> None:
     await poll_with_outcomes(gateway, RUNNING)
     tag = (await gateway.call("GET", task_path(task))).headers["etag"]
-    reading = await start_waiting_read(gateway, task_path(task), 1)
-    response = await reading
+    longer = await start_waiting_read(gateway, task_path(task), if_none_match=tag)
+    readings = [
+        await start_waiting_read(gateway, task_path(task), 1),
+        await start_waiting_read(gateway, task_path(task), 1, if_none_match=tag),
+    ]
+    response, unchanged = await asyncio.gather(*readings)
     assert (response.status_code, response.json()["state"]) == (200, "running")
-    assert response.headers["preference-applied"] == "wait=1"
-    assert response.headers["etag"] == tag
     assert int(response.headers["retry-after"]) > 0
-
-
-@pytest.mark.parametrize("prefer", ["wait=0", "wait=soon", "respond-async"])
-async def test_other_preferences_are_ignored(gateway: RunningGateway, task: dict[str, Any], prefer: str) -> None:
-    response = await gateway.call("GET", task_path(task), headers={"Prefer": prefer})
-    assert (response.status_code, response.json()["state"]) == (200, "queued")
-    assert "preference-applied" not in response.headers
-
-
-async def test_unchanged_task_after_a_wait_is_304(gateway: RunningGateway, task: dict[str, Any]) -> None:
-    tag = (await gateway.call("GET", task_path(task))).headers["etag"]
-    readings = [await start_waiting_read(gateway, task_path(task), 1, if_none_match=tag) for _ in range(2)]
-    for reading in readings:
-        response = await reading
-        assert (response.status_code, response.content) == (304, b"")
-        assert response.headers["preference-applied"] == "wait=1"
-    reading = await start_waiting_read(gateway, task_path(task), if_none_match=tag)
+    assert (unchanged.status_code, unchanged.content) == (304, b"")
+    for answer in (response, unchanged):
+        assert (answer.headers["preference-applied"], answer.headers["etag"]) == ("wait=1", tag)
     await poll_with_outcomes(gateway, SUCCEEDED)
-    assert (await reading).status_code == 200
+    assert (await longer).status_code == 200
 
 
 async def test_waiting_submission_returns_the_end(gateway: RunningGateway) -> None:
-    submitting = asyncio.create_task(gateway.submit(headers=PREFERS))
-    await wait_until(lambda: gateway.services.task_cache.subscription_count == 1)
+    submitting = asyncio.create_task(gateway.submit(headers=PREFER))
+    await wait_for_subscriptions(gateway, 1)
+    gc.collect()
+    assert not [item for item in gc.get_objects() if type(item) is Upload]  # the image is not kept meanwhile
     await poll_with_outcomes(gateway, SUCCEEDED)
     response = await submitting
     task = response.json()
@@ -97,10 +90,9 @@ async def test_waiting_submission_returns_the_end(gateway: RunningGateway) -> No
 
 async def test_replay_waits_by_its_own_preference(gateway: RunningGateway) -> None:
     key = {"Idempotency-Key": KEY}
-    first = await gateway.submit(headers=key)
-    assert first.json()["state"] == "queued"
-    repeating = asyncio.create_task(gateway.submit(headers=key | PREFERS))
-    await wait_until(lambda: gateway.services.task_cache.subscription_count == 1)
+    assert (await gateway.submit(headers=key)).json()["state"] == "queued"
+    repeating = asyncio.create_task(gateway.submit(headers=key | PREFER))
+    await wait_for_subscriptions(gateway, 1)
     assert (await gateway.submit(headers=key)).json()["state"] == "queued"
     await poll_with_outcomes(gateway, SUCCEEDED)
     response = await repeating
@@ -109,35 +101,45 @@ async def test_replay_waits_by_its_own_preference(gateway: RunningGateway) -> No
     assert response.headers["preference-applied"] == "wait=60"
 
 
-async def test_shutdown_answers_all_waiters(gateway: RunningGateway, task: dict[str, Any]) -> None:
+async def test_shutdown_ends_all_waits(gateway: RunningGateway, task: dict[str, Any]) -> None:
     readings = [await start_waiting_read(gateway, task_path(task)) for _ in range(3)]
-    gateway.services.start_draining()
+    async with open_event_stream(gateway, task) as early, open_event_stream(gateway, task, "1-queued") as resumed:
+        assert await early.next_event()
+        await resumed.wait_for_comment()
+        gateway.services.start_draining()
+        assert await early.read_remaining() == await resumed.read_remaining() == []
     async with asyncio.timeout(20):
-        responses = [*await asyncio.gather(*readings), await gateway.call("GET", task_path(task), headers=PREFERS)]
+        responses = [*await asyncio.gather(*readings), await gateway.call("GET", task_path(task), headers=PREFER)]
     for response in responses:
         assert (response.status_code, response.json()["state"]) == (200, "queued")
         assert response.headers["preference-applied"] == "wait=60"
         assert response.headers["retry-after"] == "3"
+    async with open_event_stream(gateway, task) as late:
+        assert [event.id for event in await late.read_remaining()] == ["1-queued"]
+    assert gateway.services.task_cache.subscription_count == 0
 
 
-async def test_disconnect_releases_the_waiter(gateway: RunningGateway, task: dict[str, Any]) -> None:
+async def test_disconnect_releases_the_subscription(gateway: RunningGateway, task: dict[str, Any]) -> None:
     reading = await start_waiting_read(gateway, task_path(task))
-    submitting = asyncio.create_task(gateway.submit(headers=PREFERS))
-    await wait_until(lambda: gateway.services.task_cache.subscription_count == 2)
+    submitting = asyncio.create_task(gateway.submit(headers=PREFER))
+    async with open_event_stream(gateway, task) as stream:
+        await stream.next_event()
+        await wait_for_subscriptions(gateway, 3)
     for call in (reading, submitting):
         call.cancel()
     await asyncio.gather(reading, submitting, return_exceptions=True)
-    await wait_until(lambda: gateway.services.task_cache.subscription_count == 0)
+    await wait_for_subscriptions(gateway, 0)
     assert gateway.services.task_cache.subscribed_ids() == []
 
 
 async def test_waits_beyond_the_limit(gateway: RunningGateway, task: dict[str, Any]) -> None:
     gateway.services.task_cache._max_subscriptions = 1
     reading = await start_waiting_read(gateway, task_path(task))
-    refused = await gateway.call("GET", task_path(task), headers=PREFERS)
-    expect_problem(refused, 503, "overloaded")
-    assert int(refused.headers["retry-after"]) > 0
-    accepted = await gateway.submit(headers=PREFERS)
+    for path in (task_path(task), task["links"]["events"]):
+        refused = await gateway.call("GET", path, headers=PREFER)
+        expect_problem(refused, 503, "overloaded")
+        assert int(refused.headers["retry-after"]) > 0
+    accepted = await gateway.submit(headers=PREFER)
     assert (accepted.status_code, accepted.json()["state"]) == (201, "queued")
     assert "preference-applied" not in accepted.headers
     assert (await gateway.call("GET", task_path(task))).status_code == 200
@@ -145,69 +147,109 @@ async def test_waits_beyond_the_limit(gateway: RunningGateway, task: dict[str, A
     assert (await reading).json()["state"] == "succeeded"
 
 
-async def test_tenant_removed_during_a_wait(gateway: RunningGateway, task: dict[str, Any]) -> None:
-    reading = await start_waiting_read(gateway, task_path(task))
-    assert (await gateway.call_admin("DELETE", "/tenants/shop?force=true")).status_code == 204
-    await poll_with_outcomes(gateway, SUCCEEDED)
-    assert (await reading).status_code == 200
-
-
-@pytest.mark.parametrize("head", [False, True])
-async def test_unauthorized_wait_is_refused_at_once(gateway: RunningGateway, task: dict[str, Any], head: bool) -> None:
-    await gateway.put_tenant("other")
-    method = "HEAD" if head else "GET"
-    async with asyncio.timeout(20):
-        other = await gateway.call(method, task_path(task), token=await gateway.new_token("other"), headers=PREFERS)
-        anonymous = await gateway.call(method, task_path(task), token="", headers=PREFERS)
-    assert (other.status_code, anonymous.status_code) == (404, 401)
-
-
-async def test_waits_are_counted_separately(gateway: RunningGateway, task: dict[str, Any]) -> None:
-    reading = await start_waiting_read(gateway, task_path(task))
-    assert "gateway_waiting_clients 1.0" in (await gateway.http.get(f"{gateway.ops_url}/metrics")).text
-    await poll_with_outcomes(gateway, SUCCEEDED)
-    await reading
-    await gateway.call("GET", task_path(task))
-    metrics = (await gateway.http.get(f"{gateway.ops_url}/metrics")).text
-    labels = '{method="GET",port="tenants",route="/v1/tasks/{task_id}"}'
-    for name in ("gateway_http_stream_duration_seconds", "gateway_http_request_duration_seconds"):
-        assert f"{name}_count{labels} 1.0" in metrics
-    assert "gateway_waiting_clients 0.0" in metrics
-
-
-async def test_waiting_submission_releases_the_image() -> None:
-    async with run_fake_gateway() as (gateway, _, upstream):
-        submitting = asyncio.create_task(gateway.submit(image=make_png(), headers=PREFERS))
-        await wait_until(lambda: gateway.services.task_cache.subscription_count == 1)
-        upstream.submits.clear()
-        gc.collect()
-        assert not [item for item in gc.get_objects() if type(item) is Upload]
-        await poll_with_outcomes(gateway, SUCCEEDED)
-        assert (await submitting).status_code == 201
-
-
-async def test_wait_survives_an_outage_of_the_store() -> None:
-    async with run_fake_gateway() as (gateway, ledger, _):
-        task = (await gateway.submit()).json()
+async def test_revoked_token_ends_the_stream(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    async with open_event_stream(gateway, task) as stream:
+        await stream.next_event()
         reading = await start_waiting_read(gateway, task_path(task))
-        in_vain = await start_waiting_read(gateway, task_path(task), 1)
-        ledger.is_unavailable = True
-        response = await in_vain
-        assert (response.status_code, response.json()["state"]) == (200, "queued")
-        assert response.headers["preference-applied"] == "wait=1"
-        assert not reading.done()
-        ledger.is_unavailable = False
+        for token in (await gateway.call_admin("GET", "/tenants/shop")).json()["tokens"]:
+            assert (await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{token['id']}")).status_code == 204
         await poll_with_outcomes(gateway, SUCCEEDED)
-        assert (await reading).json()["state"] == "succeeded"
+        assert await stream.read_remaining() == []
+    assert (await reading).status_code == 200  # it was authorized when it began
 
 
-async def test_lost_task_ends_the_wait() -> None:
-    async with run_fake_gateway() as (gateway, ledger, _):
-        task = (await gateway.submit()).json()
-        reading = await start_waiting_read(gateway, task_path(task), 1)
-        cache = gateway.services.task_cache
-        await wait_until(lambda: all(map(cache.latest, cache.subscribed_ids())))  # it has seen what is about to vanish
-        for kept in (ledger.tasks, ledger.reservations, ledger.due_checks, ledger.tenants):
-            kept.clear()
-        response = await reading
-        assert (response.status_code, response.json()["state"]) == (200, "queued")
+async def test_unauthorized_waits_are_refused_at_once(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    await gateway.put_tenant("other")
+    other = await gateway.new_token("other")
+    headers = PREFER | {"Last-Event-ID": "3-succeeded"}
+    async with asyncio.timeout(20):
+        for path in (task_path(task), task["links"]["events"]):
+            for token, status in ((other, 404), ("", 401)):
+                for method in ("GET", "HEAD"):
+                    response = await gateway.call(method, path, token=token, headers=headers)
+                    assert response.status_code == status
+        head = await gateway.call("HEAD", task["links"]["events"])
+    assert (head.status_code, head.headers["content-type"], head.content) == (200, "text/event-stream", b"")
+    await wait_for_subscriptions(gateway, 0)
+    expect_problem(await gateway.call("GET", "/v1/tasks/task_x/events"), 404, "not-found")
+    expect_problem(await gateway.call("POST", task["links"]["events"]), 405, "method-not-allowed")
+
+
+async def test_waits_survive_an_outage_of_the_store(
+    gateway: RunningGateway, task: dict[str, Any], valkey: Valkey
+) -> None:
+    async with open_event_stream(gateway, task) as stream:
+        await stream.next_event()
+        reading = await start_waiting_read(gateway, task_path(task))
+        with reject_store_calls(valkey):
+            for _ in range(3):
+                assert (await gateway.call("GET", task_path(task))).json()["state"] == "queued"
+            assert not reading.done()
+        await poll_with_outcomes(gateway, SUCCEEDED)
+        assert [event.id for event in await stream.read_remaining()] == ["2-succeeded"]
+    assert (await reading).json()["state"] == "succeeded"
+
+
+async def test_stream_sends_each_change_until_the_end(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    assert task["links"]["events"] == f"/v1/tasks/{task['id']}/events"
+    async with open_event_stream(gateway, task) as stream:
+        headers = stream.response.headers
+        assert (stream.response.status_code, headers["content-type"]) == (200, "text/event-stream")
+        assert (headers["cache-control"], headers["x-accel-buffering"]) == ("no-store", "no")
+        assert "content-length" not in headers
+        first = await stream.next_event()
+        assert first
+        assert (first.name, first.id, first.task) == ("state", "1-queued", task)
+        assert stream.retry_ms in range(1_000, 3_000)
+        events = []
+        for outcome in (RUNNING, SUCCEEDED):
+            await poll_with_outcomes(gateway, outcome)
+            event = await stream.next_event()
+            assert event
+            assert event.task == (await gateway.call("GET", task_path(task))).json()
+            events.append((event.name, event.id))
+        assert events == [("state", "2-running"), ("state", "3-succeeded")]
+        assert await stream.next_event() is None
+    assert gateway.services.task_cache.subscription_count == 0
+
+
+async def test_last_event_id_resumes_the_stream(gateway: RunningGateway, task: dict[str, Any]) -> None:
+    for unknown in ("", "x", "1-queued-", "-1-queued", "9" * 400 + "-succeeded"):
+        async with open_event_stream(gateway, task, unknown) as stream:
+            first = await stream.next_event()
+            assert first
+            assert first.id == "1-queued"
+    await poll_with_outcomes(gateway, RUNNING)
+    async with open_event_stream(gateway, task, "1-queued") as stream:
+        second = await stream.next_event()
+        assert second
+        assert second.id == "2-running"
+    # The second is resumed from before the store was restored.
+    async with (
+        open_event_stream(gateway, task, second.id) as stream,
+        open_event_stream(gateway, task, "7-running") as ahead,
+    ):
+        await stream.wait_for_comment()
+        await ahead.wait_for_comment()
+        await poll_with_outcomes(gateway, SUCCEEDED)
+        (last,) = await stream.read_remaining()
+        assert await ahead.read_remaining() == [last]
+    assert last.task["state"] == "succeeded"
+    async with open_event_stream(gateway, task, second.id) as stream:
+        assert await stream.read_remaining() == [last]
+    async with open_event_stream(gateway, task, last.id) as stream:  # an EventSource stops reconnecting after 204
+        assert (stream.response.status_code, stream.response.headers["cache-control"]) == (204, "no-store")
+        assert await stream.read_remaining() == []
+
+
+async def test_heartbeat_and_longest_duration(
+    gateway: RunningGateway, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task_status, "HEARTBEAT_SECONDS", 0.01)
+    async with open_event_stream(gateway, task, "1-queued") as stream:
+        for _ in range(3):
+            await stream.wait_for_comment()
+    monkeypatch.setattr(tasks, "MAX_STREAM_SECONDS", 0.05)
+    async with open_event_stream(gateway, task) as stream:
+        assert [event.id for event in await stream.read_remaining()] == ["1-queued"]
+    await wait_for_subscriptions(gateway, 0)
