@@ -1,88 +1,356 @@
-"""Artifact downloads by tenants."""
+"""Artifact downloads: from the sandbox, and streamed from scripted servers."""
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import hashlib
 import re
+import resource
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
+import httpx2
+import pytest
+from httpx2 import Response
+from redis.asyncio import Redis
+from structlog.testing import capture_logs
+
+from service.api import artifacts
+from service.clients import artifacts as artifact_client
+from service.clients.artifacts import ArtifactClient, FetchOutcome
+from service.domain.tasks import Artifact
+from service.domain.tenants import Account
+from service.storage.redis import Keys
+from service.usecases.ports import ArtifactStream, RangeRequest
 from tests.behaviour.audit import expect_problem
-from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway
-from tests.fakes.artifacts import FakeArtifacts
+from tests.behaviour.gateway_fixture import RunningGateway
+from tests.contract.artifact_server import (
+    PNG_IMAGE,
+    chunked_body,
+    file_response,
+    read_request,
+    response_head,
+    send_and_hold,
+    send_pieces,
+)
+from tests.contract.scripted_server import Connection, Handler, ScriptedServer, run_server
+from tests.support.images import make_png
+from tests.support.valkey import Valkey
+
+MIB = 1 << 20
+LARGE = 96 * MIB
+STALL_SECONDS = 0.3
+SAME_IN_PARTS = {"content-type", "content-disposition", "etag", "x-content-type-options", "cache-control"}
 
 
-async def run_task(gateway: RunningGateway) -> dict[str, Any]:
-    return await gateway.wait_for_task((await gateway.submit()).json()["id"])
-
-
-async def test_artifact_is_served_at_its_href(gateway: RunningGateway) -> None:
-    task = await run_task(gateway)
+@pytest.fixture
+async def href(gateway: RunningGateway) -> str:
+    task = await gateway.wait_for_task((await gateway.submit(image=make_png(200, 200))).json()["id"])
     (artifact,) = task["artifacts"]
     assert artifact["href"] == f"/v1/tasks/{task['id']}/artifacts/image"
-    response = await gateway.call("GET", artifact["href"])
+    return str(artifact["href"])
+
+
+async def fetch_artifact(gateway: RunningGateway, href: str, **headers: str) -> Response:
+    return await gateway.call("GET", href, headers={name.replace("_", "-"): text for name, text in headers.items()})
+
+
+@pytest.mark.smoke
+async def test_artifact_is_served_at_its_href(gateway: RunningGateway, href: str) -> None:
+    response = await fetch_artifact(gateway, href)
     assert response.status_code == 200
     assert response.content.startswith(b"\x89PNG")
-    assert response.headers["content-type"] == "image/png"
-    assert response.headers["content-length"] == str(len(response.content))
-    assert response.headers["x-content-type-options"] == "nosniff"
-    assert response.headers["content-security-policy"] == "default-src 'none'; sandbox"
-    assert response.headers["cache-control"] == "private, no-cache"
-    assert response.headers["etag"]
-    name = re.fullmatch(
-        r'attachment; filename="face-enhance-[0-9a-f]{12}-image\.png"', response.headers["content-disposition"]
-    )
-    assert name, response.headers["content-disposition"]
-
-
-async def test_head_matches_get_and_keeps_the_connection(gateway: RunningGateway) -> None:
-    href = (await run_task(gateway))["artifacts"][0]["href"]
-    whole = await gateway.call("GET", href)
-    for _ in range(2):
-        head = await gateway.call("HEAD", href)
+    expected = {
+        "content-type": "image/png",
+        "content-length": str(len(response.content)),
+        "x-content-type-options": "nosniff",
+        "content-security-policy": "default-src 'none'; sandbox",
+        "cache-control": "private, no-cache",
+        "accept-ranges": "bytes",
+    }
+    assert response.headers.items() >= expected.items()
+    name = r'attachment; filename="face-enhance-[0-9a-f]{12}-image\.png"'
+    assert re.fullmatch(name, response.headers["content-disposition"])
+    for headers in ({}, {"Range": "bytes=0-1"}):
+        head = await gateway.call("HEAD", href, headers=headers)
         assert (head.status_code, head.content) == (200, b"")
-        same = {"content-type", "content-length", "content-disposition", "etag", "cache-control"}
-        assert {name: head.headers[name] for name in same} == {name: whole.headers[name] for name in same}
+        assert {head.headers[name] == response.headers[name] for name in SAME_IN_PARTS | {"content-length"}} == {True}
 
 
-async def test_unfinished_and_failed_tasks_have_no_artifacts(gateway: RunningGateway) -> None:
-    await gateway.upstream.fail_next_task()
-    task_id = (await gateway.submit()).json()["id"]
-    href = f"/v1/tasks/{task_id}/artifacts/image"
-    assert "not ended" in expect_problem(await gateway.call("GET", href), 404, "not-found")["detail"]
-    assert (await gateway.wait_for_task(task_id))["state"] == "failed"
-    assert "failed" in expect_problem(await gateway.call("GET", href), 404, "not-found")["detail"]
-
-
-async def test_unknown_artifact_name_lists_the_available_ones(gateway: RunningGateway) -> None:
-    task = await run_task(gateway)
-    for name in ("grid", "IMAGE", "x", "..%2fimage"):
-        response = await gateway.call("GET", f"/v1/tasks/{task['id']}/artifacts/{name}")
-        expect_problem(response, 404, "not-found")
-    response = await gateway.call("GET", f"/v1/tasks/{task['id']}/artifacts/vector")
-    assert expect_problem(response, 404, "not-found")["detail"].endswith("it has image.")
-
-
-async def test_other_tenants_artifacts_are_not_found(gateway: RunningGateway) -> None:
-    href = (await run_task(gateway))["artifacts"][0]["href"]
+async def test_artifact_not_found(gateway: RunningGateway, href: str) -> None:
+    for name in ("vector", "grid", "IMAGE", "x", "..%2fimage"):
+        expect_problem(await gateway.call("GET", href.replace("/image", f"/{name}")), 404, "not-found")
     await gateway.put_tenant("other")
-    other = await gateway.new_token("other")
-    unrelated = expect_problem(await gateway.call("GET", href, token=other), 404, "not-found")
-    altered = expect_problem(await gateway.call("GET", href.replace("task_", "task_A")), 404, "not-found")
-    assert unrelated["detail"] == altered["detail"]
+    unrelated = await gateway.call("GET", href, token=await gateway.new_token("other"))
+    altered = await gateway.call("GET", href.replace("task_", "task_A"))
+    details = [expect_problem(response, 404, "not-found")["detail"] for response in (unrelated, altered)]
+    assert details[0] == details[1]
     expect_problem(await gateway.call("GET", href, token=""), 401, "unauthenticated")
     expect_problem(await gateway.call("POST", href), 405, "method-not-allowed")
+    await gateway.upstream.fail_next_task()
+    task_id = (await gateway.submit()).json()["id"]
+    expect_problem(await gateway.call("GET", f"/v1/tasks/{task_id}/artifacts/image"), 404, "not-found")
+    assert (await gateway.wait_for_task(task_id))["state"] == "failed"
+    expect_problem(await gateway.call("GET", f"/v1/tasks/{task_id}/artifacts/image"), 404, "not-found")
 
 
-async def test_artifact_is_fetched_with_the_paying_account() -> None:
-    fake = FakeArtifacts()
-    async with run_fake_gateway(fake.fetch) as (gateway, _, _):
-        task = await run_task(gateway)
-        await gateway.call("GET", task["artifacts"][0]["href"])
-        assert fake.requests == [("main", task["artifacts"][0]["url"])]
+async def test_ranges(gateway: RunningGateway, href: str) -> None:
+    whole = await fetch_artifact(gateway, href)
+    size, tag = len(whole.content), whole.headers["etag"]
+    for headers, first, last in (
+        ({"Range": "bytes=0-9"}, 0, 9),
+        ({"Range": "bytes=10-", "If_Range": tag}, 10, size - 1),
+        ({"Range": "bytes=-5"}, size - 5, size - 1),
+        ({"Range": "bytes=0-99999999"}, 0, size - 1),
+    ):
+        part = await fetch_artifact(gateway, href, **headers)
+        assert (part.status_code, part.headers["content-range"]) == (206, f"bytes {first}-{last}/{size}")
+        assert part.content == whole.content[first : last + 1]
+        assert {part.headers[name] == whole.headers[name] for name in SAME_IN_PARTS} == {True}
+    malformed = dict.fromkeys(("Range", "If_Range", "If_None_Match", "If_Modified_Since"), "x" * 1_000)
+    for headers in (
+        {"Range": "bytes=0-1,4-5"},
+        {"Range": "lines=0-1"},
+        {"Range": "bytes=-"},
+        {"Range": "bytes=10-", "If_Range": '"other"'},
+        malformed,
+    ):
+        response = await fetch_artifact(gateway, href, **headers)
+        assert (response.status_code, response.content) == (200, whole.content)
+    unsatisfiable = await fetch_artifact(gateway, href, Range=f"bytes={size}-")
+    expect_problem(unsatisfiable, 416, "range-not-satisfiable")
+    assert unsatisfiable.headers["content-range"] == f"bytes */{size}"
+    await gateway.upstream.set_fault(on="file", times=1, reply="cut")
+    with pytest.raises(httpx2.RemoteProtocolError):
+        await fetch_artifact(gateway, href)
+    rest = await fetch_artifact(gateway, href, Range="bytes=10-", If_Range=tag)
+    assert rest.content == whole.content[10:]
 
 
-async def test_malformed_conditions_are_ignored(gateway: RunningGateway) -> None:
-    href = (await run_task(gateway))["artifacts"][0]["href"]
-    values: list[str | bytes] = ["null", "\u00e4".encode("latin-1"), "x" * 1_000, "bytes=0-1,4-5", 'bytes=1-"']
-    for value in values:
-        headers = dict.fromkeys(("Range", "If-Range", "If-None-Match", "If-Modified-Since"), value)
-        assert (await gateway.call("GET", href, headers=headers)).status_code == 200
+async def test_failure_before_the_first_byte_is_a_problem(gateway: RunningGateway, href: str) -> None:
+    for fault, status, code in (
+        ({"reply": "reset"}, 502, "upstream-invalid-response"),
+        ({"reply": "page"}, 502, "upstream-invalid-response"),
+        ({"reply": "page", "status": 410}, 502, "upstream-invalid-response"),
+        ({"reply": "page", "status": 404}, 503, "upstream-unavailable"),
+        ({"reply": "page", "status": 503}, 503, "upstream-unavailable"),
+    ):
+        await gateway.upstream.set_fault(on="file", times=1, **fault)
+        response = await fetch_artifact(gateway, href)
+        expect_problem(response, status, code)
+        assert "127.0.0.1" not in response.text
+        assert ("retry-after" in response.headers) == (status == 503)
+    assert (await fetch_artifact(gateway, href)).status_code == 200
+    for passed, status in ((299, 503), (2, 502)):  # a missing artifact is gone some minutes after the end
+        await gateway.advance(passed)
+        await gateway.upstream.set_fault(on="file", times=1, reply="page", status=404)
+        assert (await fetch_artifact(gateway, href)).status_code == status
+
+
+async def test_artifact_of_a_lost_task_and_a_deleted_account(
+    gateway: RunningGateway, href: str, valkey: Valkey
+) -> None:
+    reservation = gateway.services.task_reader.task_ids.decode(href.split("/")[3]).reservation
+    async with Redis.from_url(valkey.url) as client:
+        await client.delete(Keys("gw").task(reservation))
+    gateway.services.task_cache.clear()
+    assert (await fetch_artifact(gateway, href)).status_code == 200
+    await gateway.poll_due_tasks()
+    assert (await gateway.call_admin("DELETE", "/accounts/main?force=true")).status_code == 204
+    expect_problem(await fetch_artifact(gateway, href), 502, "upstream-invalid-response")
+
+
+@dataclass
+class ArtifactSetup:
+    """A gateway whose finished task has its artifact on a scripted server."""
+
+    gateway: RunningGateway
+    server: ScriptedServer
+    href: str
+    outcomes: list[str] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def open_download(self, method: str = "GET") -> AsyncIterator[tuple[asyncio.StreamReader, bytes]]:
+        """Open a raw connection and read the head of the response."""
+        address = urlsplit(self.gateway.url)
+        reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=64 * 1024)
+        try:
+            request = f"{method} {self.href} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self.gateway.token}\r\n\r\n"
+            writer.write(request.encode())
+            yield reader, await reader.readuntil(b"\r\n\r\n")
+        finally:
+            writer.transport.abort()
+
+
+OpenSetup = Callable[[Handler], AbstractAsyncContextManager[ArtifactSetup]]
+
+
+@pytest.fixture
+def open_setup(gateway: RunningGateway, href: str) -> OpenSetup:
+    @asynccontextmanager
+    async def open_with(serve: Handler) -> AsyncIterator[ArtifactSetup]:
+        outcomes: list[str] = []
+        client = ArtifactClient(
+            "http://127.0.0.1",
+            max_bytes=LARGE,
+            on_call=lambda _operation, outcome, _seconds: outcomes.append(outcome),
+        )
+        async with asyncio.timeout(60), run_server(serve) as server:
+
+            def fetch(
+                account: Account | None, artifact: Artifact, requested: RangeRequest, is_recent: bool = False
+            ) -> AbstractAsyncContextManager[ArtifactStream]:
+                return client.fetch(account, Artifact(artifact.name, f"{server.url}/1.png"), requested, is_recent)
+
+            gateway.services.task_reader.fetch_artifact = fetch
+            yield ArtifactSetup(gateway, server, href, outcomes)
+
+    return open_with
+
+
+def artifact_log_fields(logs: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
+    """Return status and outcome of the one artifact request in the log."""
+    (line,) = [log for log in logs if log["event"] == "request.ended" and log["path"].endswith("/artifacts/image")]
+    return line["status"], line["outcome"]
+
+
+async def test_large_artifact_is_streamed_with_backpressure(open_setup: OpenSetup) -> None:
+    sent, stalled, digest = 0, asyncio.Event(), hashlib.sha256()
+
+    async def serve(connection: Connection) -> None:
+        nonlocal sent
+        await read_request(connection)
+        await connection.send(response_head(Content_Length=str(LARGE)))
+        for number in range(LARGE // MIB):
+            piece = PNG_IMAGE.ljust(MIB, bytes([number % 256]))
+            digest.update(piece)
+            connection.writer.write(piece)
+            sent += MIB
+            draining = asyncio.ensure_future(connection.writer.drain())
+            if not (await asyncio.wait({draining}, timeout=STALL_SECONDS))[0]:
+                stalled.set()
+            await draining
+
+    async with open_setup(serve) as setup, setup.open_download() as (reader, _):
+        await stalled.wait()
+        assert sent < LARGE / 2
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        received, received_digest = 0, hashlib.sha256()
+        while received < LARGE:
+            chunk = await reader.read(MIB)
+            received += len(chunk)
+            received_digest.update(chunk)
+        assert received_digest.digest() == digest.digest()
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024  # KiB on Linux
+
+
+async def test_disconnect_ends_the_fetch(open_setup: OpenSetup) -> None:
+    disconnected = asyncio.Event()
+    serve = send_and_hold(response_head(Content_Length="1000"), PNG_IMAGE, disconnected=disconnected)
+    with capture_logs() as logs:
+        async with open_setup(serve) as setup:
+            async with setup.open_download() as (reader, _):
+                assert await reader.readexactly(len(PNG_IMAGE)) == PNG_IMAGE
+            await disconnected.wait()
+    assert setup.outcomes == [FetchOutcome.CANCELLED]
+    assert artifact_log_fields(logs) == (200, "client-disconnected")
+    disconnected.clear()
+    async with open_setup(send_and_hold(disconnected=disconnected)) as setup:
+        waiting = asyncio.create_task(setup.gateway.call("GET", setup.href))
+        await setup.server.request_received.wait()  # before the first byte
+        waiting.cancel()
+        await disconnected.wait()
+    assert setup.outcomes == [FetchOutcome.CANCELLED]
+
+
+async def test_stalled_client_is_disconnected(open_setup: OpenSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "READER_TIMEOUT_SECONDS", 0.1)
+    disconnected = asyncio.Event()
+
+    async def serve(connection: Connection) -> None:
+        await read_request(connection)
+        await connection.send(response_head(Content_Length=str(LARGE)))
+        try:
+            while True:
+                await connection.send(PNG_IMAGE.ljust(MIB))
+        except OSError:
+            disconnected.set()
+
+    with capture_logs() as logs:
+        async with open_setup(serve) as setup, setup.open_download():
+            await disconnected.wait()
+    assert setup.outcomes == [FetchOutcome.CANCELLED]
+    assert artifact_log_fields(logs) == (200, "client-too-slow")
+
+
+async def test_head_ends_the_fetch_after_the_headers(open_setup: OpenSetup) -> None:
+    disconnected = asyncio.Event()
+    serve = send_and_hold(response_head(Content_Length="1000", ETag='"v1"'), PNG_IMAGE, disconnected=disconnected)
+    with capture_logs() as logs:
+        async with open_setup(serve) as setup, setup.open_download("HEAD") as (_, response):
+            assert response.startswith(b"HTTP/1.1 200")
+            assert b"content-length: 1000\r\n" in response.lower()
+            await disconnected.wait()
+    assert artifact_log_fields(logs) == (200, "answered")
+
+
+async def test_truncation_is_visible_to_the_client(open_setup: OpenSetup) -> None:
+    for pieces in (
+        (response_head(Content_Length="1000"), PNG_IMAGE),
+        (response_head(Transfer_Encoding="chunked"), chunked_body(PNG_IMAGE, end=False)),
+    ):
+        with capture_logs() as logs:
+            async with open_setup(send_pieces(*pieces)) as setup, setup.open_download() as (reader, response):
+                body = await reader.read()
+                assert PNG_IMAGE in body
+                assert b"content-length: 1000" in response.lower() or not body.endswith(b"0\r\n\r\n")
+        assert setup.outcomes == [FetchOutcome.ABORTED]
+        assert artifact_log_fields(logs) == (200, "transfer-aborted")
+
+
+async def test_unchanged_artifact_is_304(open_setup: OpenSetup) -> None:
+    async with open_setup(send_pieces(response_head(304, ETag='"v1"', Content_Length="5"))) as setup:
+        response = await setup.gateway.call("GET", setup.href, headers={"If-None-Match": '"v0", W/"v1"'})
+        assert (response.status_code, response.content, response.headers["etag"]) == (304, b"", '"v1"')
+        assert response.headers["cache-control"] == "private, no-cache"
+        assert "content-type" not in response.headers
+        assert b'\r\nif-none-match: "v0", w/"v1"\r\n' in setup.server.requests[0][0].lower()
+
+
+async def test_headers_are_not_passed_on(open_setup: OpenSetup) -> None:
+    answer = file_response(
+        Content_Disposition='attachment; filename="x.exe"',
+        Set_Cookie="a=b",
+        ETag='"a\tb"',
+        Link="<http://x>",
+        Content_Security_Policy="default-src *",
+        Refresh="0; url=http://x",
+    )
+    async with open_setup(send_pieces(answer)) as setup:
+        headers = {"Cookie": "a=b", "X-Forwarded-For": "10.0.0.1"}
+        response = await setup.gateway.call("GET", setup.href, headers=headers)
+        assert response.content == PNG_IMAGE
+        assert {"set-cookie", "etag", "link", "refresh"}.isdisjoint(response.headers)
+        assert "exe" not in response.headers["content-disposition"]
+        assert response.headers.get_list("content-security-policy") == ["default-src 'none'; sandbox"]
+        names = {line.partition(b":")[0].lower() for line in setup.server.requests[0][0].split(b"\r\n")[1:-2]}
+        assert names == {b"host", b"user-agent", b"accept", b"accept-encoding", b"connection"}
+
+
+async def test_failed_fetch_leaves_no_cycle(open_setup: OpenSetup) -> None:
+    """What was read of a result that is no image is freed at once, not by a later garbage collection."""
+    answer = response_head(Content_Length="60000") + b"x" * 60_000
+    async with open_setup(send_pieces(answer)) as setup:
+        await setup.gateway.call("GET", setup.href)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(3):
+                expect_problem(await setup.gateway.call("GET", setup.href), 502, "upstream-invalid-response")
+            assert not [item for item in gc.get_objects() if type(item) is artifact_client._Fetch]
+        finally:
+            gc.enable()
