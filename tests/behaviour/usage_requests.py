@@ -15,7 +15,6 @@ from service.crypto import Keyring, TaskIdCodec
 from service.domain.tasks import Kind, TaskReference
 from tests.behaviour.audit import UNREACHABLE_POLICIES, expect_problem
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, RunningGateway
-from tests.behaviour.upstream_control import SandboxUpstreamControl
 
 NO_SUBMISSIONS: Mapping[str, int] = dict.fromkeys(
     ("running", "succeeded", "failed", "unknown", "refused", "not_sent"), 0
@@ -121,12 +120,8 @@ async def recover_task(gateway: RunningGateway, name: str) -> str:
     tenant, account = registry.tenants["shop"], registry.accounts["main"]
     submission = await read_submission(gateway, name)
     created = int(datetime.fromisoformat(submission["created_at"]).timestamp() * 1000)
-    upstream_id = "up"
-    if isinstance(gateway.upstream, SandboxUpstreamControl):
-        upstream_id = [
-            request.task_id for request in await gateway.upstream.control.list_requests() if request.task_id
-        ][-1]
-    reference = TaskReference(tenant.id, account.id, Kind(submission["kind"]), created, name, upstream_id)
+    upstream_ids = [request.task_id for request in await gateway.upstream.control.list_requests() if request.task_id]
+    reference = TaskReference(tenant.id, account.id, Kind(submission["kind"]), created, name, upstream_ids[-1])
     task_id = TaskIdCodec(Keyring([SECRET_KEY]).derive(TASK_ID_PURPOSE)).encode(reference)
     await gateway.upstream.wait_until_idle()
     expect_json(await gateway.call("GET", f"/v1/tasks/{task_id}"))
