@@ -1,46 +1,107 @@
-"""The operators' API for accounts and tenants."""
+"""The operators' API for accounts, tenants and tokens, and their view of tasks."""
 
 from __future__ import annotations
 
-import asyncio
+import time
+from datetime import UTC, datetime
 from typing import Any
 
-import structlog
+import pytest
+from structlog.testing import capture_logs
 
 from service.devstack import ensure_demo_token
-from service.storage.connections import connect
 from tests.behaviour.audit import expect_problem
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN, RunningGateway
-from tests.behaviour.upstream_control import USER_KEY, SandboxUpstreamControl
-from tests.support.valkey import Valkey
+from tests.behaviour.legacy_client import LegacyClient
+from tests.behaviour.task_readers import wait_until
+from tests.behaviour.upstream_control import USER_KEY
+from tests.behaviour.usage_requests import expect_json, run_task, submission_id_of, submit_and_lose_response
 
-DEFAULTS = {"floor_count": 0, "floor_money": 0, "max_price": {}, "base_url": None, "note": ""}
+ACCOUNT_DEFAULTS = {"floor_count": 0, "floor_money": 0, "max_price": {}, "base_url": None, "note": ""}
+ACCOUNT: dict[str, Any] = {
+    "base_url": "https://upstream.example/api",
+    "floor_count": 2,
+    "floor_money": 1.5,
+    "max_price": {"upscale": 0.07, "vectorize": 2},
+    "note": "Invoiced\nmonthly.",
+}
+TENANT_DEFAULTS: dict[str, Any] = {
+    "limits": [],
+    "max_active": None,
+    "spending_mode": "count_then_money",
+    "kinds": None,
+    "state": "active",
+    "note": "",
+}
+TENANT: dict[str, Any] = {
+    "accounts": ["main"],
+    "limits": [{"window": "day", "tasks": 5, "money": 2.5}, {"window": "total", "tasks": None, "money": 100}],
+    "max_active": 3,
+    "spending_mode": "count_only",
+    "kinds": ["upscale"],
+    "state": "read-only",
+    "note": "Ask Li before raising a limit.",
+    "webhook": {"url": "https://hooks.example/a?key=1", "allow": ["other.example"]},
+}
+Change = tuple[dict[str, Any], dict[str, Any]]
+"""A patch, and what it changes."""
+ACCOUNT_CHANGES: list[Change] = [
+    ({}, {}),
+    ({"floor_count": 7}, {"floor_count": 7}),
+    ({"base_url": None, "floor_money": None}, {"base_url": None, "floor_money": 0}),
+    ({"max_price": {"upscale": 3, "vectorize": None}}, {"max_price": {"upscale": 3}}),
+    ({"max_price": None, "note": None}, {"max_price": {}, "note": ""}),
+]
+TENANT_CHANGES: list[Change] = [
+    ({}, {}),
+    ({"disabled": False}, {"state": "active"}),
+    ({"purse": "count_then_money"}, {"spending_mode": "count_then_money"}),
+    ({"limits": [{"window": "hour", "tasks": 1}]}, {"limits": [{"window": "hour", "tasks": 1, "money": None}]}),
+    ({"kinds": None, "max_active": None}, {"kinds": None, "max_active": None}),
+    ({"webhook": {"url": "https://new.example/"}}, {"webhook": TENANT["webhook"] | {"url": "https://new.example/"}}),
+    ({"webhook": {"allow": None}}, {"webhook": TENANT["webhook"] | {"allow": []}}),
+    ({"webhook": None, "note": "Another."}, {"webhook": None, "note": "Another."}),
+]
 
 
 async def get_json(gateway: RunningGateway, path: str) -> dict[str, Any]:
-    response = await gateway.call_admin("GET", path)
-    assert response.status_code == 200, response.text
-    content: dict[str, Any] = response.json()
-    return content
+    return expect_json(await gateway.call_admin("GET", path))
 
 
 async def put_json(gateway: RunningGateway, path: str, **body: Any) -> dict[str, Any]:
-    response = await gateway.call_admin("PUT", path, json=body)
-    assert response.status_code == 200, response.text
-    content: dict[str, Any] = response.json()
-    return content
+    return expect_json(await gateway.call_admin("PUT", path, json=body))
 
 
+async def create_token(gateway: RunningGateway, **body: Any) -> dict[str, Any]:
+    response = await gateway.call_admin("POST", "/tenants/shop/tokens", json=body)
+    assert response.headers["cache-control"] == "no-store"
+    return expect_json(response, 201)
+
+
+async def is_token_valid(gateway: RunningGateway, token: str) -> bool:
+    response = await gateway.call("GET", "/v1/quota", token=token)
+    if response.status_code != 200:
+        expect_problem(response, 401, "unauthenticated")
+    return response.status_code == 200
+
+
+async def list_task_ids(gateway: RunningGateway, query: str) -> list[str]:
+    return [task["id"] for task in (await get_json(gateway, f"/tasks?{query}"))["items"]]
+
+
+@pytest.mark.smoke
 async def test_account_shows_balance_and_state_without_its_key(gateway: RunningGateway) -> None:
-    unseen = {"remaining_count": None, "remaining_money": None, "in_flight": 0, "unknown": 0}
-    nothing = {"unexplained": {"count": 0, "money": 0}, "prices": {}, "live_balance_checks": False}
-    assert await get_json(gateway, "/accounts/main") == {
+    assert await get_json(gateway, "/accounts/main") == ACCOUNT_DEFAULTS | {
         "name": "main",
         "state": "open",
         "look_again_at": None,
-        **DEFAULTS,
-        **unseen,
-        **nothing,
+        "remaining_count": None,
+        "remaining_money": None,
+        "in_flight": 0,
+        "unknown": 0,
+        "unexplained": {"count": 0, "money": 0},
+        "prices": {},
+        "live_balance_checks": False,
     }
     await gateway.upstream.keep_running()
     task = (await gateway.submit()).json()
@@ -49,163 +110,195 @@ async def test_account_shows_balance_and_state_without_its_key(gateway: RunningG
     assert (account["remaining_count"]["value"], account["remaining_money"]["value"]) == (9, 300)
     assert account["remaining_count"]["seen_at"] >= task["created_at"]
     assert (await get_json(gateway, "/accounts"))["items"] == [account]
-
-
-async def test_put_replaces_an_account(gateway: RunningGateway) -> None:
-    rich = {"floor_count": 2, "floor_money": 1.5, "max_price": {"upscale": 0.07}}
-    assert rich.items() <= (await put_json(gateway, "/accounts/main", **rich)).items()
-    assert rich.items() <= (await get_json(gateway, "/accounts/main")).items()
-    assert DEFAULTS.items() <= (await put_json(gateway, "/accounts/main")).items()
-    assert (await gateway.submit()).status_code == 201
-
-
-async def test_account_with_its_own_base_url(gateway: RunningGateway) -> None:
-    for url in ("http://127.0.0.1:9/", "https://[::1]:8443/api/v2//", "http://upstream.example/a%20b"):
-        assert (await put_json(gateway, "/accounts/main", base_url=url))["base_url"] == url.rstrip("/")
-
-
-async def test_put_replaces_a_tenant(gateway: RunningGateway) -> None:
-    await gateway.submit()
-    full = {
-        "limits": [{"window": "day", "tasks": 5, "money": 2.5}],
-        "max_active": 3,
-        "spending_mode": "count_only",
-        "kinds": ["upscale"],
-        "state": "disabled",
-    }
-    tenant = await put_json(gateway, "/tenants/shop", accounts=["main"], **full)
-    assert full.items() <= tenant.items()
-    used = {policy["policy"]: policy["used"] for policy in tenant["policies"]}
-    assert used["day-tasks"] == 1
-    tenant = await put_json(gateway, "/tenants/shop", accounts=["main"])
-    defaults: dict[str, Any] = {
-        "limits": [],
-        "max_active": None,
-        "spending_mode": "count_then_money",
-        "kinds": None,
-        "state": "active",
-    }
-    assert defaults.items() <= tenant.items()
-    assert (await gateway.submit()).status_code == 201
-
-
-async def test_zero_limit_refuses_everything(gateway: RunningGateway) -> None:
-    nothing: list[dict[str, Any]] = [{"limits": [{"window": "hour", "tasks": 0}]}, {"max_active": 0}, {"kinds": []}]
-    for policy in nothing:
-        await gateway.put_tenant(**policy)
-        assert (await gateway.submit()).status_code in {403, 429}
-    await gateway.upstream.set_balance(count=0, money=300)
-    await gateway.put_tenant(limits=[{"window": "hour", "money": 0}])
-    await gateway.submit()
-    response = await gateway.submit()
-    assert response.status_code == 429, response.text
-
-
-async def test_limit_below_the_use(gateway: RunningGateway) -> None:
-    for _ in range(3):
-        await gateway.submit()
-    await gateway.put_tenant(limits=[{"window": "total", "tasks": 1}])
-    expect_problem(await gateway.submit(), 429, "quota-exceeded")
-    (policy,) = (await get_json(gateway, "/tenants/shop"))["policies"]
-    assert (policy["limit"], policy["used"], policy["remaining"]) == (1, 3, 0)
-
-
-async def test_lowered_floor_reopens_the_account(gateway: RunningGateway) -> None:
-    await put_json(gateway, "/accounts/main", floor_count=9, floor_money=300)
-    assert (await gateway.submit()).status_code == 201
-    expect_problem(await gateway.submit(), 402, "balance-exhausted")
-    await put_json(gateway, "/accounts/main", floor_count=5, floor_money=300)
-    assert (await gateway.submit()).status_code == 201
-
-
-async def test_identical_put_keeps_the_balance(gateway: RunningGateway) -> None:
-    await gateway.submit()
-    account = await get_json(gateway, "/accounts/main")
-    assert account["remaining_count"]
     assert await put_json(gateway, "/accounts/main", user_key=USER_KEY) == account
 
 
-async def test_concurrent_changes_are_all_applied(gateway: RunningGateway) -> None:
-    names = [f"tenant-{number}" for number in range(25)]
-    await asyncio.gather(*(gateway.put_tenant(name) for name in names), *(gateway.new_token() for _ in range(5)))
-    assert {item["name"] for item in (await get_json(gateway, "/tenants"))["items"]} == {"shop", *names}
-    assert len((await get_json(gateway, "/tenants/shop"))["tokens"]) == 6
+@pytest.mark.smoke
+async def test_put_replaces_accounts_and_tenants(gateway: RunningGateway) -> None:
+    for url in ("https://[::1]:8443/api/v2//", "http://upstream.example/a%20b"):
+        assert (await put_json(gateway, "/accounts/main", base_url=url))["base_url"] == url.rstrip("/")
+    assert ACCOUNT.items() <= (await put_json(gateway, "/accounts/main", **ACCOUNT)).items()
+    assert ACCOUNT_DEFAULTS.items() <= (await put_json(gateway, "/accounts/main")).items()
+    for _ in range(2):
+        assert (await gateway.submit()).status_code == 201
+    limits = [{"window": "total", "tasks": 1, "money": None}]
+    tenant = await put_json(gateway, "/tenants/shop", **TENANT | {"limits": limits})
+    del tenant["webhook"]["disabled_urls"], tenant["webhook"]["secret"]
+    assert (TENANT | {"limits": limits}).items() <= tenant.items()
+    total = next(policy for policy in tenant["policies"] if policy["policy"] == "total-tasks")
+    assert (total["limit"], total["used"], total["remaining"]) == (1, 2, 0)
+    assert TENANT_DEFAULTS.items() <= (await put_json(gateway, "/tenants/shop", accounts=["main"])).items()
+    assert (await gateway.submit()).status_code == 201
 
 
-async def test_deletion_of_used_objects_needs_force(gateway: RunningGateway) -> None:
-    await gateway.upstream.keep_running()
+async def test_limits_of_zero_refuse_everything(gateway: RunningGateway) -> None:
+    policies: list[dict[str, Any]] = [{"limits": [{"window": "hour", "tasks": 0}]}, {"max_active": 0}, {"kinds": []}]
+    for policy, status in zip(policies, (429, 429, 403), strict=True):
+        await gateway.put_tenant(**policy)
+        assert (await gateway.submit()).status_code == status
+    await gateway.upstream.set_balance(count=0, money=300)
+    await gateway.put_tenant(limits=[{"window": "hour", "money": 0}])
     await gateway.submit()
-    assert (
-        "1 submissions"
-        in expect_problem(await gateway.call_admin("DELETE", "/accounts/main"), 409, "conflict")["detail"]
-    )
-    assert "1 tasks" in expect_problem(await gateway.call_admin("DELETE", "/tenants/shop"), 409, "conflict")["detail"]
-    await gateway.call_admin("PUT", "/accounts/spare", json={"user_key": "spare"})
-    await gateway.put_tenant("other", accounts=["spare"])
-    assert "other." in expect_problem(await gateway.call_admin("DELETE", "/accounts/spare"), 409, "conflict")["detail"]
-    for path in ("/tenants/other", "/accounts/spare", "/tenants/shop?force=true", "/accounts/main?force=true"):
-        response = await gateway.call_admin("DELETE", path)
-        assert (response.status_code, response.content) == (204, b"")
-        expect_problem(await gateway.call_admin("DELETE", path), 404, "not-found")
-        expect_problem(await gateway.call_admin("GET", path.partition("?")[0]), 404, "not-found")
+    assert (await gateway.submit()).status_code == 429
 
 
-async def test_forced_account_deletion(gateway: RunningGateway) -> None:
-    await gateway.upstream.keep_running()
-    task = (await gateway.submit()).json()
-    await gateway.call_admin("DELETE", "/accounts/main?force=true")
-    assert (await get_json(gateway, "/tenants/shop"))["accounts"] == []
-    expect_problem(await gateway.submit(), 503, "account-misconfigured")
-    await gateway.poll_due_tasks()
-    assert (await gateway.call("GET", f"/v1/tasks/{task['id']}")).status_code == 200
-    await put_json(gateway, "/accounts/main", user_key=USER_KEY)
-    expect_problem(await gateway.submit(), 503, "account-misconfigured")
-    await gateway.put_tenant()
+async def test_lowered_floor_or_reopening_serves_the_account_again(gateway: RunningGateway) -> None:
+    await put_json(gateway, "/accounts/main", floor_count=9, floor_money=300)
     assert (await gateway.submit()).status_code == 201
-
-
-async def test_forced_tenant_deletion(gateway: RunningGateway, valkey: Valkey) -> None:
-    task = (await gateway.submit()).json()
-    await gateway.call_admin("DELETE", "/tenants/shop?force=true")
-    expect_problem(await gateway.call("GET", f"/v1/tasks/{task['id']}"), 401, "unauthenticated")
-    expect_problem(await gateway.submit(), 401, "unauthenticated")
-    assert gateway.services.registry.current.tokens == {}
-    with structlog.testing.capture_logs() as events:
-        await gateway.poll_due_tasks()
-    assert [event["state"] for event in events if event["event"] == "task.finished"] == ["succeeded"]
-    assert [event for event in events if event["log_level"] not in {"info", "debug"}] == []
-    assert (await get_json(gateway, "/accounts/main"))["in_flight"] == 0
-    if isinstance(gateway.upstream, SandboxUpstreamControl):
-        account = gateway.services.registry.current.accounts["main"].id
-        assert await _persistent_keys(valkey) == {"version", "clock", "clock:server", "registry", f"account:{account}"}
-
-
-async def test_reused_tenant_name_inherits_nothing(gateway: RunningGateway) -> None:
-    task = (await gateway.submit()).json()
-    await gateway.wait_for_task(task["id"])
-    old = gateway.token
-    await gateway.call_admin("DELETE", "/tenants/shop")
-    await gateway.put_tenant(limits=[{"window": "total", "tasks": 1}])
-    expect_problem(await gateway.call("GET", "/v1/quota", token=old), 401, "unauthenticated")
-    gateway.token = await gateway.new_token()
-    expect_problem(await gateway.call("GET", f"/v1/tasks/{task['id']}"), 404, "not-found")
-    assert (await gateway.call("GET", "/v1/tasks")).json()["items"] == []
-    (policy,) = (await gateway.call("GET", "/v1/quota")).json()["policies"]
-    assert (policy["used"], policy["reserved"], policy["remaining"]) == (0, 0, 1)
-    assert (await gateway.submit()).status_code == 201
-
-
-async def test_reopened_account_is_tried_at_once(gateway: RunningGateway) -> None:
-    await gateway.upstream.set_balance(count=1, money=0)
+    expect_problem(await gateway.submit(), 402, "balance-exhausted")
+    await put_json(gateway, "/accounts/main", floor_count=8, floor_money=300)
     assert (await gateway.submit()).status_code == 201
     expect_problem(await gateway.submit(), 402, "balance-exhausted")
     account = await get_json(gateway, "/accounts/main")
     assert account["state"] == "exhausted"
     assert account["look_again_at"]
-    await gateway.upstream.set_balance(count=5, money=0)
-    response = await gateway.call_admin("POST", "/accounts/main/reopen")
-    assert (response.status_code, response.json()["state"], response.json()["look_again_at"]) == (200, "open", None)
+    await gateway.upstream.set_balance(count=50, money=300)
+    reopened = expect_json(await gateway.call_admin("POST", "/accounts/main/reopen"))
+    assert (reopened["state"], reopened["look_again_at"]) == ("open", None)
     assert (await gateway.submit()).status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "settings", "changes"),
+    [("accounts", "main", ACCOUNT, ACCOUNT_CHANGES), ("tenants", "shop", TENANT, TENANT_CHANGES)],
+)
+async def test_patch_changes_what_it_names(
+    gateway: RunningGateway, section: str, name: str, settings: dict[str, Any], changes: list[Change]
+) -> None:
+    async def read_entry() -> dict[str, Any]:
+        entry: dict[str, Any] = (await get_json(gateway, "/registry"))[section][name]
+        return entry
+
+    path, media_type = f"/{section}/{name}", {"Content-Type": "application/merge-patch+json"}
+    for patch, changed in changes:
+        await put_json(gateway, path, **settings)
+        before = await read_entry()
+        response = await gateway.call_admin("PATCH", path, json=patch, headers=media_type)
+        patched = expect_json(response)
+        if patched.get("webhook"):
+            del patched["webhook"]["disabled_urls"]
+        expected = settings | changed
+        assert {field: patched[field] for field in expected} == expected
+        after = await read_entry()
+        assert {name for name in {*before, *after} if before.get(name) != after.get(name)} == changed.keys()
+        # The same settings as a PUT of the result gives: no default or secret was lost.
+        again = await gateway.call_admin("PUT", path, json=expected)
+        assert (again.headers["etag"], await read_entry()) == (response.headers["etag"], after)
+    no_objects: list[Any] = [None, [], 5, "state"]
+    for body in no_objects:
+        expect_problem(await gateway.call_admin("PATCH", path, json=body), 422, "invalid-options")
+
+
+async def test_patch_keeps_secrets(gateway: RunningGateway) -> None:
+    assert (await put_json(gateway, "/tenants/shop", **TENANT))["webhook"]["secret"].startswith("whsec_")
+    before = gateway.services.registry.current
+    patched = await gateway.call_admin("PATCH", "/tenants/shop", json={"webhook": {"url": "https://new.example/"}})
+    assert "secret" not in patched.json()["webhook"]
+    await gateway.call_admin("PATCH", "/accounts/main", json={"floor_count": 1})
+    after = gateway.services.registry.current
+    assert after.tenants["shop"].webhook.secrets == before.tenants["shop"].webhook.secrets
+    assert after.accounts["main"].user_key == before.accounts["main"].user_key
+    await gateway.call_admin("PATCH", "/tenants/shop", json={"webhook": {"secret": "whsec_" + "A" * 32}})
+    await gateway.call_admin("PATCH", "/accounts/main", json={"user_key": "another"})
+    changed = gateway.services.registry.current
+    assert changed.tenants["shop"].webhook.secrets != before.tenants["shop"].webhook.secrets
+    assert changed.accounts["main"].user_key != before.accounts["main"].user_key
+
+
+@pytest.mark.parametrize(("path", "settings"), [("/accounts/main", ACCOUNT), ("/tenants/shop", TENANT)])
+async def test_preconditions(gateway: RunningGateway, path: str, settings: dict[str, Any]) -> None:
+    etag = (await gateway.call_admin("GET", path)).headers["etag"]
+    match = {"If-Match": f'"other", {etag}'}
+    changed = await gateway.call_admin("PATCH", path, json=settings, headers=match)
+    assert (changed.status_code, changed.headers["etag"] == etag) == (200, False)
+    for method in ("PATCH", "PUT"):
+        expect_problem(await gateway.call_admin(method, path, json=settings, headers=match), 412, "outdated")
+        present = await gateway.call_admin(method, path, json=settings, headers={"If-Match": "*"})
+        assert (present.status_code, present.headers["etag"]) == (200, changed.headers["etag"])
+    create = {"If-None-Match": "*"}
+    expect_problem(await gateway.call_admin("PUT", path, json=settings, headers=create), 412, "outdated")
+    missing, body = path[:-1], {"user_key": "another"} if "accounts" in path else settings
+    expect_problem(await gateway.call_admin("PUT", missing, json=body, headers={"If-Match": "*"}), 412, "outdated")
+    assert (await gateway.call_admin("PUT", missing, json=body, headers=create)).status_code == 200
+
+
+async def test_states_of_a_tenant(gateway: RunningGateway) -> None:
+    old_client = LegacyClient(gateway.http, gateway.url, gateway.token)
+    task = (await gateway.submit()).json()
+    unknown_key = await LegacyClient(gateway.http, gateway.url, "igw_unknown").check(task["id"])
+    await gateway.call_admin("PATCH", "/tenants/shop", json={"state": "read-only"})
+    expect_problem(await gateway.submit(), 403, "tenant-read-only")
+    assert (await gateway.call("GET", f"/v1/tasks/{task['id']}")).status_code == 200
+    assert (await old_client.check(task["id"]))["err_code"] == 0
+    assert (await old_client.submit("submit_face_enhance_task"))["err_code"] == 1
+    await gateway.call_admin("PATCH", "/tenants/shop", json={"state": "disabled"})
+    expect_problem(await gateway.submit(), 403, "tenant-disabled")
+    for path in (f"/v1/tasks/{task['id']}", f"/v1/tasks/{task['id']}/events", "/v1/tasks", "/v1/usage"):
+        expect_problem(await gateway.call("GET", path), 403, "tenant-disabled")
+    assert await old_client.submit("submit_face_enhance_task") == unknown_key
+    with capture_logs() as events:
+        expect_problem(await gateway.call("GET", "/v1/quota"), 403, "tenant-disabled")
+        assert await old_client.check(task["id"]) == unknown_key
+        await wait_until(lambda: [event["event"] for event in events].count("request.ended") == 2)
+    assert {event["tenant"] for event in events if event["event"] == "request.ended"} == {"shop"}
+    await gateway.call_admin("PATCH", "/tenants/shop", json={"state": "active"})
+    assert (await gateway.submit()).status_code == 201
+    assert await gateway.upstream.count_submits() == 2
+
+
+@pytest.mark.smoke
+async def test_token_is_shown_once_and_revoked(gateway: RunningGateway) -> None:
+    made = await create_token(gateway, label="生产", expires_at="2999-12-31T23:30:00+08:00")
+    assert made.keys() == {"id", "token", "expires_at"}
+    assert made["expires_at"] == "2999-12-31T15:30:00Z"
+    listed = {token["id"]: token for token in (await get_json(gateway, "/tenants/shop"))["tokens"]}[made["id"]]
+    assert listed.keys() == {"id", "label", "created_at", "expires_at"}
+    assert (listed["label"], listed["expires_at"]) == ("生产", made["expires_at"])
+    without_body = expect_json(await gateway.call_admin("POST", "/tenants/shop/tokens"), 201)
+    assert without_body["expires_at"] is None
+    await gateway.put_tenant("other")
+    expect_problem(await gateway.call_admin("DELETE", f"/tenants/other/tokens/{made['id']}"), 404, "not-found")
+    assert await is_token_valid(gateway, made["token"])
+    response = await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{made['id']}")
+    assert (response.status_code, response.content) == (204, b"")
+    assert not await is_token_valid(gateway, made["token"])
+    assert await is_token_valid(gateway, without_body["token"])
+    expect_problem(await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{made['id']}"), 404, "not-found")
+
+
+async def test_token_ends_at_its_expiry_or_grace(gateway: RunningGateway) -> None:
+    now = float(int(time.time()))
+    gateway.services.registry_admin.now = gateway.services.tenant_auth._now = lambda: now
+    expiring = await create_token(gateway, expires_at=datetime.fromtimestamp(now + 30, UTC).isoformat())
+    revoked, kept = await create_token(gateway), await create_token(gateway)
+    await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{revoked['id']}?grace=30")
+    for token in (expiring, revoked):  # a later grace never extends it
+        await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{token['id']}?grace=3600")
+    now += 29.999
+    assert [await is_token_valid(gateway, token["token"]) for token in (expiring, revoked, kept)] == [True] * 3
+    now += 0.001
+    assert [await is_token_valid(gateway, token["token"]) for token in (expiring, revoked, kept)] == [
+        False,
+        False,
+        True,
+    ]
+    listed = {token["id"] for token in (await get_json(gateway, "/tenants/shop"))["tokens"]}
+    assert kept["id"] in listed
+    assert not {expiring["id"], revoked["id"]} & listed
+    assert {expiring["id"], revoked["id"]} < gateway.services.registry.current.tokens.keys()
+    await create_token(gateway)
+    assert not {expiring["id"], revoked["id"]} & gateway.services.registry.current.tokens.keys()
+
+
+async def test_revoke_all(gateway: RunningGateway) -> None:
+    await gateway.put_tenant("other")
+    others, second = await gateway.new_token("other"), await gateway.new_token()
+    listed = [token["id"] for token in (await get_json(gateway, "/tenants/shop"))["tokens"]]
+    response = await gateway.call_admin("POST", "/tenants/shop/revoke-all")
+    assert (response.status_code, response.json()) == (200, {"revoked": listed})
+    assert [await is_token_valid(gateway, token) for token in (gateway.token, second, others)] == [False, False, True]
+    assert (await gateway.call_admin("POST", "/tenants/shop/revoke-all")).json() == {"revoked": []}
+    assert await is_token_valid(gateway, await gateway.new_token())
 
 
 async def test_unknown_names_are_404(gateway: RunningGateway) -> None:
@@ -218,11 +311,15 @@ async def test_unknown_names_are_404(gateway: RunningGateway) -> None:
             ("DELETE", f"/tenants/{name}?force=true"),
             ("POST", f"/tenants/{name}/tokens"),
             ("DELETE", f"/tenants/{name}/tokens/x"),
+            ("POST", f"/tenants/{name}/revoke-all"),
         ):
             expect_problem(await gateway.call_admin(method, path), 404, "not-found")
+    for path in ("/tenants/unknown", "/accounts/unknown"):
+        expect_problem(await gateway.call_admin("PATCH", path, json={}), 404, "not-found")
 
 
-async def test_tokens_are_per_port(gateway: RunningGateway) -> None:
+@pytest.mark.smoke
+async def test_each_port_has_its_own_routes_and_tokens(gateway: RunningGateway) -> None:
     for token in (None, "Bearer", f"Bearer {gateway.token}", f"Bearer {ADMIN_TOKEN}x", f"Basic {ADMIN_TOKEN}"):
         headers = {"Authorization": token} if token else {}
         for method, path in (("GET", "/accounts"), ("PUT", "/tenants/x"), ("DELETE", "/accounts/main?nonsense")):
@@ -230,22 +327,52 @@ async def test_tokens_are_per_port(gateway: RunningGateway) -> None:
             expect_problem(response, 401, "unauthenticated")
             assert response.headers["www-authenticate"].startswith("Bearer ")
     expect_problem(await gateway.call("GET", "/v1/quota", token=ADMIN_TOKEN), 401, "unauthenticated")
-    expect_problem(await gateway.call("GET", "/admin/v1/accounts", token=ADMIN_TOKEN), 404, "not-found")
-    headers = {"Authorization": f"Bearer {gateway.token}"}
-    expect_problem(await gateway.http.get(f"{gateway.ops_url}/v1/quota", headers=headers), 404, "not-found")
+    for path in ("/metrics", "/admin/v1/tenants", "/admin/v1/accounts/main", "/admin"):
+        expect_problem(await gateway.call("GET", path, token=ADMIN_TOKEN), 404, "not-found")
+    for path in ("/v1/quota", "/v1/tasks", "/api/check_task_status", "/"):
+        headers = {"Authorization": f"Bearer {gateway.token}"}
+        expect_problem(await gateway.http.get(gateway.ops_url + path, headers=headers), 404, "not-found")
 
 
-async def _persistent_keys(valkey: Valkey) -> set[str]:
-    connections = connect(valkey.url, timeout=5)
-    client: Any = connections.commands
-    try:
-        keys = [key async for key in client.scan_iter()]
-        return {key.decode().removeprefix("{gw}:") for key in keys if await client.pttl(key) < 0}
-    finally:
-        await connections.aclose()
+async def test_operators_read_and_list_tasks_of_all_tenants(gateway: RunningGateway) -> None:
+    made = [await run_task(gateway, kind) for kind in ("seamless", "vectorize", "seamless")][::-1]
+    await gateway.put_tenant("other")
+    foreign = (await gateway.submit(token=await gateway.new_token("other"))).json()
+    for tenant, task in (("shop", made[0]), ("other", foreign)):
+        submission = submission_id_of(gateway, task)
+        expected = task | {"submission": submission, "tenant": tenant, "account": "main"}
+        for task_or_submission in (task["id"], submission):
+            assert await get_json(gateway, f"/tasks/{task_or_submission}") == expected
+    first = await get_json(gateway, "/tasks?tenant=shop&limit=2")
+    second = await get_json(gateway, f"/tasks?tenant=shop&limit=2&cursor={first['next_cursor']}")
+    assert [task["id"] for task in first["items"] + second["items"]] == [task["id"] for task in made]
+    assert second["next_cursor"] is None
+    assert await list_task_ids(gateway, "tenant=shop&kind=vectorize&state=succeeded") == [made[1]["id"]]
+    assert await list_task_ids(gateway, "tenant=shop&state=queued") == []
+    assert await list_task_ids(gateway, "tenant=other&state=queued") == [foreign["id"]]
+    foreign_cursor = await gateway.call_admin("GET", f"/tasks?tenant=other&cursor={first['next_cursor']}")
+    expect_problem(foreign_cursor, 400, "malformed-request")
+    expect_problem(await gateway.call_admin("GET", "/tasks?tenant=missing"), 404, "not-found")
+    for query, field in (("", "tenant"), ("tenant=shop&limit=0", "limit"), ("tenant=shop&status=x", "status")):
+        problem = expect_problem(await gateway.call_admin("GET", f"/tasks?{query}"), 422, "invalid-options")
+        assert [error["field"] for error in problem["errors"]] == [field]
+    lost = await submit_and_lose_response(gateway)
+    expect_problem(await gateway.call_admin("GET", f"/tasks/{lost}"), 404, "not-found")
 
 
-async def test_dev_account_follows_the_configured_key(gateway: RunningGateway) -> None:
+async def test_reading_as_operator_schedules_no_check(gateway: RunningGateway) -> None:
+    await gateway.upstream.keep_running()
+    task = (await gateway.submit()).json()
+    await gateway.advance(300)  # so that it is checked less often unless a tenant reads it
+    await gateway.poll_due_tasks()
+    checks = await gateway.upstream.count_checks()
+    assert (await get_json(gateway, f"/tasks/{task['id']}"))["state"] == "running"
+    assert await list_task_ids(gateway, "tenant=shop") == [task["id"]]
+    await gateway.poll_due_tasks()
+    assert await gateway.upstream.count_checks() == checks
+
+
+async def test_demo_account_follows_the_configured_key(gateway: RunningGateway) -> None:
     services = gateway.services
     token = await ensure_demo_token(services.registry_admin, services.registry, "first-key", None)
     made = services.registry.current.accounts["demo"]

@@ -1,27 +1,98 @@
-"""The registry as one document."""
+"""The registry as one document, and what deletions of accounts and tenants leave behind."""
 
 from __future__ import annotations
 
+import asyncio
+import base64
 from typing import Any
 
 import pytest
-import structlog
+from httpx2 import Response
+from structlog.testing import capture_logs
 
+from service.storage.connections import connect
 from tests.behaviour.audit import expect_problem
-from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway
-from tests.behaviour.registry_requests import (
-    ACCOUNT_KEY,
-    FULL_REGISTRY,
-    HOOK_SECRET,
-    apply_registry,
-    get_registry,
-    put_registry,
-)
+from tests.behaviour.balance_harness import open_balance_harness
+from tests.behaviour.gateway_fixture import RunningGateway
 from tests.behaviour.upstream_control import USER_KEY
+from tests.behaviour.usage_requests import expect_json, run_task
+from tests.support.valkey import Valkey
+
+ACCOUNT_KEY = "a-key-of-the-registry-0123"
+HOOK_SECRET = "whsec_" + base64.b64encode(b"s" * 32).decode()
+FULL_REGISTRY: dict[str, Any] = {
+    "accounts": {
+        "main": {
+            "user_key": {"env": "MAIN_KEY", "value": ACCOUNT_KEY},
+            "base_url": "http://127.0.0.1:9",
+            "floor_count": 2,
+            "floor_money": 0.5,
+            "max_price": {"upscale": 1.25},
+        },
+        "spare": {"user_key": {"file": "spare.key", "value": ACCOUNT_KEY + "-2"}},
+    },
+    "tenants": {
+        "shop": {
+            "accounts": ["spare", "main"],
+            "limits": [{"window": "day", "tasks": 5, "money": None}],
+            "max_active": 4,
+            "spending_mode": "count_only",
+            "kinds": ["upscale"],
+            "state": "read-only",
+            "webhook": {
+                "url": "https://hooks.example/a",
+                "allow": ["10.0.0.0/8"],
+                "secret": {"env": "HOOK", "value": HOOK_SECRET},
+            },
+            "tokens": {"0123456789ab": {"sha256": "ab" * 32, "label": "a label", "expires_at": "2100-01-01T00:00:00Z"}},
+        },
+    },
+}
+LIMITS: dict[str, Any] = {"limits": [{"window": "total", "tasks": 1_000}], "max_active": 1_000}
+"""Limits that no test reaches, so that the quota reports every counter."""
+LOST_AFTER_SECONDS = 1_800
+"""Seconds after which a task that cannot be checked is given up."""
 
 
+async def get_registry(gateway: RunningGateway) -> dict[str, Any]:
+    return expect_json(await gateway.call_admin("GET", "/registry"))
+
+
+async def put_registry(gateway: RunningGateway, document: Any, query: str = "", **headers: str) -> Response:
+    return await gateway.call_admin("PUT", f"/registry{query}", json=document, headers=headers)
+
+
+async def apply_registry(gateway: RunningGateway, document: Any, query: str = "") -> dict[str, Any]:
+    """Send the registry; return the differences applied."""
+    return expect_json(await put_registry(gateway, document, query))
+
+
+async def read_account(gateway: RunningGateway) -> dict[str, Any]:
+    return expect_json(await gateway.call_admin("GET", "/accounts/main"))
+
+
+async def delete_by_force(gateway: RunningGateway, path: str) -> None:
+    response = await gateway.call_admin("DELETE", f"{path}?force=true")
+    assert (response.status_code, response.content) == (204, b"")
+
+
+async def read_task(gateway: RunningGateway, task: dict[str, Any]) -> dict[str, Any]:
+    return expect_json(await gateway.call("GET", task["links"]["self"]))
+
+
+async def read_policies(gateway: RunningGateway) -> dict[str, dict[str, Any]]:
+    return {policy["policy"]: policy for policy in (await gateway.call("GET", "/v1/quota")).json()["policies"]}
+
+
+async def read_counts(gateway: RunningGateway) -> tuple[float, float, float]:
+    """Return used, reserved and active tasks of `shop`."""
+    policies = await read_policies(gateway)
+    return policies["total-tasks"]["used"], policies["total-tasks"]["reserved"], policies["max-active"]["used"]
+
+
+@pytest.mark.smoke
 async def test_document_has_no_secrets(gateway: RunningGateway) -> None:
-    response = await get_registry(gateway)
+    response = await gateway.call_admin("GET", "/registry")
     document = response.json()
     current = gateway.services.registry.current
     assert response.headers["etag"] == f'"{current.version}"'
@@ -34,79 +105,59 @@ async def test_document_has_no_secrets(gateway: RunningGateway) -> None:
     assert gateway.token not in response.text
 
 
-async def test_document_is_applied_in_one_version(gateway: RunningGateway) -> None:
+async def test_document_is_applied_in_one_version_and_once(gateway: RunningGateway) -> None:
     before = gateway.services.registry.current
-    applied = await apply_registry(gateway, FULL_REGISTRY)
-    assert applied["applied"]
+    assert (await apply_registry(gateway, FULL_REGISTRY))["applied"]
     after = gateway.services.registry.current
     assert after.version == before.version + 1
     assert after.accounts["main"].id == before.accounts["main"].id
-    document = (await get_registry(gateway)).json()
-    for token in before.tokens:  # stays without `prune`
-        del document["tenants"]["shop"]["tokens"][token]
+    current = await get_registry(gateway)
+    document: dict[str, Any] = current | {}
     for section in ("accounts", "tenants"):
         for name, sent in FULL_REGISTRY[section].items():
-            sent_part = {key: item for key, item in document[section][name].items() if key in sent}
-            assert _without_secrets(sent_part) == _without_secrets(sent)
-    listed = (await gateway.call_admin("GET", "/tenants/shop")).json()
-    assert listed["accounts"] == ["spare", "main"]
-    assert {item["id"] for item in listed["tokens"]} == {"0123456789ab", *before.tokens}
+            applied = {key: item for key, item in document[section][name].items() if key in sent}
+            for token in before.tokens:  # stays without `prune`
+                applied.get("tokens", {}).pop(token, None)
+            assert _without_secrets(applied) == _without_secrets(sent)
     expect_problem(await gateway.submit(), 403, "tenant-read-only")
-
-
-async def test_reapplying_changes_nothing(gateway: RunningGateway) -> None:
-    await apply_registry(gateway, FULL_REGISTRY)
-    version = gateway.services.registry.current.version
-    current = (await get_registry(gateway)).json()
-    for document, query in ((FULL_REGISTRY, ""), (current, ""), (current, "?prune=true")):
-        applied = await apply_registry(gateway, document, query)
+    for again, query in ((FULL_REGISTRY, ""), (await get_registry(gateway), "?prune=true")):
+        applied = await apply_registry(gateway, again, query)
         assert (applied["applied"], applied["differences"], applied["generated_secrets"]) == (False, [], {})
-    assert gateway.services.registry.current.version == version
+    assert gateway.services.registry.current.version == after.version
+
+
+def _without_secrets(value: Any) -> Any:
+    """Remove secrets, and creation times that the request omitted."""
+    if isinstance(value, dict):
+        return {key: _without_secrets(item) for key, item in value.items() if key not in {"value", "created_at"}}
+    return value
 
 
 async def test_dry_run_reports_every_difference(gateway: RunningGateway) -> None:
     await apply_registry(gateway, FULL_REGISTRY)
     version = gateway.services.registry.current.version
-    document = (await get_registry(gateway)).json()
+    document = await get_registry(gateway)
     document["accounts"]["main"]["floor_count"] = 3
     document["accounts"]["main"]["user_key"]["value"] = "quite-another-key"
+    spare = document["accounts"].pop("spare")
     document["tenants"]["shop"] |= {"accounts": ["main"], "kinds": None}
-    document["tenants"]["press"] = {"accounts": ["main"], "webhook": {"url": "https://hooks.example/b"}}
-    del document["accounts"]["spare"]
+    document["tenants"]["shop"]["webhook"]["url"] = "https://hooks.example/a?key=other-secret"
+    press = {"accounts": ["main"], "webhook": {"url": "https://hooks.example/b?key=first-secret"}}
+    document["tenants"]["press"] = press
     applied = await apply_registry(gateway, document, "?dry_run=true&prune=true")
-    press = {"accounts": ["main"], "webhook": {"url": "https://hooks.example/b"}}
+    shown = press | {"webhook": {"url": "https://hooks.example/b?…"}}
     assert [list(difference.values()) for difference in applied["differences"]] == [
         ["accounts.main.floor_count", "changed", 2, 3],
         ["accounts.main.user_key.value", "changed"],
-        ["accounts.spare", "removed", {"id": _account_id(gateway, "spare"), "user_key": {"file": "spare.key"}}],
-        ["tenants.press", "added", press],
+        ["accounts.spare", "removed", spare],
+        ["tenants.press", "added", shown],
         ["tenants.press.webhook.secret.value", "added"],
         ["tenants.shop.accounts", "changed", ["spare", "main"], ["main"]],
         ["tenants.shop.kinds", "removed", ["upscale"]],
+        ["tenants.shop.webhook.url", "changed", "https://hooks.example/a", "https://hooks.example/a?…"],
     ]
     assert (applied["applied"], applied["generated_secrets"], applied["unmanaged"]) == (False, {}, [])
     assert gateway.services.registry.current.version == version
-
-
-async def test_webhook_query_is_hidden_in_differences(gateway: RunningGateway) -> None:
-    hook = {"url": "https://hooks.example/a?key=first-secret"}
-    added = await apply_registry(
-        gateway, {"accounts": {}, "tenants": {"press": {"accounts": ["main"], "webhook": hook}}}
-    )
-    assert added["differences"][0]["after"]["webhook"]["url"] == "https://hooks.example/a?…"
-    document = (await get_registry(gateway)).json()
-    document["tenants"]["press"]["webhook"]["url"] = "https://hooks.example/a?key=other-secret"
-    changed = await apply_registry(gateway, document)
-    (difference,) = changed["differences"]
-    assert difference == {
-        "path": "tenants.press.webhook.url",
-        "action": "changed",
-        "before": "https://hooks.example/a?…",
-        "after": "https://hooks.example/a?…",
-    }
-    assert (
-        gateway.services.registry.current.tenants["press"].webhook.url == document["tenants"]["press"]["webhook"]["url"]
-    )
 
 
 async def test_unmanaged_objects_stay_without_prune(gateway: RunningGateway) -> None:
@@ -118,175 +169,236 @@ async def test_unmanaged_objects_stay_without_prune(gateway: RunningGateway) -> 
     assert applied["unmanaged"] == ["accounts.spare", "tenants.press", f"tenants.shop.tokens.{token}"]
     assert (await gateway.call("GET", "/v1/quota")).status_code == 200
     applied = await apply_registry(gateway, document, "?prune=true")
-    assert [difference["path"] for difference in applied["differences"]] == [
-        "accounts.spare",
-        "tenants.press",
-        "tenants.shop.tokens",
-    ]
+    removed = [difference["path"] for difference in applied["differences"]]
+    assert removed == ["accounts.spare", "tenants.press", "tenants.shop.tokens"]
     expect_problem(await gateway.call("GET", "/v1/quota"), 401, "unauthenticated")
     current = gateway.services.registry.current
     assert (list(current.accounts), list(current.tenants), list(current.tokens)) == (["main"], ["shop"], [])
 
 
-async def test_objects_with_running_tasks_need_force(gateway: RunningGateway) -> None:
-    await gateway.upstream.keep_running()
-    task = (await gateway.submit()).json()
-    for query in ("?prune=true", "?prune=true&dry_run=true"):
-        response = await gateway.call_admin("PUT", f"/registry{query}", json={})
-        expect_problem(response, 409, "conflict")
-        assert "1 submissions of accounts.main have not ended; 1 tasks of tenants.shop are active" in response.text
-    assert "shop" in gateway.services.registry.current.tenants
-    assert (await gateway.call("GET", task["links"]["self"])).status_code == 200
-    await apply_registry(gateway, {}, "?prune=true&force=true")
-    assert gateway.services.registry.current.tenants == {}
-
-
-async def test_empty_document_needs_force(gateway: RunningGateway) -> None:
+async def test_pruning_all_or_running_work_needs_force(gateway: RunningGateway) -> None:
     before = gateway.services.registry.current
-    for query in ("?prune=true", "?prune=true&dry_run=true"):
-        response = await gateway.call_admin("PUT", f"/registry{query}", json={"accounts": {}})
-        expect_problem(response, 409, "conflict")
-        assert "Nothing would be left" in response.text
+    for document in ({"accounts": {}}, {}):
+        for query in ("?prune=true", "?prune=true&dry_run=true"):
+            expect_problem(await put_registry(gateway, document, query), 409, "conflict")
+    await gateway.upstream.keep_running()
+    await gateway.submit()
+    for remaining in (
+        {"accounts": {"main": {}}, "tenants": {}},
+        {"accounts": {}, "tenants": {"shop": {"accounts": []}}},
+    ):
+        expect_problem(await put_registry(gateway, remaining, "?prune=true"), 409, "conflict")
     assert gateway.services.registry.current is before
     await apply_registry(gateway, {}, "?prune=true&force=true")
-    assert gateway.services.registry.current.accounts == {}
+    after = gateway.services.registry.current
+    assert (after.accounts, after.tenants, after.tokens) == ({}, {}, {})
     assert (await apply_registry(gateway, {}, "?prune=true"))["differences"] == []
 
 
-@pytest.mark.parametrize("tag", ['"1"', 'W/"3"', "3", '"x"', '"1", "2"'])
-async def test_outdated_version_is_refused(gateway: RunningGateway, tag: str) -> None:
+async def test_only_the_current_version_is_replaced(gateway: RunningGateway) -> None:
     before = gateway.services.registry.current
-    response = await put_registry(gateway, FULL_REGISTRY, tag)
-    expect_problem(response, 412, "outdated")
+    for tag in ('"1"', f'W/"{before.version}"', str(before.version), '"x"', '"1", "2"'):
+        expect_problem(await put_registry(gateway, FULL_REGISTRY, **{"If-Match": tag}), 412, "outdated")
     assert gateway.services.registry.current is before
-
-
-async def test_current_version_is_applied(gateway: RunningGateway) -> None:
-    tag = (await get_registry(gateway)).headers["etag"]
-    response = await put_registry(gateway, FULL_REGISTRY, f'"0", {tag}')
-    assert response.status_code == 200
-    assert response.headers["etag"] == (await get_registry(gateway)).headers["etag"] != tag
-    assert (await put_registry(gateway, FULL_REGISTRY, "*")).status_code == 200
-
-
-async def test_concurrent_write_is_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with run_fake_gateway() as (gateway, _, _):
-        store: Any = gateway.services.registry
-        write = store.write
-
-        async def forestalled(change: Any) -> bool:
-            monkeypatch.undo()
-            await write(type(change)(version=change.version, next_id=change.next_id))
-            return bool(await write(change))
-
-        monkeypatch.setattr(store, "write", forestalled)
-        response = await gateway.call_admin("PUT", "/registry", json=FULL_REGISTRY)
-        expect_problem(response, 412, "outdated")
-        assert list(gateway.services.registry.current.accounts) == ["main"]
+    response = await put_registry(gateway, FULL_REGISTRY, **{"If-Match": f'"0", "{before.version}"'})
+    assert (response.status_code, response.headers["etag"]) == (200, f'"{before.version + 1}"')
+    assert (await put_registry(gateway, FULL_REGISTRY, **{"If-Match": "*"})).status_code == 200
 
 
 async def test_one_error_rejects_the_document(gateway: RunningGateway) -> None:
     before = gateway.services.registry.current
-    document: dict[str, Any] = {
-        "accounts": {"new": {}, "main": {"floor_money": 0.001, "user_key": {"value": "with blanks"}}},
-        "tenants": {"shop": {"accounts": ["main"], "limits": [{"window": "day"}]}, "fine": {"accounts": ["main"]}},
+    tenants: dict[str, Any] = {
+        "shop": {"accounts": ["main"], "limits": [{"window": "day"}]},
+        "fine": {"accounts": ["main"]},
     }
-    response = await gateway.call_admin("PUT", "/registry", json=document)
-    expect_problem(response, 422, "invalid-options")
-    assert [error["field"] for error in response.json()["errors"]] == [
-        "accounts.main.user_key",
-        "accounts.main.floor_money",
-        "tenants.shop.limits[0]",
+    accounts: dict[str, Any] = {"new": {}, "main": {"floor_money": 0.001, "user_key": {"value": "with blanks"}}}
+    faulty: list[tuple[dict[str, Any], list[str]]] = [
+        (
+            {"accounts": accounts, "tenants": tenants},
+            ["accounts.main.user_key", "accounts.main.floor_money", "tenants.shop.limits[0]"],
+        ),
+        (
+            {"accounts": {"new": {}}, "tenants": {"shop": {"accounts": ["mian"]}}},
+            ["accounts.new.user_key", "tenants.shop.accounts[0]"],
+        ),
+        ({"accounts": {"main": {"x": 1}}}, ["accounts.main.x"]),
     ]
-    assert "with blanks" not in response.text
-    document |= {"accounts": {"new": {}}, "tenants": {"shop": {"accounts": ["mian"]}}}
-    response = await gateway.call_admin("PUT", "/registry", json=document)
-    assert [error["field"] for error in response.json()["errors"]] == [
-        "accounts.new.user_key",
-        "tenants.shop.accounts[0]",
-    ]
-    expect_problem(
-        await gateway.call_admin("PUT", "/registry", json={"accounts": {"main": {"x": 1}}}), 422, "invalid-options"
-    )
-    expect_problem(await gateway.call_admin("PUT", "/registry?prune=maybe", json={}), 422, "invalid-options")
-    expect_problem(await gateway.call_admin("PUT", "/registry", content=b"{"), 400, "malformed-request")
+    for document, fields in faulty:
+        response = await put_registry(gateway, document)
+        problem = expect_problem(response, 422, "invalid-options")
+        assert [error["field"] for error in problem["errors"]] == fields
+        assert "with blanks" not in response.text
+    expect_problem(await put_registry(gateway, {}, "?prune=maybe"), 422, "invalid-options")
     assert gateway.services.registry.current is before
 
 
-async def test_generated_secret_is_shown_once(gateway: RunningGateway) -> None:
-    document: dict[str, Any] = {
-        "tenants": {"shop": {"accounts": ["main"], "webhook": {"url": "https://hooks.example"}}}
-    }
-    applied = await apply_registry(gateway, document)
+async def test_webhook_secret_is_generated_and_shown_once(gateway: RunningGateway) -> None:
+    shop: dict[str, Any] = {"accounts": ["main"], "webhook": {"url": "https://hooks.example"}}
+    applied = await apply_registry(gateway, {"tenants": {"shop": shop}})
     assert applied["generated_secrets"]["shop"].startswith("whsec_")
-    document["tenants"]["shop"]["max_active"] = 3
-    assert (await apply_registry(gateway, document))["generated_secrets"] == {}
+    shop["max_active"] = 3
+    assert (await apply_registry(gateway, {"tenants": {"shop": shop}}))["generated_secrets"] == {}
 
 
 async def test_secret_reference_survives_while_the_secret_does(gateway: RunningGateway) -> None:
     await apply_registry(gateway, FULL_REGISTRY)
     await gateway.call_admin("PUT", "/accounts/main", json={"floor_count": 1})
     await gateway.put_tenant(webhook={"url": "https://hooks.example/a"})
-    document = (await get_registry(gateway)).json()
+    document = await get_registry(gateway)
     assert document["accounts"]["main"]["user_key"] == {"env": "MAIN_KEY"}
     assert document["tenants"]["shop"]["webhook"]["secret"] == {"env": "HOOK"}
     await gateway.call_admin("PUT", "/accounts/main", json={"user_key": "of-a-command"})
     await gateway.call_admin("POST", "/tenants/shop/webhook-secret")
-    document = (await get_registry(gateway)).json()
+    document = await get_registry(gateway)
     assert "user_key" not in document["accounts"]["main"]
     assert "secret" not in document["tenants"]["shop"]["webhook"]
 
 
 async def test_changed_key_reopens_the_account(gateway: RunningGateway) -> None:
     await gateway.upstream.set_balance(count=1, money=0)
-    await gateway.wait_for_task((await gateway.submit()).json()["id"])
-    state_before = (await gateway.call_admin("GET", "/accounts/main")).json()["state"]
-    await apply_registry(
-        gateway, {"accounts": {"main": {"user_key": {"value": USER_KEY}, "max_price": {"upscale": 1}}}}
-    )
-    assert (await gateway.call_admin("GET", "/accounts/main")).json()["state"] == state_before == "exhausted"
-    await apply_registry(gateway, {"accounts": {"main": {"user_key": {"value": ACCOUNT_KEY}}}})
-    assert (await gateway.call_admin("GET", "/accounts/main")).json()["state"] == "open"
+    await run_task(gateway)
+    same_key = {"user_key": {"value": USER_KEY}, "max_price": {"upscale": 1}}
+    for account, state in ((same_key, "exhausted"), ({"user_key": {"value": ACCOUNT_KEY}}, "open")):
+        await apply_registry(gateway, {"accounts": {"main": account}})
+        assert (await read_account(gateway))["state"] == state
 
 
-async def test_changes_are_logged_without_secrets(gateway: RunningGateway) -> None:
-    with structlog.testing.capture_logs() as logged:
-        responses = [
-            await gateway.call_admin("PUT", "/registry", json=FULL_REGISTRY),
-            await gateway.call_admin("PUT", "/registry?dry_run=true&prune=true&force=true", json={}),
-            await gateway.call_admin(
-                "PUT", "/registry", json={"accounts": {"main": {"user_key": {"value": [ACCOUNT_KEY]}}}}
-            ),
-            await gateway.call_admin("PUT", "/registry?prune=true&force=true", json={}),
-            await get_registry(gateway),
-        ]
-    assert [response.status_code for response in responses] == [200, 200, 422, 200, 200]
-    events = [item for item in logged if not item["event"].startswith("request")]
-    assert [
-        (event["event"].partition(".")[0], event.get("account") or event.get("tenant") or event["removed_tenants"])
-        for event in events
-    ] == [
-        ("registry", []),
-        ("account", "main"),
-        ("account", "spare"),
-        ("tenant", "shop"),
-        ("token", "shop"),
-        ("registry", ["shop"]),
-    ]
-    assert events[1]["floor_count"] == 2
-    assert events[3]["webhook"] == {"url": "https://hooks.example/a", "allow": ["10.0.0.0/8"]}
-    assert events[3]["key_given"]
-    for secret in (ACCOUNT_KEY, HOOK_SECRET, USER_KEY, gateway.token):
-        assert secret not in repr(logged)
-        assert not any(secret in response.text for response in responses)
+async def test_deletion_of_used_objects_needs_force(gateway: RunningGateway) -> None:
+    await gateway.upstream.keep_running()
+    await gateway.submit()
+    await gateway.call_admin("PUT", "/accounts/spare", json={"user_key": "spare"})
+    await gateway.put_tenant("other", accounts=["spare"])
+    for path in ("/accounts/main", "/tenants/shop", "/accounts/spare"):
+        expect_problem(await gateway.call_admin("DELETE", path), 409, "conflict")
+    for path in ("/tenants/other", "/accounts/spare", "/tenants/shop?force=true", "/accounts/main?force=true"):
+        assert (await gateway.call_admin("DELETE", path)).status_code == 204
+        expect_problem(await gateway.call_admin("DELETE", path), 404, "not-found")
+        expect_problem(await gateway.call_admin("GET", path.partition("?")[0]), 404, "not-found")
 
 
-def _account_id(gateway: RunningGateway, account: str) -> int:
-    return gateway.services.registry.current.accounts[account].id
+async def test_tasks_of_a_deleted_account_are_lost_in_time(gateway: RunningGateway) -> None:
+    await gateway.put_tenant(limits=[{"window": "total", "tasks": 1_000, "money": 1_000}], max_active=1_000)
+    tasks = [(await gateway.submit()).json() for _ in range(2)]
+    assert (await read_policies(gateway))["total-money"]["reserved"] > 0
+    checks = await gateway.upstream.count_checks()
+    await delete_by_force(gateway, "/accounts/main")
+    await gateway.poll_due_tasks()
+    await gateway.advance(LOST_AFTER_SECONDS - 60)
+    await gateway.poll_due_tasks()
+    assert [(await read_task(gateway, task))["state"] for task in tasks] == ["queued"] * 2
+    assert await read_counts(gateway) == (2, 0, 2)
+    expect_problem(await gateway.submit(), 503, "account-misconfigured")
+    await gateway.advance(60)
+    ended = [await gateway.wait_for_task(task["id"]) for task in tasks]
+    assert {(task["state"], task["error"]["code"]) for task in ended} == {("failed", "task-lost")}
+    assert {task["cost"]["basis"] for task in ended} <= {"estimated", "unknown"}
+    assert [await read_task(gateway, task) for task in tasks] == ended
+    assert await read_counts(gateway) == (2, 0, 0)
+    money = (await read_policies(gateway))["total-money"]
+    assert (money["reserved"], money["remaining"]) == (0, 1_000)
+    assert await gateway.upstream.count_checks() == checks
 
 
-def _without_secrets(value: Any) -> Any:
-    """Remove secrets, and creation times that the request omitted."""
-    if isinstance(value, dict):
-        return {key: _without_secrets(item) for key, item in value.items() if key not in {"value", "created_at"}}
-    return value
+async def test_recreated_account_inherits_nothing(gateway: RunningGateway) -> None:
+    await gateway.put_tenant(**LIMITS)
+    old = (await gateway.submit()).json()
+    await delete_by_force(gateway, "/accounts/main")
+    await gateway.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY})
+    fresh = await read_account(gateway)
+    assert (fresh["state"], fresh["remaining_count"], fresh["in_flight"]) == ("open", None, 0)
+    expect_problem(await gateway.submit(), 503, "account-misconfigured")
+    await gateway.put_tenant(**LIMITS)
+    new = (await gateway.submit()).json()
+    await gateway.poll_due_tasks()
+    assert (await gateway.wait_for_task(new["id"]))["state"] == "succeeded"
+    assert (await read_task(gateway, old))["state"] == "queued"
+    assert (await read_account(gateway))["in_flight"] == 0
+    assert await read_counts(gateway) == (2, 0, 1)
+    await gateway.advance(LOST_AFTER_SECONDS)
+    assert (await gateway.wait_for_task(old["id"]))["error"]["code"] == "task-lost"
+    assert await read_counts(gateway) == (2, 0, 0)
+
+
+async def test_one_of_two_accounts_deleted(gateway: RunningGateway) -> None:
+    await gateway.call_admin("PUT", "/accounts/spare", json={"user_key": USER_KEY})
+    await gateway.put_tenant(accounts=["main", "spare"], limits=[{"window": "total", "tasks": 3}], max_active=3)
+    lost = (await gateway.submit()).json()
+    await delete_by_force(gateway, "/accounts/main")
+    done = (await gateway.submit()).json()
+    await gateway.poll_due_tasks()
+    assert (await gateway.wait_for_task(done["id"]))["state"] == "succeeded"
+    await gateway.advance(LOST_AFTER_SECONDS)
+    assert (await gateway.wait_for_task(lost["id"]))["error"]["code"] == "task-lost"
+    assert (await gateway.submit()).status_code == 201
+    expect_problem(await gateway.submit(), 429, "quota-exceeded")
+
+
+async def test_tenant_deleted_with_running_tasks(gateway: RunningGateway, valkey: Valkey) -> None:
+    tasks = [(await gateway.submit()).json() for _ in range(3)]
+    await delete_by_force(gateway, "/tenants/shop")
+    expect_problem(await gateway.call("GET", tasks[0]["links"]["self"]), 401, "unauthenticated")
+    expect_problem(await gateway.submit(), 401, "unauthenticated")
+    assert (await read_account(gateway))["in_flight"] == 3
+    with capture_logs() as events:
+        await gateway.poll_due_tasks()
+    assert [event["state"] for event in events if event["event"] == "task.finished"] == ["succeeded"] * 3
+    assert {event["log_level"] for event in events} <= {"info", "debug"}
+    assert (await read_account(gateway))["in_flight"] == 0
+    account = gateway.services.registry.current.accounts["main"].id
+    assert await _permanent_keys(valkey) == {"version", "clock", "clock:server", "registry", f"account:{account}"}
+    await gateway.put_tenant(**LIMITS)
+    with_old_token = await gateway.call("GET", "/v1/quota")
+    expect_problem(with_old_token, 401, "unauthenticated")
+    gateway.token = await gateway.new_token()
+    expect_problem(await gateway.call("GET", tasks[0]["links"]["self"]), 404, "not-found")
+    assert (await gateway.call("GET", "/v1/tasks")).json()["items"] == []
+    assert await read_counts(gateway) == (0, 0, 0)
+    assert (await gateway.submit()).status_code == 201
+
+
+async def _permanent_keys(valkey: Valkey) -> set[str]:
+    connections = connect(valkey.url, timeout=5)
+    client: Any = connections.commands
+    try:
+        keys = [key async for key in client.scan_iter()]
+        return {key.decode().removeprefix("{gw}:") for key in keys if await client.pttl(key) < 0}
+    finally:
+        await connections.aclose()
+
+
+async def test_operators_read_tasks_of_a_deleted_tenant_and_account(gateway: RunningGateway) -> None:
+    task = await run_task(gateway)
+    for path in ("/tenants/shop", "/accounts/main"):
+        assert (await gateway.call_admin("DELETE", path)).status_code == 204
+    read = expect_json(await gateway.call_admin("GET", f"/tasks/{task['id']}"))
+    assert (read["tenant"], read["account"], read["artifacts"]) == ("shop", None, task["artifacts"])
+    assert expect_json(await gateway.call_admin("GET", "/tasks?tenant=shop"))["items"] == [read]
+    await gateway.create_demo_tenant()
+    assert expect_json(await gateway.call_admin("GET", "/tasks?tenant=shop"))["items"] == []
+    assert expect_json(await gateway.call_admin("GET", f"/tasks/{task['id']}")) == read
+
+
+@pytest.mark.parametrize("paths", [["/tenants/shop"], ["/accounts/main"], ["/tenants/shop", "/accounts/main"]])
+async def test_deleted_while_sending(valkey: Valkey, paths: list[str]) -> None:
+    async with open_balance_harness(valkey) as harness:
+        submission = asyncio.create_task(harness.submit_concurrently(1))
+        await harness.control.wait_for_requests(
+            lambda requests: any(request.operation == "submit" for request in requests)
+        )
+        for path in paths:
+            await delete_by_force(harness.gateway, path)
+        (task,), _ = await submission
+        with capture_logs() as events:
+            for _ in range(2):
+                await harness.gateway.advance(LOST_AFTER_SECONDS)
+                await harness.gateway.poll_due_tasks()
+        finished = [event["state"] for event in events if event["event"] == "task.finished"]
+        assert finished == ["failed" if "/accounts/main" in paths else "succeeded"]
+        assert {event["log_level"] for event in events} <= {"info", "debug"}
+        assert await harness.sandbox.count_submits() == 1
+        if paths == ["/tenants/shop"]:
+            assert (await harness.get_account())["in_flight"] == 0
+        if paths == ["/accounts/main"]:
+            assert (await harness.gateway.wait_for_task(task["id"]))["error"]["code"] == "task-lost"
+            await harness.gateway.call_admin("PUT", "/tenants/shop", json={"accounts": []} | LIMITS)
+            assert await read_counts(harness.gateway) == (1, 0, 0)
