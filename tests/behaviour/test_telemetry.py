@@ -1,18 +1,19 @@
-"""Metrics of the ledger and of the process over HTTP."""
+"""Metrics of tenants, accounts and the store, and traces from the submission to the webhook."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import pytest
-from httpx2 import AsyncClient
 from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 
-from service.usecases import ledger_snapshot
+from service.usecases import caches, ledger_snapshot
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway, run_real_gateway
-from tests.fakes import FakeLedger
+from tests.behaviour.audit import expect_problem
+from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
+from tests.behaviour.webhook_receiver import make_secret, run_receiver
+from tests.support.traces import SPAN, TRACE, TraceCollector, run_collector
 from tests.support.valkey import Valkey, run_valkey
 
 Samples = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
@@ -40,14 +41,13 @@ class Scrape:
         return sum(values) if values else None
 
 
-async def scrape_metrics(gateway: RunningGateway, http: AsyncClient | None = None) -> Scrape:
-    return Scrape((await (http or gateway.http).get(f"{gateway.ops_url}/metrics")).raise_for_status().text)
+async def scrape_metrics(gateway: RunningGateway) -> Scrape:
+    return Scrape((await gateway.http.get(f"{gateway.ops_url}/metrics")).raise_for_status().text)
 
 
-@pytest.fixture
-async def fake_gateway() -> AsyncIterator[tuple[RunningGateway, FakeLedger]]:
-    async with run_fake_gateway() as (gateway, ledger, _):
-        yield gateway, ledger
+async def deliver_due(gateway: RunningGateway) -> None:
+    while await gateway.services.webhook_dispatcher.start_due():
+        await gateway.services.webhook_dispatcher.wait_idle()
 
 
 async def test_idle_tenant_shows_its_limits(gateway: RunningGateway) -> None:
@@ -61,28 +61,45 @@ async def test_idle_tenant_shows_its_limits(gateway: RunningGateway) -> None:
     assert (scrape["redis_up"], scrape["tenants"]) == (1, 2)
 
 
-async def test_task_moves_through_the_gauges(gateway: RunningGateway) -> None:
+@pytest.mark.smoke
+async def test_task_moves_through_the_metrics(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caches, "FINISHED_TTL_SECONDS", 60)  # on a slow machine the store would be read twice
     await gateway.put_tenant(limits=[{"window": "day", "tasks": 9, "money": 50}])
-    of_day = {"tenant": "shop", "policy": "day-tasks"}
-    task = (await gateway.submit()).json()["id"]
+    of_shop = {"tenant": "shop", "kind": "face-enhance"}
+    created = await gateway.submit()
     running = await scrape_metrics(gateway)
-    assert running.get_sample("tasks_active", tenant="shop", kind="face-enhance") == 1
+    assert running.get_sample("tasks_active", **of_shop) == 1
     assert running.get_sample("tasks_active", tenant="shop", kind="upscale") == 0
-    assert running.get_sample("quota_used", **of_day) == 1
-    assert running.get_sample("tasks_submitted_total", tenant="shop", kind="face-enhance") == 1
+    assert running.get_sample("quota_used", tenant="shop", policy="day-tasks") == 1
+    assert running.get_sample("tasks_submitted_total", **of_shop) == 1
     assert running.get_sample("account_open_submissions", account="main") == 1
     assert running["poll_tasks"] == 1
-    await gateway.wait_for_task(task)
+    for script in ("reserve", "settle"):
+        assert running.get_sample("redis_calls_total", command=script, outcome="ok") == 1
+        assert running.get_sample("redis_call_duration_seconds_count", command=script) == 1
+    await gateway.wait_for_task(created.json()["id"])
+    await gateway.advance(1)
+    before = await scrape_metrics(gateway)
+    for _ in range(3):
+        assert (await gateway.call("GET", created.headers["location"])).status_code == 200
     ended = await scrape_metrics(gateway)
+    for source, count in {"memory": 2, "store": 1, "upstream": 0}.items():
+        samples = [scrape.get_sample("task_reads_total", source=source) or 0 for scrape in (before, ended)]
+        assert samples[1] - samples[0] == count, source
     assert ended.get_sample("tasks_active", tenant="shop") == 0
-    assert ended.get_sample("tasks_finished_total", tenant="shop", kind="face-enhance", state="succeeded") == 1
-    assert ended.get_sample("tenant_task_duration_seconds_count", tenant="shop", kind="face-enhance") == 1
-    assert ended.get_sample("spent_uses_total", tenant="shop", kind="face-enhance") == 1
+    assert ended.get_sample("tasks_finished_total", **of_shop, state="succeeded") == 1
+    assert ended.get_sample("tenant_task_duration_seconds_count", **of_shop) == 1
+    assert ended.get_sample("spent_uses_total", **of_shop) == 1
     assert ended.get_sample("account_spent_uses_total", account="main") == 1
     assert ended.get_sample("account_remaining_uses", account="main") == 9
     assert ended.get_sample("account_state", account="main", state="open") == 1
     assert ended["poll_tasks"] == 0
     assert (ended.get_sample("poll_batch_size_sum"), ended.get_sample("poll_lag_seconds_count")) == (1, 1)
+    assert ended.get_sample("upstream_connections_limit", operation="submit") == 64
+    assert ended.get_sample("upstream_breaker_open") == 0
+    for status in ("500", "502", "503", "504"):  # zero before the first: `rate()` would miss that one
+        route = {"method": "GET", "port": "tenants", "route": "/v1/tasks/{task_id}", "status": status}
+        assert ended.get_sample("http_requests_total", **route) == 0
 
 
 async def test_spent_money_is_shown_in_yuan(gateway: RunningGateway) -> None:
@@ -103,53 +120,21 @@ async def test_spent_money_is_shown_in_yuan(gateway: RunningGateway) -> None:
 
 
 async def test_refusals_by_tenant_and_policy(gateway: RunningGateway) -> None:
-    await gateway.put_tenant(limits=[{"window": "day", "tasks": 1}])
-    assert (await gateway.submit()).status_code == 201
-    assert (await gateway.submit()).status_code == 429
-    await gateway.put_tenant()
-    await gateway.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
-    assert (await gateway.submit()).status_code == 402
-    assert (await gateway.submit()).status_code == 402
-    scrape = await scrape_metrics(gateway)
-    assert scrape.get_sample("quota_denials_total", tenant="shop", policy="day-tasks") == 1
-    assert scrape.get_sample("balance_denials_total", tenant="shop") == 2
-    assert scrape.get_sample("account_state", account="main", state="exhausted") == 1
-
-
-async def test_invalid_account_is_no_balance_denial(gateway: RunningGateway) -> None:
     await gateway.upstream.refuse_next(SubmitOutcome.INVALID_ACCOUNT)
     assert [(await gateway.submit()).status_code for _ in range(2)] == [503, 503]
     scrape = await scrape_metrics(gateway)
     assert scrape.get_sample("balance_denials_total", tenant="shop") == 0
     assert scrape.get_sample("account_state", account="main", state="invalid") == 1
-
-
-async def test_reads_are_counted_by_source(gateway: RunningGateway) -> None:
-    path = (await gateway.submit()).headers["location"]
-    before = await scrape_metrics(gateway)
-    await gateway.advance(1)
-    for _ in range(3):
-        assert (await gateway.call("GET", path)).status_code == 200
-    after = await scrape_metrics(gateway)
-    grown = {
-        source: (after.get_sample("task_reads_total", source=source) or 0)
-        - (before.get_sample("task_reads_total", source=source) or 0)
-        for source in ("memory", "store", "upstream")
-    }
-    assert grown == {"memory": 2, "store": 1, "upstream": 0}
-
-
-async def test_ledger_metrics_disappear_without_the_store(fake_gateway: tuple[RunningGateway, FakeLedger]) -> None:
-    gateway, ledger = fake_gateway
-    assert (await scrape_metrics(gateway)).get_sample("balance_denials_total", tenant="shop") == 0
-    ledger.is_unavailable = True
+    await gateway.call_admin("POST", "/accounts/main/reopen")
+    await gateway.put_tenant(limits=[{"window": "day", "tasks": 1}])
+    assert [(await gateway.submit()).status_code for _ in range(2)] == [201, 429]
+    await gateway.put_tenant()
+    await gateway.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
+    assert [(await gateway.submit()).status_code for _ in range(2)] == [402, 402]
     scrape = await scrape_metrics(gateway)
-    assert scrape["redis_up"] == 0
-    for name in ("tenants", "tasks_active", "account_state", "poll_tasks", "webhooks_failed"):
-        assert scrape.get_sample(name) is None
-    assert scrape.get_sample("tasks_submitted_total", tenant="shop") == 0
-    ledger.is_unavailable = False
-    assert (await scrape_metrics(gateway))["redis_up"] == 1
+    assert scrape.get_sample("quota_denials_total", tenant="shop", policy="day-tasks") == 1
+    assert scrape.get_sample("balance_denials_total", tenant="shop") == 2
+    assert scrape.get_sample("account_state", account="main", state="exhausted") == 1
 
 
 async def test_unresponsive_store_does_not_delay_scrapes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,28 +149,67 @@ async def test_unresponsive_store_does_not_delay_scrapes(monkeypatch: pytest.Mon
             assert (await scrape_metrics(gateway))["redis_up"] == 1
 
 
-async def test_store_errors_are_counted(valkey: Valkey) -> None:
-    async with run_real_gateway(valkey) as gateway, Redis(unix_socket_path=str(valkey.socket_path)) as store:
+async def test_refused_writes_are_counted(gateway: RunningGateway, valkey: Valkey) -> None:
+    async with Redis(unix_socket_path=str(valkey.socket_path)) as store:
         await store.config_set("min-replicas-to-write", 1)
         try:
-            assert (await gateway.submit()).status_code == 503
+            expect_problem(await gateway.submit(), 503, "ledger-unavailable")
         finally:
             await store.config_set("min-replicas-to-write", 0)
-        scrape = await scrape_metrics(gateway)
-        assert scrape.get_sample("redis_calls_total", command="reserve", outcome="unavailable") == 1
-        assert scrape.get_sample("redis_errors_total", error="response") == 1
+    scrape = await scrape_metrics(gateway)
+    assert scrape.get_sample("redis_calls_total", command="reserve", outcome="unavailable") == 1
+    assert scrape.get_sample("redis_errors_total", error="response") == 1
 
 
-async def test_store_calls_are_counted_by_script(valkey: Valkey) -> None:
-    async with run_real_gateway(valkey) as gateway:
-        before = await scrape_metrics(gateway)
-        await gateway.submit()
-        after = await scrape_metrics(gateway)
-        for call in ("reserve", "settle"):
-            grown = [
-                (item.get_sample("redis_calls_total", command=call, outcome="ok") or 0) for item in (before, after)
-            ]
-            assert grown == [0, 1]
-            assert after.get_sample("redis_call_duration_seconds_count", command=call) == 1
-        assert after.get_sample("upstream_connections_limit", operation="submit") == 64
-        assert after.get_sample("upstream_breaker_open") == 0
+@pytest.fixture
+def collector() -> Iterator[TraceCollector]:
+    with run_collector() as trace_collector:
+        yield trace_collector
+
+
+async def test_trace_from_submission_to_webhook(valkey: Valkey, collector: TraceCollector) -> None:
+    traced = {"traceparent": f"00-{TRACE}-{SPAN}-01", "tracestate": "tool=of-the-caller"}
+    async with (
+        run_receiver() as receiver,
+        run_real_gateway(valkey, GATEWAY_TRACES_URL=collector.url, GATEWAY_TRACES_SHARE="0") as gateway,
+    ):
+        await gateway.put_tenant(webhook={"url": receiver.url, "secret": make_secret(), "allow": ["127.0.0.0/8"]})
+        for headers in (traced, {}):
+            task = await gateway.wait_for_task((await gateway.submit(headers=headers)).json()["id"])
+            await deliver_due(gateway)
+            result = await gateway.call("GET", task["artifacts"][0]["href"], headers=headers)
+            assert result.status_code == 200
+    request = collector.get_span("POST /v1/tasks/face-enhance")  # only one is: the other submission is not sampled
+    assert (request.trace_id, request.parent_id, request.trace_state) == (TRACE, SPAN, "tool=of-the-caller")
+    assert request.attributes["gateway.tenant"] == "shop"
+    parts = [span for span in collector.spans if span.parent_id == request.span_id]
+    assert [span.name for span in parts] == ["EVALSHA reserve", "POST /api/submit_face_enhance_task", "EVALSHA settle"]
+    assert {span.trace_id for span in parts} == {TRACE}
+    checks = collector.find_spans("check task")
+    assert checks
+    for check in checks:
+        assert check.links == [(TRACE, request.span_id)]
+        inner = [span.name for span in collector.spans if span.trace_id == check.trace_id and span != check]
+        assert inner == ["POST /api/check_task_status", "EVALSHA record_check"]
+    delivery = collector.get_span("deliver webhook")
+    assert delivery.links == [(TRACE, request.span_id)]
+    (call,) = [span for span in collector.spans if span.parent_id == delivery.span_id]
+    sampled, unsampled = receiver.requests
+    assert sampled.headers["traceparent"].startswith(call.traceparent)
+    assert "traceparent" not in unsampled.headers
+    fetched = collector.get_span("GET /v1/tasks/{task_id}/artifacts/{name}")
+    assert "GET" in [span.name for span in collector.spans if span.parent_id == fetched.span_id]
+    assert [span for span in collector.spans if span.is_error] == []
+
+
+async def test_idle_gateway_sends_no_spans(valkey: Valkey, collector: TraceCollector) -> None:
+    async with run_real_gateway(valkey, GATEWAY_TRACES_URL=collector.url) as gateway:
+        for _ in range(3):
+            await gateway.services.task_poller.start_due()
+            await gateway.services.webhook_dispatcher.start_due()
+            await gateway.services.balance_refresher.refresh_due()
+    assert [span.name for span in collector.spans if not span.parent_id] == [
+        "PUT /admin/v1/accounts/{name}",
+        "PUT /admin/v1/tenants/{name}",
+        "POST /admin/v1/tenants/{name}/tokens",
+    ]
