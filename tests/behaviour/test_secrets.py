@@ -1,78 +1,127 @@
-"""Secrets in responses, logs and Redis."""
+"""Secrets and user content in responses, logs, traces and Redis."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
-from collections.abc import AsyncIterator
-from typing import Any
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any, NoReturn
+from urllib.parse import quote, quote_plus
 
 import pytest
-import structlog
-from httpx2 import Response
+from httpx2 import BasicAuth, Response
+from structlog.contextvars import merge_contextvars
+from structlog.testing import capture_logs
 
+from service.clients import vendor_api, webhooks
+from service.clients.http import UpstreamPool
+from service.sandbox.faults import Fault
 from service.storage.connections import connect
-from tests.behaviour.gateway_fixture import ADMIN_TOKEN, RunningGateway, run_real_gateway
-from tests.behaviour.upstream_control import USER_KEY
+from service.telemetry.redaction import Redactor
+from service.usecases.reports import QuotaReports
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, RunningGateway, run_real_gateway
+from tests.behaviour.legacy_client import LegacyClient
+from tests.behaviour.upstream_control import USER_KEY, SandboxUpstreamControl
+from tests.behaviour.webhook_receiver import WebhookReceiver, make_secret, run_receiver
+from tests.support.log_capture import CapturedLog, capture_log
+from tests.support.traces import run_collector
 from tests.support.valkey import Valkey
 
-KEYS = [USER_KEY, "upstream-key-of-before-0123"]
+OTHER_KEY = "an/odd-key+of='another'\"account\"\\"
+HOOK_SECRET = make_secret(b"h")
+ENCODED_SECRET_KEY = base64.b64encode(SECRET_KEY).decode()
+QUERY = "canary-of-the-query"
+PROMPT = "canaryprompt \"with\" 'quotes', {braces} & canaryend"
+METADATA = {"order": "canarymetadata }, ) canaryend"}
+IDEMPOTENCY_KEY = "canary-of-the-idempotency-key"
+PASSWORD = "canary-of-the-password"
+CANARIES = ("canaryprompt", "canarymetadata", "canaryend", QUERY, IDEMPOTENCY_KEY, PASSWORD)
+
+
+def encode_secret(secret: str) -> Mapping[str, str]:
+    """Return encodings of a secret, each with the part that would reveal it."""
+    plain = secret.encode()
+    whole = {
+        secret,
+        repr(secret)[1:-1],
+        repr(plain)[2:-1],
+        json.dumps(secret)[1:-1],
+        json.dumps(json.dumps(secret))[3:-3],
+        quote(secret, safe=""),
+        quote_plus(secret),
+        plain.hex(),
+        base64.b64encode(plain).decode(),
+    }
+    within = [base64.b64encode(b"user:"[:letters] + plain + b"end").decode() for letters in (1, 2, 3, 4, 5)]
+    return {item: item for item in whole} | {item: item[8:-8] for item in within}
+
+
+def assert_no_secret(texts: list[bytes], *secrets: str) -> None:
+    for secret in secrets:
+        for revealing in encode_secret(secret).values():
+            assert [text for text in texts if revealing.encode() in text] == [], revealing
 
 
 async def call_every_operation(gateway: RunningGateway) -> AsyncIterator[Response]:
     """Call all routes, with errors too; return the responses except those that show a new token."""
-    for key in (*KEYS, KEYS[0]):
+    for value in (OTHER_KEY, [OTHER_KEY]):
+        document = {"accounts": {"main": {"user_key": {"value": value}}}}
+        yield await gateway.call_admin("PUT", "/registry", json=document)
+    for key in (USER_KEY, OTHER_KEY, USER_KEY):
         yield await gateway.call_admin("PUT", "/accounts/main", json={"user_key": key})
         yield await gateway.call_admin("PUT", "/accounts/main", json={"user_key": key, "nonsense": key})
-    yield await gateway.call_admin("PUT", "/accounts/main", json={"user_key": KEYS[0], "floor_count": "x"})
-    yield await gateway.call_admin("PUT", "/accounts/main", content=b'{"user_key": "' + KEYS[0].encode())
-    yield await gateway.call_admin("PUT", "/accounts/main", json={"user_key": [KEYS[0]]})
-    for path in ("/accounts", "/accounts/main", "/tenants", "/tenants/shop"):
+    yield await gateway.call_admin("PUT", "/registry?dry_run=true&prune=true&force=true", json={})
+    yield await gateway.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY, "floor_count": "x"})
+    yield await gateway.call_admin("PUT", "/accounts/main", content=b'{"user_key": "' + USER_KEY.encode())
+    yield await gateway.call_admin("PUT", "/accounts/main", json={"user_key": [USER_KEY]})
+    for path in ("/accounts", "/accounts/main", "/tenants", "/tenants/shop", "/registry", "/nowhere"):
         yield await gateway.call_admin("GET", path)
     yield await gateway.call_admin("POST", "/accounts/main/reopen")
-    submitted = await gateway.submit("upscale", {"prompt": "a prompt"})
+    submitted = await gateway.submit("upscale", {"prompt": "a prompt", "metadata": '{"order": "of-a-customer"}'})
     yield submitted
     await gateway.wait_for_task(submitted.json()["id"])
     for path in ("/v1/tasks", f"/v1/tasks/{submitted.json()['id']}", "/v1/quota", "/v1/nowhere", "/openapi.json"):
         yield await gateway.call("GET", path)
     yield await gateway.call("GET", "/v1/quota", token=gateway.token[:-1])
     yield await gateway.http.get(f"{gateway.ops_url}/metrics")
-    yield await gateway.call_admin("GET", "/nowhere")
     yield await gateway.call_admin("DELETE", "/tenants/shop?force=true")
     yield await gateway.call("GET", "/v1/quota")
     yield await gateway.call_admin("DELETE", "/accounts/main")
 
 
-def encode_secret(secret: str) -> set[bytes]:
-    """Return encodings of a secret."""
-    plain = secret.encode()
-    return {plain, base64.b64encode(plain).rstrip(b"="), plain.hex().encode(), plain[:-1]}
-
-
-async def test_no_response_or_log_contains_a_secret(gateway: RunningGateway) -> None:
-    with structlog.testing.capture_logs() as events:
-        responses = [item async for item in call_every_operation(gateway)]
-    texts = [repr((dict(response.headers), response.content)).encode() for response in responses]
+async def test_no_response_trace_or_event_contains_a_secret(valkey: Valkey) -> None:
+    with run_collector() as collector:
+        async with run_real_gateway(valkey, Redactor([ADMIN_TOKEN]), GATEWAY_TRACES_URL=collector.url) as gateway:
+            await gateway.call("GET", f"/v1/tasks/{gateway.token}")
+            agent = {"User-Agent": f"curl {gateway.token}"}
+            await gateway.call("GET", f"/v1/tasks?token={gateway.token}", headers=agent)
+            await gateway.http.get(f"{gateway.ops_url}/admin/v1/{ADMIN_TOKEN}")
+            with capture_logs() as events:  # before they are redacted
+                responses = [item async for item in call_every_operation(gateway)]
+            secrets = USER_KEY, OTHER_KEY, ADMIN_TOKEN, gateway.token, gateway.token[:-1]
     assert {response.status_code for response in responses} >= {200, 201, 204, 400, 401, 404, 422}
-    assert {"account.updated", "tenant.deleted", "account.deleted", "account.reopened"} <= {
-        event["event"] for event in events
-    }
-    for secret in (*KEYS, gateway.token, ADMIN_TOKEN):
-        for spelling in encode_secret(secret):
-            assert [text for text in texts if spelling in text] == []
-            assert [event for event in events if spelling in repr(event).encode()] == []
+    assert_no_secret([repr((dict(item.headers), item.content)).encode() for item in responses], *secrets)
+    assert {"account.updated", "registry.applied", "tenant.deleted"} <= {event["event"] for event in events}
+    assert_no_secret([repr(event).encode() for event in events], *secrets)
+    assert len(collector.spans) > 40
+    assert_no_secret(collector.bodies, *secrets, ENCODED_SECRET_KEY)
+    assert not any(text in body for text in (b"a prompt", b"of-a-customer") for body in collector.bodies)
 
 
 async def test_changes_are_logged(gateway: RunningGateway) -> None:
-    with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as logged:
+    with capture_logs(processors=[merge_contextvars]) as logged:
         await gateway.call_admin("PUT", "/accounts/main", json={"floor_count": 2})
         await gateway.put_tenant(max_active=4)
         made = (await gateway.call_admin("POST", "/tenants/shop/tokens", json={"label": "a label"})).json()
         await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{made['id']}?grace=60")
         await gateway.call_admin("POST", "/accounts/main/reopen")
-        await gateway.call_admin("DELETE", "/accounts/main")
+        await gateway.call_admin("DELETE", "/accounts/main")  # refused
         await gateway.call_admin("DELETE", "/tenants/shop")
         await gateway.call_admin("DELETE", "/accounts/main")
-    changes = [item for item in logged if item["event"].partition(".")[0] in {"account", "tenant", "token"}]
+        await gateway.call_admin("PUT", "/registry", json={"tenants": {"lab": {"accounts": [], "max_active": 3}}})
+    subjects = {"account", "tenant", "token", "registry"}
+    changes = [item for item in logged if item["event"].partition(".")[0] in subjects]
     assert [(change["event"], change.get("account") or change.get("tenant")) for change in changes] == [
         ("account.updated", "main"),
         ("tenant.updated", "shop"),
@@ -81,32 +130,30 @@ async def test_changes_are_logged(gateway: RunningGateway) -> None:
         ("account.reopened", "main"),
         ("tenant.deleted", "shop"),
         ("account.deleted", "main"),
+        ("registry.applied", None),
+        ("tenant.updated", "lab"),
     ]
     assert changes[0]["floor_count"] == 2
-    assert changes[1]["max_active"] == 4
+    assert (changes[1]["max_active"], changes[8]["max_active"]) == (4, 3)
     assert (changes[2]["id"], changes[2]["label"]) == (made["id"], "a label")
     assert (changes[3]["id"], changes[3]["grace"]) == (made["id"], 60)
     assert all(change["request_id"] for change in changes)
 
 
-@pytest.mark.parametrize("phase", ["running", "finished"])
-async def test_redis_holds_no_secret(valkey: Valkey, phase: str) -> None:
-    async with run_real_gateway(valkey) as gateway:
-        other = await gateway.new_token(label="another")
-        await gateway.call_admin("PUT", "/accounts/spare", json={"user_key": KEYS[1]})
-        task = (await gateway.submit("upscale", {"prompt": "a prompt"})).json()
-        if phase == "finished":
-            await gateway.wait_for_task(task["id"])
-        dumps = [dump_key async for dump_key in _dump_keys(valkey)]
+async def test_redis_holds_no_secret(gateway: RunningGateway, valkey: Valkey) -> None:
+    other = await gateway.new_token(label="another")
+    await gateway.call_admin("PUT", "/accounts/spare", json={"user_key": OTHER_KEY})
+    task = (await gateway.submit("upscale", {"prompt": "a prompt"})).json()
+    for _ in range(2):
+        dumps = [item async for item in _dump_store(valkey)]
         assert any(b"spare" in item for item in dumps), "the registry is missing"
         assert any(b"a prompt" in item for item in dumps), "the tasks are missing"
-        for secret in (*KEYS, gateway.token, other, ADMIN_TOKEN):
-            for spelling in encode_secret(secret):
-                assert [item for item in dumps if spelling in item] == []
+        assert_no_secret(dumps, USER_KEY, OTHER_KEY, gateway.token, other, ADMIN_TOKEN)
+        await gateway.wait_for_task(task["id"])
 
 
-async def _dump_keys(valkey: Valkey) -> AsyncIterator[bytes]:
-    """Return name and content of every key."""
+async def _dump_store(valkey: Valkey) -> AsyncIterator[bytes]:
+    """Yield names and contents of all keys."""
     connections = connect(valkey.url, timeout=5)
     client: Any = connections.commands
     readers: dict[bytes, Any] = {
@@ -120,13 +167,173 @@ async def _dump_keys(valkey: Valkey) -> AsyncIterator[bytes]:
         async for key in client.scan_iter():
             yield key
             content = await readers[await client.type(key)](key)
-            for item in _flatten(content):
+            if isinstance(content, dict):
+                content = [part for pair in content.items() for part in pair]
+            for item in [content] if isinstance(content, bytes) else content:
                 yield item
     finally:
         await connections.aclose()
 
 
-def _flatten(content: Any) -> list[bytes]:
-    if isinstance(content, dict):
-        return [part for pair in content.items() for part in pair]
-    return [content] if isinstance(content, bytes) else list(content)
+def make_exceptions(token: str) -> list[Exception]:
+    """Make exceptions that contain secrets and user content."""
+    errors: list[Exception] = []
+    for secret in (USER_KEY, OTHER_KEY, token, ADMIN_TOKEN, HOOK_SECRET):
+        errors += [RuntimeError(f"can't use <{item}> or {item.encode()!r}") for item in encode_secret(secret)]
+    options = {"kind": "upscale", "prompt": PROMPT, "negative_prompt": PROMPT}
+    return [
+        *errors,
+        ValueError(f"no options: {options}"),
+        ValueError(f"no options: {json.dumps(options)}", json.dumps({"inner": json.dumps(options)})),
+        ValueError(f"prompt: {PROMPT}"),
+        KeyError(f"metadata={METADATA!r}", {"metadata": METADATA}),
+        OSError(f"http://shop:{PASSWORD}@hooks.example/ended?key={QUERY}#x is away"),
+        OSError(f"redis://gateway:{PASSWORD}@store:6379/0"),
+        OSError(f'GET /ended?key={QUERY} HTTP/1.1" 500'),
+        OSError([(b"authorization", PASSWORD.encode()), ("cookie", PASSWORD), ["x-api-key", PASSWORD]]),
+        OSError(f"Idempotency-Key: {IDEMPOTENCY_KEY}", {"Idempotency-Key": IDEMPOTENCY_KEY}),
+    ]
+
+
+def raise_all(errors: list[Exception]) -> NoReturn:
+    """Raise all errors: as a group, as its cause, and in its notes."""
+    prompt, metadata, secret = PROMPT, METADATA, PASSWORD  # a traceback with variables would contain them
+    error = ExceptionGroup(f"a crash of {len(prompt) + len(metadata) + len(secret)}", errors)
+    for item in errors:
+        error.add_note(str(item))
+    raise error from errors[-1]
+
+
+@pytest.fixture
+def log() -> Iterator[CapturedLog]:
+    with capture_log() as written:
+        yield written
+
+
+@pytest.fixture
+async def logged_gateway(valkey: Valkey, log: CapturedLog) -> AsyncIterator[RunningGateway]:
+    log.redactor.register_secrets(ADMIN_TOKEN, ENCODED_SECRET_KEY)
+    async with run_real_gateway(valkey, log.redactor) as running_gateway:
+        yield running_gateway
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[WebhookReceiver]:
+    async with run_receiver() as webhook_receiver:
+        yield webhook_receiver
+
+
+async def call_as_operator(gateway: RunningGateway) -> None:
+    for body in ({"user_key": OTHER_KEY}, {"user_key": OTHER_KEY, OTHER_KEY: 1}, {"user_key": [OTHER_KEY]}):
+        await gateway.call_admin("PUT", "/accounts/spare", json=body)
+    await gateway.call_admin("PUT", "/accounts/spare", content=json.dumps({"user_key": OTHER_KEY})[:-2].encode())
+    await gateway.call_admin("PUT", "/tenants/other", json={"accounts": ["main"], "webhook": {"secret": HOOK_SECRET}})
+    await gateway.call_admin("GET", f"/accounts?token={ADMIN_TOKEN}&user_key={quote(OTHER_KEY)}")
+    await gateway.call_admin("GET", f"/accounts/{quote(OTHER_KEY, safe='')}")
+    for path in (f"/{ADMIN_TOKEN}", f"/admin/v1/{gateway.token}?{QUERY}", f"/metrics?user={QUERY}"):
+        await gateway.http.get(gateway.ops_url + path, auth=BasicAuth("operator", ADMIN_TOKEN))
+
+
+async def call_as_tenant(gateway: RunningGateway) -> None:
+    fields = {"prompt": PROMPT, "metadata": json.dumps(METADATA)}
+    headers = {"Idempotency-Key": f'"{IDEMPOTENCY_KEY}"', "Cookie": f"session={PASSWORD}"}
+    headers |= {"X-Request-Id": gateway.token}
+    faulty = {"webhook_url": f"https://u:{PASSWORD}@h.example/?{QUERY}"}
+    for more in ({}, {"scale": "none"}, {gateway.token: "x"}, faulty):
+        await gateway.submit("upscale", fields | more, headers=headers)
+    await gateway.submit("upscale", fields, image=PROMPT.encode())
+    body = f'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n{PROMPT}'
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    await gateway.call("POST", "/v1/tasks/upscale", content=body.encode(), headers=form)
+    for path in (f"/v1/tasks/{gateway.token}", f"/v1/quota?access_token={gateway.token}", f"/v1/{quote(OTHER_KEY)}"):
+        await gateway.call("GET", path)
+    await gateway.call("GET", "/v1/quota", token=gateway.token[:-1])
+    await gateway.call("GET", "/v1/quota", headers={"X-Request-Id": USER_KEY})
+    old = LegacyClient(gateway.http, gateway.url, gateway.token)
+    await old.submit("submit_task", {"prompt": PROMPT})
+    await old.check(gateway.token)
+    await LegacyClient(gateway.http, gateway.url, USER_KEY).submit("submit_task", {"prompt": PROMPT})
+
+
+async def provoke_upstream_faults(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
+    hook = {"url": f"{receiver.url}?key={QUERY}", "secret": HOOK_SECRET, "allow": ["127.0.0.0/8"]}
+    await gateway.put_tenant(webhook=hook)
+    assert isinstance(gateway.upstream, SandboxUpstreamControl)
+    echoes = [f"任务提交失败:{item}" for item in encode_secret(USER_KEY)]
+    faulty = [
+        *(Fault(on="submit", times=1, refuse=echo) for echo in echoes),
+        Fault(on="submit", times=1, fail=f"{USER_KEY} {PROMPT}"),
+        Fault(on="submit", times=1, reply="page"),
+        Fault(on="submit", times=1, reply="reset"),
+        Fault(on="check", times=1, reply="reset"),
+    ]
+    receiver.statuses += [500, 410]
+    for fault in faulty:
+        await gateway.upstream._set_fault(fault)
+        response = await gateway.submit(fields={"metadata": json.dumps(METADATA)})
+        if response.status_code == 201:
+            await gateway.wait_for_task(response.json()["id"])
+            await deliver_due(gateway)
+
+
+async def deliver_due(gateway: RunningGateway) -> None:
+    while await gateway.services.webhook_dispatcher.start_due():
+        await gateway.services.webhook_dispatcher.wait_idle()
+
+
+async def provoke_crashes(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = make_exceptions(gateway.token)
+
+    async def failing(*_: Any, **__: Any) -> NoReturn:
+        raise_all(errors)
+
+    await gateway.put_tenant(webhook={"url": f"https://h.example/?{QUERY}", "secret": HOOK_SECRET})
+    task = (await gateway.submit()).json()["id"]
+    monkeypatch.setattr(vendor_api, "parse_check_response", lambda *_: raise_all(errors))
+    await gateway.upstream.wait_until_idle()
+    await gateway.advance(60)
+    await gateway.services.task_poller.start_due()
+    await gateway.services.task_poller.wait_idle()
+    monkeypatch.undo()
+    monkeypatch.setattr(webhooks, "GuardedTransport", lambda *_, **__: raise_all(errors))
+    await gateway.advance(60)
+    await gateway.wait_for_task(task)
+    await deliver_due(gateway)
+    monkeypatch.setattr(UpstreamPool, "post", failing)
+    await gateway.submit("upscale", {"prompt": PROMPT})
+    monkeypatch.setattr(QuotaReports, "for_tenant", failing)
+    await gateway.call("GET", "/v1/quota")
+    asyncio.get_running_loop().call_exception_handler(
+        {"message": f"lost {errors}", "exception": errors[0], "task": errors}
+    )
+
+
+async def test_no_secret_or_user_content_is_logged_at_debug_level(
+    logged_gateway: RunningGateway, log: CapturedLog, receiver: WebhookReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await call_as_operator(logged_gateway)
+    await call_as_tenant(logged_gateway)
+    await provoke_upstream_faults(logged_gateway, receiver)
+    await provoke_crashes(logged_gateway, monkeypatch)
+    events = [json.loads(line) for line in log.text.splitlines()]
+    assert {event["event"] for event in events} >= EVENTS
+    assert {event["logger"] for event in events if event["event"] == "library.logged"} >= {"httpx2", "asyncio"}
+    texts = [text.encode() for event in events for text in iter_texts(event)]
+    secrets = USER_KEY, OTHER_KEY, logged_gateway.token, ADMIN_TOKEN, HOOK_SECRET, ENCODED_SECRET_KEY
+    assert_no_secret(texts, *secrets)
+    for canary in CANARIES:
+        assert [text for text in texts if canary.encode() in text] == [], canary
+
+
+EVENTS = {
+    *("request.ended", "request.error", "reservation.settled", "submission.error", "check.error", "task.finished"),
+    *("upstream.request_failed", "webhook.attempted", "webhook.client_error", "account.updated", "library.logged"),
+}
+
+
+def iter_texts(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [*value, *(text for item in value.values() for text in iter_texts(item))]
+    if isinstance(value, list):
+        return [text for item in value for text in iter_texts(item)]
+    return [value] if isinstance(value, str) else []
