@@ -1,12 +1,14 @@
-"""Truncated and malformed request bodies on raw connections."""
+"""Invalid images, and truncated, stalled and oversized bodies on raw connections."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import struct
 import tracemalloc
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import pytest
@@ -14,27 +16,40 @@ import pytest
 from service.api.uploads import UploadReader
 from service.app import create_app
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.audit import UNREACHABLE_POLICIES, assert_nothing_happened
-from tests.behaviour.gateway_fixture import MAX_BYTES, MAX_PIXELS, RunningGateway, run_real_gateway
+from tests.behaviour.audit import UNREACHABLE_POLICIES, assert_nothing_happened, expect_problem
+from tests.behaviour.gateway_fixture import MAX_BYTES, MAX_PIXELS, RunningGateway
 from tests.support.app_server import serve_app
-from tests.support.images import make_png
+from tests.support.images import draw_image, encode_image, make_png
 from tests.support.valkey import Valkey
 from tests.unit.asgi_client import AsgiResponse, open_raw_connection, read_response
 from tests.unit.multipart_forms import CONTENT_TYPE, encode_field, encode_file, encode_form
 
 BODY = encode_form(encode_field("colors", "5"), encode_file("image", make_png()))
+LEGACY = "/api/submit_vector_task"
+JPEG = encode_image(draw_image(), "JPEG")
+WEBP = encode_image(draw_image(), "WEBP")
+LARGE = MAX_BYTES - 100_000
+BROKEN = 4
+MAX_RETAINED_BYTES = LARGE * BROKEN // 2
+"""Half of what the uploads of one kind hold together; the sandbox retains some."""
 
 
 @pytest.fixture
-async def port(gateway: RunningGateway, valkey: Valkey) -> AsyncIterator[int]:
-    """Serve a gateway with short timeouts; assert at the end that nothing was spent."""
+async def guarded_gateway(gateway: RunningGateway, valkey: Valkey) -> AsyncIterator[RunningGateway]:
+    """Run a gateway and assert at the end that nothing was spent."""
     await gateway.put_tenant(**UNREACHABLE_POLICIES)
-    gateway.services.uploads = UploadReader(
+    yield gateway
+    await assert_nothing_happened(gateway, valkey)
+
+
+@pytest.fixture
+async def port(guarded_gateway: RunningGateway) -> AsyncIterator[int]:
+    """Serve the gateway with short timeouts."""
+    guarded_gateway.services.uploads = UploadReader(
         max_image_bytes=MAX_BYTES, max_image_pixels=MAX_PIXELS, idle_seconds=0.1, total_seconds=0.4
     )
-    async with serve_app(create_app(gateway.services)) as url:
+    async with serve_app(create_app(guarded_gateway.services)) as url:
         yield get_port(url)
-    await assert_nothing_happened(gateway, valkey)
 
 
 def get_port(url: str) -> int:
@@ -46,7 +61,7 @@ def make_request_head(gateway: RunningGateway, *framing: str, path: str = "/v1/t
     return "\r\n".join([*lines, f"Content-Type: {CONTENT_TYPE}", *framing, "", ""]).encode()
 
 
-def content_length_header(length: int) -> str:
+def content_length(length: int) -> str:
     return f"Content-Length: {length}"
 
 
@@ -56,44 +71,96 @@ def assert_problem(response: AsgiResponse, status: int, code: str) -> None:
     assert response.json()["instance"] == response.headers["x-request-id"]
 
 
-async def test_stalled_body_is_400_and_closes_the_connection(gateway: RunningGateway, port: int) -> None:
-    for end in (0, 1, len(BODY) // 2, len(BODY) - 1):
+def encode_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def make_decompression_bomb(width: int, height: int) -> bytes:
+    """Make a small PNG whose header claims this many pixels, at most ten thousand rows of which follow."""
+    row = b"\0" * (1 + (min(width, MAX_PIXELS + 1) + 7) // 8)
+    packer = zlib.compressobj(9)
+    pixels = b"".join(packer.compress(row) for _ in range(min(height, MAX_PIXELS // width, 10_000))) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(encode_chunk(kind, content) for kind, content in chunks)
+
+
+@pytest.mark.smoke
+async def test_unsupported_or_broken_image(guarded_gateway: RunningGateway) -> None:
+    unsupported = {
+        "GIF": encode_image(draw_image(), "GIF"),
+        "SVG": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+        "a text": b"data:image/png;base64,iVBORw0KGgo=",
+        "one byte": b"\x89",
+        "zeroes": b"\0" * 5_000,
+        "a PNG after a space": b" " + make_png(),
+    }
+    broken = {
+        "empty": b"",
+        "a PNG without its end": make_png()[:-12],
+        "the signature of a PNG": make_png()[:8],
+        "a PNG whose header was altered": make_png()[:17] + b"\xff" + make_png()[18:],
+        "half a JPEG": JPEG[: len(JPEG) // 2],
+        "half a WebP": WEBP[: len(WEBP) // 2],
+    }
+    for name, image in unsupported.items():
+        problem = expect_problem(await guarded_gateway.submit(image=image), 415, "unsupported-media-type")
+        assert "PNG, JPEG or WebP" in problem["detail"], name
+    for name, image in broken.items():
+        problem = expect_problem(await guarded_gateway.submit(image=image), 422, "invalid-image")
+        assert "image" in problem["detail"], name
+
+
+async def test_too_many_bytes_or_pixels(guarded_gateway: RunningGateway) -> None:
+    image = make_png() + b"\0" * (MAX_BYTES + 1 - len(make_png()))
+    for oversized in (image, image + b"\0" * MAX_BYTES):
+        problem = expect_problem(await guarded_gateway.submit(image=oversized), 413, "image-too-large")
+        assert str(MAX_BYTES) in problem["detail"]
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+        for start in range(0, len(image), 100_000):
+            yield image[start : start + 100_000]
+        yield b"\r\n--b--\r\n"
+
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    response = await guarded_gateway.call("POST", "/v1/tasks/face-enhance", content=chunks(), headers=headers)
+    assert response.request.headers["transfer-encoding"] == "chunked"
+    expect_problem(response, 413, "image-too-large")
+    for width, height in ((MAX_PIXELS + 1, 1), (2_001, 2_000), (2**31 - 1, 2**31 - 1)):
+        bomb = make_decompression_bomb(width, height)
+        assert len(bomb) < 200_000
+        problem = expect_problem(await guarded_gateway.submit(image=bomb), 413, "image-too-large")
+        assert f"{width} x {height}" in problem["detail"]
+
+
+async def test_image_at_the_limits_is_accepted(gateway: RunningGateway) -> None:
+    largest = make_png() + b"\0" * (MAX_BYTES - len(make_png()))
+    for image in (largest, make_decompression_bomb(2_000, MAX_PIXELS // 2_000), JPEG, WEBP):
+        response = await gateway.submit("seamless", image=image)
+        assert response.status_code != 413, response.text
+    assert await gateway.upstream.count_submits() == 4
+
+
+async def test_stalled_or_trickling_body_closes_the_connection(guarded_gateway: RunningGateway, port: int) -> None:
+    whole = content_length(len(BODY))
+    for end in (0, len(BODY) // 2, len(BODY) - 1):
         async with open_raw_connection(port) as (reader, writer):
-            writer.write(make_request_head(gateway, content_length_header(len(BODY))) + BODY[:end])
+            writer.write(make_request_head(guarded_gateway, whole) + BODY[:end])
             response = await read_response(reader)
             assert_problem(response, 400, "malformed-request")
             assert response.headers["connection"] == "close"
             assert await reader.read() == b""
-
-
-async def test_stalled_legacy_body_closes_the_connection(gateway: RunningGateway, port: int) -> None:
-    for call in ("submit_vector_task", "check_task_status"):
+    for path in (LEGACY, "/api/check_task_status"):
         async with open_raw_connection(port) as (reader, writer):
-            writer.write(make_request_head(gateway, content_length_header(len(BODY)), path=f"/api/{call}") + BODY[:50])
+            writer.write(make_request_head(guarded_gateway, whole, path=path) + BODY[:50])
             response = await read_response(reader)
             assert (response.status, response.json()["err_code"]) == (200, 1)
-            assert "did not arrive in time" in response.json()["err_msg"]
             assert response.headers["connection"] == "close"
             assert await reader.read() == b""
-
-
-async def test_legacy_client_with_wrong_key_is_refused_early(gateway: RunningGateway, port: int) -> None:
-    body = encode_form(encode_field("user_key", "unknown"), encode_file("input_image", make_png()))
     async with open_raw_connection(port) as (reader, writer):
-        for _ in range(2):
-            half = body.index(make_png())
-            writer.write(
-                make_request_head(gateway, content_length_header(len(body)), path="/api/submit_vector_task")
-                + body[:half]
-            )
-            assert (await read_response(reader)).json() == {"err_code": 1, "err_msg": "账户不存在"}
-            writer.write(body[half:])
-
-
-async def test_trickling_body_is_400_and_closes_the_connection(gateway: RunningGateway, port: int) -> None:
-    async with open_raw_connection(port) as (reader, writer):
-        writer.write(make_request_head(gateway, "Transfer-Encoding: chunked"))
-        async with asyncio.timeout(10):
+        writer.write(make_request_head(guarded_gateway, "Transfer-Encoding: chunked"))
+        async with asyncio.timeout(20):
             answering = asyncio.ensure_future(read_response(reader))
             for byte in BODY + b"\0" * 100_000:
                 writer.write(b"1\r\n%c\r\n" % byte)
@@ -106,14 +173,42 @@ async def test_trickling_body_is_400_and_closes_the_connection(gateway: RunningG
             assert await reader.read() == b""
 
 
-async def test_disconnect_within_the_body_is_counted(gateway: RunningGateway, port: int) -> None:
-    for end in (0, len(BODY) // 2, len(BODY) - 1):
-        async with open_raw_connection(port) as (_, writer):
-            writer.write(make_request_head(gateway, content_length_header(len(BODY))) + BODY[:end])
-            await writer.drain()
-    async with asyncio.timeout(10):
-        while await count_client_disconnects(gateway) < 3:
-            pass
+async def test_invalid_framing(guarded_gateway: RunningGateway) -> None:
+    port, whole = get_port(guarded_gateway.url), content_length(len(BODY))
+    async with open_raw_connection(port) as (reader, writer):
+        for end in (len(BODY) - 5, len(BODY) // 2):
+            writer.write(make_request_head(guarded_gateway, content_length(end)) + BODY[:end])
+            assert_problem(await read_response(reader), 400, "malformed-request")
+    for framing in (
+        (whole, content_length(3)),
+        (whole, "Transfer-Encoding: chunked"),
+        ("Content-Length: -1",),
+        (f"Content-Length: {'9' * 40}",),
+        ("Content-Length: 0x10",),
+    ):
+        async with open_raw_connection(port) as (reader, writer):
+            writer.write(make_request_head(guarded_gateway, *framing) + BODY)
+            assert (await reader.readline()).split()[1] == b"400", framing
+
+
+async def test_legacy_client_with_wrong_key_is_refused_early(guarded_gateway: RunningGateway) -> None:
+    body = encode_form(encode_field("user_key", "unknown"), encode_file("input_image", make_png()))
+    head, half = make_request_head(guarded_gateway, content_length(len(body)), path=LEGACY), body.index(make_png())
+    async with open_raw_connection(get_port(guarded_gateway.url)) as (reader, writer):
+        for _ in range(2):
+            writer.write(head + body[:half])
+            assert (await read_response(reader)).json() == {"err_code": 1, "err_msg": "账户不存在"}
+            writer.write(body[half:])
+
+
+async def test_pipelined_submissions(gateway: RunningGateway) -> None:
+    request = make_request_head(gateway, content_length(len(BODY))) + BODY
+    async with open_raw_connection(get_port(gateway.url)) as (reader, writer):
+        writer.write(request + request)
+        responses = [await read_response(reader) for _ in range(2)]
+    assert [response.status for response in responses] == [201, 201]
+    assert len({response.json()["id"] for response in responses}) == 2
+    assert await gateway.upstream.count_submits() == 2
 
 
 async def count_client_disconnects(gateway: RunningGateway) -> float:
@@ -123,99 +218,59 @@ async def count_client_disconnects(gateway: RunningGateway) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in counted)
 
 
-async def test_incomplete_form_is_400(gateway: RunningGateway, port: int) -> None:
-    async with open_raw_connection(port) as (reader, writer):
-        for end in (len(BODY) - 5, len(BODY) // 2):
-            writer.write(make_request_head(gateway, content_length_header(end)) + BODY[:end])
-            assert_problem(await read_response(reader), 400, "malformed-request")
+async def disconnect_within_the_body(gateway: RunningGateway, path: str) -> None:
+    before = await count_client_disconnects(gateway)
+    part, fields = ("image", []) if path.startswith("/v1") else ("input_image", [("user_key", gateway.token)])
+    body = encode_form(*(encode_field(*field) for field in fields), encode_file(part, b"x" * LARGE))
+    async with open_raw_connection(get_port(gateway.url)) as (_, writer):
+        writer.write(make_request_head(gateway, content_length(len(body)), path=path) + body[:-1])
+        await writer.drain()
+        while gateway.services.uploads._memory.reserved_bytes < LARGE:
+            await asyncio.sleep(0)
+    async with asyncio.timeout(20):
+        while await count_client_disconnects(gateway) <= before:
+            pass
 
 
-async def test_conflicting_lengths_are_refused(gateway: RunningGateway, port: int) -> None:
-    for framing in (
-        (content_length_header(len(BODY)), content_length_header(3)),
-        (content_length_header(len(BODY)), "Transfer-Encoding: chunked"),
-        ("Content-Length: -1",),
-        (f"Content-Length: {'9' * 40}",),
-        ("Content-Length: 0x10",),
-    ):
-        async with open_raw_connection(port) as (reader, writer):
-            writer.write(make_request_head(gateway, *framing) + BODY)
-            status = (await reader.readline()).split()[1]
-            assert status == b"400", framing
-
-
-async def test_pipelined_submissions(gateway: RunningGateway) -> None:
-    request = make_request_head(gateway, content_length_header(len(BODY))) + BODY
+async def submit_in_vain(gateway: RunningGateway, status: int, outcome: SubmitOutcome | None) -> None:
+    body = encode_form(
+        encode_file("image", make_png() + b"\0" * LARGE), encode_field("colors", "5" if outcome else "x")
+    )
+    if outcome is SubmitOutcome.UNKNOWN:
+        await gateway.upstream.lose_next_response()
+    elif outcome:
+        await gateway.upstream.refuse_next(outcome)
     async with open_raw_connection(get_port(gateway.url)) as (reader, writer):
-        writer.write(request + request)
-        responses = [await read_response(reader) for _ in range(2)]
-    assert [response.status for response in responses] == [201, 201]
-    assert len({response.json()["id"] for response in responses}) == 2
-    assert await gateway.upstream.count_submits() == 2
+        writer.write(make_request_head(gateway, content_length(len(body))) + body)
+        assert (await read_response(reader)).status == status
 
 
-BROKEN = 60
-LARGE = MAX_BYTES - 100_000
-MAX_RETAINED_BYTES = 15_000_000
-"""A quarter of what all uploads hold together; the sandbox retains some."""
+async def fail_uploads(gateway: RunningGateway) -> AsyncIterator[str]:
+    """Yield after some uploads of each kind that fail."""
+    for path in ("/v1/tasks/vectorize", LEGACY):
+        for _ in range(BROKEN):
+            await disconnect_within_the_body(gateway, path)
+        yield path
+    cases = ((422, None), (502, SubmitOutcome.REJECTED), (504, SubmitOutcome.UNKNOWN), (402, SubmitOutcome.EXHAUSTED))
+    for status, outcome in cases:
+        for _ in range(BROKEN):
+            await submit_in_vain(gateway, status, outcome)
+        yield str(status)
 
 
-@contextmanager
-def assert_memory_released() -> Iterator[None]:
-    """Fail if memory allocated in the block is not released without a collection of cycles."""
+@pytest.mark.slow
+async def test_failed_uploads_release_their_memory(gateway: RunningGateway) -> None:
+    """Without a collection of cycles, which a quiet process rarely makes."""
+    await gateway.wait_for_task((await gateway.submit("vectorize")).json()["id"])  # the sandbox imports modules for it
     gc.collect()
     gc.disable()
     tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
     try:
-        yield
-        assert tracemalloc.get_traced_memory()[0] - before < MAX_RETAINED_BYTES
+        before = tracemalloc.get_traced_memory()[0]
+        async for uploads in fail_uploads(gateway):
+            after = tracemalloc.get_traced_memory()[0]
+            assert after - before < MAX_RETAINED_BYTES, uploads
+            before = after
     finally:
         tracemalloc.stop()
         gc.enable()
-
-
-@pytest.mark.parametrize("path", ["/v1/tasks/vectorize", "/api/submit_vector_task"])
-async def test_disconnect_releases_upload_memory(gateway: RunningGateway, path: str) -> None:
-    """Without a collection of cycles, which a quiet process rarely makes."""
-    before, port = await count_client_disconnects(gateway), get_port(gateway.url)
-    part = "image" if path.startswith("/v1") else "input_image"
-    body = encode_form(encode_field("user_key", gateway.token), encode_file(part, b"x" * LARGE))
-    if path.startswith("/v1"):
-        body = encode_form(encode_file(part, b"x" * LARGE))
-    with assert_memory_released():
-        for count in range(BROKEN):
-            async with open_raw_connection(port) as (_, writer):
-                writer.write(make_request_head(gateway, content_length_header(len(body)), path=path) + body[:-1])
-                await writer.drain()
-                await _wait_for_upload_bytes(gateway, LARGE)
-            while await count_client_disconnects(gateway) <= before + count:
-                pass
-
-
-async def _wait_for_upload_bytes(gateway: RunningGateway, size: int) -> None:
-    while gateway.services.uploads._memory.reserved_bytes < size:
-        await asyncio.sleep(0)
-
-
-@pytest.mark.parametrize(
-    ("status", "outcome"),
-    [
-        (402, SubmitOutcome.EXHAUSTED),
-        (422, None),
-        (502, SubmitOutcome.REJECTED),
-        (504, SubmitOutcome.UNKNOWN),
-    ],
-)
-async def test_refusal_releases_upload_memory(valkey: Valkey, status: int, outcome: SubmitOutcome | None) -> None:
-    fields = () if outcome else (encode_field("colors", "x"),)
-    body = encode_form(encode_file("image", make_png() + b"\0" * LARGE), *fields)
-    async with run_real_gateway(valkey) as gateway, open_raw_connection(get_port(gateway.url)) as (reader, writer):
-        with assert_memory_released():
-            for _ in range(BROKEN):
-                if outcome is SubmitOutcome.UNKNOWN:
-                    await gateway.upstream.lose_next_response()
-                elif outcome:
-                    await gateway.upstream.refuse_next(outcome)
-                writer.write(make_request_head(gateway, content_length_header(len(body))) + body)
-                assert (await read_response(reader)).status == status
