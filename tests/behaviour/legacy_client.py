@@ -10,7 +10,7 @@ from httpx2 import AsyncClient, Timeout
 
 from tests.support.images import make_png
 
-SUBMIT_FIELDS: Mapping[str, Mapping[str, Any]] = {
+SUBMIT_FIELDS: dict[str, dict[str, Any]] = {
     "submit_task": {
         "sdxl_model_dropdown": "通用模型",
         "style_dropdown": "通用风格",
