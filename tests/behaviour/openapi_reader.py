@@ -18,11 +18,6 @@ def iter_operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[s
             yield path, method, operation
 
 
-def iter_webhooks(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for item in document.get("webhooks", {}).values():
-        yield from resolve_reference(document, item).values()
-
-
 def iter_objects(node: Any, *path: str) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     """Iterate over all objects of a document with their paths."""
     if isinstance(node, dict):
