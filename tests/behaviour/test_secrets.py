@@ -11,13 +11,13 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 from httpx2 import BasicAuth, Response
+from redis.asyncio import Redis
 from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 
 from service.clients import vendor_api, webhooks
 from service.clients.http import UpstreamPool
 from service.sandbox.faults import Fault
-from service.storage.connections import connect
 from service.telemetry.redaction import Redactor
 from service.usecases.reports import QuotaReports
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, RunningGateway, run_real_gateway
@@ -122,22 +122,20 @@ async def test_changes_are_logged(gateway: RunningGateway) -> None:
         await gateway.call_admin("PUT", "/registry", json={"tenants": {"lab": {"accounts": [], "max_active": 3}}})
     subjects = {"account", "tenant", "token", "registry"}
     changes = [item for item in logged if item["event"].partition(".")[0] in subjects]
-    assert [(change["event"], change.get("account") or change.get("tenant")) for change in changes] == [
-        ("account.updated", "main"),
-        ("tenant.updated", "shop"),
-        ("token.created", "shop"),
-        ("token.revoked", "shop"),
-        ("account.reopened", "main"),
-        ("tenant.deleted", "shop"),
-        ("account.deleted", "main"),
-        ("registry.applied", None),
-        ("tenant.updated", "lab"),
+    expected: list[tuple[str, dict[str, Any]]] = [
+        ("account.updated", {"account": "main", "floor_count": 2}),
+        ("tenant.updated", {"tenant": "shop", "max_active": 4}),
+        ("token.created", {"tenant": "shop", "id": made["id"], "label": "a label"}),
+        ("token.revoked", {"tenant": "shop", "id": made["id"], "grace": 60}),
+        ("account.reopened", {"account": "main"}),
+        ("tenant.deleted", {"tenant": "shop"}),
+        ("account.deleted", {"account": "main"}),
+        ("registry.applied", {}),
+        ("tenant.updated", {"tenant": "lab", "max_active": 3}),
     ]
-    assert changes[0]["floor_count"] == 2
-    assert (changes[1]["max_active"], changes[8]["max_active"]) == (4, 3)
-    assert (changes[2]["id"], changes[2]["label"]) == (made["id"], "a label")
-    assert (changes[3]["id"], changes[3]["grace"]) == (made["id"], 60)
-    assert all(change["request_id"] for change in changes)
+    for change, (event, fields) in zip(changes, expected, strict=True):
+        assert fields.items() | {"event": event}.items() <= change.items()
+        assert change["request_id"]
 
 
 async def test_redis_holds_no_secret(gateway: RunningGateway, valkey: Valkey) -> None:
@@ -154,25 +152,18 @@ async def test_redis_holds_no_secret(gateway: RunningGateway, valkey: Valkey) ->
 
 async def _dump_store(valkey: Valkey) -> AsyncIterator[bytes]:
     """Yield names and contents of all keys."""
-    connections = connect(valkey.url, timeout=5)
-    client: Any = connections.commands
-    readers: dict[bytes, Any] = {
-        b"string": client.get,
-        b"hash": client.hgetall,
-        b"zset": lambda key: client.zrange(key, 0, -1),
-        b"set": client.smembers,
-        b"list": lambda key: client.lrange(key, 0, -1),
-    }
-    try:
-        async for key in client.scan_iter():
-            yield key
-            content = await readers[await client.type(key)](key)
-            if isinstance(content, dict):
-                content = [part for pair in content.items() for part in pair]
-            for item in [content] if isinstance(content, bytes) else content:
+    async with Redis(unix_socket_path=str(valkey.socket_path)) as store:
+        readers: dict[bytes, Any] = {
+            b"string": store.get,
+            b"hash": store.hgetall,
+            b"zset": lambda key: store.zrange(key, 0, -1),
+            b"set": store.smembers,
+        }
+        async for key in store.scan_iter():
+            content = await readers[await store.type(key)](key)
+            items = [content] if isinstance(content, bytes) else list(content)
+            for item in [key, *items, *(content.values() if isinstance(content, dict) else ())]:
                 yield item
-    finally:
-        await connections.aclose()
 
 
 def make_exceptions(token: str) -> list[Exception]:
@@ -208,19 +199,6 @@ def raise_all(errors: list[Exception]) -> NoReturn:
 def log() -> Iterator[CapturedLog]:
     with capture_log() as written:
         yield written
-
-
-@pytest.fixture
-async def logged_gateway(valkey: Valkey, log: CapturedLog) -> AsyncIterator[RunningGateway]:
-    log.redactor.register_secrets(ADMIN_TOKEN, ENCODED_SECRET_KEY)
-    async with run_real_gateway(valkey, log.redactor) as running_gateway:
-        yield running_gateway
-
-
-@pytest.fixture
-async def receiver() -> AsyncIterator[WebhookReceiver]:
-    async with run_receiver() as webhook_receiver:
-        yield webhook_receiver
 
 
 async def call_as_operator(gateway: RunningGateway) -> None:
@@ -309,18 +287,19 @@ async def provoke_crashes(gateway: RunningGateway, monkeypatch: pytest.MonkeyPat
 
 
 async def test_no_secret_or_user_content_is_logged_at_debug_level(
-    logged_gateway: RunningGateway, log: CapturedLog, receiver: WebhookReceiver, monkeypatch: pytest.MonkeyPatch
+    valkey: Valkey, log: CapturedLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await call_as_operator(logged_gateway)
-    await call_as_tenant(logged_gateway)
-    await provoke_upstream_faults(logged_gateway, receiver)
-    await provoke_crashes(logged_gateway, monkeypatch)
+    log.redactor.register_secrets(ADMIN_TOKEN, ENCODED_SECRET_KEY)
+    async with run_real_gateway(valkey, log.redactor) as gateway, run_receiver() as receiver:
+        await call_as_operator(gateway)
+        await call_as_tenant(gateway)
+        await provoke_upstream_faults(gateway, receiver)
+        await provoke_crashes(gateway, monkeypatch)
     events = [json.loads(line) for line in log.text.splitlines()]
     assert {event["event"] for event in events} >= EVENTS
     assert {event["logger"] for event in events if event["event"] == "library.logged"} >= {"httpx2", "asyncio"}
     texts = [text.encode() for event in events for text in iter_texts(event)]
-    secrets = USER_KEY, OTHER_KEY, logged_gateway.token, ADMIN_TOKEN, HOOK_SECRET, ENCODED_SECRET_KEY
-    assert_no_secret(texts, *secrets)
+    assert_no_secret(texts, USER_KEY, OTHER_KEY, gateway.token, ADMIN_TOKEN, HOOK_SECRET, ENCODED_SECRET_KEY)
     for canary in CANARIES:
         assert [text for text in texts if canary.encode() in text] == [], canary
 

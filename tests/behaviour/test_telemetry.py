@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import pytest
+from prometheus_client.metrics_core import Sample
 from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 
@@ -16,33 +17,18 @@ from tests.behaviour.webhook_receiver import make_secret, run_receiver
 from tests.support.traces import SPAN, TRACE, TraceCollector, run_collector
 from tests.support.valkey import Valkey, run_valkey
 
-Samples = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
+
+async def scrape_metrics(gateway: RunningGateway) -> list[Sample]:
+    text = (await gateway.http.get(f"{gateway.ops_url}/metrics")).raise_for_status().text
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
 
-class Scrape:
-    def __init__(self, text: str) -> None:
-        self._samples: Samples = {
-            (sample.name, frozenset(sample.labels.items())): float(sample.value)
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
-
-    def __getitem__(self, name: str) -> float:
-        (value,) = (value for (sample, _), value in self._samples.items() if sample == f"gateway_{name}")
-        return value
-
-    def get_sample(self, name: str, **labels: str) -> float | None:
-        """Return the sum of the samples with these labels, or None without any."""
-        values = [
-            value
-            for (sample, sample_labels), value in self._samples.items()
-            if sample == f"gateway_{name}" and labels.items() <= dict(sample_labels).items()
-        ]
-        return sum(values) if values else None
-
-
-async def scrape_metrics(gateway: RunningGateway) -> Scrape:
-    return Scrape((await gateway.http.get(f"{gateway.ops_url}/metrics")).raise_for_status().text)
+def sum_samples(samples: list[Sample], name: str, **labels: str) -> float | None:
+    """Return the sum of the samples with these labels, or None without any."""
+    values = [
+        item.value for item in samples if item.name == f"gateway_{name}" and labels.items() <= item.labels.items()
+    ]
+    return sum(values) if values else None
 
 
 async def deliver_due(gateway: RunningGateway) -> None:
@@ -50,33 +36,29 @@ async def deliver_due(gateway: RunningGateway) -> None:
         await gateway.services.webhook_dispatcher.wait_idle()
 
 
-async def test_idle_tenant_shows_its_limits(gateway: RunningGateway) -> None:
-    await gateway.put_tenant("idle", limits=[{"window": "month", "tasks": 7, "money": 2.5}], max_active=4)
-    scrape = await scrape_metrics(gateway)
-    for policy, unit, limit in (("month-tasks", "tasks", 7), ("month-money", "yuan", 2.5), ("max-active", "active", 4)):
-        of = {"tenant": "idle", "policy": policy, "unit": unit}
-        values = [scrape.get_sample(f"quota_{name}", **of) for name in ("limit", "used", "reserved")]
-        assert values == [limit, 0, 0]
-    assert scrape.get_sample("tasks_active", tenant="idle", kind="upscale") == 0
-    assert (scrape["redis_up"], scrape["tenants"]) == (1, 2)
-
-
 @pytest.mark.smoke
 async def test_task_moves_through_the_metrics(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caches, "FINISHED_TTL_SECONDS", 60)  # on a slow machine the store would be read twice
     await gateway.put_tenant(limits=[{"window": "day", "tasks": 9, "money": 50}])
+    await gateway.put_tenant("idle", limits=[{"window": "month", "tasks": 7, "money": 2.5}], max_active=4)
     of_shop = {"tenant": "shop", "kind": "face-enhance"}
     created = await gateway.submit()
     running = await scrape_metrics(gateway)
-    assert running.get_sample("tasks_active", **of_shop) == 1
-    assert running.get_sample("tasks_active", tenant="shop", kind="upscale") == 0
-    assert running.get_sample("quota_used", tenant="shop", policy="day-tasks") == 1
-    assert running.get_sample("tasks_submitted_total", **of_shop) == 1
-    assert running.get_sample("account_open_submissions", account="main") == 1
-    assert running["poll_tasks"] == 1
+    assert sum_samples(running, "tasks_active", **of_shop) == 1
+    assert sum_samples(running, "tasks_active", tenant="shop", kind="upscale") == 0
+    assert sum_samples(running, "quota_used", tenant="shop", policy="day-tasks") == 1
+    assert sum_samples(running, "tasks_submitted_total", **of_shop) == 1
+    assert sum_samples(running, "account_open_submissions", account="main") == 1
+    assert sum_samples(running, "poll_tasks") == 1
+    for policy, unit, limit in (("month-tasks", "tasks", 7), ("month-money", "yuan", 2.5), ("max-active", "active", 4)):
+        of_idle = {"tenant": "idle", "policy": policy, "unit": unit}
+        values = [sum_samples(running, f"quota_{name}", **of_idle) for name in ("limit", "used", "reserved")]
+        assert values == [limit, 0, 0]
+    assert sum_samples(running, "tasks_active", tenant="idle", kind="upscale") == 0
+    assert (sum_samples(running, "redis_up"), sum_samples(running, "tenants")) == (1, 2)
     for script in ("reserve", "settle"):
-        assert running.get_sample("redis_calls_total", command=script, outcome="ok") == 1
-        assert running.get_sample("redis_call_duration_seconds_count", command=script) == 1
+        assert sum_samples(running, "redis_calls_total", command=script, outcome="ok") == 1
+        assert sum_samples(running, "redis_call_duration_seconds_count", command=script) == 1
     await gateway.wait_for_task(created.json()["id"])
     await gateway.advance(1)
     before = await scrape_metrics(gateway)
@@ -84,22 +66,22 @@ async def test_task_moves_through_the_metrics(gateway: RunningGateway, monkeypat
         assert (await gateway.call("GET", created.headers["location"])).status_code == 200
     ended = await scrape_metrics(gateway)
     for source, count in {"memory": 2, "store": 1, "upstream": 0}.items():
-        samples = [scrape.get_sample("task_reads_total", source=source) or 0 for scrape in (before, ended)]
+        samples = [sum_samples(scrape, "task_reads_total", source=source) or 0 for scrape in (before, ended)]
         assert samples[1] - samples[0] == count, source
-    assert ended.get_sample("tasks_active", tenant="shop") == 0
-    assert ended.get_sample("tasks_finished_total", **of_shop, state="succeeded") == 1
-    assert ended.get_sample("tenant_task_duration_seconds_count", **of_shop) == 1
-    assert ended.get_sample("spent_uses_total", **of_shop) == 1
-    assert ended.get_sample("account_spent_uses_total", account="main") == 1
-    assert ended.get_sample("account_remaining_uses", account="main") == 9
-    assert ended.get_sample("account_state", account="main", state="open") == 1
-    assert ended["poll_tasks"] == 0
-    assert (ended.get_sample("poll_batch_size_sum"), ended.get_sample("poll_lag_seconds_count")) == (1, 1)
-    assert ended.get_sample("upstream_connections_limit", operation="submit") == 64
-    assert ended.get_sample("upstream_breaker_open") == 0
+    assert sum_samples(ended, "tasks_active", tenant="shop") == 0
+    assert sum_samples(ended, "tasks_finished_total", **of_shop, state="succeeded") == 1
+    assert sum_samples(ended, "tenant_task_duration_seconds_count", **of_shop) == 1
+    assert sum_samples(ended, "spent_uses_total", **of_shop) == 1
+    assert sum_samples(ended, "account_spent_uses_total", account="main") == 1
+    assert sum_samples(ended, "account_remaining_uses", account="main") == 9
+    assert sum_samples(ended, "account_state", account="main", state="open") == 1
+    assert sum_samples(ended, "poll_tasks") == 0
+    assert (sum_samples(ended, "poll_batch_size_sum"), sum_samples(ended, "poll_lag_seconds_count")) == (1, 1)
+    assert sum_samples(ended, "upstream_connections_limit", operation="submit") == 64
+    assert sum_samples(ended, "upstream_breaker_open") == 0
     for status in ("500", "502", "503", "504"):  # zero before the first: `rate()` would miss that one
         route = {"method": "GET", "port": "tenants", "route": "/v1/tasks/{task_id}", "status": status}
-        assert ended.get_sample("http_requests_total", **route) == 0
+        assert sum_samples(ended, "http_requests_total", **route) == 0
 
 
 async def test_spent_money_is_shown_in_yuan(gateway: RunningGateway) -> None:
@@ -111,20 +93,20 @@ async def test_spent_money_is_shown_in_yuan(gateway: RunningGateway) -> None:
     (used,) = (policy["used"] for policy in quota["policies"] if policy["policy"] == "day-money")
     assert used > 0
     scrape = await scrape_metrics(gateway)
-    assert scrape.get_sample("quota_used", tenant="shop", policy="day-money", unit="yuan") == used
-    assert scrape.get_sample("tenant_spent_yuan", tenant="shop", window="day") == used
-    assert scrape.get_sample("tenant_spent_yuan", tenant="shop", window="month") == used
-    assert scrape.get_sample("spent_yuan_total", tenant="shop", kind="face-enhance") == used
-    assert scrape.get_sample("account_spent_yuan_total", account="main") == used
-    assert scrape.get_sample("account_remaining_yuan", account="main") == 300 - 2 * used
+    assert sum_samples(scrape, "quota_used", tenant="shop", policy="day-money", unit="yuan") == used
+    assert sum_samples(scrape, "tenant_spent_yuan", tenant="shop", window="day") == used
+    assert sum_samples(scrape, "tenant_spent_yuan", tenant="shop", window="month") == used
+    assert sum_samples(scrape, "spent_yuan_total", tenant="shop", kind="face-enhance") == used
+    assert sum_samples(scrape, "account_spent_yuan_total", account="main") == used
+    assert sum_samples(scrape, "account_remaining_yuan", account="main") == 300 - 2 * used
 
 
 async def test_refusals_by_tenant_and_policy(gateway: RunningGateway) -> None:
     await gateway.upstream.refuse_next(SubmitOutcome.INVALID_ACCOUNT)
     assert [(await gateway.submit()).status_code for _ in range(2)] == [503, 503]
     scrape = await scrape_metrics(gateway)
-    assert scrape.get_sample("balance_denials_total", tenant="shop") == 0
-    assert scrape.get_sample("account_state", account="main", state="invalid") == 1
+    assert sum_samples(scrape, "balance_denials_total", tenant="shop") == 0
+    assert sum_samples(scrape, "account_state", account="main", state="invalid") == 1
     await gateway.call_admin("POST", "/accounts/main/reopen")
     await gateway.put_tenant(limits=[{"window": "day", "tasks": 1}])
     assert [(await gateway.submit()).status_code for _ in range(2)] == [201, 429]
@@ -132,9 +114,9 @@ async def test_refusals_by_tenant_and_policy(gateway: RunningGateway) -> None:
     await gateway.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
     assert [(await gateway.submit()).status_code for _ in range(2)] == [402, 402]
     scrape = await scrape_metrics(gateway)
-    assert scrape.get_sample("quota_denials_total", tenant="shop", policy="day-tasks") == 1
-    assert scrape.get_sample("balance_denials_total", tenant="shop") == 2
-    assert scrape.get_sample("account_state", account="main", state="exhausted") == 1
+    assert sum_samples(scrape, "quota_denials_total", tenant="shop", policy="day-tasks") == 1
+    assert sum_samples(scrape, "balance_denials_total", tenant="shop") == 2
+    assert sum_samples(scrape, "account_state", account="main", state="exhausted") == 1
 
 
 async def test_unresponsive_store_does_not_delay_scrapes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,10 +125,10 @@ async def test_unresponsive_store_does_not_delay_scrapes(monkeypatch: pytest.Mon
         async with run_real_gateway(store) as gateway:
             store.suspend()
             scrape = await scrape_metrics(gateway)
-            assert scrape["redis_up"] == 0
-            assert scrape.get_sample("redis_calls_total", command="read", outcome="abandoned") == 1
+            assert sum_samples(scrape, "redis_up") == 0
+            assert sum_samples(scrape, "redis_calls_total", command="read", outcome="abandoned") == 1
             store.resume()
-            assert (await scrape_metrics(gateway))["redis_up"] == 1
+            assert sum_samples(await scrape_metrics(gateway), "redis_up") == 1
 
 
 async def test_refused_writes_are_counted(gateway: RunningGateway, valkey: Valkey) -> None:
@@ -157,8 +139,8 @@ async def test_refused_writes_are_counted(gateway: RunningGateway, valkey: Valke
         finally:
             await store.config_set("min-replicas-to-write", 0)
     scrape = await scrape_metrics(gateway)
-    assert scrape.get_sample("redis_calls_total", command="reserve", outcome="unavailable") == 1
-    assert scrape.get_sample("redis_errors_total", error="response") == 1
+    assert sum_samples(scrape, "redis_calls_total", command="reserve", outcome="unavailable") == 1
+    assert sum_samples(scrape, "redis_errors_total", error="response") == 1
 
 
 @pytest.fixture

@@ -111,6 +111,13 @@ async def test_unsupported_or_broken_image(guarded_gateway: RunningGateway) -> N
         assert "image" in problem["detail"], name
 
 
+async def test_image_at_the_limits_is_accepted(gateway: RunningGateway) -> None:
+    largest = make_png() + b"\0" * (MAX_BYTES - len(make_png()))
+    for image in (largest, make_decompression_bomb(2_000, MAX_PIXELS // 2_000), JPEG, WEBP):
+        assert (await gateway.submit("seamless", image=image)).status_code != 413
+    assert await gateway.upstream.count_submits() == 4
+
+
 async def test_too_many_bytes_or_pixels(guarded_gateway: RunningGateway) -> None:
     image = make_png() + b"\0" * (MAX_BYTES + 1 - len(make_png()))
     for oversized in (image, image + b"\0" * MAX_BYTES):
@@ -134,29 +141,18 @@ async def test_too_many_bytes_or_pixels(guarded_gateway: RunningGateway) -> None
         assert f"{width} x {height}" in problem["detail"]
 
 
-async def test_image_at_the_limits_is_accepted(gateway: RunningGateway) -> None:
-    largest = make_png() + b"\0" * (MAX_BYTES - len(make_png()))
-    for image in (largest, make_decompression_bomb(2_000, MAX_PIXELS // 2_000), JPEG, WEBP):
-        response = await gateway.submit("seamless", image=image)
-        assert response.status_code != 413, response.text
-    assert await gateway.upstream.count_submits() == 4
-
-
 async def test_stalled_or_trickling_body_closes_the_connection(guarded_gateway: RunningGateway, port: int) -> None:
     whole = content_length(len(BODY))
     for end in (0, len(BODY) // 2, len(BODY) - 1):
         async with open_raw_connection(port) as (reader, writer):
             writer.write(make_request_head(guarded_gateway, whole) + BODY[:end])
-            response = await read_response(reader)
-            assert_problem(response, 400, "malformed-request")
-            assert response.headers["connection"] == "close"
+            assert_problem(await read_response(reader), 400, "malformed-request")
             assert await reader.read() == b""
     for path in (LEGACY, "/api/check_task_status"):
         async with open_raw_connection(port) as (reader, writer):
             writer.write(make_request_head(guarded_gateway, whole, path=path) + BODY[:50])
             response = await read_response(reader)
             assert (response.status, response.json()["err_code"]) == (200, 1)
-            assert response.headers["connection"] == "close"
             assert await reader.read() == b""
     async with open_raw_connection(port) as (reader, writer):
         writer.write(make_request_head(guarded_gateway, "Transfer-Encoding: chunked"))
@@ -199,16 +195,6 @@ async def test_legacy_client_with_wrong_key_is_refused_early(guarded_gateway: Ru
             writer.write(head + body[:half])
             assert (await read_response(reader)).json() == {"err_code": 1, "err_msg": "账户不存在"}
             writer.write(body[half:])
-
-
-async def test_pipelined_submissions(gateway: RunningGateway) -> None:
-    request = make_request_head(gateway, content_length(len(BODY))) + BODY
-    async with open_raw_connection(get_port(gateway.url)) as (reader, writer):
-        writer.write(request + request)
-        responses = [await read_response(reader) for _ in range(2)]
-    assert [response.status for response in responses] == [201, 201]
-    assert len({response.json()["id"] for response in responses}) == 2
-    assert await gateway.upstream.count_submits() == 2
 
 
 async def count_client_disconnects(gateway: RunningGateway) -> float:
