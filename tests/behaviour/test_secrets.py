@@ -153,7 +153,7 @@ async def test_redis_holds_no_secret(gateway: RunningGateway, valkey: Valkey) ->
 async def _dump_store(valkey: Valkey) -> AsyncIterator[bytes]:
     """Yield names and contents of all keys."""
     async with Redis(unix_socket_path=str(valkey.socket_path)) as store:
-        readers: dict[bytes, Any] = {
+        readers: dict[Any, Any] = {
             b"string": store.get,
             b"hash": store.hgetall,
             b"zset": lambda key: store.zrange(key, 0, -1),
