@@ -335,9 +335,6 @@ async def test_operators_read_and_list_tasks_of_all_tenants(gateway: RunningGate
     foreign_cursor = await gateway.call_admin("GET", f"/tasks?tenant=other&cursor={first['next_cursor']}")
     expect_problem(foreign_cursor, 400, "malformed-request")
     expect_problem(await gateway.call_admin("GET", "/tasks?tenant=missing"), 404, "not-found")
-    for query, field in (("", "tenant"), ("tenant=shop&limit=0", "limit"), ("tenant=shop&status=x", "status")):
-        problem = expect_problem(await gateway.call_admin("GET", f"/tasks?{query}"), 422, "invalid-options")
-        assert [error["field"] for error in problem["errors"]] == [field]
     lost = await submit_and_lose_response(gateway)
     expect_problem(await gateway.call_admin("GET", f"/tasks/{lost}"), 404, "not-found")
 
