@@ -225,12 +225,12 @@ async def test_invalid_query_parameters_are_named(gateway: RunningGateway) -> No
     (token,) = gateway.services.registry.current.tokens
     for query, field in (("", "tenant"), ("tenant=shop&limit=0", "limit"), ("tenant=shop&status=x", "status")):
         await expect_invalid(gateway, "GET", f"/tasks?{query}", field)
-    for path, query in (
+    for path, queries in (
         (f"/tenants/shop/tokens/{token}", {"grace": ["-1", "nan", "31536001", ""], "grase": ["60"], "force": ["true"]}),
         ("/tenants/shop", {"force": ["perhaps", "", "2"], "Force": ["true"], "grace": ["60"]}),
         ("/accounts/main", {"force": ["perhaps"]}),
     ):
-        for name, values in query.items():
+        for name, values in queries.items():
             for value in values:
                 await expect_invalid(gateway, "DELETE", path, name, params={name: value})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from typing import Any
 
@@ -11,8 +10,8 @@ from httpx2 import Response
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
+from service.usecases.ports import SubmitResult
 from tests.behaviour.audit import expect_problem
-from tests.behaviour.balance_harness import open_balance_harness
 from tests.behaviour.gateway_fixture import RunningGateway
 from tests.behaviour.upstream_control import USER_KEY
 from tests.behaviour.usage_requests import expect_json, run_task
@@ -322,26 +321,31 @@ async def test_operators_read_tasks_of_a_deleted_tenant_and_account(gateway: Run
 
 
 @pytest.mark.parametrize("paths", [["/tenants/shop"], ["/accounts/main"], ["/tenants/shop", "/accounts/main"]])
-async def test_deleted_while_sending(valkey: Valkey, paths: list[str]) -> None:
-    async with open_balance_harness(valkey) as harness:
-        submission = asyncio.create_task(harness.submit_concurrently(1))
-        await harness.control.wait_for_requests(
-            lambda requests: any(request.operation == "submit" for request in requests)
-        )
+async def test_deleted_while_sending(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, paths: list[str]
+) -> None:
+    upstream = gateway.services.submitter.upstream
+    submit = upstream.submit
+
+    async def submit_and_delete(*args: Any, **more: Any) -> SubmitResult:
+        result = await submit(*args, **more)
         for path in paths:
-            await delete_by_force(harness.gateway, path)
-        (task,), _ = await submission
-        with capture_logs() as events:
-            for _ in range(2):
-                await harness.gateway.advance(LOST_AFTER_SECONDS)
-                await harness.gateway.poll_due_tasks()
-        finished = [event["state"] for event in events if event["event"] == "task.finished"]
-        assert finished == ["failed" if "/accounts/main" in paths else "succeeded"]
-        assert {event["log_level"] for event in events} <= {"info", "debug"}
-        assert await harness.sandbox.count_submits() == 1
-        if paths == ["/tenants/shop"]:
-            assert (await harness.get_account())["in_flight"] == 0
-        if paths == ["/accounts/main"]:
-            assert (await harness.gateway.wait_for_task(task["id"]))["error"]["code"] == "task-lost"
-            await harness.gateway.call_admin("PUT", "/tenants/shop", json={"accounts": []} | LIMITS)
-            assert await read_counts(harness.gateway) == (1, 0, 0)
+            await delete_by_force(gateway, path)
+        return result
+
+    monkeypatch.setattr(upstream, "submit", submit_and_delete)
+    task = (await gateway.submit()).json()
+    with capture_logs() as events:
+        for _ in range(2):
+            await gateway.advance(LOST_AFTER_SECONDS)
+            await gateway.poll_due_tasks()
+    finished = [event["state"] for event in events if event["event"] == "task.finished"]
+    assert finished == ["failed" if "/accounts/main" in paths else "succeeded"]
+    assert {event["log_level"] for event in events} <= {"info", "debug"}
+    assert await gateway.upstream.count_submits() == 1
+    if paths == ["/tenants/shop"]:
+        assert (await read_account(gateway))["in_flight"] == 0
+    if paths == ["/accounts/main"]:
+        assert (await gateway.wait_for_task(task["id"]))["error"]["code"] == "task-lost"
+        await gateway.call_admin("PUT", "/tenants/shop", json={"accounts": []} | LIMITS)
+        assert await read_counts(gateway) == (1, 0, 0)

@@ -242,7 +242,7 @@ async def provoke_upstream_faults(gateway: RunningGateway, receiver: WebhookRece
     ]
     receiver.statuses += [500, 410]
     for fault in faulty:
-        await gateway.upstream._set_fault(fault)
+        await gateway.upstream.update_behaviour(faults=(fault,))
         response = await gateway.submit(fields={"metadata": json.dumps(METADATA)})
         if response.status_code == 201:
             await gateway.wait_for_task(response.json()["id"])
