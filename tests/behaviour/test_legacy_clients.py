@@ -27,7 +27,6 @@ def client(gateway: RunningGateway) -> LegacyClient:
     return LegacyClient(gateway.http, gateway.url, gateway.token)
 
 
-@pytest.mark.smoke
 async def test_every_kind_completes_or_fails(gateway: RunningGateway, client: LegacyClient) -> None:
     await gateway.upstream.set_balance(10, 300)
     for remaining, (call, fields) in zip((9, 8, 7, 6), SUBMIT_FIELDS.items(), strict=True):

@@ -80,7 +80,6 @@ async def read_counts(gateway: RunningGateway) -> tuple[float, float, float]:
     return policies["total-tasks"]["used"], policies["total-tasks"]["reserved"], policies["max-active"]["used"]
 
 
-@pytest.mark.smoke
 async def test_document_has_no_secrets(gateway: RunningGateway) -> None:
     response = await gateway.call_admin("GET", "/registry")
     document = response.json()

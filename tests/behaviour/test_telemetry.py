@@ -36,7 +36,6 @@ async def deliver_due(gateway: RunningGateway) -> None:
         await gateway.services.webhook_dispatcher.wait_idle()
 
 
-@pytest.mark.smoke
 async def test_task_moves_through_the_metrics(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caches, "FINISHED_TTL_SECONDS", 60)  # on a slow machine the store would be read twice
     await gateway.put_tenant(limits=[{"window": "day", "tasks": 9, "money": 50}])

@@ -85,7 +85,6 @@ def make_decompression_bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(encode_chunk(kind, content) for kind, content in chunks)
 
 
-@pytest.mark.smoke
 async def test_unsupported_or_broken_image(guarded_gateway: RunningGateway) -> None:
     unsupported = {
         "GIF": encode_image(draw_image(), "GIF"),
