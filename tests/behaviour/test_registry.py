@@ -282,6 +282,7 @@ async def test_recreated_account_inherits_nothing(gateway: RunningGateway) -> No
 async def test_tenant_deleted_with_running_tasks(gateway: RunningGateway, valkey: Valkey) -> None:
     tasks = [(await gateway.submit()).json() for _ in range(3)]
     await delete_by_force(gateway, "/tenants/shop")
+    assert gateway.services.registry.current.tokens == {}
     expect_problem(await gateway.call("GET", tasks[0]["links"]["self"]), 401, "unauthenticated")
     expect_problem(await gateway.submit(), 401, "unauthenticated")
     assert (await read_account(gateway))["in_flight"] == 3
