@@ -24,7 +24,7 @@ from tests.contract.artifact_server import (
 )
 from tests.contract.scripted_server import Connection, reset_immediately, run_server
 from tests.support.file_descriptors import exhaust_descriptors
-from tests.support.valkey import find_free_port
+from tests.support.valkey import reserve_port
 
 CHUNKED = response_head(Transfer_Encoding="chunked")
 SHORT_TIMEOUTS = FetchTimeouts(first_byte_seconds=0.2, idle_seconds=0.2)
@@ -32,7 +32,7 @@ SHORT_TIMEOUTS = FetchTimeouts(first_byte_seconds=0.2, idle_seconds=0.2)
 
 async def test_dead_address() -> None:
     """A refused connection may be retried; the error does not show the address."""
-    caller, port = make_fetcher(), find_free_port()
+    caller, port = make_fetcher(), reserve_port()
     with capture_logs() as logs, pytest.raises(UpstreamUnavailable) as caught:
         await caller.fetch_all(f"http://127.0.0.1:{port}/secret?signature=secret")
     assert caught.value.retry_after

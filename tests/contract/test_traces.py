@@ -32,7 +32,7 @@ from tests.contract.scripted_server import (
     run_server,
 )
 from tests.support.traces import RecordedSpan, SpanRecorder
-from tests.support.valkey import Valkey, find_free_port
+from tests.support.valkey import Valkey, reserve_port
 from tests.unit.asgi_client import make_http_scope
 
 RECEIVER_QUERY = "key=of-the-tenant"
@@ -121,7 +121,7 @@ async def test_failures(serve: Handler, seconds: float, attributes: Mapping[str,
 async def test_connection_refused() -> None:
     recorder = SpanRecorder()
     with tracing.start_request_span(recorder.tracer, make_http_scope()):
-        await submit(f"http://127.0.0.1:{find_free_port()}", recorder.tracer)
+        await submit(f"http://127.0.0.1:{reserve_port()}", recorder.tracer)
     (span,) = child_spans(recorder)
     assert span.attributes["error.type"] == "httpx2.ConnectError"
 
@@ -231,7 +231,7 @@ async def test_reads(valkey: Valkey) -> None:
 async def test_store_unavailable() -> None:
     """The error recorded is the client's own, not the one that callers get."""
     recorder = SpanRecorder()
-    async with Redis.from_url(f"redis://127.0.0.1:{find_free_port()}") as client:
+    async with Redis.from_url(f"redis://127.0.0.1:{reserve_port()}") as client:
         with tracing.start_request_span(recorder.tracer, make_http_scope()), pytest.raises(LedgerUnavailable):
             await RedisScripts(client, tracer=recorder.tracer).call("reopen", ["clock", "account"], account=1)
     (span,) = child_spans(recorder)

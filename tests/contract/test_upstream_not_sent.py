@@ -36,13 +36,13 @@ from tests.contract.scripted_server import (
 )
 from tests.support.certificates import create_certificate
 from tests.support.file_descriptors import exhaust_descriptors
-from tests.support.valkey import find_free_port
+from tests.support.valkey import reserve_port
 
 ACCEPTED, UNKNOWN, NOT_SENT = SubmitOutcome.ACCEPTED, SubmitOutcome.UNKNOWN, SubmitOutcome.NOT_SENT
 
 
 async def test_refused() -> None:
-    async with open_caller(f"http://127.0.0.1:{find_free_port()}") as caller:
+    async with open_caller(f"http://127.0.0.1:{reserve_port()}") as caller:
         assert (await caller.submit()).outcome is NOT_SENT
         assert (await caller.check()).outcome is CheckOutcome.NO_RESPONSE
         assert caller.observations == [
@@ -181,7 +181,7 @@ async def test_slot_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_breaker() -> None:
     """After consecutive connection failures neither submits nor checks are tried for a while."""
-    port = find_free_port()
+    port = reserve_port()
     async with open_caller(f"http://127.0.0.1:{port}") as caller:
         for _ in range(BREAKER_THRESHOLD):
             await caller.submit()
@@ -197,7 +197,7 @@ async def test_breaker() -> None:
 
 
 async def test_breaker_counts_consecutive_failures() -> None:
-    port = find_free_port()
+    port = reserve_port()
     async with open_caller(f"http://127.0.0.1:{port}") as caller:
         for _ in range(2):
             for _ in range(BREAKER_THRESHOLD - 1):
@@ -209,7 +209,7 @@ async def test_breaker_counts_consecutive_failures() -> None:
 async def test_trial_admits_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """As soon as a trial is connected others are admitted, however slow its response is."""
     monkeypatch.setattr(http, "FIRST_PAUSE_SECONDS", 0.0)
-    port = find_free_port()
+    port = reserve_port()
     async with open_caller(f"http://127.0.0.1:{port}") as caller:
         for _ in range(BREAKER_THRESHOLD):
             assert (await caller.submit()).outcome is NOT_SENT

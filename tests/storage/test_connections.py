@@ -33,7 +33,7 @@ from tests.support.stores import (
     run_single,
     run_with_sentinel,
 )
-from tests.support.valkey import UNAVAILABLE_ERRORS, Valkey, find_free_port, run_valkey
+from tests.support.valkey import UNAVAILABLE_ERRORS, Valkey, reserve_port, run_valkey
 
 INCREMENT = "return redis.call('INCR', KEYS[1])"
 
@@ -121,7 +121,7 @@ async def test_scripts_return_bytes(store: RunningStore) -> None:
 @pytest.mark.parametrize("scheme", ["redis", "redis+sentinel", "redis+cluster"])
 async def test_unanswered_command_is_sent_once(scheme: str) -> None:
     """Without an answer in time, a command is not retried on any topology."""
-    port = find_free_port()
+    port = reserve_port()
     with ExitStack() as servers:
         if scheme == "redis+cluster":
             server = servers.enter_context(run_cluster("--cluster-announce-port", str(port))).server
@@ -227,12 +227,12 @@ def test_reset_connections(error: Any) -> None:
             assert int(await ping(connections) or 0) == 0
             assert int(await connections.commands.execute_command("GET", "{gw}:count")) >= counts["done"] > 0
 
-    port = find_free_port()
+    port = reserve_port()
     with ExitStack() as servers, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         if error is run_cluster:
             server = servers.enter_context(run_cluster("--cluster-announce-port", str(port))).server
         else:
-            server = servers.enter_context(run_valkey(port=find_free_port()))
+            server = servers.enter_context(run_valkey(port=reserve_port()))
         proxy = servers.enter_context(run_resetting_proxy(server.port, seed=12, port=port))
         url = f"redis://127.0.0.1:{port}"
         if error is run_cluster:
@@ -322,7 +322,7 @@ async def test_unknown_sentinel_service() -> None:
 
 async def test_password() -> None:
     """A password is used in any spelling; a wrong one raises an error in UNAVAILABLE_ERRORS."""
-    with run_valkey("--requirepass", "a b/c@d:e", port=find_free_port()) as server:
+    with run_valkey("--requirepass", "a b/c@d:e", port=reserve_port()) as server:
         async with open_connections(f"redis://:a%20b%2Fc%40d%3Ae@127.0.0.1:{server.port}/2") as connections:
             assert await connections.commands.client_info()
         async with open_connections(f"redis://:wrong@127.0.0.1:{server.port}") as connections:
@@ -331,7 +331,7 @@ async def test_password() -> None:
 
 
 async def test_sentinel_password() -> None:
-    with run_valkey(port=find_free_port()) as server, run_sentinel(server.port, "--requirepass", "own") as watching:
+    with run_valkey(port=reserve_port()) as server, run_sentinel(server.port, "--requirepass", "own") as watching:
         address = f"redis+sentinel://127.0.0.1:{watching.port}/main/1"
         async with open_connections(f"{address}?sentinel_password=own") as connections:
             await connections.commands.set("k", "v")
@@ -344,8 +344,8 @@ async def test_sentinel_password() -> None:
 async def test_failover() -> None:
     """After the primary fails, commands go to the replica that Sentinel promotes."""
     with (
-        run_valkey("--repl-diskless-sync-delay", "0", port=find_free_port()) as old,
-        run_valkey("--replicaof", "127.0.0.1", str(old.port), port=find_free_port()) as new,
+        run_valkey("--repl-diskless-sync-delay", "0", port=reserve_port()) as old,
+        run_valkey("--replicaof", "127.0.0.1", str(old.port), port=reserve_port()) as new,
         run_sentinel(old.port) as watching,
     ):
         replica, sentinel = RunningStore("", new), RunningStore("", watching)
@@ -366,7 +366,7 @@ async def test_failover() -> None:
 async def test_tls(tmp_path: Path) -> None:
     """Over TLS the server must present a trusted certificate."""
     trusted, context = create_certificate(tmp_path)
-    port = find_free_port()
+    port = reserve_port()
     with run_valkey() as server:
         async with run_proxy(server, port, tls=context):
             async with open_connections(f"rediss://127.0.0.1:{port}?ssl_ca_certs={trusted}") as connections:
@@ -403,8 +403,8 @@ async def test_redirected_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_sentinel_over_tls(tmp_path: Path, scheme: str) -> None:
     """Sentinels over TLS name the primary, with or without TLS on it."""
     trusted, context = create_certificate(tmp_path)
-    outer, announced = find_free_port(), find_free_port()
-    with run_valkey(port=find_free_port()) as server, run_sentinel(announced) as watching:
+    outer, announced = reserve_port(), reserve_port()
+    with run_valkey(port=reserve_port()) as server, run_sentinel(announced) as watching:
         async with (
             run_proxy(watching, outer, tls=context),
             run_proxy(server, announced, tls=context if scheme == "rediss+sentinel" else None),

@@ -14,7 +14,7 @@ from service.storage import redis
 from service.storage.connections import connect
 from service.storage.redis import RedisMonitor, RedisScripts, Subscriber
 from service.telemetry.metrics import Metrics, RedisErrorKind, RedisOutcome
-from tests.support.valkey import find_free_port, run_valkey
+from tests.support.valkey import reserve_port, run_valkey
 from tests.unit.metric_samples import read_sample
 
 TIMEOUT_SECONDS = 20.0
@@ -35,7 +35,7 @@ class ReportingMonitor(RedisMonitor):
 async def test_an_outage_is_followed_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """However often it is tried while the store is away, it is heard again when it is back, and logs nothing itself."""
     monkeypatch.setattr(redis, "RECONNECT_SECONDS", 0.01)
-    port, monitor, received = find_free_port(), ReportingMonitor(), asyncio.Event()
+    port, monitor, received = reserve_port(), ReportingMonitor(), asyncio.Event()
     connections = connect(f"redis://127.0.0.1:{port}", timeout=5)
 
     async def handle(message: bytes | None) -> None:
@@ -62,7 +62,7 @@ async def test_an_outage_is_followed_through(monkeypatch: pytest.MonkeyPatch) ->
 async def test_outage_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line at the start and one at the end, whatever fails in between."""
     monkeypatch.setattr(redis, "QUIET_SECONDS", 0)
-    port, metrics = find_free_port(), Metrics(CollectorRegistry())
+    port, metrics = reserve_port(), Metrics(CollectorRegistry())
     connections = connect(f"redis://127.0.0.1:{port}", timeout=5)
     monitor = RedisMonitor(metrics)
     reader = RedisScripts(connections.commands, monitor=monitor)

@@ -20,7 +20,7 @@ from service.storage.tasks import put_task_event
 from service.usecases.caches import DurationEstimator, TaskCache
 from service.usecases.ports import CheckOutcome
 from tests.storage.store_fixture import KEYS, StoreFixture, open_store
-from tests.support.valkey import Valkey, find_free_port, run_valkey
+from tests.support.valkey import Valkey, reserve_port, run_valkey
 
 TIMEOUT_SECONDS = 20.0
 
@@ -127,7 +127,7 @@ async def test_invalid_message(own_server: Valkey, task_store: StoreFixture) -> 
 async def test_a_store_that_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who begins while the store is away hears of changes as soon as it is there."""
     monkeypatch.setattr(redis, "RECONNECT_SECONDS", 0.01)
-    port = find_free_port()
+    port = reserve_port()
     url = f"redis://127.0.0.1:{port}"
     async with open_cache(url) as cache:
         with cache.subscribe("r1") as subscription, run_valkey(port=port) as late:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from tests.support.valkey import find_free_port
+from tests.support.valkey import reserve_port
 
 
 class ResettingProxy:
@@ -73,7 +73,7 @@ class ResettingProxy:
 
 @contextmanager
 def run_resetting_proxy(target: int, *, seed: int, port: int | None = None) -> Iterator[ResettingProxy]:
-    proxy = ResettingProxy(target, port or find_free_port(), seed)
+    proxy = ResettingProxy(target, port or reserve_port(), seed)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

@@ -10,7 +10,7 @@ from typing import Any
 
 from redis import Redis
 
-from tests.support.valkey import Valkey, find_free_port, run_valkey
+from tests.support.valkey import Valkey, reserve_port, run_valkey
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ def pause_unless(condition: bool | None) -> bool:
 
 @contextmanager
 def run_cluster(*options: str) -> Iterator[RunningStore]:
-    own = ("--cluster-enabled", "yes", "--cluster-port", str(find_free_port()), "--cluster-node-timeout", "1000")
-    with run_valkey(*own, *options, port=find_free_port()) as server:
+    own = ("--cluster-enabled", "yes", "--cluster-port", str(reserve_port()), "--cluster-node-timeout", "1000")
+    with run_valkey(*own, *options, port=reserve_port()) as server:
         store = RunningStore(f"redis+cluster://127.0.0.1:{server.port},127.0.0.1:1", server)
         store.execute("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
         while pause_unless(b"cluster_state:ok" in store.execute("CLUSTER", "INFO")):
@@ -46,19 +46,19 @@ def run_cluster(*options: str) -> Iterator[RunningStore]:
 @contextmanager
 def run_sentinel(primary: int, *options: str) -> Iterator[Valkey]:
     monitor = f"sentinel monitor main 127.0.0.1 {primary} 1\n"
-    with run_valkey("--sentinel", *options, port=find_free_port(), config=monitor) as watching:
+    with run_valkey("--sentinel", *options, port=reserve_port(), config=monitor) as watching:
         yield watching
 
 
 @contextmanager
 def run_with_sentinel() -> Iterator[RunningStore]:
-    with run_valkey(port=find_free_port()) as server, run_sentinel(server.port) as watching:
+    with run_valkey(port=reserve_port()) as server, run_sentinel(server.port) as watching:
         yield RunningStore(f"redis+sentinel://127.0.0.1:1,127.0.0.1:{watching.port}/main", server)
 
 
 @contextmanager
 def run_single() -> Iterator[RunningStore]:
-    with run_valkey(port=find_free_port()) as server:
+    with run_valkey(port=reserve_port()) as server:
         yield RunningStore(f"redis://127.0.0.1:{server.port}", server)
 
 

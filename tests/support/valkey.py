@@ -12,6 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from service.devstack import find_server_binary
 UNAVAILABLE_ERRORS: tuple[type[Exception], ...] = (ConnectionError, TimeoutError, ReadOnlyError, ClusterDownError)
 """Raised by a client while the store can't be reached or can't be written to."""
 _START_SECONDS = 10.0
+_RESERVATIONS: deque[socket.socket] = deque()
+_MAX_RESERVATIONS = 200
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,23 @@ def run_valkey(*options: str, port: int = 0, config: str = "") -> Iterator[Valke
         shutil.rmtree(folder)
 
 
+def reserve_port() -> int:
+    """Reserve a TCP port of 127.0.0.1 for this process: nothing listens there until it starts a server.
+
+    The kernel gives a port to no other process while a socket is bound to it. A server may bind it too, any number of
+    times, if both have SO_REUSEADDR and this one does not listen.
+    """
+    reserving = socket.socket()
+    reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserving.bind(("127.0.0.1", 0))
+    _RESERVATIONS.append(reserving)
+    if len(_RESERVATIONS) > _MAX_RESERVATIONS:
+        _RESERVATIONS.popleft().close()
+    return int(reserving.getsockname()[1])
+
+
 def find_free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    return reserve_port()
 
 
 @pytest.fixture(scope="session")
