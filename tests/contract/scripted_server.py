@@ -33,8 +33,8 @@ class Connection:
         """Read one request. Returns False at the end of the connection."""
         try:
             head = await self.reader.readuntil(b"\r\n\r\n")
-            length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-            body = await self.reader.readexactly(int(length.partition(b":")[2]))
+            lengths = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+            body = await self.reader.readexactly(int(lengths[0].partition(b":")[2])) if lengths else b""
         except (asyncio.IncompleteReadError, OSError):
             return False
         self.server.requests.append((head, body))

@@ -10,12 +10,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import httpx2
 import pytest
 from anyio._backends._asyncio import SocketStream
-from structlog.testing import capture_logs
 
 from service.clients import http
 from service.clients.http import BREAKER_THRESHOLD
@@ -26,29 +24,16 @@ from tests.contract.client import ACCOUNT, open_caller
 from tests.contract.scripted_server import (
     ACCEPTED_RESPONSE,
     Connection,
-    Handler,
     never_reply,
     reply_with,
     reset_after_request,
-    reset_immediately,
     run_server,
     vendor_response,
 )
-from tests.support.certificates import create_certificate
 from tests.support.file_descriptors import exhaust_descriptors
 from tests.support.valkey import reserve_port
 
 ACCEPTED, UNKNOWN, NOT_SENT = SubmitOutcome.ACCEPTED, SubmitOutcome.UNKNOWN, SubmitOutcome.NOT_SENT
-
-
-async def test_refused() -> None:
-    async with open_caller(f"http://127.0.0.1:{reserve_port()}") as caller:
-        assert (await caller.submit()).outcome is NOT_SENT
-        assert (await caller.check()).outcome is CheckOutcome.NO_RESPONSE
-        assert caller.observations == [
-            (UpstreamOperation.SUBMIT, NOT_SENT),
-            (UpstreamOperation.CHECK, CheckOutcome.NO_RESPONSE),
-        ]
 
 
 @contextmanager
@@ -63,69 +48,20 @@ def unreachable_address() -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-async def test_deadline_while_connecting() -> None:
-    with unreachable_address() as url:
-        async with open_caller(url) as caller:
-            assert (await caller.submit(seconds=0.2)).outcome is NOT_SENT
-
-
 async def test_connect_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow connect ends well before the deadline, with nothing sent."""
-    monkeypatch.setattr(http, "_TIMEOUTS", httpx2.Timeout(5, connect=0.1).as_dict())
+    """A slow connect ends at the deadline, or at its own time limit, with nothing sent."""
     with unreachable_address() as url:
-        async with open_caller(url) as caller, asyncio.timeout(5):
+        async with open_caller(url) as caller, asyncio.timeout(20):
+            assert (await caller.submit(seconds=0.1)).outcome is NOT_SENT
+            monkeypatch.setattr(http, "_TIMEOUTS", httpx2.Timeout(5, connect=0.1).as_dict())
             assert (await caller.submit(seconds=60)).outcome is NOT_SENT
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "",
-        "x",
-        "http://",
-        "ftp://127.0.0.1",
-        "http://[::1",
-        "http://a..b",
-        "http://x:99999",
-        "http://\x00",
-        f"http://{'é' * 90}",
-    ],
-)
-async def test_unusable_url(url: str) -> None:
-    async with open_caller(url) as caller:
-        assert (await caller.submit()).outcome is NOT_SENT
-        assert (await caller.check()).outcome is CheckOutcome.NO_RESPONSE
-
-
-@pytest.mark.parametrize("seconds", [0, -1.5])
-async def test_no_time_left(seconds: float) -> None:
+async def test_no_time_left() -> None:
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
-        assert (await caller.submit(seconds=seconds)).outcome is NOT_SENT
+        for seconds in (0, -1.5):
+            assert (await caller.submit(seconds=seconds)).outcome is NOT_SENT
     assert peer.connections == 0
-
-
-async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is sent to a server with an untrusted certificate."""
-    trusted, context = create_certificate(tmp_path)
-    async with run_server(reply_with(ACCEPTED_RESPONSE), tls=context) as peer:
-        async with open_caller(peer.url) as caller:
-            assert (await caller.submit()).outcome is NOT_SENT
-        assert peer.requests == []
-        monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
-        monkeypatch.setattr("service.clients.upstream.default_tls", httpx2.create_ssl_context)
-        async with open_caller(peer.url) as caller:
-            assert (await caller.submit()).outcome is ACCEPTED
-
-
-async def reply_in_plain_http(connection: Connection) -> None:
-    """Respond in plain HTTP to a TLS client."""
-    await connection.send(b"HTTP/1.1 400 Bad\r\n\r\n")
-
-
-@pytest.mark.parametrize("serve", [reply_in_plain_http, reset_immediately])
-async def test_no_tls(serve: Handler) -> None:
-    async with run_server(serve) as peer, open_caller(peer.url.replace("http://", "https://")) as caller:
-        assert (await caller.submit()).outcome is NOT_SENT
 
 
 async def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +76,7 @@ async def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
             await connection.wait_closed()
 
     async with run_server(serve) as peer, open_caller(peer.url) as caller:
-        first = asyncio.create_task(caller.submit(seconds=1))
+        first = asyncio.create_task(caller.submit(seconds=0.3))
         await peer.request_received.wait()
         assert (await caller.submit(seconds=0.1)).outcome is NOT_SENT
         assert (await caller.check()).outcome is CheckOutcome.RUNNING
@@ -196,16 +132,6 @@ async def test_breaker() -> None:
             assert (await caller.submit(account=elsewhere)).outcome is ACCEPTED
 
 
-async def test_breaker_counts_consecutive_failures() -> None:
-    port = reserve_port()
-    async with open_caller(f"http://127.0.0.1:{port}") as caller:
-        for _ in range(2):
-            for _ in range(BREAKER_THRESHOLD - 1):
-                assert (await caller.submit()).outcome is NOT_SENT
-            async with run_server(reply_with(ACCEPTED_RESPONSE), port=port):
-                assert (await caller.submit()).outcome is ACCEPTED
-
-
 async def test_trial_admits_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """As soon as a trial is connected others are admitted, however slow its response is."""
     monkeypatch.setattr(http, "FIRST_PAUSE_SECONDS", 0.0)
@@ -233,22 +159,6 @@ async def test_breaker_ignores_sent_requests() -> None:
             trying = asyncio.create_task(caller.submit())
             assert not (await asyncio.wait({trying}, timeout=0.1))[0]
             trying.cancel()
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-async def test_no_descriptor(host: str) -> None:
-    """A failure for lack of a descriptor counts as not sent, and not against the upstream."""
-    async with (
-        run_server(reply_with(ACCEPTED_RESPONSE)) as peer,
-        open_caller(peer.url.replace("127.0.0.1", host)) as caller,
-    ):
-        with capture_logs() as logs, exhaust_descriptors():
-            for _ in range(BREAKER_THRESHOLD + 1):
-                assert (await caller.submit()).outcome is NOT_SENT
-                assert (await caller.check()).outcome is CheckOutcome.NO_RESPONSE
-        assert {(log["sent"], log["error"]) for log in logs} == {(False, os.strerror(errno.EMFILE))}
-        assert (await caller.submit()).outcome is ACCEPTED
-    assert len(peer.requests) == 1
 
 
 async def test_no_descriptor_for_an_import(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,23 +197,3 @@ async def test_no_descriptor_while_waiting() -> None:
 
     async with run_server(serve) as peer, open_caller(peer.url) as caller:
         assert (await caller.submit()).outcome is ACCEPTED
-
-
-async def test_no_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with run_server(reply_with(ACCEPTED_RESPONSE)) as proxy, run_server(reply_with(ACCEPTED_RESPONSE)) as peer:
-        monkeypatch.setenv("HTTP_PROXY", proxy.url)
-        monkeypatch.setenv("ALL_PROXY", proxy.url)
-        async with open_caller(peer.url) as caller:
-            assert (await caller.submit()).outcome is ACCEPTED
-    assert (proxy.connections, peer.connections) == (0, 1)
-
-
-async def test_undecryptable_key() -> None:
-    """An account whose key was encrypted with a lost secret key sends nothing, and is reported apart."""
-    async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
-        account = Account(1, "main", b"encrypted by another")
-        with capture_logs() as logs:
-            assert (await caller.submit(account=account)).outcome is SubmitOutcome.MISCONFIGURED
-            assert (await caller.check(account=account)).outcome is CheckOutcome.NO_RESPONSE
-    assert peer.connections == 0
-    assert [log["log_level"] for log in logs] == ["error", "error"]

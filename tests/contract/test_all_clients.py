@@ -1,0 +1,186 @@
+"""What every client does with servers that are broken, silent or unreachable."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+import pytest
+from structlog.testing import capture_logs
+
+from service.clients import upstream
+from service.clients.artifacts import FetchTimeouts
+from service.clients.webhooks import WebhookClient
+from service.domain.errors import GatewayError, Overloaded, UpstreamInvalidResponse, UpstreamUnavailable
+from service.domain.tenants import Webhook
+from service.usecases.ports import CheckOutcome, SubmitOutcome
+from tests.contract.artifact_server import Fetcher, make_fetcher
+from tests.contract.client import LARGE, Caller, open_caller
+from tests.contract.scripted_server import (
+    ACCEPTED_RESPONSE,
+    Connection,
+    Handler,
+    http_response,
+    never_reply,
+    reply_and_close,
+    reply_with,
+    reset_after_request,
+    reset_immediately,
+    run_server,
+)
+from tests.support.certificates import create_certificate
+from tests.support.file_descriptors import exhaust_descriptors
+from tests.support.valkey import reserve_port
+
+NO_RESPONSE = CheckOutcome.NO_RESPONSE
+NOT_SENT = (SubmitOutcome.NOT_SENT, NO_RESPONSE, "failed", UpstreamUnavailable)
+LOST = (SubmitOutcome.UNKNOWN, NO_RESPONSE, "failed", UpstreamInvalidResponse)
+NO_DESCRIPTOR = (SubmitOutcome.NOT_SENT, NO_RESPONSE, Overloaded, Overloaded)
+
+Results = tuple[SubmitOutcome, CheckOutcome, int | str | type[GatewayError], type]
+
+
+@dataclass
+class Clients:
+    upstream: Caller
+    webhooks: WebhookClient
+    artifacts: Fetcher
+
+    async def call(self, url: str, *, seconds: float = 10) -> Results:
+        """Submit, check, send a webhook and fetch an artifact, one after the other."""
+        submitted = await self.upstream.submit(image=LARGE, seconds=seconds)
+        checked = await self.upstream.check()
+        webhook: int | str | type[GatewayError]
+        try:
+            response = await self.webhooks.post(url, {}, b"{}", Webhook(url, ("127.0.0.0/8", "::1/128")))
+            webhook = response.status or "failed"
+        except GatewayError as error:
+            webhook = type(error)
+        fetched: GatewayError | None = None
+        try:
+            await self.artifacts.fetch_all(url)
+        except GatewayError as error:
+            fetched = error
+        assert "127.0.0.1" not in str(fetched)
+        return submitted.outcome, checked.outcome, webhook, type(fetched)
+
+
+@asynccontextmanager
+async def open_clients(url: str, *, host: str = "127.0.0.1", seconds: float = 10) -> AsyncIterator[Clients]:
+    """Open clients of an upstream; artifacts may be fetched from `host`."""
+    artifacts = make_fetcher(f"http://{host}", timeouts=FetchTimeouts(first_byte_seconds=seconds, idle_seconds=seconds))
+    async with open_caller(url) as caller:
+        yield Clients(caller, WebhookClient(timeout_seconds=seconds), artifacts)
+
+
+async def call_all(url: str, *, seconds: float = 10) -> Results:
+    async with open_clients(url, seconds=seconds) as clients:
+        return await clients.call(url, seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    "serve",
+    [
+        pytest.param(reset_immediately, id="reset"),
+        pytest.param(reset_after_request, id="reset-after-the-request"),
+        pytest.param(reply_and_close(), id="closed"),
+        pytest.param(reply_and_close(ACCEPTED_RESPONSE[:20]), id="half-a-head"),
+        pytest.param(reply_and_close(b"SSH-2.0-x\r\n\r\n"), id="not-http"),
+        pytest.param(reply_and_close(b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 50_000), id="endless-head"),
+        pytest.param(
+            reply_with(ACCEPTED_RESPONSE.replace(b"Content-Length: ", b"Content-Length: 9-")), id="invalid-length"
+        ),
+    ],
+)
+async def test_broken_responses(serve: Handler) -> None:
+    """Each call is made once and has no response; a submit may have been charged, and is logged."""
+    with capture_logs() as logs:
+        async with run_server(serve) as peer:
+            assert await call_all(peer.url) == LOST
+    assert peer.connections == 4
+    assert [log["sent"] for log in logs if log["event"] == "upstream.request_failed"] == [True, True]
+
+
+async def drip(connection: Connection) -> None:
+    """Send a response head byte by byte, without an end."""
+    await connection.receive()
+    await connection.send(b"HTTP/1.1 200 OK\r\nx: ")
+    for _ in range(60_000):
+        await connection.send(b"y")
+        await asyncio.sleep(0.01)
+
+
+async def read_nothing(_: Connection) -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("serve", [never_reply, drip, read_nothing])
+async def test_deadlines(serve: Handler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "CHECK_SECONDS", 0.1)
+    async with run_server(serve) as peer, asyncio.timeout(20):
+        assert await call_all(peer.url, seconds=0.1) == (*LOST[:3], UpstreamUnavailable)
+
+
+async def test_connection_refused() -> None:
+    assert await call_all(f"http://127.0.0.1:{reserve_port()}") == NOT_SENT
+
+
+@pytest.mark.parametrize("url", ["", "x", "http://", "ftp://127.0.0.1", "http://[::1", "http://a..b", "http://x:99999"])
+async def test_unusable_urls(url: str) -> None:
+    submitted, checked, webhook, fetched = await call_all(url)
+    assert (submitted, checked, webhook) == NOT_SENT[:3]
+    assert fetched in {UpstreamInvalidResponse, UpstreamUnavailable}
+
+
+async def reply_in_plain_http(connection: Connection) -> None:
+    await connection.send(b"HTTP/1.1 400 Bad\r\n\r\n")
+
+
+async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is sent to a server with an untrusted certificate, or without TLS."""
+    trusted, context = create_certificate(tmp_path)
+    async with run_server(reply_with(ACCEPTED_RESPONSE), tls=context) as peer:
+        assert await call_all(peer.url) == NOT_SENT
+        assert peer.requests == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+        monkeypatch.setattr(upstream, "default_tls", httpx2.create_ssl_context)
+        async with open_caller(peer.url) as caller:
+            assert (await caller.submit()).outcome is SubmitOutcome.ACCEPTED
+    for serve in (reply_in_plain_http, reset_immediately):
+        async with run_server(serve) as peer:
+            assert await call_all(peer.url.replace("http://", "https://")) == NOT_SENT
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_no_descriptor(host: str) -> None:
+    """A local lack of descriptors counts as not sent, and not against the server."""
+    async with run_server(reply_with(http_response(b"x", 500))) as peer:
+        url = peer.url.replace("127.0.0.1", host)
+        async with open_clients(url, host=host) as clients:
+            with exhaust_descriptors():
+                for _ in range(6):
+                    assert await clients.call(url) == NO_DESCRIPTOR
+            assert peer.connections == 0
+            assert await clients.call(url) == (SubmitOutcome.UNKNOWN, NO_RESPONSE, 500, UpstreamUnavailable)
+
+
+async def test_no_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with run_server(never_reply) as proxy, run_server(reply_with(http_response(b"", 404))) as peer:
+        for name in ("HTTP_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url)
+        await call_all(peer.url)
+    assert (proxy.connections, peer.connections) == (0, 4)
+
+
+async def test_no_cookies() -> None:
+    async with (
+        run_server(reply_with(http_response(b"{}", Set_Cookie="a=b; Path=/"))) as peer,
+        open_clients(peer.url) as clients,
+    ):
+        for _ in range(2):
+            await clients.call(peer.url)
+    assert not [head for head, _ in peer.requests if b"cookie" in head.lower() or b"authorization" in head.lower()]
