@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import ssl
 from collections.abc import Mapping, Sequence
 from ipaddress import ip_address
@@ -63,30 +62,24 @@ def redirect_through(*locations: str) -> Handler:
 
 @pytest.mark.parametrize("url", PRIVATE_URLS)
 async def test_private_address(url: str) -> None:
-    """An artifact at a private address is refused for an account whose upstream is elsewhere."""
-    caller = make_fetcher("http://upstream.example")
-    async with run_server(send_pieces(file_response())) as peer:
-        with pytest.raises(UpstreamInvalidResponse) as caught:
-            await caller.fetch_all(url.format(port=peer.url.rpartition(":")[2]))
-        assert peer.connections == 0
-    assert "127.0.0.1" not in str(caught.value)
-    assert caller.outcome == FetchOutcome.INVALID
-
-
-@pytest.mark.parametrize("url", PRIVATE_URLS[:-1])
-async def test_redirect_to_private_address(url: str) -> None:
+    """A private address is refused for an account whose upstream is elsewhere, also behind a redirect."""
+    names = ("127.0.0.1", "::1", "::ffff:127.0.0.1", "10.0.0.1", "169.254.169.254")
     resolver = make_resolver(
         {"upstream.example": [LOOPBACK], "localhost": [LOOPBACK], "2130706433": [LOOPBACK]}
-        | {text: [ip_address(text)] for text in ("127.0.0.1", "::1", "::ffff:127.0.0.1", "10.0.0.1", "169.254.169.254")}
+        | {text: [ip_address(text)] for text in names}
     )
     caller = make_fetcher("http://upstream.example", resolver=resolver)
     async with run_server(send_pieces(file_response())) as inside:
         target = url.format(port=inside.url.rpartition(":")[2])
+        with pytest.raises(UpstreamInvalidResponse) as caught:
+            await caller.fetch_all(target)
+        assert "127.0.0.1" not in str(caught.value)
         async with run_server(redirect_through(target)) as peer:
             with pytest.raises(UpstreamInvalidResponse):
                 await caller.fetch_all(peer.url.replace("127.0.0.1", "upstream.example"))
             assert len(peer.requests) == 1
         assert inside.connections == 0
+    assert caller.outcomes == [FetchOutcome.INVALID] * 2
 
 
 async def test_own_upstream() -> None:
@@ -128,59 +121,25 @@ async def test_changing_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_redirects() -> None:
-    """Redirects, relative ones too, keep the request; each connection closes before the next opens."""
+    """Redirects, relative ones too, keep the request; the account's key is put back into the URL."""
     caller = make_fetcher()
-    async with run_server(redirect_through("/2.png", "{url}/3.png?a=b", "4.png")) as peer:
+    async with run_server(redirect_through("/2.png", "{url}/3.png?a=b", "4.png", "/5", "/6")) as peer:
         _, content = await caller.fetch_all(
-            f"{peer.url}/a/1.png", requested=RangeRequest(range="bytes=0-", if_range='"v1"')
+            f"{peer.url}/a/1.png?k=%7Buser_key%7D", requested=RangeRequest(range="bytes=0-", if_range='"v1"')
         )
-    lines = [sent.split(b"\r\n") for sent, _ in peer.requests]
+    lines = [sent.decode().split("\r\n") for sent, _ in peer.requests]
+    paths = [f"/a/1.png?k={USER_KEY}", "/2.png", "/3.png?a=b", "/4.png", "/5", "/6"]
     assert content == PNG_IMAGE
-    assert [line[0].split()[1] for line in lines] == [b"/a/1.png", b"/2.png", b"/3.png?a=b", b"/4.png"]
-    assert all(b'If-Range: "v1"' in line for line in lines)
-    assert caller.outcome == FetchOutcome.DONE
+    assert [line[0].split()[1] for line in lines] == paths
+    assert all('If-Range: "v1"' in line for line in lines)
 
 
-async def test_key_in_the_url() -> None:
-    """The account's key is put back into a URL stored without it."""
-    async with run_server(send_pieces(file_response())) as peer:
-        await make_fetcher().fetch_all(f"{peer.url}/1.png?k=%7Buser_key%7D")
-    assert peer.requests[0][0].startswith(f"GET /1.png?k={USER_KEY} HTTP/1.1\r\n".encode())
-
-
-async def test_too_many_redirects() -> None:
-    async with run_server(redirect_through(*["/"] * MAX_REDIRECTS)) as peer:
-        await make_fetcher().fetch_all(peer.url)
-    async with run_server(redirect_through(*["/"] * (MAX_REDIRECTS + 1))) as peer:
-        with pytest.raises(UpstreamInvalidResponse):
-            await make_fetcher().fetch_all(peer.url)
-        assert len(peer.requests) == MAX_REDIRECTS + 1
-
-
-@pytest.mark.parametrize(
-    "location",
-    [
-        "ftp://127.0.0.1/1.png",
-        "file:///etc/passwd",
-        "data:image/png,x",
-        "//",
-        "http://",
-        "http://[",
-        "http://a:b/",
-        "?",
-    ],
-)
-async def test_redirects_to_nowhere(location: str) -> None:
-    """A redirect to a non-HTTP URL, or in a circle, fails."""
+@pytest.mark.parametrize("location", ["/", "ftp://127.0.0.1/1.png", "file:///etc/passwd", "//", "http://[", "?"])
+async def test_endless_and_invalid_redirects(location: str) -> None:
     async with run_server(redirect_through(*[location] * 9)) as peer:
         with pytest.raises((UpstreamInvalidResponse, UpstreamUnavailable)):
             await make_fetcher().fetch_all(peer.url)
-
-
-@pytest.mark.parametrize("url", ["ftp://127.0.0.1/1.png", "http://", "http://[/", "x", "http://a:b/"])
-async def test_invalid_url(url: str) -> None:
-    with pytest.raises((UpstreamInvalidResponse, UpstreamUnavailable)):
-        await make_fetcher().fetch_all(url)
+    assert len(peer.requests) <= MAX_REDIRECTS + 1
 
 
 async def test_downgrade(tmp_path: Path) -> None:
@@ -199,11 +158,3 @@ async def test_downgrade(tmp_path: Path) -> None:
         run_server(redirect_through(safe.url)) as plain,
     ):
         assert (await make_fetcher(tls=tls).fetch_all(plain.url))[1] == PNG_IMAGE
-
-
-async def test_certificate(tmp_path: Path) -> None:
-    _, context = create_certificate(tmp_path)
-    async with run_server(send_pieces(file_response()), tls=context) as peer, asyncio.timeout(10):
-        with pytest.raises(UpstreamUnavailable):
-            await make_fetcher().fetch_all(peer.url)
-        assert not peer.requests
