@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 import pytest
+from structlog.testing import capture_logs
 
 from service.clients import webhooks
 from service.clients.egress import IpAddress, UnknownHost
 from service.clients.webhooks import MAX_BODY_BYTES, WebhookClient
-from service.domain.errors import Overloaded
 from service.domain.tenants import Webhook
 from service.usecases.ports import WebhookResponse
 from tests.contract.scripted_server import Connection, Handler, ScriptedServer, http_response, reply_with, run_server
-from tests.support.file_descriptors import exhaust_descriptors
 
 BODY = b'{"type":"task.succeeded"}'
 HEADERS = {"webhook-id": "msg_1", "webhook-signature": "v1,x", "webhook-timestamp": "1"}
 
 
-async def send_webhook(
-    serve: Handler, *, allow: str = "127.0.0.0/8", seconds: float = 15
-) -> tuple[WebhookResponse, ScriptedServer]:
-    """Send a webhook; returns the result and the requests that the receiver got."""
+async def send_webhook(serve: Handler, *, allow: str = "127.0.0.0/8") -> tuple[WebhookResponse, ScriptedServer]:
     async with run_server(serve) as peer:
-        hook = Webhook(f"{peer.url}/ended?key=1", (allow,))
-        reply = await WebhookClient(timeout_seconds=seconds).post(f"{peer.url}/ended?key=1", HEADERS, BODY, hook)
-        return reply, peer
+        url = f"{peer.url}/ended?key=1"
+        return await WebhookClient().post(url, HEADERS, BODY, Webhook(url, (allow,))), peer
 
 
 async def test_request() -> None:
@@ -44,16 +38,6 @@ async def test_request() -> None:
     assert {"webhook-id: msg_1", "webhook-signature: v1,x", "content-type: application/json"} <= set(lines)
     assert any(line.startswith("user-agent: imaging-gateway/") for line in lines)
     assert not any(line.startswith(("cookie:", "authorization:")) for line in lines)
-
-
-async def test_no_descriptor() -> None:
-    """A local lack of resources is no failure of the receiver."""
-    async with run_server(reply_with(http_response(b"thanks"))) as peer:
-        client, hook = WebhookClient(), Webhook(peer.url, ("127.0.0.0/8",))
-        with exhaust_descriptors(), pytest.raises(Overloaded):
-            await client.post(peer.url, HEADERS, BODY, hook)
-        assert await client.post(peer.url, HEADERS, BODY, hook) == WebhookResponse(status=200)
-    assert peer.connections == 1
 
 
 async def test_redirect() -> None:
@@ -77,85 +61,28 @@ async def test_huge_response() -> None:
     assert (reply.status, reply.excerpt) == (500, "no" * (MAX_BODY_BYTES // 2))
 
 
-async def test_success_is_not_read() -> None:
-    """A status of success counts whatever the body."""
-
-    async def talkative(connection: Connection) -> None:
-        await connection.receive()
-        await connection.send(b"HTTP/1.1 200 x\r\nContent-Length: 100000000000\r\n\r\nand")
-        await connection.wait_closed()
-
-    assert (await send_webhook(talkative))[0] == WebhookResponse(status=200)
-
-
-async def test_slow() -> None:
-    """A response sent byte by byte fails at the total timeout."""
-
-    async def slow(connection: Connection) -> None:
-        await connection.receive()
-        with suppress(OSError):
-            while True:
-                await connection.send(b"H")
-                await asyncio.sleep(0.01)
-
-    reply, _ = await send_webhook(slow, seconds=0.2)
-    assert reply == WebhookResponse(error="It took longer than 0.2 seconds.")
-
-
-async def test_silent() -> None:
-    async def silent(connection: Connection) -> None:
-        await connection.wait_closed()
-
-    assert (await send_webhook(silent, seconds=0.1))[0].error == "It took longer than 0.1 seconds."
-
-
-@pytest.mark.parametrize("beginning", [b"", b"HTTP/1.1 20", b"SSH-2.0-OpenSSH\r\n"])
-async def test_broken(beginning: bytes) -> None:
-    """Broken connections and servers of other protocols are failures."""
-
-    async def broken(connection: Connection) -> None:
-        await connection.receive()
-        await connection.send(beginning)
-        connection.reset()
-
-    assert (await send_webhook(broken))[0].error == "The connection was lost, or the response was not HTTP."
-
-
-async def test_broken_body() -> None:
-    """A status received before the connection broke counts."""
-
-    async def broken(connection: Connection) -> None:
-        await connection.receive()
-        await connection.send(b"HTTP/1.1 410 x\r\nContent-Length: 100\r\n\r\ngone")
-        await asyncio.sleep(0)
-        connection.writer.close()
-
-    assert (await send_webhook(broken))[0].status == 410
-
-
-async def test_slow_body(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A status counts even if the body never ends."""
+@pytest.mark.parametrize(
+    ("status", "end", "excerpt"), [(200, "hold", None), (410, "hold", "gone"), (410, "close", "gone")]
+)
+async def test_bodies_without_an_end(
+    status: int, end: str, excerpt: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A status counts even if the body never ends; that of a success is not read."""
     monkeypatch.setattr(webhooks, "BODY_SECONDS", 0.1)
 
-    async def slow(connection: Connection) -> None:
+    async def serve(connection: Connection) -> None:
         await connection.receive()
-        await connection.send(b"HTTP/1.1 410 x\r\nContent-Length: 100\r\n\r\ngone")
-        await connection.wait_closed()
+        await connection.send(f"HTTP/1.1 {status} x\r\nContent-Length: 100\r\n\r\ngone".encode())
+        if end == "hold":
+            await connection.wait_closed()
 
-    assert (await send_webhook(slow))[0] == WebhookResponse(status=410, excerpt="gone")
-
-
-async def test_connection_refused() -> None:
-    async with run_server(reply_with(b"")) as peer:
-        url = peer.url
-    reply = await WebhookClient().post(url, HEADERS, BODY, Webhook(url, ("127.0.0.0/8",)))
-    assert reply == WebhookResponse(error="No connection could be made.")
+    assert (await send_webhook(serve))[0] == WebhookResponse(status=status, excerpt=excerpt)
 
 
 async def test_loopback_is_refused() -> None:
     """Loopback is refused unless the tenant's networks include it, even if its host is allowed."""
     reply, peer = await send_webhook(reply_with(http_response(b"")), allow="127.0.0.1.example")
-    assert reply.error == "The address of its host is not allowed."
+    assert reply.error
     assert peer.connections == 0
 
 
@@ -172,27 +99,21 @@ async def test_rebinding() -> None:
         client, hook = WebhookClient(resolver=resolver), Webhook(url, ("127.0.0.1/32",))
         assert (await client.post(url, HEADERS, BODY, hook)).status == 200
         second = await client.post(url, HEADERS, BODY, hook)
-        assert second.error == "The address of its host is not allowed."
+        assert (second.status, bool(second.error)) == (None, True)
         assert peer.connections == 1
         assert b"host: hooks.test" in peer.requests[0][0].lower()
 
 
-async def test_unknown_host() -> None:
-    async def resolver(host: str) -> Sequence[IpAddress]:
-        raise UnknownHost(f"there is no {host}")
+@pytest.mark.parametrize("error", [UnknownHost("gone.test"), RuntimeError("an internal error")])
+async def test_failing_resolver(error: Exception) -> None:
+    """Any failure is one that is retried."""
 
-    reply = await WebhookClient(resolver=resolver).post("http://gone.test/", HEADERS, BODY, Webhook())
-    assert reply == WebhookResponse(error="Its host has no address.")
+    async def resolver(_: str) -> Sequence[IpAddress]:
+        raise error
 
-
-async def test_internal_error() -> None:
-    """An internal error is a failure that is retried."""
-
-    async def resolver(host: str) -> Sequence[IpAddress]:
-        raise RuntimeError(host)
-
-    reply = await WebhookClient(resolver=resolver).post("http://hooks.test/", HEADERS, BODY, Webhook())
-    assert reply == WebhookResponse(error="The request failed.")
+    with capture_logs():  # a traceback on the console is slow
+        reply = await WebhookClient(resolver=resolver).post("http://gone.test/", HEADERS, BODY, Webhook())
+    assert (reply.status, bool(reply.error)) == (None, True)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +125,7 @@ async def test_internal_error() -> None:
         ("-1", None),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
         ("Wed, 21 Oct 2015 07:28:00 -0000", None),
+        ("Mon, 01 Jan 99999999999 00:00:00 GMT", None),
     ],
 )
 async def test_retry_after(retry_after: str, seconds: float | None) -> None:
