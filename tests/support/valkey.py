@@ -6,6 +6,7 @@ call `FLUSHALL` first or use separate keys.
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -26,7 +27,8 @@ from service.devstack import find_server_binary
 UNAVAILABLE_ERRORS: tuple[type[Exception], ...] = (ConnectionError, TimeoutError, ReadOnlyError, ClusterDownError)
 """Raised by a client while the store can't be reached or can't be written to."""
 _START_SECONDS = 10.0
-_RESERVATIONS: deque[socket.socket] = deque()
+_RESERVATIONS: deque[int] = deque()
+"""Descriptors of the sockets that reserve ports."""
 _MAX_RESERVATIONS = 200
 
 
@@ -87,10 +89,11 @@ def reserve_port() -> int:
     reserving = socket.socket()
     reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserving.bind(("127.0.0.1", 0))
-    _RESERVATIONS.append(reserving)
+    port = int(reserving.getsockname()[1])
+    _RESERVATIONS.append(reserving.detach())
     if len(_RESERVATIONS) > _MAX_RESERVATIONS:
-        _RESERVATIONS.popleft().close()
-    return int(reserving.getsockname()[1])
+        os.close(_RESERVATIONS.popleft())
+    return port
 
 
 def find_free_port() -> int:
