@@ -7,32 +7,24 @@ from base64 import b64encode
 
 import pytest
 
-from service.clients.vendor_api import mask_key, parse_check_response, parse_submit_response, unmask_key
+from service.clients.vendor_api import (
+    mask_key,
+    parse_check_response,
+    parse_submit_response,
+    translate_reason,
+    unmask_key,
+)
 from service.usecases.ports import SubmitOutcome, SubmitResult
 
 REJECTED, EXHAUSTED, INVALID = SubmitOutcome.REJECTED, SubmitOutcome.EXHAUSTED, SubmitOutcome.INVALID_ACCOUNT
 
 PRIVATE_MESSAGES = [
-    "账户剩余次数不足",
-    "错误:账户不存在",
-    "账户不存在的图片",
-    "处理失败:账户余额仅剩3元",
-    "重试次数不足",
-    "insufficient balance",
-    "Account main is not known",
-    "bad user_key",
+    *("账户剩余次数不足", "错误:账户不存在", "账户不存在的图片", "处理失败:账户余额仅剩3元", "重试次数不足"),
+    *("insufficient balance", "Account main is not known", "bad user_key"),
     "HTTPConnectionPool(host='10.1.2.3', port=8188): Max retries exceeded … Traceback (most recent call last)",
-    "Traceback (most recent call last): File x",
-    "host=worker",
-    "no answer on port 8188",
-    "KeyError: 'steps'",
-    "RuntimeException",
-    "[Errno 111] refused",
-    "<class Foo>",
-    "10.1.2.3",
-    "[::1]:8188",
-    "requests.exceptions.ConnectionError: refused by worker",
-    "/data/x.png",
+    *("Traceback (most recent call last): File x", "host=worker", "no answer on port 8188"),
+    *("KeyError: 'steps'", "RuntimeException", "[Errno 111] refused", "<class Foo>", "10.1.2.3"),
+    *("[::1]:8188", "requests.exceptions.ConnectionError: refused by worker", "/data/x.png"),
 ]
 """Messages about the account, or of which nothing remains without internals."""
 
@@ -56,6 +48,10 @@ PARTS = {
     "错误:图片损坏": "图片损坏",
     "参数steps超出范围(20-40)": "参数steps超出范围(20-40)",
     "a ratio of 3:2": "a ratio of 3:2",
+    "see http://10.0.0.1/x?user_key=1 now": "see … now",
+    "任务提交失败：图片损坏": "图片损坏",
+    "a\x00b\n\tc\u202e": "a b c",
+    "长" * 600: "长" * 500,
 }
 """Messages, and what tenants see of them."""
 
@@ -131,3 +127,13 @@ def test_closing(prefix: str, words: str, end: str, outcome: SubmitOutcome) -> N
 def test_not_closing(message: str) -> None:
     """A sentence that merely contains such words closes no account."""
     assert parse_rejection(message).outcome is REJECTED
+
+
+def test_english() -> None:
+    """Known reasons are also returned in English."""
+    for reason in ("图片文件已损坏", "无法识别的图片格式", "参数steps超出范围(20-40)"):
+        english = parse_rejection(f"任务提交失败:{reason}").reason_en
+        assert english == translate_reason(reason)
+        assert english
+        assert english.isascii()
+    assert translate_reason("天气不好") is None
