@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from service.storage.connections import (
     Credentials,
@@ -15,28 +16,23 @@ from service.storage.connections import (
     redact_url,
 )
 
+SINGLE = RedisAddress(topology=Topology.SINGLE, hosts=(("store", 6379),))
+SENTINEL = RedisAddress(topology=Topology.SENTINEL, hosts=(("a", 26379),), sentinel_service="main")
+CLUSTER = RedisAddress(topology=Topology.CLUSTER, hosts=(("a", 6379), ("b", 1)))
+
 
 @pytest.mark.parametrize(
     ("url", "address"),
     [
-        ("redis://store", RedisAddress(topology=Topology.SINGLE, hosts=(("store", 6379),))),
-        ("redis://store:1/", RedisAddress(topology=Topology.SINGLE, hosts=(("store", 1),))),
-        (
-            "redis://me:p%40ss%2F@store/3",
-            RedisAddress(
-                topology=Topology.SINGLE,
-                hosts=(("store", 6379),),
-                database=3,
-                credentials=Credentials("me", "p@ss/"),
-            ),
-        ),
-        ("redis://[::1]:7", RedisAddress(topology=Topology.SINGLE, hosts=(("::1", 7),))),
-        ("rediss://store", RedisAddress(topology=Topology.SINGLE, hosts=(("store", 6379),), tls_options={})),
+        ("redis://store", SINGLE),
+        ("redis://store:1/", replace(SINGLE, hosts=(("store", 1),))),
+        ("redis://me:p%40ss%2F@store/3", replace(SINGLE, database=3, credentials=Credentials("me", "p@ss/"))),
+        ("redis://[::1]:7", replace(SINGLE, hosts=(("::1", 7),))),
+        ("rediss://store", replace(SINGLE, tls_options={})),
         (
             "rediss://store?ssl_ca_certs=/ca.pem&ssl_check_hostname=false&ssl_cert_reqs=required",
-            RedisAddress(
-                topology=Topology.SINGLE,
-                hosts=(("store", 6379),),
+            replace(
+                SINGLE,
                 tls_options={"ssl_ca_certs": "/ca.pem", "ssl_check_hostname": False, "ssl_cert_reqs": "required"},
             ),
         ),
@@ -44,10 +40,9 @@ from service.storage.connections import (
         ("unix:///run/s?db=2", RedisAddress(topology=Topology.SINGLE, path="/run/s", database=2)),
         (
             "redis+sentinel://:pw@a,b:1/main/4?sentinel_username=u&sentinel_password=w",
-            RedisAddress(
-                topology=Topology.SENTINEL,
+            replace(
+                SENTINEL,
                 hosts=(("a", 26379), ("b", 1)),
-                sentinel_service="main",
                 database=4,
                 credentials=Credentials(None, "pw"),
                 sentinel_credentials=Credentials("u", "w"),
@@ -55,31 +50,15 @@ from service.storage.connections import (
         ),
         (
             "redis+sentinel://a/main?sentinel_ssl=true&ssl_ca_certs=/ca",
-            RedisAddress(
-                topology=Topology.SENTINEL,
-                hosts=(("a", 26379),),
-                sentinel_service="main",
-                sentinel_tls_options={"ssl_ca_certs": "/ca"},
-            ),
+            replace(SENTINEL, sentinel_tls_options={"ssl_ca_certs": "/ca"}),
         ),
         (
             "rediss+sentinel://a/main?sentinel_ssl=true",
-            RedisAddress(
-                topology=Topology.SENTINEL,
-                hosts=(("a", 26379),),
-                sentinel_service="main",
-                tls_options={},
-                sentinel_tls_options={},
-            ),
+            replace(SENTINEL, tls_options={}, sentinel_tls_options={}),
         ),
-        (
-            "rediss+sentinel://a/main?sentinel_ssl=false",
-            RedisAddress(topology=Topology.SENTINEL, hosts=(("a", 26379),), sentinel_service="main", tls_options={}),
-        ),
-        (
-            "rediss+cluster://a,b:1",
-            RedisAddress(topology=Topology.CLUSTER, hosts=(("a", 6379), ("b", 1)), tls_options={}),
-        ),
+        ("rediss+sentinel://a/main?sentinel_ssl=false", replace(SENTINEL, tls_options={})),
+        ("redis+cluster://a,b:1", CLUSTER),
+        ("rediss+cluster://a,b:1", replace(CLUSTER, tls_options={})),
     ],
 )
 def test_parse_url(url: str, address: RedisAddress) -> None:
@@ -87,41 +66,20 @@ def test_parse_url(url: str, address: RedisAddress) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "fault"),
+    "url",
     [
-        ("store:6379", "must be a URL that starts with redis://"),
-        ("http://store", "must be a URL that starts with redis://"),
-        ("redis://[::1", "must be a URL"),
-        ("redis://store?x", "must be a URL"),
-        ("redis://", "must name its hosts as host or host:port"),
-        ("redis://:1", "must name its hosts as host or host:port"),
-        ("redis://store:0", "must name its hosts as host or host:port"),
-        ("redis://store:65536", "must name its hosts as host or host:port"),
-        ("redis://a b", "must name its hosts as host or host:port"),
-        ("redis+cluster://a,,b", "must name its hosts as host or host:port"),
-        ("redis://a,b", "must name one host"),
-        ("redis://store/x", "must name its database by a number"),
-        ("redis://store/²", "must name its database by a number"),
-        ("redis://store/1/2", "must have no path but"),
-        ("redis+cluster://store/1", "must have no path but"),
-        ("redis+sentinel://store", "must name the service"),
-        ("redis+sentinel://store/main/x", "must name its database by a number"),
-        ("unix://host/path", "must be like unix:///path/to/socket"),
-        ("unix://", "must be like unix:///path/to/socket"),
-        ("redis://store?socket_timeout=1", "must have no fragment and no options but"),
-        ("redis://store?ssl_ca_certs=/ca", "must have no fragment and no options but"),
-        ("redis://store#x", "must have no fragment and no options but"),
-        ("rediss://store?ssl_cert_reqs=maybe", "must have none, optional or required as ssl_cert_reqs"),
-        ("rediss://store?sentinel_ssl=true", "must have no fragment and no options but"),
-        ("redis+sentinel://a/main?sentinel_ssl=yes", "must have true or false as sentinel_ssl"),
-        ("redis+sentinel://a/main?ssl_ca_certs=/ca", "must have no fragment and no options but"),
-        ("rediss://store?ssl_check_hostname=1", "must have true or false as ssl_check_hostname"),
+        *("store:6379", "http://store", "redis://[::1", "redis://store?x", "redis://", "redis://:1", "redis://store:0"),
+        *("redis://store:65536", "redis://a b", "redis+cluster://a,,b", "redis://a,b", "redis://store/x"),
+        *("redis://store/²", "redis://store/1/2", "redis+cluster://store/1", "redis+sentinel://store"),
+        *("redis+sentinel://store/main/x", "unix://host/path", "unix://", "redis://store?socket_timeout=1"),
+        *("redis://store?ssl_ca_certs=/ca", "redis://store#x", "rediss://store?ssl_cert_reqs=maybe"),
+        *("rediss://store?sentinel_ssl=true", "redis+sentinel://a/main?sentinel_ssl=yes"),
+        *("redis+sentinel://a/main?ssl_ca_certs=/ca", "rediss://store?ssl_check_hostname=1"),
     ],
 )
-def test_invalid_url(url: str, fault: str) -> None:
-    with pytest.raises(InvalidRedisUrl) as caught:
+def test_invalid_url(url: str) -> None:
+    with pytest.raises(InvalidRedisUrl):
         parse_redis_url(url)
-    assert str(caught.value).startswith(fault)
 
 
 @given(
