@@ -13,5 +13,5 @@ from tests.support.valkey import Valkey
 @pytest.fixture
 async def store(valkey: Valkey) -> AsyncIterator[SeededStore]:
     """Yield a store with a tenant and two accounts."""
-    async with open_seeded_store(valkey) as seeded:
+    async with open_seeded_store(valkey.url) as seeded:
         yield seeded

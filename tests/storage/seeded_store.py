@@ -10,22 +10,22 @@ from typing import Any
 import msgspec
 
 from service.domain.ledger import Balance, Grant, Idempotency, ReservationState
-from service.domain.tasks import Kind
+from service.domain.tasks import Kind, Task
 from service.domain.tenants import Account, Tenant
-from service.storage.connections import connect
+from service.storage.connections import Connections, connect
 from service.storage.ledger import RedisLedger
 from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore
-from service.usecases.ports import CheckResult, NewTask, RegistryChange, ReserveRequest, Settlement
+from service.usecases.ports import CheckOutcome, CheckResult, NewTask, RegistryChange, ReserveRequest, Settlement
 from tests.support.retention import make_retention
 from tests.support.server_time import install_server_time, set_server_time
-from tests.support.valkey import Valkey
 
 START_MS = 2_524_607_999_000
 """The server's time at first: a second before the year 2050."""
 RETENTION = make_retention()
 TENANT, FIRST, SECOND = 1, 2, 3
+HOUR_MS = 3_600_000
 TENANTS = (Tenant(TENANT, "t", ("a", "b")),)
 ACCOUNTS = (Account(FIRST, "a", b"encrypted"), Account(SECOND, "b", b"encrypted"))
 
@@ -34,13 +34,17 @@ ACCOUNTS = (Account(FIRST, "a", b"encrypted"), Account(SECOND, "b", b"encrypted"
 class SeededStore:
     """A store with a tenant and two accounts, and the ports on it."""
 
-    client: Any
+    connections: Connections
     scripts: RedisScripts
     keys: Keys
     ledger: RedisLedger
     tasks: RedisTaskStore
     registry: RedisRegistry
     now: int = START_MS
+
+    @property
+    def client(self) -> Any:
+        return self.connections.commands
 
     async def advance_clock(self, milliseconds: int) -> None:
         """Move the server's clock. Key expiry is not affected."""
@@ -77,14 +81,30 @@ class SeededStore:
         )
         assert await self.ledger.settle(settlement)
 
-    async def accept(self, name: str, idempotency: Idempotency | None = None, webhook: str | None = None) -> None:
-        await self.reserve(name, idempotency)
-        await self.settle(name, ReservationState.ACCEPTED, webhook=webhook)
+    async def accept(self, *names: str, idempotency: Idempotency | None = None, webhook: str | None = None) -> None:
+        for name in names:
+            await self.reserve(name, idempotency)
+            await self.settle(name, ReservationState.ACCEPTED, webhook=webhook)
 
     async def record_check(self, check: CheckResult) -> None:
         await self.advance_clock(RETENTION.claim_lease_ms)
         (due,) = await self.tasks.claim_checks(1)
         assert await self.tasks.record_check(due, check)
+
+    async def check_due_task(self, *outcomes: CheckOutcome) -> Task | None:
+        """Check the task that is due next, once for each outcome, when it is due. Returns the last record."""
+        recorded = None
+        for outcome in outcomes:
+            ((_, due_at),) = await self.client.zrange(self.keys.poll_due, 0, 0, withscores=True)
+            await self.advance_clock(max(int(due_at) - self.now, 0))
+            (due,) = await self.tasks.claim_checks(1)
+            recorded = await self.tasks.record_check(due, CheckResult(outcome=outcome))
+        return recorded[0] if recorded else None
+
+    async def next_check_ms(self, name: str) -> int | None:
+        """Return the milliseconds until the next check of a task; None if none is scheduled."""
+        due_at = await self.client.zscore(self.keys.poll_due, name)
+        return None if due_at is None else int(due_at) - self.now
 
     async def ttl_ms(self, key: str) -> int | None:
         """Return the time to live of a key, rounded up to minutes; None without expiry."""
@@ -98,22 +118,24 @@ class SeededStore:
 
 
 @asynccontextmanager
-async def open_seeded_store(valkey: Valkey) -> AsyncIterator[SeededStore]:
+async def open_seeded_store(url: str) -> AsyncIterator[SeededStore]:
     """Open an emptied server with the seed data."""
     install_server_time()
-    connections = connect(valkey.url, timeout=5)
+    connections = connect(url, timeout=5)
     client: Any = connections.commands
     scripts, keys = RedisScripts(client), Keys("plain")
     store = SeededStore(
-        client,
+        connections,
         scripts,
         keys,
         RedisLedger(scripts, keys, RETENTION),
         RedisTaskStore(scripts, keys, RETENTION),
         RedisRegistry(scripts, keys),
     )
-    await client.flushall()
-    await store.advance_clock(0)
-    await store.write_registry(0, tenants=TENANTS, accounts=ACCOUNTS)
-    yield store
-    await connections.aclose()
+    try:
+        await client.flushall()
+        await store.advance_clock(0)
+        await store.write_registry(0, tenants=TENANTS, accounts=ACCOUNTS)
+        yield store
+    finally:
+        await connections.aclose()

@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime
-from typing import Any
 
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from service.domain import ledger
 from service.domain.errors import Violation
-from service.domain.ledger import Balance, PolicyDenial, ReservationState
+from service.domain.ledger import Balance, Grant, PolicyDenial, ReservationState
 from service.domain.tasks import Kind
-from service.domain.tenants import Limit, Tenant, TenantPolicy, Window
+from service.domain.tenants import Limit, TenantPolicy, Window
 from service.domain.webhooks import DeliveryState
-from service.storage.connections import connect
 from service.storage.deliveries import RedisDeliveryQueue
-from service.storage.ledger import RedisLedger
-from service.storage.redis import DAY_MS, Keys, RedisScripts, parse_server_time
-from service.storage.registry import RedisRegistry
+from service.storage.redis import parse_server_time
 from service.usecases.ports import (
     CheckOutcome,
     CheckResult,
     DeliveryResult,
-    RegistryChange,
     ReserveRequest,
     TenantSnapshot,
 )
-from tests.storage.ledger_comparison import ACCOUNTS
-from tests.storage.ledger_machine import LedgerMachine
-from tests.storage.ledger_strategies import KINDS, usual_plan
-from tests.storage.seeded_store import FIRST, RETENTION, SECOND, TENANT, TENANTS, SeededStore
-from tests.support.retention import make_retention
-from tests.support.server_time import install_server_time, set_server_time
+from tests.storage.seeded_store import FIRST, RETENTION, SECOND, TENANT, TENANTS, SeededStore, open_seeded_store
 from tests.support.valkey import Valkey
 
-KEYS = Keys("time")
 NO_TASKS_POLICY = TenantPolicy(tuple(Limit(window, tasks=0) for window in Window))
 """Limits that refuse everything and report when each window ends."""
 
@@ -50,31 +39,13 @@ def utc_ms(moment: str) -> int:
     return int(datetime.fromisoformat(moment).replace(tzinfo=UTC).timestamp()) * 1000
 
 
-async def read_refusal(url: str, *times: int) -> tuple[PolicyDenial, TenantSnapshot, list[int]]:
-    """Return the refusal at the last of these server times, and the server's clock before and after it."""
-    install_server_time()
-    connections = connect(url, timeout=5)
-    client: Any = connections.commands
-    scripts = RedisScripts(client)
-    await client.flushall()
-    registry = RedisRegistry(scripts, KEYS)
-    assert await registry.write(RegistryChange(version=0, next_id=2, tenants=(Tenant(1, "t", (), NO_TASKS_POLICY),)))
-    started_at = await client.time()
-    verdict, snapshot = None, None
-    for now in times or (None,):
-        if now is not None:
-            await set_server_time(client, KEYS, now)
-        verdict, snapshot = await RedisLedger(scripts, KEYS, make_retention()).reserve(
-            ReserveRequest("r", 1, (), Kind.UPSCALE)
-        )
-    ended = await client.time()
-    await connections.aclose()
+async def refuse_at(store: SeededStore, now: int) -> tuple[PolicyDenial, TenantSnapshot]:
+    await store.advance_clock(now - store.now)
+    verdict, snapshot = await store.ledger.reserve(ReserveRequest("r", TENANT, (FIRST,), Kind.UPSCALE))
     assert isinstance(verdict, PolicyDenial)
-    assert snapshot
-    return verdict, snapshot, [parse_server_time(item) for item in (started_at, ended)]
+    return verdict, snapshot
 
 
-@settings(max_examples=50, deadline=None)
 @given(now=st.integers(utc_ms("2050-01-01"), utc_ms("2450-01-01")))
 @example(now=utc_ms("2052-02-29"))
 @example(now=utc_ms("2052-03-01") - 1)
@@ -83,30 +54,33 @@ async def read_refusal(url: str, *times: int) -> tuple[PolicyDenial, TenantSnaps
 @example(now=utc_ms("2100-03-01"))
 @example(now=utc_ms("2400-02-29T23:59"))
 def test_calendar(valkey: Valkey, now: int) -> None:
-    """Windows agree with the domain in every century, month and leap year."""
-    verdict, snapshot, _ = asyncio.run(read_refusal(valkey.url, now))
-    assert verdict.violations == tuple(
-        Violation(ledger.policy_name(item, ledger.UNIT_TASKS), 0, ledger.window_bounds(item, now)[1]) for item in Window
-    )
-    assert {window: item.window_start for window, item in snapshot.state.windows.items()} == {
-        item: ledger.window_bounds(item, now)[0] for item in Window
-    }
+    """Windows agree with the domain in every century, month and leap year, also after the clock stepped back."""
+
+    async def run() -> None:
+        async with open_seeded_store(valkey.url) as store:
+            await store.write_registry(1, tenants=(replace(TENANTS[0], policy=NO_TASKS_POLICY),))
+            await refuse_at(store, now + STEP_MS)
+            verdict, snapshot = await refuse_at(store, now)
+        assert verdict.now == now
+        assert verdict.violations == tuple(
+            Violation(ledger.policy_name(window, ledger.UNIT_TASKS), 0, ledger.window_bounds(window, now)[1])
+            for window in Window
+        )
+        assert {window: item.window_start for window, item in snapshot.state.windows.items()} == {
+            window: ledger.window_bounds(window, now)[0] for window in Window
+        }
+
+    asyncio.run(run())
 
 
-async def test_clock(valkey: Valkey) -> None:
+async def test_server_time(store: SeededStore) -> None:
     """Answers contain the server's time, to the millisecond."""
-    verdict, _, (started_at, ended) = await read_refusal(valkey.url)
-    assert started_at <= verdict.now <= ended
-
-
-async def test_windows_after_a_step_back(valkey: Valkey) -> None:
-    """After the server's clock steps back, windows follow its new time."""
-    stepped = utc_ms("2050-01-01") - STEP_MS
-    verdict, snapshot, _ = await read_refusal(valkey.url, utc_ms("2050-01-01"), stepped)
-    assert verdict.now == stepped
-    resets = {violation.policy: violation.resets_at for violation in verdict.violations}
-    assert resets["day-tasks"] == utc_ms("2050-01-01")
-    assert snapshot.state.windows[Window.MINUTE].window_start == stepped
+    await store.client.delete(store.keys.clock, f"{store.keys.clock}:server")
+    before = await store.client.time()
+    verdict, _ = await store.ledger.reserve(ReserveRequest("r", TENANT, (FIRST,), Kind.UPSCALE))
+    after = await store.client.time()
+    assert isinstance(verdict, Grant)
+    assert parse_server_time(before) <= verdict.now <= parse_server_time(after)
 
 
 async def test_limits_after_a_step_back(store: SeededStore) -> None:
@@ -176,13 +150,6 @@ async def test_offset_shrinks(store: SeededStore) -> None:
     assert await store.client.exists(store.keys.clock_offset) == 0
 
 
-async def test_last_time_without_offset(store: SeededStore) -> None:
-    """A stored last time ahead of the server's means that the clock stepped back."""
-    await store.client.set(store.keys.clock, store.now + STEP_MS)
-    await store.tasks.claim_checks(1)
-    assert await store.ledger.clock_offset() == STEP_MS
-
-
 async def test_reset(store: SeededStore) -> None:
     """A reset shifts due times with the ledger's clock, so none changes by the server's clock."""
     await store.accept("runs")
@@ -202,18 +169,3 @@ async def test_reset(store: SeededStore) -> None:
     assert await store.client.zscore(store.keys.leases, "dies") == lease - STEP_MS
     assert await store.ledger.get_reservation("unknown") == known
     assert await store.ledger.reset_clock([TENANT], [FIRST, SECOND]) == 0
-
-
-def test_reset_after_steps_back_in_a_row(valkey: Valkey) -> None:
-    """A reset also moves an unknown submission made on a day that is in the future by now, as the model does."""
-    machine = LedgerMachine(valkey.url)
-    try:
-        machine.set_upstream(late=False, now=False, count=9, money=2_000)
-        plan = usual_plan(KINDS[0])._replace(outcome=ReservationState.UNKNOWN, is_charged=True)
-        machine.run_submission(ACCOUNTS[0], plan, 1)
-        for _ in range(2):
-            machine.step_clock_back(2 * DAY_MS, 0)
-            machine.reset_clock((TENANT,))
-            machine.stored_data_matches()
-    finally:
-        machine.teardown()

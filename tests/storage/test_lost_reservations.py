@@ -50,26 +50,21 @@ async def test_lost_and_settled_as_unknown(store: SeededStore) -> None:
     assert (known.state, known.cost) == (ReservationState.UNKNOWN, None)
 
 
-async def test_lost_task(store: SeededStore) -> None:
-    """A lost task is dropped from the checks and delays no other."""
-    await store.accept("gone")
-    await store.accept("kept")
+async def test_lost_behind_an_index(store: SeededStore) -> None:
+    """A check without its task, or a lease without its reservation, is dropped and delays no other."""
+    await store.accept("gone", "kept")
     await store.client.delete(store.keys.task("gone"))
     await store.advance_clock(RETENTION.claim_lease_ms)
-    assert [claim_check.task.reservation for claim_check in await store.tasks.claim_checks(9)] == ["kept"]
-    assert await store.client.zrange(store.keys.poll_due, 0, -1) == []
-    assert await store.client.zrange(store.keys.poll_claimed, 0, -1) == [b"kept"]
-
-
-async def test_lost_behind_a_lease(store: SeededStore) -> None:
-    """A lease without its reservation is dropped and delays no other."""
-    await store.reserve("gone")
-    await store.reserve("kept")
-    await store.client.delete(store.keys.reservation("gone"))
+    assert await store.tasks.touch(["gone"]) == [None]
+    assert [check.task.reservation for check in await store.tasks.claim_checks(9)] == ["kept"]
+    assert await store.next_check_ms("gone") is None
+    await store.reserve("gone-too")
+    await store.reserve("kept-too")
+    await store.client.delete(store.keys.reservation("gone-too"))
     await store.advance_clock(RETENTION.lease_ms)
     assert len(await store.ledger.settle_expired(9)) == 1
     assert await store.client.zcard(store.keys.leases) == 0
-    known = await store.ledger.get_reservation("kept")
+    known = await store.ledger.get_reservation("kept-too")
     assert known
     assert known.state is ReservationState.UNKNOWN
 

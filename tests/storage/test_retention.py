@@ -17,7 +17,7 @@ SUCCEEDED_CHECK = CheckResult(outcome=CheckOutcome.SUCCEEDED, balance=Balance(8,
 
 async def test_everything_expires(store: SeededStore) -> None:
     """Only the registry, its references and the clock have no expiry."""
-    await store.accept("r", KEY)
+    await store.accept("r", idempotency=KEY)
     await store.reserve("s")
     keys = store.keys
     results = {str(item, "ascii"): await store.ttl_ms(str(item, "ascii")) for item in await store.client.keys()}
