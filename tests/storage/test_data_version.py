@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from typing import Any, Self
 
@@ -17,32 +16,19 @@ from service.storage.registry import RedisRegistry
 from service.usecases.caches import CachedRegistry
 from service.usecases.ports import RegistryChange
 from tests.support.retention import make_retention
-from tests.support.stores import RunningStore, run_cluster, run_single
+from tests.support.stores import RunningStore
 
 KEYS = Keys("versioned")
 MARK = str(DATA_VERSION)
 CHANGE = RegistryChange(version=0, next_id=2, tenants=(Tenant(1, "shop", ()),))
 
 
-@pytest.fixture(scope="module", params=[run_single, run_cluster], ids=lambda made: made.__name__)
-def server(request: pytest.FixtureRequest) -> Iterator[RunningStore]:
-    """Yield a single server and one in a Cluster."""
-    with request.param() as running:
-        yield running
-
-
-@pytest.fixture
-def store(server: RunningStore) -> RunningStore:
-    server.execute("FLUSHALL")
-    return server
-
-
 class Gateway:
     """The connections of one gateway to a store; `errors` are those that would end it."""
 
-    def __init__(self, store: RunningStore, version: int = DATA_VERSION) -> None:
+    def __init__(self, topology: RunningStore, version: int = DATA_VERSION) -> None:
         self.errors: list[DataVersionError] = []
-        self.connections = connect(store.url, timeout=5)
+        self.connections = connect(topology.url, timeout=5)
         self.scripts = RedisScripts(
             self.connections.commands,
             version_guard=DataVersionGuard(KEYS, self.errors.append, version=version),
@@ -57,40 +43,31 @@ class Gateway:
         await self.connections.aclose()
 
 
-def read_all_keys(store: RunningStore) -> dict[bytes, Any]:
-    return {key: store.execute("DUMP", key) for key in store.execute("KEYS", "*")}
+def read_all_keys(topology: RunningStore) -> dict[bytes, Any]:
+    return {key: topology.execute("DUMP", key) for key in topology.execute("KEYS", "*")}
 
 
-async def test_empty_store(store: RunningStore) -> None:
-    """The first read marks an empty store, and the mark stays."""
-    async with Gateway(store) as gateway:
-        assert (await gateway.registry.load()).version == 0
-    assert read_all_keys(store).keys() == {KEYS.data_version.encode()}
-    assert store.execute("GET", KEYS.data_version) == MARK.encode()
-    assert store.execute("TTL", KEYS.data_version) == -1
-
-
-async def test_unmarked_data(store: RunningStore) -> None:
+async def test_unmarked_data(topology: RunningStore) -> None:
     """Data without a mark, as version 0.2.0 wrote it, is of data version 1: it is neither read nor marked."""
-    async with Gateway(store) as gateway:
+    async with Gateway(topology) as gateway:
         await RedisRegistry(RedisScripts(gateway.connections.commands), KEYS).write(CHANGE)
-        before = read_all_keys(store)
+        before = read_all_keys(topology)
         with pytest.raises(DataVersionError):
             await gateway.registry.load()
-    async with Gateway(store) as gateway:
+    async with Gateway(topology) as gateway:
         gateway.scripts._version_guard.is_checked = True  # type: ignore[union-attr] # as if it had been right before
         with pytest.raises(DataVersionError):
             await gateway.ledger.reopen_account(1)
-    assert read_all_keys(store) == before
-    assert "has version 1," in gateway.errors[0].reason
+    assert read_all_keys(topology) == before
+    assert len(gateway.errors) == 1
 
 
-@pytest.mark.parametrize("version", ["0", "1", str(DATA_VERSION + 1), "11", "", "x" * 100, "\xff"])
-async def test_other_version(store: RunningStore, version: str) -> None:
-    """Data of another version is neither read nor written, and the error names both versions."""
-    store.execute("SET", KEYS.data_version, version)
-    before = read_all_keys(store)
-    async with Gateway(store) as gateway:
+@pytest.mark.parametrize("version", ["1", str(DATA_VERSION + 1), "", "x" * 100, "\xff"])
+async def test_other_version(topology: RunningStore, version: str) -> None:
+    """Data of another version is neither read nor written, with one line of error."""
+    topology.execute("SET", KEYS.data_version, version)
+    before = read_all_keys(topology)
+    async with Gateway(topology) as gateway:
         for call in (
             gateway.registry.load,
             lambda: gateway.registry.write(CHANGE),
@@ -98,97 +75,86 @@ async def test_other_version(store: RunningStore, version: str) -> None:
         ):
             with pytest.raises(DataVersionError):
                 await call()
-    assert read_all_keys(store) == before
+    assert read_all_keys(topology) == before
     (error,) = gateway.errors
-    assert f"version {MARK}:" in error.reason
     assert len(error.reason.splitlines()) == 1
-    if version.isdigit():
-        assert f"version {version}," in error.reason
 
 
-async def test_two_versions_at_once(store: RunningStore) -> None:
+async def test_two_versions_at_once(topology: RunningStore) -> None:
     """Of gateways of two versions that start on an empty store at once, those of one version continue."""
     async with AsyncExitStack() as stack:
-        gateways = [await stack.enter_async_context(Gateway(store, version)) for version in [1, 2] * 5]
+        gateways = [await stack.enter_async_context(Gateway(topology, version)) for version in [1, 2] * 5]
         await asyncio.gather(*(gateway.registry.load() for gateway in gateways), return_exceptions=True)
-    marked = int(store.execute("GET", KEYS.data_version))
+    marked = int(topology.execute("GET", KEYS.data_version))
     assert [not gateway.errors for gateway in gateways] == [version == marked for version in [1, 2] * 5]
 
 
-async def test_replaced_while_it_runs(store: RunningStore) -> None:
-    """No script writes to data of another version that replaced its own, and the registry is not restored."""
-    async with Gateway(store) as gateway:
+@pytest.mark.parametrize("job", ["refresh", "expire", "reopen"])
+async def test_replaced(topology: RunningStore, job: str) -> None:
+    """A running gateway writes nothing to data of another version that replaced its own, and ends."""
+    async with Gateway(topology) as gateway:
         live = CachedRegistry(gateway.registry)
         await gateway.registry.write(CHANGE)
         await live.refresh()
-        store.execute("FLUSHALL")
-        store.execute("SET", KEYS.data_version, str(DATA_VERSION + 1))
-        before = read_all_keys(store)
+        topology.execute("FLUSHALL")
+        topology.execute("SET", KEYS.data_version, str(DATA_VERSION + 1))
+        topology.execute("ZADD", KEYS.leases, "1", "r")
+        topology.execute("HSET", KEYS.registry, "version", "1")
+        before = read_all_keys(topology)
+        jobs = {
+            "refresh": live.refresh,
+            "expire": lambda: gateway.ledger.settle_expired(1),
+            "reopen": lambda: gateway.ledger.reopen_account(1),
+        }
         with pytest.raises(DataVersionError):
-            await gateway.ledger.reopen_account(1)
+            await jobs[job]()
         with pytest.raises(DataVersionError):
             await live.refresh()
-    assert read_all_keys(store) == before
+    assert read_all_keys(topology) == before
     assert len(gateway.errors) == 1
 
 
-@pytest.mark.parametrize("job", ["refresh", "expire"])
-async def test_replaced_while_idle(store: RunningStore, job: str) -> None:
-    """An idle gateway detects the replacement through its periodic jobs."""
-    async with Gateway(store) as gateway:
-        live = CachedRegistry(gateway.registry)
-        await gateway.registry.write(CHANGE)
-        await live.refresh()
-        store.execute("FLUSHALL")
-        store.execute("SET", KEYS.data_version, str(DATA_VERSION + 1))
-        store.execute("ZADD", KEYS.leases, "1", "r")
-        store.execute("HSET", KEYS.registry, "version", "1")
-        before = read_all_keys(store)
-        with pytest.raises(DataVersionError):
-            await (live.refresh() if job == "refresh" else gateway.ledger.settle_expired(1))
-    assert read_all_keys(store) == before
-    assert len(gateway.errors) == 1
-
-
-async def test_emptied_while_it_runs(store: RunningStore) -> None:
-    """The first script that writes to an emptied store marks it again."""
-    async with Gateway(store) as gateway:
-        await gateway.registry.load()
-        store.execute("FLUSHALL")
+async def test_empty_store(topology: RunningStore) -> None:
+    """The first read marks an empty store, and so does the first script that writes to an emptied one."""
+    async with Gateway(topology) as gateway:
+        assert (await gateway.registry.load()).version == 0
+        assert read_all_keys(topology).keys() == {KEYS.data_version.encode()}
+        assert topology.execute("TTL", KEYS.data_version) == -1
+        topology.execute("FLUSHALL")
         await gateway.ledger.reopen_account(1)
-        assert store.execute("GET", KEYS.data_version) == MARK.encode()
-        store.execute("FLUSHALL")
+        assert topology.execute("GET", KEYS.data_version) == MARK.encode()
+        topology.execute("FLUSHALL")
         assert await gateway.registry.read_version() == 0
         await gateway.registry.load()
-        assert store.execute("GET", KEYS.data_version) == MARK.encode()
+        assert topology.execute("GET", KEYS.data_version) == MARK.encode()
     assert gateway.errors == []
 
 
-async def test_store_that_refuses_writes(store: RunningStore) -> None:
+async def test_store_that_refuses_writes(topology: RunningStore) -> None:
     """Data that cannot be marked now is read, and marked later."""
-    store.execute("CONFIG", "SET", "min-replicas-to-write", "1")
-    async with Gateway(store) as gateway:
+    topology.execute("CONFIG", "SET", "min-replicas-to-write", "1")
+    async with Gateway(topology) as gateway:
         try:
             assert (await gateway.registry.load()).version == 0
-            assert store.execute("EXISTS", KEYS.data_version) == 0
+            assert topology.execute("EXISTS", KEYS.data_version) == 0
         finally:
-            store.execute("CONFIG", "SET", "min-replicas-to-write", "0")
+            topology.execute("CONFIG", "SET", "min-replicas-to-write", "0")
         await gateway.registry.load()
-        assert store.execute("GET", KEYS.data_version) == MARK.encode()
+        assert topology.execute("GET", KEYS.data_version) == MARK.encode()
 
 
-async def test_check_costs_no_command(store: RunningStore) -> None:
+async def test_check_costs_no_command(topology: RunningStore) -> None:
     """After the check a call sends no further command; scripts read the mark themselves."""
 
     async def commands(ledger: RedisLedger) -> dict[str, int]:
         await ledger.reopen_account(1)
-        store.execute("CONFIG", "RESETSTAT")
+        topology.execute("CONFIG", "RESETSTAT")
         await ledger.account_states([1])
         await ledger.reopen_account(1)
-        statistics = store.execute("INFO", "commandstats")
+        statistics = topology.execute("INFO", "commandstats")
         return {name: statistics[f"cmdstat_{name}"]["calls"] for name in ("evalsha", "get", "hget")}
 
-    async with Gateway(store) as gateway:
+    async with Gateway(topology) as gateway:
         unguarded = await commands(RedisLedger(RedisScripts(gateway.connections.commands), KEYS, make_retention()))
         guarded = await commands(gateway.ledger)
     assert guarded == unguarded | {"get": unguarded["get"] + 1}
