@@ -8,9 +8,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cache
-
-import httpx2
 
 from service.clients.artifacts import ArtifactClient, FetchTimeouts
 from service.clients.egress import Resolver, resolve_host
@@ -131,12 +128,6 @@ class Fetcher:
         return outcome
 
 
-@cache
-def _tls_context() -> ssl.SSLContext:
-    """Return a shared context: creating one is slow."""
-    return httpx2.create_ssl_context()
-
-
 def make_fetcher(
     upstream_url: str = "http://127.0.0.1",
     *,
@@ -157,7 +148,7 @@ def make_fetcher(
         max_bytes=MAX_BYTES,
         on_call=observe,
         user_keys=CIPHER,
-        tls=tls or _tls_context(),
+        tls=tls,
         resolver=resolver,
         timeouts=timeouts,
     )
