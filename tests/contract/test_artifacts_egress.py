@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from service.clients import artifacts
 from service.clients.artifacts import MAX_REDIRECTS, FetchOutcome
 from service.clients.egress import IpAddress, Resolver, UnknownHost
 from service.domain.errors import UpstreamInvalidResponse, UpstreamUnavailable
@@ -103,21 +102,6 @@ async def test_own_upstream() -> None:
             async with caller.fetch(peer.url.replace("127.0.0.1", "other.example"), account=own):
                 pass
         assert len(peer.requests) == 2
-
-
-async def test_changing_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that resolves to a private address the second time is refused."""
-    monkeypatch.setattr(artifacts, "is_public", lambda ip: ip == LOOPBACK)
-    answers = iter([[LOOPBACK], [OTHER_LOOPBACK]])
-
-    async def resolver(_: str) -> Sequence[IpAddress]:
-        return next(answers)
-
-    caller = make_fetcher("http://upstream.example", resolver=resolver)
-    async with run_server(redirect_through("/again")) as peer:
-        with pytest.raises(UpstreamInvalidResponse):
-            await caller.fetch_all(peer.url.replace("127.0.0.1", "files.example"))
-        assert peer.connections == 1
 
 
 async def test_redirects() -> None:

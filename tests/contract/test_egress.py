@@ -165,14 +165,6 @@ async def test_connect_timeout() -> None:
                         await caller.post(with_hostname(peer.url), content=b"x")
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "localhost", "2130706433"])
-async def test_loopback(host: str) -> None:
-    """This machine is not public under any of its names."""
-    async with open_client(resolve_host, lambda _host, ip: is_public(ip)) as caller:
-        with pytest.raises(AddressRefused):
-            await caller.get(f"http://{host}:1/")
-
-
 async def test_certificates(tmp_path: Path) -> None:
     """The certificate must match the hostname; one for the address is not enough."""
     for subject, trusted in (("files.example", True), ("127.0.0.1", False)):

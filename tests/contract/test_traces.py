@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from service.clients.artifacts import ArtifactClient
 from service.clients.upstream import UpstreamClient
 from service.clients.webhooks import WebhookClient
-from service.domain.errors import LedgerUnavailable, UpstreamInvalidResponse
+from service.domain.errors import LedgerUnavailable
 from service.domain.tasks import DEFAULT_CATALOGUE, Artifact, ArtifactName, FaceEnhanceOptions
 from service.domain.tenants import Webhook
 from service.storage.redis import RedisScripts
@@ -139,14 +139,6 @@ async def test_artifacts() -> None:
         [f"{server.url}/REDACTED", 200, 1],
     ]
     assert not [head for head, _ in (*here.requests, *server.requests) if b"\r\ntrace" in head.lower()]
-
-
-async def test_missing_artifact() -> None:
-    recorder = SpanRecorder()
-    async with run_server(send_pieces(response_head(404, Content_Length="0"))) as peer:
-        with record_request(recorder) as calls, suppress(UpstreamInvalidResponse):
-            await fetch(peer.url, recorder.tracer)
-    assert [call.attributes["error.type"] for call in calls] == ["404"]
 
 
 async def test_work_after_the_request() -> None:

@@ -141,20 +141,3 @@ async def test_store_that_refuses_writes(topology: RunningStore) -> None:
             topology.execute("CONFIG", "SET", "min-replicas-to-write", "0")
         await gateway.registry.load()
         assert topology.execute("GET", KEYS.data_version) == MARK.encode()
-
-
-async def test_check_costs_no_command(topology: RunningStore) -> None:
-    """After the check a call sends no further command; scripts read the mark themselves."""
-
-    async def commands(ledger: RedisLedger) -> dict[str, int]:
-        await ledger.reopen_account(1)
-        topology.execute("CONFIG", "RESETSTAT")
-        await ledger.account_states([1])
-        await ledger.reopen_account(1)
-        statistics = topology.execute("INFO", "commandstats")
-        return {name: statistics[f"cmdstat_{name}"]["calls"] for name in ("evalsha", "get", "hget")}
-
-    async with Gateway(topology) as gateway:
-        unguarded = await commands(RedisLedger(RedisScripts(gateway.connections.commands), KEYS, make_retention()))
-        guarded = await commands(gateway.ledger)
-    assert guarded == unguarded | {"get": unguarded["get"] + 1}

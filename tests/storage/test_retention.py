@@ -45,53 +45,36 @@ async def test_outcomes(store: SeededStore, outcome: ReservationState, *, known:
     assert await store.ttl_ms(store.keys.reservation("r")) == RETENTION.keep_ms
 
 
-async def test_lost(store: SeededStore) -> None:
-    """The idempotency key of a lost submission is kept for another day."""
-    await store.settle("r", ReservationState.ACCEPTED, idempotency=KEY)
+async def test_prolonged(store: SeededStore) -> None:
+    """A change of account and a check restart the retention; the key of a lost submission is kept for another day."""
+    await store.reserve("moved")
+    await store.shorten_ttl(store.keys.reservation("moved"))
+    ask = ReserveRequest("moved", TENANT, (SECOND,), Kind.UPSCALE)
+    assert isinstance(await store.ledger.change_account(ask, FIRST, None), Grant)
+    assert await store.ttl_ms(store.keys.reservation("moved")) == RETENTION.keep_ms
+    await store.accept("running")
+    await store.shorten_ttl(store.keys.task("running"))
+    await store.record_check(CheckResult(outcome=CheckOutcome.RUNNING))
+    assert await store.ttl_ms(store.keys.task("running")) == RETENTION.keep_ms
+    await store.settle("lost", ReservationState.ACCEPTED, idempotency=KEY)
     assert await store.ttl_ms(store.keys.idempotency(TENANT, "k")) == DAY_MS
 
 
-async def test_moved(store: SeededStore) -> None:
-    """A change of account restarts the retention."""
-    await store.reserve("r")
-    await store.shorten_ttl(store.keys.reservation("r"))
-    ask = ReserveRequest("r", TENANT, (SECOND,), Kind.UPSCALE)
-    assert isinstance(await store.ledger.change_account(ask, FIRST, None), Grant)
-    assert await store.ttl_ms(store.keys.reservation("r")) == RETENTION.keep_ms
-
-
-async def test_running(store: SeededStore) -> None:
-    """A running task is kept for the whole retention from its last check on."""
+async def test_ended_and_refunded(store: SeededStore) -> None:
+    """A task is kept for thirty days after its end; a refund prolongs only the day that records it."""
     await store.accept("r")
-    await store.shorten_ttl(store.keys.task("r"))
-    await store.record_check(CheckResult(outcome=CheckOutcome.RUNNING))
-    assert await store.ttl_ms(store.keys.task("r")) == RETENTION.keep_ms
-
-
-async def test_ended(store: SeededStore) -> None:
-    """A task is kept for thirty days after its end, and so are its reservation and its day."""
-    await store.accept("r")
-    day = store.keys.usage(TENANT, START_MS // DAY_MS)
-    await store.shorten_ttl(store.keys.reservation("r"))
-    await store.shorten_ttl(day)
+    reservation, day = store.keys.reservation("r"), store.keys.usage(TENANT, START_MS // DAY_MS)
+    for key in (reservation, day):
+        await store.shorten_ttl(key)
     await store.record_check(SUCCEEDED_CHECK)
     assert await store.ttl_ms(store.keys.task("r")) == MONTH_MS
-    assert await store.ttl_ms(store.keys.reservation("r")) == RETENTION.keep_ms
-    assert await store.ttl_ms(day) == 400 * DAY_MS
-
-
-async def test_refunded(store: SeededStore) -> None:
-    """A refund does not extend a reservation, but does extend the day that records it."""
-    await store.accept("r")
-    await store.record_check(SUCCEEDED_CHECK)
-    day = store.keys.usage(TENANT, START_MS // DAY_MS)
-    await store.shorten_ttl(store.keys.reservation("r"))
-    await store.shorten_ttl(day)
+    assert (await store.ttl_ms(reservation), await store.ttl_ms(day)) == (RETENTION.keep_ms, 400 * DAY_MS)
+    for key in (reservation, day):
+        await store.shorten_ttl(key)
     refunded = await store.ledger.refund(TENANT, "r", "")
     assert refunded
     assert refunded[0] is RefundResult.REFUNDED
-    assert await store.ttl_ms(store.keys.reservation("r")) == 60_000
-    assert await store.ttl_ms(day) == 400 * DAY_MS
+    assert (await store.ttl_ms(reservation), await store.ttl_ms(day)) == (60_000, 400 * DAY_MS)
 
 
 async def test_inferred(store: SeededStore) -> None:
@@ -124,23 +107,16 @@ async def test_list(store: SeededStore) -> None:
     assert await store.ttl_ms(store.keys.tenant_tasks(TENANT)) == RETENTION.keep_ms
 
 
-async def test_deleted(store: SeededStore) -> None:
+async def test_deleted_and_restored(store: SeededStore) -> None:
     """State of a deleted tenant or account is kept for as long as its last tasks may need it."""
-    await store.accept("r")
+    await store.accept("r", "s")
     owners = store.keys.tenant(TENANT), store.keys.account(FIRST)
     await store.write_registry(1, drop_tenants=TENANTS, drop_accounts=ACCOUNTS)
-    assert [await store.ttl_ms(item) for item in owners] == [2 * MONTH_MS] * 2
+    assert [await store.ttl_ms(owner) for owner in owners] == [2 * MONTH_MS] * 2
     for owner in owners:
         await store.shorten_ttl(owner)
     await store.record_check(SUCCEEDED_CHECK)
-    assert [await store.ttl_ms(item) for item in owners] == [2 * MONTH_MS] * 2
-
-
-async def test_restored(store: SeededStore) -> None:
-    """A restored tenant or account has no expiry again."""
-    await store.accept("r")
-    await store.write_registry(1, drop_tenants=TENANTS, drop_accounts=ACCOUNTS)
+    assert [await store.ttl_ms(owner) for owner in owners] == [2 * MONTH_MS] * 2
     await store.write_registry(2, tenants=TENANTS, accounts=ACCOUNTS)
     await store.record_check(SUCCEEDED_CHECK)
-    owners = store.keys.tenant(TENANT), store.keys.account(FIRST)
     assert [await store.ttl_ms(owner) for owner in owners] == [None] * 2
