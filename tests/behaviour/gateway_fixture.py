@@ -28,8 +28,8 @@ from service.usecases.task_status import FetchArtifact
 from tests.behaviour.upstream_control import USER_KEY, FakeUpstreamControl, HeldResponses, SandboxUpstreamControl
 from tests.fakes import FakeDeliveryQueue, FakeLedger, FakeRegistry, FakeUpstream
 from tests.fakes.artifacts import FakeArtifacts
-from tests.support.app_server import serve_app
 from tests.support.images import make_png
+from tests.support.network import serve_app
 from tests.support.server_time import install_server_time, read_server_time, set_server_time
 from tests.support.valkey import Valkey
 

@@ -24,7 +24,7 @@ from service.usecases.registry_plan import DesiredTenant
 from tests.behaviour.audit import expect_problem
 from tests.behaviour.gateway_fixture import ENVIRONMENT, RunningGateway, run_real_gateway
 from tests.behaviour.task_readers import open_event_stream, start_waiting_read, wait_until
-from tests.support.app_server import serve_app
+from tests.support.network import serve_app
 from tests.support.valkey import Valkey
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from standardwebhooks.webhooks import Webhook as Verifier
 
-from tests.support.app_server import serve_app
+from tests.support.network import serve_app
 
 
 @dataclass

@@ -31,7 +31,7 @@ from service.usecases.ports import (
     Settlement,
     TaskStore,
 )
-from tests.support.retention import make_retention
+from tests.support.tasks import make_retention
 from tests.support.valkey import run_valkey
 
 T = TypeVar("T")

@@ -20,7 +20,8 @@ from tests.bench.load import Request, encode_form
 from tests.bench.peers.processes import Server, serving
 from tests.bench.peers.references import fastapi_gateway, nginx_lua, nginx_proxy
 from tests.bench.peers.stub import USER_KEY, vendor_stub
-from tests.support.valkey import find_free_port, run_valkey
+from tests.support.network import reserve_port
+from tests.support.valkey import run_valkey
 
 HERE = Path(__file__).parents[2]
 API, ALL, API_AND_WORKER = "api", "all", "api + worker"
@@ -164,7 +165,7 @@ def run_reader_gateway(candidate: Candidate, env: Environment) -> Iterator[Targe
 def _run_process(candidate: Candidate, role: str, env: Environment, cpu: int) -> Iterator[tuple[Server, str]]:
     """Run one process of the gateway; yields it with the address of its operators' port."""
     assert candidate.checkout
-    port, ops_port = find_free_port(), find_free_port()
+    port, ops_port = reserve_port(), reserve_port()
     url, ops_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{ops_port}"
     settings = {
         "GATEWAY_ENV": "production",

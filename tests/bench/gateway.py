@@ -21,7 +21,7 @@ from service.storage.tasks import RedisTaskStore
 from tests.bench.upstream import run_upstream
 from tests.process.gateway import GatewayProcess, run_gateway
 from tests.support.images import make_png
-from tests.support.retention import make_retention
+from tests.support.tasks import make_retention
 from tests.support.valkey import run_valkey
 
 KEYS = Keys("bench")

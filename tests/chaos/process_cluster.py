@@ -29,8 +29,8 @@ from tests.model.ledger_model import roll_windows
 from tests.process.gateway import TIMEOUT_SECONDS, GatewayProcess, start_gateway, wait_until
 from tests.process.sandbox import ADMIN_TOKEN, SandboxProcess, advance_clock, run_sandbox
 from tests.support.images import make_png
-from tests.support.retention import make_retention
 from tests.support.server_time import install_server_time
+from tests.support.tasks import make_retention
 from tests.support.valkey import Valkey, run_valkey
 
 DAY_SECONDS = 86_400

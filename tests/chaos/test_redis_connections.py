@@ -13,9 +13,9 @@ from service.domain.tenants import Window
 from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
 from tests.chaos.test_redis_killed import is_ready, restart_store
 from tests.chaos.test_redis_outage import read_counters, wait_until
+from tests.support.network import reserve_port
 from tests.support.resetting_proxy import ResettingProxy, run_resetting_proxy
-from tests.support.stores import run_cluster
-from tests.support.valkey import find_free_port, run_valkey
+from tests.support.valkey import run_cluster, run_valkey
 
 CONCURRENT_REQUESTS = 80
 ROUNDS = 3
@@ -63,7 +63,7 @@ def test_resets_while_submitting() -> None:
             await _submit_under_resets(gateway, proxy)
 
     with (
-        run_valkey(port=find_free_port()) as server,
+        run_valkey(port=reserve_port()) as server,
         run_resetting_proxy(server.port, seed=80) as proxy,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):

@@ -15,9 +15,8 @@ from click.testing import CliRunner, Result
 from service.cli import main
 from service.crypto import generate_secret_key
 from service.storage.redis import DATA_VERSION
-from tests.support.certificates import create_certificate
-from tests.support.stores import RunningStore, run_cluster, run_single, run_with_sentinel
-from tests.support.valkey import Valkey, find_free_port, run_valkey
+from tests.support.network import create_certificate, reserve_port
+from tests.support.valkey import RunningStore, Valkey, run_cluster, run_single, run_valkey, run_with_sentinel
 
 SAFE_STORE = ("--appendonly", "yes", "--maxmemory-policy", "noeviction")
 TOKEN = "3f8a1c5e9b7d2046f1e3a5c7d9b80246"
@@ -188,7 +187,7 @@ def test_volatile_store() -> None:
 
 
 def test_replica() -> None:
-    with run_valkey(*SAFE_STORE, "--replicaof", "127.0.0.1", str(find_free_port())) as store:
+    with run_valkey(*SAFE_STORE, "--replicaof", "127.0.0.1", str(reserve_port())) as store:
         result = run_command({"GATEWAY_REDIS_URL": store.url}, "--connect")
     assert result.exit_code == 1
     assert "must be a primary: it is a replica" in result.stderr
@@ -250,7 +249,7 @@ async def test_untrusted_store_certificate(tmp_path: Path) -> None:
 
 def test_servers_unreachable() -> None:
     """Both servers are checked independently, and errors name their settings."""
-    port, other = find_free_port(), find_free_port()
+    port, other = reserve_port(), reserve_port()
     environ = {
         "GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}",
         "GATEWAY_UPSTREAM_URL": f"http://127.0.0.1:{other}",

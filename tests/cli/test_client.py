@@ -14,7 +14,7 @@ import pytest
 
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN
 from tests.cli.conftest import Shell
-from tests.support.valkey import find_free_port
+from tests.support.network import reserve_port
 
 
 @asynccontextmanager
@@ -74,7 +74,7 @@ async def test_unexpected_response_without_tables(shell: Shell) -> None:
 
 async def test_no_gateway(shell: Shell) -> None:
     """One line reports that no gateway answers, and how to proceed."""
-    url = f"http://127.0.0.1:{find_free_port()}"
+    url = f"http://127.0.0.1:{reserve_port()}"
     result = await shell.run("tenant", "show", "shop", "--url", url, code=1)
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"gateway: can't connect to {url}: ")
@@ -101,7 +101,7 @@ async def test_invalid_url(shell: Shell, url: str) -> None:
 
 async def test_url_option_wins(shell: Shell) -> None:
     """The option wins over the environment, with or without a trailing slash."""
-    shell.environ["GATEWAY_OPS_PORT"] = str(find_free_port())
+    shell.environ["GATEWAY_OPS_PORT"] = str(reserve_port())
     await shell.run("account", "list", code=1)
     await shell.run("account", "list", "--url", f"{shell.gateway.ops_url}/")
 
@@ -121,7 +121,7 @@ async def test_random_port(shell: Shell) -> None:
 
 async def test_no_proxy(shell: Shell) -> None:
     """The operators' token is not sent to a proxy from the environment."""
-    proxy = f"http://127.0.0.1:{find_free_port()}"
+    proxy = f"http://127.0.0.1:{reserve_port()}"
     shell.environ |= {"HTTP_PROXY": proxy, "http_proxy": proxy, "ALL_PROXY": proxy}
     await shell.run("account", "list")
 
@@ -177,7 +177,7 @@ async def test_odd_names(shell: Shell) -> None:
 async def test_process(shell: Shell) -> None:
     """As a process, a failing command prints a line on standard error and exits with 1."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "service", "token", "create", "shop", "--url", f"http://127.0.0.1:{find_free_port()}"),
+        *(sys.executable, "-m", "service", "token", "create", "shop", "--url", f"http://127.0.0.1:{reserve_port()}"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=shell.environ,

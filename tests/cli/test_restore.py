@@ -23,7 +23,7 @@ from tests.behaviour.gateway_fixture import ADMIN_TOKEN, ENVIRONMENT, RunningGat
 from tests.behaviour.upstream_control import USER_KEY, SandboxUpstreamControl
 from tests.behaviour.usage_requests import read_all_usage
 from tests.cli.conftest import Shell
-from tests.support.app_server import serve_app
+from tests.support.network import serve_app
 from tests.support.valkey import Valkey
 
 INITIAL_FILE = """

@@ -32,9 +32,7 @@ from tests.contract.scripted_server import (
     reset_immediately,
     run_server,
 )
-from tests.support.certificates import create_certificate
-from tests.support.file_descriptors import exhaust_descriptors
-from tests.support.valkey import reserve_port
+from tests.support.network import create_certificate, exhaust_descriptors, reserve_port
 
 NO_RESPONSE = CheckOutcome.NO_RESPONSE
 NOT_SENT = (SubmitOutcome.NOT_SENT, NO_RESPONSE, "failed", UpstreamUnavailable)

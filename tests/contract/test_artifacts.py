@@ -37,7 +37,7 @@ from tests.contract.artifact_server import (
 )
 from tests.contract.scripted_server import Connection, run_server
 from tests.support.images import encode_image
-from tests.support.valkey import reserve_port
+from tests.support.network import reserve_port
 
 IMAGE, VECTOR, GRID = ArtifactName.IMAGE, ArtifactName.VECTOR, ArtifactName.GRID
 LAST_MODIFIED = "Sat, 31 Jan 2026 12:00:00 GMT"

@@ -17,7 +17,7 @@ from service.usecases.ports import RangeRequest
 from tests.contract.artifact_server import PNG_IMAGE, file_response, make_fetcher, read_request, send_pieces
 from tests.contract.client import USER_KEY
 from tests.contract.scripted_server import Connection, Handler, http_response, run_server
-from tests.support.certificates import create_certificate
+from tests.support.network import create_certificate
 
 LOOPBACK, OTHER_LOOPBACK = ip_address("127.0.0.1"), ip_address("127.0.0.2")
 PRIVATE_URLS = [

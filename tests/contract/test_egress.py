@@ -24,8 +24,7 @@ from service.clients.egress import (
     resolve_host,
 )
 from tests.contract.scripted_server import http_response, reply_with, run_server
-from tests.support.certificates import create_certificate
-from tests.support.valkey import reserve_port
+from tests.support.network import create_certificate, reserve_port
 
 LOOPBACK = ip_address("127.0.0.1")
 UNUSED_ADDRESS = ip_address("127.0.0.2")

@@ -17,7 +17,7 @@ import pytest
 
 from service import server
 from service.server import HttpServer, Limits, base_url, listen
-from tests.support.app_server import serve_app
+from tests.support.network import serve_app
 
 IDLE_LIMITS = Limits(head_seconds=60, idle_seconds=60, discard_seconds=60, discard_idle_seconds=60)
 SHORT_LIMITS = Limits(head_seconds=0.05, idle_seconds=60, discard_seconds=0.05)

@@ -31,8 +31,9 @@ from tests.contract.scripted_server import (
     reset_after_request,
     run_server,
 )
+from tests.support.network import reserve_port
 from tests.support.traces import RecordedSpan, SpanRecorder
-from tests.support.valkey import Valkey, reserve_port
+from tests.support.valkey import Valkey
 from tests.unit.asgi_client import make_http_scope
 
 

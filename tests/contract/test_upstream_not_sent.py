@@ -30,8 +30,7 @@ from tests.contract.scripted_server import (
     run_server,
     vendor_response,
 )
-from tests.support.file_descriptors import exhaust_descriptors
-from tests.support.valkey import reserve_port
+from tests.support.network import exhaust_descriptors, reserve_port
 
 ACCEPTED, UNKNOWN, NOT_SENT = SubmitOutcome.ACCEPTED, SubmitOutcome.UNKNOWN, SubmitOutcome.NOT_SENT
 

@@ -13,7 +13,7 @@ from litestar.datastructures import UploadFile
 from litestar.params import FromPath
 
 from tests.demo.results import Body, good_results
-from tests.support.app_server import serve_app
+from tests.support.network import serve_app
 
 TOKEN = "gw_demo"
 

@@ -21,7 +21,8 @@ from service.devstack import find_server_binary
 from service.domain.tenants import generate_token
 from tests.process.sandbox import SandboxProcess
 from tests.support.images import make_png
-from tests.support.valkey import find_free_port, run_valkey
+from tests.support.network import reserve_port
+from tests.support.valkey import run_valkey
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deploy" / "OPERATIONS.md"
@@ -150,7 +151,7 @@ class ProcedureShell:
             **self.keys,
         }.items():
             text = text.replace(name, address)
-        return _PORT.sub(lambda found: self.ports.setdefault(found[1], str(find_free_port())), text)
+        return _PORT.sub(lambda found: self.ports.setdefault(found[1], str(reserve_port())), text)
 
     def _environment(self) -> dict[str, str]:
         own = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
@@ -183,7 +184,7 @@ def open_shell(folder: Path, upstream: SandboxProcess) -> Iterator[ProcedureShel
     keys = {name: f"{name}-{folder.name}" for name in _KEYS}
     for key in keys.values():
         set_balance(upstream, key, count=10, money=0)
-    with run_valkey(*_STORE, port=find_free_port()) as first, run_valkey(*_STORE, port=find_free_port()) as second:
+    with run_valkey(*_STORE, port=reserve_port()) as first, run_valkey(*_STORE, port=reserve_port()) as second:
         yield ProcedureShell(folder, upstream, (first.port, second.port), keys)
 
 

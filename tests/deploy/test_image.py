@@ -24,7 +24,7 @@ from tests.image.rootfs_check import (
     scan_tree,
 )
 from tests.process.gateway import run_gateway
-from tests.support.valkey import find_free_port
+from tests.support.network import reserve_port
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -143,7 +143,7 @@ def test_health_check(tmp_path: Path) -> None:
     with run_gateway(tmp_path) as gateway:
         command = [sys.executable, healthcheck.__file__]
         requested = subprocess.run(command, env=dict(gateway.environ), cwd=ROOT, check=False)
-        alone = {**gateway.environ, "GATEWAY_OPS_PORT": str(find_free_port())}
+        alone = {**gateway.environ, "GATEWAY_OPS_PORT": str(reserve_port())}
         unanswered = subprocess.run(command, env=alone, cwd=ROOT, check=False)
     assert (requested.returncode, unanswered.returncode) == (0, 1)
 

@@ -15,7 +15,7 @@ from service.usecases.caches import DurationEstimator, TaskCache
 from service.usecases.ports import Delivery
 from tests.fakes.clock import FakeClock, Stopwatch
 from tests.model import ledger_model
-from tests.support.retention import make_retention
+from tests.support.tasks import make_retention
 
 
 @dataclass

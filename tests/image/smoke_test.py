@@ -26,7 +26,8 @@ from tests.image.container import Container, RunningContainer, parse_user, wait_
 from tests.image.report import CheckFailed, expect, step
 from tests.image.sandbox_ns import SECRETS, connect_loopback, mount_rootfs
 from tests.process.sandbox import run_sandbox
-from tests.support.valkey import find_free_port, run_valkey
+from tests.support.network import reserve_port
+from tests.support.valkey import run_valkey
 
 _TENANTS = "http://127.0.0.1:8080"
 _OPERATORS = "http://127.0.0.1:8081"
@@ -81,7 +82,7 @@ def main() -> None:
         with step("image: isolated namespaces, with a store and an upstream"):
             connect_loopback()
             mount_rootfs(Path(inputs.tree), root, _secrets(), *parse_user(inputs.config.user))
-            store = opened.enter_context(run_valkey(port=find_free_port()))
+            store = opened.enter_context(run_valkey(port=reserve_port()))
             upstream = opened.enter_context(run_sandbox())
         container = Container(root, inputs.config, _settings(store.port, upstream.url))
         with step("image: runs as its user on a read-only root"):

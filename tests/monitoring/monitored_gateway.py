@@ -18,7 +18,8 @@ from service.domain.tasks import Kind
 from tests.process.gateway import TIMEOUT_SECONDS, GatewayProcess, start_gateway, wait_until
 from tests.process.sandbox import ADMIN_TOKEN, SandboxProcess, advance_clock, run_sandbox
 from tests.support.images import make_png
-from tests.support.valkey import Valkey, find_free_port
+from tests.support.network import reserve_port
+from tests.support.valkey import Valkey
 from tests.support.valkey import run_valkey as store_running
 
 UNAVAILABLE_STATUSES = 502, 503
@@ -159,7 +160,7 @@ def run_monitored_gateway(folder: Path) -> Iterator[MonitoredGateway]:
             store=store,
             prefix=shared["GATEWAY_KEY_PREFIX"],
             receiver_url=f"http://127.0.0.1:{server.server_port}",
-            unreachable_url=f"http://127.0.0.1:{find_free_port()}",
+            unreachable_url=f"http://127.0.0.1:{reserve_port()}",
             http=opened.enter_context(httpx2.Client(timeout=TIMEOUT_SECONDS, trust_env=False)),
         )
         try:

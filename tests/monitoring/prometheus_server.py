@@ -20,7 +20,7 @@ import yaml
 from tests.monitoring.queries import DEPLOY, RULES
 from tests.monitoring.tools import find_prometheus
 from tests.process.gateway import TIMEOUT_SECONDS, wait_until
-from tests.support.valkey import find_free_port
+from tests.support.network import reserve_port
 
 NAMESPACE = "imaging"
 SCRAPE_SECONDS = 1
@@ -100,7 +100,7 @@ def run_prometheus(folder: Path, targets: list[str]) -> Iterator[Prometheus]:
     for file in RULES:
         (folder / file.name).write_text(speed_up_rules(file.read_text("utf-8")))
     (folder / "prometheus.yaml").write_text(_configuration(targets))
-    address = f"127.0.0.1:{find_free_port()}"
+    address = f"127.0.0.1:{reserve_port()}"
     command = [str(find_prometheus()), f"--config.file={folder / 'prometheus.yaml'}", f"--web.listen-address={address}"]
     command += [f"--storage.tsdb.path={folder / 'data'}", "--log.level=warn"]
     with (folder / "log.txt").open("wb") as log:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx2
 
-from tests.support.valkey import find_free_port
+from tests.support.network import reserve_port
 
 TIMEOUT_SECONDS = 30.0
 
@@ -29,7 +29,7 @@ def gateway_command(*words: str) -> list[str]:
 def gateway_environment(folder: Path, **settings: str) -> dict[str, str]:
     """Return the environment of a gateway with its data in a folder and on free ports, without our own settings."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
-    ports = {f"GATEWAY_{name}": str(find_free_port()) for name in ("PORT", "OPS_PORT", "SANDBOX_PORT")}
+    ports = {f"GATEWAY_{name}": str(reserve_port()) for name in ("PORT", "OPS_PORT", "SANDBOX_PORT")}
     return own | ports | {"GATEWAY_DATA_DIR": str(folder)} | settings
 
 

@@ -10,8 +10,8 @@ import httpx2
 from service.clients.http import BREAKER_THRESHOLD
 from tests.process.gateway import run_gateway
 from tests.process.sandbox import run_sandbox
-from tests.support.file_descriptors import exhaust_descriptors
 from tests.support.images import make_png
+from tests.support.network import exhaust_descriptors
 from tests.support.valkey import Valkey
 
 CONCURRENT_REQUESTS = 8

@@ -18,7 +18,8 @@ from redis import Redis
 from service.storage.redis import DATA_VERSION, Keys
 from tests.process.gateway import GatewayProcess, gateway_environment, is_alive, run_gateway, start_gateway, wait_until
 from tests.process.sandbox import SandboxProcess, advance_clock, run_sandbox
-from tests.support.valkey import Valkey, find_free_port, run_valkey
+from tests.support.network import reserve_port
+from tests.support.valkey import Valkey, run_valkey
 
 SHORT_LOCK_PROGRAM = """
 from service.cli import main
@@ -145,7 +146,7 @@ def test_folder_in_use(tmp_path: Path) -> None:
 
 def test_first_start_without_the_store(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
     """A first start waits for the store, then prints the token."""
-    port = find_free_port()
+    port = reserve_port()
     shared = upstream.gateway_settings(valkey) | {"GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}"}
     with start_gateway(tmp_path, **shared) as gateway:
         wait_until(lambda: "demo.delayed" in gateway.log_path.read_text(), "a word about the store")
@@ -198,7 +199,7 @@ def test_store_of_another_version(tmp_path: Path, upstream: SandboxProcess, role
 
 def test_store_of_another_version_after_an_outage(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
     """An unavailable store of another version is refused once it answers, before any write."""
-    port = find_free_port()
+    port = reserve_port()
     shared = upstream.gateway_settings(valkey) | {"GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}"}
     with start_gateway(tmp_path, **shared) as gateway:
         wait_until(lambda: "demo.delayed" in gateway.log_path.read_text(), "a word about the store")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.process.gateway import gateway_command, gateway_environment, run_gateway, wait_until
+from tests.support.network import reserve_port
 from tests.support.traces import run_collector
-from tests.support.valkey import find_free_port
 
 IMPORT_HOOK = """
 import sys
@@ -58,7 +58,7 @@ def test_task_is_traced(tmp_path: Path) -> None:
 def test_collector_unavailable(tmp_path: Path) -> None:
     """Without its collector a gateway serves as usual, logs little and exits soon."""
     with run_gateway(
-        tmp_path, GATEWAY_SANDBOX_PORT="0", GATEWAY_TRACES_URL=f"http://127.0.0.1:{find_free_port()}"
+        tmp_path, GATEWAY_SANDBOX_PORT="0", GATEWAY_TRACES_URL=f"http://127.0.0.1:{reserve_port()}"
     ) as gateway:
         answer = gateway.run_curl_example()
         assert answer.status_code == 201, answer.text

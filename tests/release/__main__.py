@@ -19,7 +19,8 @@ from tests.image.report import expect, step
 from tests.process.sandbox import run_sandbox
 from tests.release.installation import Installation, install, is_reachable
 from tests.release.wheel import expect_complete, expect_metadata
-from tests.support.valkey import find_free_port, run_valkey
+from tests.support.network import reserve_port
+from tests.support.valkey import run_valkey
 
 _ROOT = Path(__file__).parents[2]
 _EXTRA = "imaging-gateway[local]"
@@ -75,7 +76,7 @@ def _expect_clear_error(
 
 def _run_main_job(installed: Installation) -> None:
     """Serve with a real store and the checkout's sandbox, from the account to the result."""
-    port, ops_port = find_free_port(), find_free_port()
+    port, ops_port = reserve_port(), reserve_port()
     tenants, operators = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{ops_port}"
     with run_valkey("--appendonly", "yes") as store, run_sandbox() as upstream:
         settings = {

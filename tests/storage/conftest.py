@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from tests.storage.seeded_store import SeededStore, open_seeded_store
-from tests.support.stores import RunningStore, run_cluster, run_single, run_with_sentinel
-from tests.support.valkey import Valkey
+from tests.support.valkey import RunningStore, Valkey, run_cluster, run_single, run_with_sentinel
 
 
 @pytest.fixture

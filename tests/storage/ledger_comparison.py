@@ -18,8 +18,8 @@ from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore
 from tests.fakes import FakeClock, FakeLedger, FakeRegistry
 from tests.storage.ledger_views import is_reserved, normalize_day, normalize_reservation, normalize_task, roll_state
-from tests.support.retention import make_retention
 from tests.support.server_time import install_server_time, set_server_time
+from tests.support.tasks import make_retention
 
 T = TypeVar("T")
 

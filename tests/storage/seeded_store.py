@@ -18,8 +18,8 @@ from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore
 from service.usecases.ports import CheckOutcome, CheckResult, NewTask, RegistryChange, ReserveRequest, Settlement
-from tests.support.retention import make_retention
 from tests.support.server_time import install_server_time, set_server_time
+from tests.support.tasks import make_retention
 
 START_MS = 2_524_607_999_000
 """The server's time at first: a second before the year 2050."""

@@ -25,10 +25,9 @@ from service.storage.connections import Connections, connect
 from service.storage.redis import RedisScripts
 from service.usecases.ports import CheckOutcome, ReserveRequest
 from tests.storage.seeded_store import FIRST, RETENTION, TENANT, open_seeded_store
-from tests.support.certificates import create_certificate
+from tests.support.network import create_certificate, reserve_port
 from tests.support.resetting_proxy import ResettingProxy, run_resetting_proxy
-from tests.support.stores import RunningStore, pause_unless, run_sentinel
-from tests.support.valkey import UNAVAILABLE_ERRORS, Valkey, reserve_port, run_valkey
+from tests.support.valkey import UNAVAILABLE_ERRORS, RunningStore, Valkey, pause_unless, run_sentinel, run_valkey
 
 INCREMENT = "return redis.call('INCR', KEYS[1])"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any, Self
 
@@ -15,8 +16,8 @@ from service.storage.redis import DATA_VERSION, DataVersionError, DataVersionGua
 from service.storage.registry import RedisRegistry
 from service.usecases.caches import CachedRegistry
 from service.usecases.ports import RegistryChange
-from tests.support.retention import make_retention
-from tests.support.stores import RunningStore
+from tests.support.tasks import make_retention
+from tests.support.valkey import RunningStore
 
 KEYS = Keys("versioned")
 MARK = str(DATA_VERSION)
@@ -101,7 +102,7 @@ async def test_replaced(topology: RunningStore, job: str) -> None:
         topology.execute("ZADD", KEYS.leases, "1", "r")
         topology.execute("HSET", KEYS.registry, "version", "1")
         before = read_all_keys(topology)
-        jobs = {
+        jobs: dict[str, Callable[[], Awaitable[object]]] = {
             "refresh": live.refresh,
             "expire": lambda: gateway.ledger.settle_expired(1),
             "reopen": lambda: gateway.ledger.reopen_account(1),

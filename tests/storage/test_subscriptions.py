@@ -22,7 +22,8 @@ from service.telemetry.metrics import Metrics, RedisErrorKind, RedisOutcome
 from service.usecases.caches import DurationEstimator, TaskCache
 from service.usecases.ports import CheckOutcome
 from tests.storage.seeded_store import SeededStore, open_seeded_store
-from tests.support.valkey import Valkey, reserve_port, run_valkey
+from tests.support.network import reserve_port
+from tests.support.valkey import Valkey, run_valkey
 from tests.unit.metric_samples import read_sample
 
 RUNNING, NO_RESPONSE, SUCCEEDED = CheckOutcome.RUNNING, CheckOutcome.NO_RESPONSE, CheckOutcome.SUCCEEDED

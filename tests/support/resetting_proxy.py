@@ -10,8 +10,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from tests.support.valkey import reserve_port
-
 
 class ResettingProxy:
     """Forwards to a port of 127.0.0.1 in a thread of its own.
@@ -19,8 +17,8 @@ class ResettingProxy:
     Each chunk, in either direction, is cut off and resets both sides with `reset_probability`.
     """
 
-    def __init__(self, target: int, port: int, seed: int) -> None:
-        self.port = port
+    def __init__(self, target: int, seed: int) -> None:
+        self.port = 0
         self.reset_probability = 0.0
         self.resets = 0
         self._target = target
@@ -72,13 +70,13 @@ class ResettingProxy:
 
 
 @contextmanager
-def run_resetting_proxy(target: int, *, seed: int, port: int | None = None) -> Iterator[ResettingProxy]:
-    proxy = ResettingProxy(target, port or reserve_port(), seed)
+def run_resetting_proxy(target: int, *, seed: int) -> Iterator[ResettingProxy]:
+    proxy = ResettingProxy(target, seed)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    listening = asyncio.start_server(proxy.accept, "127.0.0.1", proxy.port)
-    server = asyncio.run_coroutine_threadsafe(listening, loop).result()
+    server = asyncio.run_coroutine_threadsafe(asyncio.start_server(proxy.accept, "127.0.0.1", 0), loop).result()
+    proxy.port = server.sockets[0].getsockname()[1]
     try:
         yield proxy
     finally:

@@ -1,4 +1,4 @@
-"""Tasks for tests without a ledger."""
+"""Tasks for tests without a ledger, and the durations of a gateway with default settings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from service.domain.tasks import Cost, CostBasis, Kind, State, Task
+from service.storage.ledger import Retention
+from service.storage.redis import DAY_MS
 
 CREATED_AT = 1_790_000_000_000
 
@@ -40,3 +42,17 @@ def make_succeeded_task(seconds: float, **changes: Any) -> Task:
     """Make a task that succeeded after so many seconds."""
     end = CREATED_AT + int(seconds * 1000)
     return make_task(state=State.SUCCEEDED, updated_at=end, finished_at=end, version=3, **changes)
+
+
+def make_retention(**changes: int) -> Retention:
+    """Return the default durations with some of them changed (ms)."""
+    defaults = {
+        "lease_ms": 180_000,
+        "check_interval_ms": 2_500,
+        "claim_lease_ms": 30_000,
+        "watched_ms": 30_000,
+        "lost_after_ms": 1_800_000,
+        "unusable_after_ms": DAY_MS,
+        "keep_finished_ms": 30 * DAY_MS,
+    }
+    return Retention(**(defaults | changes))

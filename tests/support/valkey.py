@@ -1,4 +1,4 @@
-"""Real Valkey servers.
+"""Real Valkey servers, alone and in the topologies of Redis.
 
 The plugin `tests.support.valkey` gives every test the session's server as `valkey`. It keeps its data between tests:
 call `FLUSHALL` first or use separate keys.
@@ -6,30 +6,28 @@ call `FLUSHALL` first or use separate keys.
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from redis import Redis
 from redis.exceptions import ClusterDownError, ConnectionError, ReadOnlyError, TimeoutError  # noqa: A004
 
 from service.devstack import find_server_binary
+from tests.support.network import reserve_port
 
 UNAVAILABLE_ERRORS: tuple[type[Exception], ...] = (ConnectionError, TimeoutError, ReadOnlyError, ClusterDownError)
 """Raised by a client while the store can't be reached or can't be written to."""
 _START_SECONDS = 10.0
-_RESERVATIONS: deque[int] = deque()
-"""Descriptors of the sockets that reserve ports."""
-_MAX_RESERVATIONS = 200
 
 
 @dataclass(frozen=True)
@@ -80,32 +78,6 @@ def run_valkey(*options: str, port: int = 0, config: str = "") -> Iterator[Valke
         shutil.rmtree(folder)
 
 
-def reserve_port() -> int:
-    """Reserve a TCP port of 127.0.0.1 for this process: nothing listens there until it starts a server.
-
-    The kernel gives a port to no other process while a socket is bound to it. A server may bind it too, any number of
-    times, if both have SO_REUSEADDR and this one does not listen.
-    """
-    reserving = socket.socket()
-    reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reserving.bind(("127.0.0.1", 0))
-    port = int(reserving.getsockname()[1])
-    _RESERVATIONS.append(reserving.detach())
-    if len(_RESERVATIONS) > _MAX_RESERVATIONS:
-        os.close(_RESERVATIONS.popleft())
-    return port
-
-
-def find_free_port() -> int:
-    return reserve_port()
-
-
-@pytest.fixture(scope="session")
-def valkey() -> Iterator[Valkey]:
-    with run_valkey() as server:
-        yield server
-
-
 def _wait_until_ready(process: subprocess.Popen[bytes], folder: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
@@ -117,3 +89,58 @@ def _wait_until_ready(process: subprocess.Popen[bytes], folder: Path) -> None:
                 return
         time.sleep(0.005)
     raise RuntimeError(f"Valkey did not start: {(folder / 'log').read_text()}")
+
+
+@dataclass(frozen=True)
+class RunningStore:
+    """A topology: the URL for clients, and the server that stores the data."""
+
+    url: str
+    server: Valkey
+
+    def execute(self, *command: str) -> Any:
+        """Run a command on the server, bypassing the clients under test."""
+        with Redis(unix_socket_path=str(self.server.socket_path)) as client:
+            return client.execute_command(*command)
+
+
+def pause_unless(condition: bool | None) -> bool:
+    if not condition:
+        time.sleep(0.01)
+    return not condition
+
+
+@contextmanager
+def run_cluster(*options: str) -> Iterator[RunningStore]:
+    own = ("--cluster-enabled", "yes", "--cluster-port", str(reserve_port()), "--cluster-node-timeout", "1000")
+    with run_valkey(*own, *options, port=reserve_port()) as server:
+        store = RunningStore(f"redis+cluster://127.0.0.1:{server.port},127.0.0.1:1", server)
+        store.execute("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+        while pause_unless(b"cluster_state:ok" in store.execute("CLUSTER", "INFO")):
+            pass
+        yield store
+
+
+@contextmanager
+def run_sentinel(primary: int, *options: str) -> Iterator[Valkey]:
+    monitor = f"sentinel monitor main 127.0.0.1 {primary} 1\n"
+    with run_valkey("--sentinel", *options, port=reserve_port(), config=monitor) as watching:
+        yield watching
+
+
+@contextmanager
+def run_with_sentinel() -> Iterator[RunningStore]:
+    with run_valkey(port=reserve_port()) as server, run_sentinel(server.port) as watching:
+        yield RunningStore(f"redis+sentinel://127.0.0.1:1,127.0.0.1:{watching.port}/main", server)
+
+
+@contextmanager
+def run_single() -> Iterator[RunningStore]:
+    with run_valkey(port=reserve_port()) as server:
+        yield RunningStore(f"redis://127.0.0.1:{server.port}", server)
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[Valkey]:
+    with run_valkey() as server:
+        yield server

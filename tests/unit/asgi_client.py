@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from tests.support import app_server as support
+from tests.support import network
 
 Message = MutableMapping[str, Any]
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -91,7 +91,7 @@ async def call_app(
 @asynccontextmanager
 async def serve_on_port(app: App) -> AsyncIterator[int]:
     """Serve an application on a free port; yield the port."""
-    async with support.serve_app(app) as url:
+    async with network.serve_app(app) as url:
         yield int(url.rpartition(":")[2])
 
 

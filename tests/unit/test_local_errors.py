@@ -9,7 +9,7 @@ import httpx2
 import pytest
 
 from service.clients.http import local_error_reason
-from tests.support.file_descriptors import exhaust_descriptors
+from tests.support.network import exhaust_descriptors
 
 REFUSED = ConnectionRefusedError(errno.ECONNREFUSED, "refused")
 UNRESOLVED_NAME = socket.gaierror(socket.EAI_NONAME, "unknown")

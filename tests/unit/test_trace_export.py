@@ -16,8 +16,8 @@ from service import __version__
 from service.container import open_tracer
 from service.telemetry import tracing, tracing_otel
 from service.telemetry.tracing import NOOP_TRACER
+from tests.support.network import reserve_port
 from tests.support.traces import TraceCollector, run_collector, wait_until
-from tests.support.valkey import find_free_port
 from tests.unit.asgi_client import make_http_scope
 
 
@@ -78,7 +78,7 @@ async def test_sampling_ratio(collector: TraceCollector) -> None:
 
 
 async def test_otel_environment(collector: TraceCollector, monkeypatch: pytest.MonkeyPatch) -> None:
-    unreachable = f"http://127.0.0.1:{find_free_port()}"
+    unreachable = f"http://127.0.0.1:{reserve_port()}"
     for name, value in {
         "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=staging,service.version=of-the-platform",
         "OTEL_SERVICE_NAME": "gateway-of-ours",
@@ -112,7 +112,7 @@ async def test_unavailable_collector_is_logged_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tracing_otel, "EXPORT_INTERVAL_SECONDS", 0.01)
     monkeypatch.setattr(tracing_otel, "FLUSH_SECONDS", 0.3)
     with capture_logs() as events:
-        async with open_tracer(f"http://127.0.0.1:{find_free_port()}", 1.0, str) as tracer:
+        async with open_tracer(f"http://127.0.0.1:{reserve_port()}", 1.0, str) as tracer:
             record_requests(tracer, times=tracing_otel.MAX_BATCH_SIZE * 3)
             await asyncio.to_thread(wait_until, lambda: bool(events), "a line in the log")
             begun = time.monotonic()

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from tests.bench.peers.processes import Server, serving
 from tests.bench.peers.stub import USER_KEY
 from tests.bench.peers.tools import find_program
-from tests.support.valkey import find_free_port
+from tests.support.network import reserve_port
 
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parents[2]
@@ -53,7 +53,7 @@ def nginx_lua(stub: Server, redis_url: str, cpu: int) -> Iterator[Server]:
 @contextmanager
 def fastapi_gateway(stub: Server, redis_url: str, cpu: int) -> Iterator[Server]:
     """Run a gateway of FastAPI and httpx, in one uvicorn with its defaults."""
-    port = find_free_port()
+    port = reserve_port()
     token = secrets.token_hex(16)
     app = "tests.bench.peers.fastapi_app:app"
     environ = os.environ | {
@@ -71,7 +71,7 @@ def fastapi_gateway(stub: Server, redis_url: str, cpu: int) -> Iterator[Server]:
 @contextmanager
 def _nginx(name: str, template: str, values: Mapping[str, str], cpu: int, *, token: str) -> Iterator[Server]:
     """Run nginx as the current user, with all its files in a temporary folder."""
-    port = find_free_port()
+    port = reserve_port()
     # nginx drops the privileges of root unless `user` keeps them.
     user = "user root;" if os.geteuid() == 0 else ""
     config = (_HERE / template).read_text()

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import httpx2
 
 from tests.bench.peers.processes import Server, serving
-from tests.support.valkey import find_free_port
+from tests.support.network import reserve_port
 
 SUBMIT_PATHS = {
     "upscale": "/api/submit_task",
@@ -38,7 +38,7 @@ def vendor_stub(
 
     Submits and checks are answered after the delay. It accepts any `user_key`.
     """
-    port = find_free_port()
+    port = reserve_port()
     command = [str(_program()), str(port), tasks, str(round(delay_seconds * 1000))]
     with serving("stub", command, cpu=cpu, url=f"http://127.0.0.1:{port}", ready_path="/stats") as server:
         yield server

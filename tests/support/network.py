@@ -1,0 +1,95 @@
+"""Ports, servers, certificates and file descriptors of the test process."""
+
+from __future__ import annotations
+
+import datetime as dt
+import ipaddress
+import os
+import resource
+import socket
+import ssl
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from service.server import App, BuildRefusal, HttpServer, Limits, base_url, build_text_refusal, listen
+
+_DAY = dt.timedelta(days=1)
+_RESERVATIONS: deque[int] = deque()
+"""Descriptors of the sockets that reserve ports."""
+_MAX_RESERVATIONS = 200
+
+
+def reserve_port() -> int:
+    """Reserve a TCP port of 127.0.0.1 for this process: nothing listens there until it starts a server.
+
+    The kernel gives a port to no other process while a socket is bound to it. A server may bind it too, any number of
+    times, if both have SO_REUSEADDR and this one does not listen.
+    """
+    reserving = socket.socket()
+    reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserving.bind(("127.0.0.1", 0))
+    port = int(reserving.getsockname()[1])
+    _RESERVATIONS.append(reserving.detach())
+    if len(_RESERVATIONS) > _MAX_RESERVATIONS:
+        os.close(_RESERVATIONS.popleft())
+    return port
+
+
+@asynccontextmanager
+async def serve_app(
+    app: App, *, limits: Limits = Limits(), refuse: BuildRefusal = build_text_refusal
+) -> AsyncIterator[str]:
+    """Serve an application on a free port of 127.0.0.1, in the event loop of the test; yield its base URL."""
+    server = HttpServer(app, limits=limits, build_refusal=refuse)
+    listening = listen("127.0.0.1", 0)
+    server.start(listening)
+    try:
+        yield base_url(listening)
+    finally:
+        await server.stop()
+
+
+def create_certificate(folder: Path, subject: str = "127.0.0.1") -> tuple[Path, ssl.SSLContext]:
+    """Create a self-signed certificate for an IP address or a name.
+
+    Returns the file to trust and the context of the server.
+    """
+    name: x509.GeneralName
+    try:
+        name = x509.IPAddress(ipaddress.ip_address(subject))
+    except ValueError:
+        name = x509.DNSName(subject)
+    key, now = ec.generate_private_key(ec.SECP256R1()), dt.datetime.now(dt.UTC)
+    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    certificate = (
+        x509.CertificateBuilder(issuer, issuer, key.public_key(), x509.random_serial_number(), now - _DAY, now + _DAY)
+        .add_extension(x509.SubjectAlternativeName([name]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    public, private = folder / "certificate.pem", folder / "key.pem"
+    public.write_bytes(certificate.public_bytes(Encoding.PEM))
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(public, private)
+    return public, context
+
+
+@contextmanager
+def exhaust_descriptors(pid: int | None = None) -> Iterator[None]:
+    """Let a process, by default this one, run out of file descriptors within the block."""
+    process = os.getpid() if pid is None else pid
+    soft, hard = resource.prlimit(process, resource.RLIMIT_NOFILE)
+    resource.prlimit(process, resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(process, resource.RLIMIT_NOFILE, (soft, hard))
