@@ -118,9 +118,9 @@ async def read_nothing(_: Connection) -> None:
 
 @pytest.mark.parametrize("serve", [never_reply, drip, read_nothing])
 async def test_deadlines(serve: Handler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream, "CHECK_SECONDS", 0.1)
-    async with run_server(serve) as peer, asyncio.timeout(20):
-        assert await call_all(peer.url, seconds=0.1) == (*LOST[:3], UpstreamUnavailable)
+    monkeypatch.setattr(upstream, "CHECK_SECONDS", 0.25)
+    async with run_server(serve) as peer, asyncio.timeout(30):
+        assert await call_all(peer.url, seconds=0.25) == (*LOST[:3], UpstreamUnavailable)
 
 
 async def test_connection_refused() -> None:

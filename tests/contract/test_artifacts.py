@@ -221,17 +221,6 @@ async def test_no_such_range(content_range: str, passed_on: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "requested", [RangeRequest(if_none_match='"v1"'), RangeRequest(if_modified_since=LAST_MODIFIED)]
-)
-async def test_not_modified(requested: RangeRequest) -> None:
-    caller = make_fetcher()
-    async with run_server(send_pieces(response_head(304, ETag='"v1"'))) as peer:
-        fetched, content = await caller.fetch_all(peer.url, requested=requested)
-    assert (fetched.coverage, fetched.etag, content) == (Coverage.NOT_MODIFIED, '"v1"', b"")
-    assert caller.outcome == FetchOutcome.DONE
-
-
-@pytest.mark.parametrize(
     ("error", "pieces"),
     [
         (TransferAborted, (response_head(Content_Length="1000"), PNG_IMAGE)),
@@ -290,25 +279,6 @@ async def test_endless() -> None:
                     received += len(chunk)
         await disconnected.wait()
     assert MAX_BYTES / 2 < received <= MAX_BYTES
-
-
-async def test_closed_by_the_reader() -> None:
-    """Leaving the stream, before or after its first byte, ends the fetch and its connection."""
-    caller, disconnected = make_fetcher(), asyncio.Event()
-    serve = send_and_hold(response_head(Content_Length="1000"), PNG_IMAGE, disconnected=disconnected)
-    async with run_server(serve) as peer, asyncio.timeout(20):
-        async with caller.fetch(peer.url) as fetched:
-            assert await anext(fetched.chunks) == PNG_IMAGE
-        await disconnected.wait()
-    disconnected.clear()
-    async with run_server(send_and_hold(disconnected=disconnected)) as peer, asyncio.timeout(20):
-        reading = asyncio.create_task(caller.fetch_all(peer.url))
-        await peer.request_received.wait()
-        reading.cancel()
-        await disconnected.wait()
-        with pytest.raises(asyncio.CancelledError):
-            await reading
-    assert caller.outcomes == [FetchOutcome.CANCELLED] * 2
 
 
 async def test_too_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
