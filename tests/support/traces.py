@@ -51,29 +51,25 @@ class RecordedSpan:
 
 def read_spans(request: ExportTraceServiceRequest) -> Iterator[RecordedSpan]:
     for resource_spans in request.resource_spans:
-        resource = _attribute_values(resource_spans.resource.attributes)
-        for scope in resource_spans.scope_spans:
-            for span in scope.spans:
-                yield RecordedSpan(
-                    name=span.name,
-                    kind=_KINDS[span.kind],
-                    trace_id=span.trace_id.hex(),
-                    span_id=span.span_id.hex(),
-                    parent_id=span.parent_span_id.hex(),
-                    trace_state=span.trace_state,
-                    attributes=_attribute_values(span.attributes),
-                    links=[(link.trace_id.hex(), link.span_id.hex()) for link in span.links],
-                    is_error=span.status.code == 2,
-                    status_message=span.status.message,
-                    event_count=len(span.events),
-                    resource=resource,
-                )
+        for span in (span for scope in resource_spans.scope_spans for span in scope.spans):
+            yield RecordedSpan(
+                name=span.name,
+                kind=_KINDS[span.kind],
+                trace_id=span.trace_id.hex(),
+                span_id=span.span_id.hex(),
+                parent_id=span.parent_span_id.hex(),
+                trace_state=span.trace_state,
+                attributes=_read_attributes(span.attributes),
+                links=[(link.trace_id.hex(), link.span_id.hex()) for link in span.links],
+                is_error=span.status.code == 2,
+                status_message=span.status.message,
+                event_count=len(span.events),
+                resource=_read_attributes(resource_spans.resource.attributes),
+            )
 
 
-def _attribute_values(attributes: Sequence[KeyValue]) -> dict[str, Any]:
-    return {
-        attribute.key: getattr(attribute.value, str(attribute.value.WhichOneof("value"))) for attribute in attributes
-    }
+def _read_attributes(attributes: Sequence[KeyValue]) -> dict[str, Any]:
+    return {item.key: getattr(item.value, str(item.value.WhichOneof("value"))) for item in attributes}
 
 
 class SpanRecorder:
