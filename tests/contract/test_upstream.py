@@ -155,6 +155,19 @@ async def test_bodies_without_an_end(
         assert (await caller.submit(seconds=60 if is_long else 0.5)).outcome is outcome
 
 
+async def test_endless_body() -> None:
+    """Of an endless response only the beginning is read, well before the deadline."""
+
+    async def serve(connection: Connection) -> None:
+        await connection.receive()
+        await connection.send(b"HTTP/1.1 200 x\r\nContent-Length: 100000000000\r\n\r\n")
+        while True:
+            await connection.send(b" " * 10_000)
+
+    async with run_server(serve) as peer, open_caller(peer.url) as caller, asyncio.timeout(20):
+        assert (await caller.submit(seconds=60)).outcome is UNKNOWN
+
+
 async def test_no_head_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_module, "READ_SECONDS", 0.1)
     async with run_server(never_reply) as peer, open_caller(peer.url) as caller, asyncio.timeout(20):
@@ -215,6 +228,7 @@ async def test_requests() -> None:
     (head, body), check = peer.requests[:2]
     assert head.startswith(b"POST /api/submit_task HTTP/1.1\r\n")
     assert b"content-type: multipart/form-data; boundary=" in head.lower()
+    assert b"\r\nconnection: close\r\n" in head.lower()
     assert b'name="user_key"\r\n\r\n%s\r\n' % USER_KEY.encode() in body
     assert b'name="input_image"; filename="image.png"\r\nContent-Type: image/png\r\n\r\n%s\r\n' % IMAGE.data in body
     assert 'name="style_dropdown"\r\n\r\n通用风格\r\n'.encode() in body

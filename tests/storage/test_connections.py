@@ -326,7 +326,8 @@ async def test_failover() -> None:
         run_sentinel(old.port) as watching,
     ):
         replica, sentinel = RunningStore("", new), RunningStore("", watching)
-        sentinel.execute("SENTINEL", "DEBUG", "info-period", "50", "ping-period", "50")
+        # A replica whose last answer is older than five periods of pings is not promoted.
+        sentinel.execute("SENTINEL", "DEBUG", "info-period", "100", "ping-period", "500")
         sentinel.execute("SENTINEL", "SET", "main", "down-after-milliseconds", "200", "failover-timeout", "1000")
         while pause_unless(replica.execute("INFO", "replication")["master_link_status"] == "up"):
             pass
