@@ -94,8 +94,10 @@ async def run_http_server(
 ) -> AsyncIterator[tuple[HttpServer, str]]:
     running, listening = HttpServer(app, limits=limits), listening or listen("127.0.0.1", 0)
     running.start(listening)
-    yield running, base_url(listening)
-    await running.stop()
+    try:
+        yield running, base_url(listening)
+    finally:
+        await running.stop()
 
 
 @asynccontextmanager
