@@ -18,8 +18,8 @@ from service.app import create_app
 from service.usecases.ports import SubmitOutcome
 from tests.behaviour.audit import UNREACHABLE_POLICIES, assert_nothing_happened, expect_problem
 from tests.behaviour.gateway_fixture import MAX_BYTES, MAX_PIXELS, RunningGateway
-from tests.support.network import serve_app
 from tests.support.images import draw_image, encode_image, make_png
+from tests.support.network import serve_app
 from tests.support.valkey import Valkey
 from tests.unit.asgi_client import AsgiResponse, open_raw_connection, read_response
 from tests.unit.multipart_forms import CONTENT_TYPE, encode_field, encode_file, encode_form
