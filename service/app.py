@@ -41,12 +41,19 @@ def create_ops_app(container: Container) -> RequestMiddleware:
 
 
 def _add_middleware(app: Litestar, container: Container, port: Port) -> RequestMiddleware:
-    for route in app.routes:
-        if isinstance(route, HTTPRoute) and not route.path.startswith(openapi.UNSERVED_PATH):
-            # So that its errors are counted from zero.
-            preregister(container.metrics.http_requests, [port], route.methods, [route.path_format], _SERVER_ERRORS)
+    methods = {
+        route.path_format: route.methods
+        for route in app.routes
+        if isinstance(route, HTTPRoute) and not route.path.startswith(openapi.UNSERVED_PATH)
+    }
+    for path, names in methods.items():  # so that their errors are counted from zero
+        preregister(container.metrics.http_requests, [port], names, [path], _SERVER_ERRORS)
     return RequestMiddleware(
-        HeadMiddleware(app), metrics=container.metrics, logger=container.logger, port=port, tracer=container.tracer
+        HeadMiddleware(app, methods),
+        metrics=container.metrics,
+        logger=container.logger,
+        port=port,
+        tracer=container.tracer,
     )
 
 

@@ -9,7 +9,7 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, MutableMapping
 from typing import Any, TypeVar
 from urllib.parse import quote
 from uuid import uuid4
@@ -194,10 +194,15 @@ class _ResponseRecorder:
 
 
 class HeadMiddleware:
-    """Serves HEAD for an application that only has GET: the same headers without content (RFC 9110)."""
+    """Serves HEAD for an application that only has GET: the same headers without content (RFC 9110).
 
-    def __init__(self, app: App) -> None:
+    `methods` are those of each path template: Litestar's response to OPTIONS names only those of the handler that was
+    registered first (its issue 4169).
+    """
+
+    def __init__(self, app: App, methods: Mapping[str, Collection[str]]) -> None:
         self._app = app
+        self._methods = methods
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -207,7 +212,8 @@ class HeadMiddleware:
 
         async def send_head(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [_add_head_to_allow(*header) for header in message["headers"]]
+                methods = self._methods.get(inner.get("path_template", ""), ())
+                message["headers"] = [_complete_allow(name, value, methods) for name, value in message["headers"]]
             elif is_head and message["type"] == "http.response.body":
                 return
             await send(message)
@@ -224,6 +230,8 @@ class HeadMiddleware:
                 scope["path_template"] = inner["path_template"]
 
 
-def _add_head_to_allow(name: bytes, value: bytes) -> tuple[bytes, bytes]:
-    methods = [part.strip() for part in value.split(b",")] if name.lower() == _ALLOW_HEADER else []
-    return (name, b", ".join([*methods, b"HEAD"])) if b"GET" in methods and b"HEAD" not in methods else (name, value)
+def _complete_allow(name: bytes, value: bytes, methods: Collection[str]) -> tuple[bytes, bytes]:
+    if name.lower() != _ALLOW_HEADER:
+        return name, value
+    allowed = {*methods, *(part.strip() for part in value.decode().split(","))}
+    return name, ", ".join(sorted(allowed | {"HEAD"} if "GET" in allowed else allowed)).encode()

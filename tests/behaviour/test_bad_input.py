@@ -205,6 +205,9 @@ async def test_unknown_paths_and_methods(gateway: RunningGateway) -> None:
     many_headers = {f"X-Header-{number}": "x" * 500 for number in range(60)}
     assert (await gateway.call("GET", "/v1/quota", headers=many_headers)).status_code == 200
     expect_problem(await gateway.call("GET", "/v1/quota", token="x" * 30_000), 401, "unauthenticated")
+    for method in ("POST", "OPTIONS"):
+        response = await gateway.call_admin(method, "/tenants/shop")
+        assert set(response.headers["allow"].split(", ")) == {"GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 
 async def test_invalid_query_parameters_are_named(gateway: RunningGateway) -> None:
