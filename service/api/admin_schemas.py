@@ -45,6 +45,9 @@ from service.usecases.registry_plan import DesiredAccount, DesiredRegistry, Desi
 from service.usecases.reports import QuotaReport
 from service.usecases.webhook_delivery import TenantDelivery
 
+_URI = {"format": "uri"}
+_UNIQUE = {"uniqueItems": True}
+"""For the document only: other rules than those of msgspec check these values, with better messages."""
 _SecretText = Annotated[str, Meta(description="`whsec_` and base64, shown only once.")]
 
 
@@ -52,7 +55,12 @@ class WebhookSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """Webhook of a tenant."""
 
     url: Annotated[
-        str, Meta(max_length=MAX_URL_CHARS, description="Receives the events of tasks without a `webhook_url`.")
+        str,
+        Meta(
+            max_length=MAX_URL_CHARS,
+            description="Receives the events of tasks without a `webhook_url`.",
+            extra_json_schema=_URI,
+        ),
     ]
     allow: Annotated[
         list[Annotated[str, Meta(max_length=255)]],
@@ -156,10 +164,21 @@ _Note = Annotated[str, Meta(max_length=2_000, description="Free text of the oper
 class AccountSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of an account at the upstream."""
 
-    base_url: Annotated[str, Meta(max_length=512, description="Of the upstream, if not the default one.")] | None = None
+    base_url: (
+        Annotated[
+            str, Meta(max_length=512, description="Of the upstream, if not the default one.", extra_json_schema=_URI)
+        ]
+        | None
+    ) = None
     floor_count: Count = 0
     floor_money: YuanInput = 0
-    max_price: Annotated[dict[Kind, YuanInput], Meta(description="The most a task of a kind can cost.")] = {}
+    max_price: Annotated[
+        dict[Kind, YuanInput],
+        Meta(
+            description="The most a task of a kind can cost.",
+            extra_json_schema={"propertyNames": {"enum": list(Kind)}},
+        ),
+    ] = {}
     note: _Note = ""
 
     def _to_desired(self, name: str, user_key: str | None) -> DesiredAccount:
@@ -179,7 +198,18 @@ class AccountSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class AccountBody(AccountSpec, frozen=True):
     """An account at the upstream. Omitted fields get their defaults; only the key is kept."""
 
-    user_key: Annotated[str, Meta(min_length=1, max_length=512, description="Of printable ASCII.")] | None = None
+    user_key: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                max_length=512,
+                description="Of printable ASCII.",
+                extra_json_schema={"pattern": "^[!-~]+$"},
+            ),
+        ]
+        | None
+    ) = None
 
     def to_desired(self, name: str) -> DesiredAccount:
         return self._to_desired(name, self.user_key)
@@ -196,11 +226,17 @@ class Limit(Struct, frozen=True, forbid_unknown_fields=True):
 class TenantSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of a tenant."""
 
-    accounts: Annotated[list[Name], Meta(max_length=100, description="The accounts it may use, in order.")]
+    accounts: Annotated[
+        list[Name],
+        Meta(max_length=100, description="The accounts it may use, in order.", extra_json_schema=_UNIQUE),
+    ]
     limits: Annotated[list[Limit], Meta(max_length=len(Window), description="At most one per window.")] = []
     max_active: Count | None = None
     spending_mode: SpendingMode = SpendingMode.COUNT_THEN_MONEY
-    kinds: Annotated[list[Kind] | None, Meta(description="The kinds it may submit; all without it.")] = None
+    kinds: (
+        Annotated[list[Kind], Meta(description="The kinds it may submit; all without it.", extra_json_schema=_UNIQUE)]
+        | None
+    ) = None
     webhook: WebhookSpec | None = None
     state: Annotated[TenantStatus, Meta(description="`read-only` refuses submissions, `disabled` every call.")] = (
         TenantStatus.ACTIVE

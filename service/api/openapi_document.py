@@ -187,6 +187,12 @@ _STRUCTS: Mapping[str, type[Struct]] = {
     for name, value in vars(module).items()
     if isinstance(value, type) and issubclass(value, Struct) and value.__module__ == module.__name__
 }
+_CONSTRAINTS = frozenset(
+    {
+        *("minimum", "maximum", "minLength", "maxLength", "pattern", "format"),
+        *("maxItems", "uniqueItems", "propertyNames"),
+    }
+)
 _ENCODER = msgspec.json.Encoder(decimal_format="number")
 
 
@@ -222,10 +228,27 @@ def _complete_schema(name: str, schema: Node) -> None:
         elif not struct.__struct_config__.omit_defaults:
             # A response has all its fields, also those that are optional in the request.
             schema["required"] = [field.encode_name for field in fields(struct) if field.default is not UNSET]
+        _add_constraints(schema, msgspec.json.schema_components([struct])[1][name])
     if properties := schema.get("properties"):
         schema["properties"] = {key: _unwrap(value, nullable=True) for key, value in properties.items()}
     if name in _EXAMPLES:
         schema["examples"] = [_EXAMPLES[name]]
+
+
+def _add_constraints(schema: Node, exact: Node) -> None:
+    """Add the constraints that Litestar omits: those of optional, listed and mapped values, and bounds of zero."""
+    exact_options = {option.get("type"): option for option in exact.get("anyOf", [exact])}
+    for option in schema.get("oneOf", [schema]):
+        exact_option = exact_options.get(option.get("type"), {})
+        option |= {word: value for word, value in exact_option.items() if word in _CONSTRAINTS}
+        for word in ("items", "additionalProperties"):
+            if isinstance(option.get(word), dict):
+                _add_constraints(option[word], exact_option.get(word, {}))
+        for name, value in option.get("properties", {}).items():
+            _add_constraints(value, exact_option["properties"][name])
+    if "oneOf" in schema:  # where Litestar writes some of those of its options
+        for word in _CONSTRAINTS & schema.keys():
+            del schema[word]
 
 
 def _complete_operation(operation: Node, components: Node) -> None:
