@@ -313,13 +313,13 @@ def _example_problem(code: str) -> Any:
 
 
 def _describe_patches(document: Node) -> None:
-    """Describe merge patches: as the bodies that they change, with null for each field, and none required."""
+    """Describe merge patches: as the bodies that they change, none required, and null for each that has a default."""
     schemas = document["components"]["schemas"]
     for name in ("Account", "Tenant", "Webhook"):
         body = schemas[f"{name}Body"]
         properties = {
             key: schema
-            if "oneOf" in schema
+            if "oneOf" in schema or key in body.get("required", ())
             # Without the default, which a generated client would send.
             else {"oneOf": [{word: value for word, value in schema.items() if word != "default"}, {"type": "null"}]}
             for key, schema in body["properties"].items()
