@@ -122,6 +122,8 @@ def submit_operation(kind: Kind, catalogue: Catalogue) -> type[Operation]:
         "metadata": {
             "type": "string",
             "contentMediaType": "application/json",
+            "contentSchema": {"type": "object", "additionalProperties": {"type": "string"}},
+            "maxLength": MAX_METADATA_BYTES,
             "description": f"A JSON object of strings, at most {MAX_METADATA_BYTES} bytes, returned unchanged.",
             "examples": ['{"order": "4711"}'],
         },

@@ -31,7 +31,7 @@ from service.api.errors import OUTCOME, ClientDisconnected, rate_limit_headers
 from service.api.params import check_query, parse_wait_seconds
 from service.api.uploads import UploadReader
 from service.domain.errors import FieldError, GatewayError, InvalidOptions, TenantDisabled, Unauthenticated
-from service.domain.ledger import parse_idempotency_key
+from service.domain.ledger import IDEMPOTENCY_KEY_PATTERN, parse_idempotency_key
 from service.domain.tasks import Catalogue, Kind, State, parse_metadata, parse_options
 from service.domain.tenants import Tenant
 from service.domain.webhooks import resolve_webhook_url
@@ -142,7 +142,12 @@ def task_routes(
             request: Request[Any, Any, Any],
             tenant: NamedDependency[Tenant],
             idempotency_key: Annotated[
-                str | None, HeaderParameter(name="Idempotency-Key", description=_IDEMPOTENCY_KEY_DESCRIPTION)
+                str | None,
+                HeaderParameter(
+                    name="Idempotency-Key",
+                    schema_extra={"pattern": IDEMPOTENCY_KEY_PATTERN},
+                    description=_IDEMPOTENCY_KEY_DESCRIPTION,
+                ),
             ] = None,
             prefer: Annotated[str | None, HeaderParameter(name="Prefer", description=_PREFER_DESCRIPTION)] = None,
         ) -> Response[schemas.Task]:

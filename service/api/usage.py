@@ -73,7 +73,9 @@ def usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
         first: FirstDay = None,
         last: LastDay = None,
         interval: PeriodLength = Interval.DAY,
-        group_by: Annotated[str, QueryParameter(description="`kind` or `none`.")] = "kind",
+        group_by: Annotated[
+            str, QueryParameter(schema_extra={"pattern": "^(kind|none)?$"}, description="`kind` or `none`.")
+        ] = "kind",
     ) -> Response[schemas.Usage]:
         check_query(request, request.route_handler)
         groups = parse_choices("group_by", group_by, (Group.KIND,))
@@ -98,9 +100,13 @@ def operator_usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
         first: FirstDay = None,
         last: LastDay = None,
         interval: PeriodLength = Interval.DAY,
-        group_by: Annotated[str, QueryParameter(description="`tenant`, `kind`, both with a comma, or `none`.")] = (
-            "tenant,kind"
-        ),
+        group_by: Annotated[
+            str,
+            QueryParameter(
+                schema_extra={"pattern": "^(tenant|kind|tenant,kind|kind,tenant|none)?$"},
+                description="`tenant`, `kind`, both with a comma, or `none`.",
+            ),
+        ] = "tenant,kind",
         tenant: Annotated[str | None, QueryParameter(description="Only tenants of this name.")] = None,
     ) -> Response[schemas.Usage]:
         groups = parse_choices("group_by", group_by, tuple(Group))

@@ -485,9 +485,13 @@ def sum_charged_fen(tally: Tally) -> int:
 
 MAX_IDEMPOTENCY_KEY_CHARS = 255
 _DIGEST_CHARS = 32
-_QUOTED_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
-_BARE_KEY = re.compile(r"[!#-+\--:<-\[\]-~]+")
+_QUOTED_CHAR, _BARE_CHAR = r'([ !#-\[\]-~]|\\["\\])', r"[!#-+\--:<-\[\]-~]"
+_QUOTED_KEY, _BARE_KEY = re.compile(f'"({_QUOTED_CHAR}*)"'), re.compile(f"{_BARE_CHAR}+")
 """Visible ASCII without quotes, backslashes, commas and semicolons: one plain string."""
+IDEMPOTENCY_KEY_PATTERN = (
+    f'^("{_QUOTED_CHAR}{{1,{MAX_IDEMPOTENCY_KEY_CHARS}}}"|{_BARE_CHAR}{{1,{MAX_IDEMPOTENCY_KEY_CHARS}}})$'
+)
+"""A valid header, for the OpenAPI document."""
 
 
 def parse_idempotency_key(values: Sequence[str]) -> str | None:
