@@ -1,7 +1,8 @@
-"""Encryption keys and the generated development secrets."""
+"""Encryption, task ids, tokens and the generated development secrets."""
 
 from __future__ import annotations
 
+import base64
 import os
 import stat
 import threading
@@ -9,45 +10,48 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from service.crypto import (
+    TASK_ID_PREFIX,
     GeneratedSecrets,
     Keyring,
     SecretFileError,
+    TaskIdCodec,
     generate_secret_key,
     load_or_create_secrets,
     parse_secret_key,
 )
+from service.domain import tenants
+from service.domain.errors import NotFound
+from service.domain.tasks import Kind, TaskReference
 
 OLD, NEW = b"o" * 32, b"n" * 32
+CIPHER = Keyring([NEW]).derive("user-key")
+CODEC = TaskIdCodec(Keyring([NEW]).derive("task-id"))
+REFERENCE = TaskReference(7, 3, Kind.SEAMLESS, 1_750_000_000_000, "r-1", "abc-123")
+TASK_ID = CODEC.encode(REFERENCE)
+TEXTS = st.text(max_size=40, alphabet=st.characters(exclude_categories=["Cs"]))
+NUMBERS = st.integers(0, 2**53)
+REFERENCES = st.builds(TaskReference, NUMBERS, NUMBERS, st.sampled_from(Kind), NUMBERS, TEXTS, TEXTS)
+BASE64_URL = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
 
 @given(st.binary(max_size=300))
-def test_round_trip(plain: bytes) -> None:
-    cipher = Keyring([NEW]).derive("user-key")
-    assert cipher.decrypt(cipher.encrypt(plain)) == plain
-    assert cipher.encrypt(plain) == cipher.encrypt(plain)
+def test_ciphertext_decrypts_for_its_purpose_only(plain: bytes) -> None:
+    encrypted = CIPHER.encrypt(plain)
+    assert encrypted == CIPHER.encrypt(plain) != Keyring([NEW]).derive("task-id").encrypt(plain)
+    assert CIPHER.decrypt(encrypted) == plain
+    assert Keyring([NEW]).derive("task-id").decrypt(encrypted) is None
+    assert CIPHER.decrypt(plain) is None
 
 
 @given(st.binary(max_size=100), st.data())
 def test_altered_ciphertext_is_rejected(plain: bytes, data: st.DataObject) -> None:
-    cipher = Keyring([NEW]).derive("user-key")
-    encrypted = bytearray(cipher.encrypt(plain))
+    encrypted = bytearray(CIPHER.encrypt(plain))
     encrypted[data.draw(st.integers(0, len(encrypted) - 1))] ^= data.draw(st.integers(1, 255))
-    assert cipher.decrypt(bytes(encrypted)) is None
-
-
-@given(st.binary(max_size=100))
-def test_other_bytes_are_rejected(encrypted: bytes) -> None:
-    assert Keyring([NEW]).derive("user-key").decrypt(encrypted) is None
-
-
-def test_purposes_are_separate() -> None:
-    keyring = Keyring([NEW])
-    assert keyring.derive("task-id").decrypt(keyring.derive("user-key").encrypt(b"x")) is None
-    assert keyring.derive("task-id").encrypt(b"x") != keyring.derive("user-key").encrypt(b"x")
+    assert CIPHER.decrypt(bytes(encrypted)) is None
 
 
 def test_key_rotation() -> None:
@@ -55,31 +59,115 @@ def test_key_rotation() -> None:
     assert both.decrypt(old.encrypt(b"x")) == b"x"
     assert both.encrypt(b"x") == new.encrypt(b"x")
     assert new.decrypt(old.encrypt(b"x")) is None
+    assert TaskIdCodec(both).decode(TaskIdCodec(old).encode(REFERENCE)) == REFERENCE
+    assert_no_task_id(TaskIdCodec(old).encode(REFERENCE))
 
 
 @pytest.mark.parametrize("keys", [[], [b"short"], [NEW, b"n" * 33]])
 def test_invalid_keys(keys: list[bytes]) -> None:
-    with pytest.raises(ValueError, match="needs at least one key, each of 32 bytes"):
+    with pytest.raises(ValueError, match="keyring"):
         Keyring(keys)
 
 
-def test_generated_keys() -> None:
-    first, second = generate_secret_key(), generate_secret_key()
-    assert len(parse_secret_key(first)) == 32
-    assert parse_secret_key(first) == parse_secret_key(first.rstrip("="))
-    assert first != second
+def assert_no_task_id(text: str) -> None:
+    with pytest.raises(NotFound):
+        CODEC.decode(text)
 
 
-def test_dev_secrets_are_generated_once(tmp_path: Path) -> None:
+@given(REFERENCES, REFERENCES)
+def test_task_ids_are_distinct_and_decode(one: TaskReference, other: TaskReference) -> None:
+    task_id = CODEC.encode(one)
+    assert CODEC.decode(task_id) == one
+    assert (task_id == CODEC.encode(other)) == (one == other)
+    assert task_id.startswith(TASK_ID_PREFIX)
+    assert set(task_id) <= set(BASE64_URL)
+
+
+def test_every_character_of_a_task_id_counts() -> None:
+    # Even where the alphabet has unused bits.
+    for place, letter in enumerate(TASK_ID):
+        for other in (BASE64_URL + "é=\n").replace(letter, ""):
+            assert_no_task_id(TASK_ID[:place] + other + TASK_ID[place + 1 :])
+
+
+@given(REFERENCES, st.text(min_size=1, max_size=8), st.data())
+@example(REFERENCE, "=", None)
+@example(REFERENCE, "==", None)
+@example(REFERENCE, "\n", None)
+@example(REFERENCE, "A", None)
+@example(REFERENCE, TASK_ID_PREFIX, None)
+def test_cut_or_extended_task_ids(reference: TaskReference, more: str, data: st.DataObject | None) -> None:
+    task_id = CODEC.encode(reference)
+    cut = data.draw(st.integers(1, len(task_id))) if data else 1
+    for text in (task_id[cut:], task_id[:-cut], task_id + more, more + task_id, task_id[:20] + more + task_id[20:]):
+        assert_no_task_id(text)
+
+
+@given(REFERENCES)
+def test_other_spellings_of_a_task_id(reference: TaskReference) -> None:
+    body = CODEC.encode(reference).removeprefix(TASK_ID_PREFIX)
+    encrypted = base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))
+    standard = body.replace("-", "+").replace("_", "/")
+    for spelling in {standard, encrypted.hex(), base64.b32encode(encrypted).decode(), body.swapcase()} - {body}:
+        assert_no_task_id(TASK_ID_PREFIX + spelling)
+    assert_no_task_id(body)
+    assert_no_task_id(TASK_ID_PREFIX.upper() + body)
+
+
+@given(st.text(), st.binary(max_size=200))
+@example(TASK_ID_PREFIX, b"")
+@example("\ud800", b"")
+@example("A" * 100_000, b"")
+def test_other_texts_and_contents_are_no_task_id(text: str, content: bytes) -> None:
+    assert_no_task_id(text)
+    assert_no_task_id(TASK_ID_PREFIX + text)
+    encrypted = Keyring([NEW]).derive("task-id").encrypt(content)
+    assert_no_task_id(TASK_ID_PREFIX + base64.urlsafe_b64encode(encrypted).rstrip(b"=").decode())
+    assert_no_task_id(TaskIdCodec(CIPHER).encode(REFERENCE))
+
+
+@given(st.text(), st.data())
+def test_mistyped_tokens_are_detected(text: str, data: st.DataObject) -> None:
+    token = tenants.generate_token()
+    assert token != tenants.generate_token()
+    assert tenants.has_valid_checksum(token)
+    place = data.draw(st.integers(4, len(token) - 1))
+    letter = data.draw(st.sampled_from("aZ09-é").filter(lambda item: item != token[place]))
+    for wrong in (
+        token[:place] + letter + token[place + 1 :],
+        token[:place] + token[place + 1 :],
+        token[:place] + letter + token[place:],
+        token[4:],
+        text,
+        "igw_" + text,
+    ):
+        assert not tenants.has_valid_checksum(wrong)
+
+
+def test_token_expires_at_its_time() -> None:
+    token = tenants.Token("t", 1, b"", None, created_at=0, expires_at=100)
+    assert [token.is_valid_at(99.9), token.is_valid_at(100)] == [True, False]
+    assert tenants.Token("t", 1, b"", None, created_at=0).is_valid_at(1e12)
+
+
+def test_development_secrets_are_generated_once(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "data"
     first = load_or_create_secrets(folder)
     assert load_or_create_secrets(folder) == first
     assert len(first.admin_token) >= 32
-    assert sorted(file.name for file in folder.iterdir()) == ["admin.token", "secret.key"]
-    for name in ("admin.token", "secret.key"):
-        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+    assert {file.name: stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {
+        "admin.token": 0o600,
+        "secret.key": 0o600,
+    }
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert first.admin_token not in repr(first)
+
+
+def test_generated_keys_differ() -> None:
+    first, second = generate_secret_key(), generate_secret_key()
+    assert len(parse_secret_key(first)) == 32
+    assert parse_secret_key(first) == parse_secret_key(first.rstrip("="))
+    assert first != second
 
 
 def test_concurrent_starts_agree_on_the_secrets(tmp_path: Path) -> None:
@@ -91,37 +179,36 @@ def test_concurrent_starts_agree_on_the_secrets(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(8) as threads:
         results = list(threads.map(load, range(8)))
-    assert len({secrets.admin_token for secrets in results}) == 1
-    assert len({secrets.secret_keys for secrets in results}) == 1
+    assert results == results[:1] * 8
 
 
 def test_first_file_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_link = os.link
+
     def overtaken(source: str, target: Path) -> None:
         Path(target).write_text("theirs")
         real_link(source, target)
 
     (tmp_path / "secret.key").write_text(generate_secret_key())
-    real_link = os.link
     monkeypatch.setattr(os, "link", overtaken)
     assert load_or_create_secrets(tmp_path).admin_token == "theirs"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["admin.token", "secret.key"]
 
 
-@pytest.mark.parametrize("content", [b"", b"not a key", b"c2hvcnQ=", b"\xff\xff"])
-def test_damaged_key_is_an_error(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "secret.key").write_bytes(content)
-    with pytest.raises(SecretFileError, match=r"secret\.key|can't keep the gateway's secrets"):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("secret.key", b""),
+        ("secret.key", b"not a key"),
+        ("secret.key", b"c2hvcnQ="),
+        ("secret.key", b"\xff\xff"),
+        ("admin.token", b"\n"),
+    ],
+)
+def test_damaged_secret_is_kept_and_reported(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SecretFileError):
         load_or_create_secrets(tmp_path)
-    assert (tmp_path / "secret.key").read_bytes() == content
-
-
-def test_empty_token_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "admin.token").write_text("\n")
-    with pytest.raises(SecretFileError, match=r"admin\.token is empty"):
-        load_or_create_secrets(tmp_path)
-
-
-def test_unusable_data_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SecretFileError, match=r"can't keep the gateway's secrets in .*file"):
-        load_or_create_secrets(tmp_path / "file")
+    assert (tmp_path / name).read_bytes() == content
+    with pytest.raises(SecretFileError):  # a file in place of the folder
+        load_or_create_secrets(tmp_path / name)
