@@ -531,6 +531,17 @@ async def test_reservation_after_which_none_could_complete_is_delayed(queue: Upl
     assert queue.held == {"second": 1, "third": 1, "fourth": 1}
 
 
+async def test_upload_that_needs_the_memory_of_others_begins_beside_them(queue: UploadQueue) -> None:
+    await queue.begin("small", 2, received=1)
+    await queue.begin("large", 10, received=1)
+    assert queue.held == {"small": 1, "large": 1}
+    await queue.receive("large", 10)
+    await queue.receive("small", 2)
+    assert queue.held == {"small": 2, "large": 1}
+    await queue.end("small")
+    assert queue.held == {"large": 10}
+
+
 @pytest.mark.parametrize(("ended", "held"), [("first", {"large": 8, "small": 1}), ("large", {"first": 7, "small": 1})])
 async def test_newcomer_does_not_overtake(queue: UploadQueue, ended: str, held: Mapping[str, int]) -> None:
     await queue.begin("first", 7)
