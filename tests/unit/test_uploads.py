@@ -153,6 +153,7 @@ async def test_limits_of_a_form_are_accepted() -> None:
     assert (await read_upload(encode_form(encode_field(*largest), IMAGE))).fields == [largest]
     assert len((await read_upload(encode_form(encode_file("image", pad_image(MAX_BYTES))))).image.data) == MAX_BYTES
     assert (await read_upload(encode_form(encode_file("image", make_png(100, 100))))).image.width == 100
+    assert (await read_upload(encode_form(IMAGE), length=MAX_BYTES + FORM_OVERHEAD_BYTES)).image.data == PNG
 
 
 @pytest.mark.parametrize(
