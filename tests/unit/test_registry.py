@@ -1,0 +1,372 @@
+"""Planning of registry changes, and the registry as a TOML file."""
+
+from __future__ import annotations
+
+import io
+import os
+import tomllib
+from datetime import UTC, datetime
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from service.api.admin import diff_registry
+from service.api.admin_schemas import (
+    AccountEntry,
+    RegistryBody,
+    SecretEntry,
+    TenantEntry,
+    TokenEntry,
+    WebhookEntry,
+    render_registry,
+)
+from service.cli.common import CommandError
+from service.cli.registry import FILE_HEADER, format_registry_file, read_registry_file
+from service.domain.errors import InvalidOptions
+from service.domain.tenants import Registry
+from service.usecases.registry_plan import RegistryPlan
+from tests.unit.registry_strategies import (
+    ANY_EXPIRY,
+    ENVIRONMENT,
+    NOW,
+    USER_KEYS,
+    plan_document,
+    registry_documents,
+    without_secrets,
+)
+
+KEY = SecretEntry(value="a-key")
+HOOK_URL = "https://hooks.example/"
+
+
+def plan_errors(registry: Registry, body: RegistryBody, *, prune: bool = False) -> list[str]:
+    with pytest.raises(InvalidOptions) as raised:
+        plan_document(registry, body, prune=prune)
+    return [error.field for error in raised.value.errors]
+
+
+def make_registry(**tenants: TenantEntry) -> Registry:
+    return plan_document(Registry(), RegistryBody({"main": AccountEntry(id=7, user_key=KEY)}, tenants)).after
+
+
+def changed_paths(plan: RegistryPlan) -> list[str]:
+    differences = diff_registry(plan, NOW)
+    assert not [item for item in differences if "secret.value" in item.path and (item.before or item.after)]
+    return [item.path for item in differences]
+
+
+@given(registry_documents(expiries=ANY_EXPIRY), st.booleans())
+def test_own_document_changes_nothing(body: RegistryBody, prune: bool) -> None:
+    registry = plan_document(Registry(), body).after
+    plan = plan_document(registry, render_registry(registry, NOW), prune=prune)
+    assert (plan.change, diff_registry(plan, NOW), plan.unmanaged) == (None, [], ())
+
+
+@given(registry_documents(), registry_documents(expiries=ANY_EXPIRY), st.booleans())
+def test_applied_document_reads_back(one: RegistryBody, other: RegistryBody, prune: bool) -> None:
+    first = plan_document(Registry(), one).after
+    assert render_registry(first, NOW) == without_secrets(one)
+    plan = plan_document(first, other, prune=prune)
+    assert (plan.change is None) == (diff_registry(plan, NOW) == [])
+    again = plan_document(plan.after, other, prune=prune)
+    assert (again.change, diff_registry(again, NOW), again.generated_secrets) == (None, [], {})
+    document = render_registry(plan.after, NOW)
+    unmanaged = [*(document.accounts.keys() - other.accounts), *(document.tenants.keys() - other.tenants)]
+    assert not (prune and unmanaged)
+    assert len([item for item in plan.unmanaged if ".tokens." not in item]) == len(unmanaged)
+    for name, account in without_secrets(other).accounts.items():
+        assert document.accounts[name] == account
+    # Ids are unique and never change.
+    accounts, tenants = plan.after.accounts.values(), plan.after.tenants.values()
+    ids = {*(account.id for account in accounts), *(tenant.id for tenant in tenants)}
+    assert len(ids) == len(accounts) + len(tenants)
+    assert all(number < plan.after.next_id for number in ids)
+    kept = plan.before.tenants.keys() & plan.after.tenants.keys()
+    assert all(plan.after.tenants[name].id == plan.before.tenants[name].id for name in kept)
+
+
+def test_new_ids_are_unique() -> None:
+    later = int(NOW * 1000) + 50
+    body = RegistryBody(
+        {"main": AccountEntry(id=later, user_key=KEY), "new": AccountEntry(user_key=KEY)},
+        {"one": TenantEntry(accounts=[]), "two": TenantEntry(accounts=[])},
+    )
+    after = plan_document(Registry(), body).after
+    ids = [after.accounts["new"].id, after.tenants["one"].id, after.tenants["two"].id]
+    assert [*ids, after.next_id] == [later + 1, later + 2, later + 3, later + 4]
+
+
+def test_foreign_ids_are_refused() -> None:
+    registry = make_registry(shop=TenantEntry(id=8, accounts=["main"]), gone=TenantEntry(id=9, accounts=[]))
+    kept = RegistryBody({"main": AccountEntry()}, {"shop": TenantEntry(accounts=["main"])})
+    registry = plan_document(registry, kept, prune=True).after
+    wrong = {
+        "shop": 1,
+        "store": 8,
+        "till": 7,
+        "other": 9,
+        "future": int(NOW * 1000) + 200_000_000,
+        "twin": 3,
+        "twin-2": 3,
+    }
+    body = RegistryBody({}, {name: TenantEntry(id=number, accounts=[]) for name, number in wrong.items()})
+    assert plan_errors(registry, body) == [f"tenants.{name}.id" for name in wrong]
+    again = plan_document(registry, RegistryBody({}, {"gone": TenantEntry(id=9, accounts=[])}))
+    assert again.after.tenants["gone"].id == 9
+    # Renaming a tenant removes it and adds another one, which must not get its tasks.
+    renamed = RegistryBody({"main": AccountEntry()}, {"store": TenantEntry(id=8, accounts=["main"])})
+    assert plan_errors(registry, renamed, prune=True) == ["tenants.store.id"]
+
+
+def test_tenant_accounts_must_exist() -> None:
+    body = RegistryBody({}, {"shop": TenantEntry(accounts=["main", "mian"])})
+    path = "tenants.shop.accounts"
+    assert plan_errors(make_registry(), body) == [f"{path}[1]"]
+    assert plan_errors(make_registry(), body, prune=True) == [f"{path}[0]", f"{path}[1]"]
+
+
+def test_account_keys_kept_and_changed() -> None:
+    registry = make_registry()
+
+    def plan_key(key: SecretEntry | None) -> RegistryPlan:
+        return plan_document(registry, RegistryBody({"main": AccountEntry(user_key=key)}))
+
+    assert plan_key(None).change is None
+    assert plan_key(KEY).change is None
+    changed = plan_key(SecretEntry(value="another-key"))
+    assert changed_paths(changed) == ["accounts.main.user_key.value"]
+    assert USER_KEYS.decrypt(changed.after.accounts["main"].user_key) == b"another-key"
+    moved = plan_key(SecretEntry(env="ELSEWHERE", value="a-key"))
+    assert changed_paths(moved) == ["accounts.main.user_key"]
+    assert moved.after.accounts["main"].user_key == registry.accounts["main"].user_key
+
+
+def test_webhook_secret_kept_and_changed() -> None:
+    one, other = (SecretEntry(value=f"whsec_{letter * 40}") for letter in "ab")
+
+    def with_secret(secret: SecretEntry | None) -> RegistryBody:
+        return RegistryBody({}, {"shop": TenantEntry(accounts=[], webhook=WebhookEntry(HOOK_URL, secret=secret))})
+
+    registry = plan_document(Registry(), with_secret(one)).after
+    assert plan_document(registry, with_secret(one)).change is None
+    assert plan_document(registry, with_secret(None)).change is None
+    plan = plan_document(registry, with_secret(other))
+    assert changed_paths(plan) == ["tenants.shop.webhook.secret.value"]
+    assert plan.after.tenants["shop"].webhook.secrets != registry.tenants["shop"].webhook.secrets
+    assert plan.generated_secrets == {}
+
+
+def test_missing_secrets_are_refused() -> None:
+    webhook = WebhookEntry(HOOK_URL, secret=SecretEntry(env="HOOK"))
+    account = AccountEntry(user_key=SecretEntry(env="KEY"))
+    body = RegistryBody({"main": account}, {"shop": TenantEntry(accounts=[], webhook=webhook)})
+    assert plan_errors(Registry(), body) == ["accounts.main.user_key", "tenants.shop.webhook.secret"]
+
+
+def test_token_belongs_to_one_tenant() -> None:
+    token = TokenEntry("a" * 64)
+    registry = make_registry(shop=TenantEntry(id=8, accounts=[], tokens={"0" * 12: token}))
+    stolen = RegistryBody({}, {"press": TenantEntry(accounts=[], tokens={"0" * 12: TokenEntry("b" * 64)})})
+    assert plan_errors(registry, stolen) == ["tenants.press.tokens.000000000000"]
+    copied = RegistryBody({}, {"press": TenantEntry(accounts=[], tokens={"1" * 12: token})})
+    assert plan_errors(registry, copied) == [
+        "tenants.shop.tokens.000000000000.sha256",
+        "tenants.press.tokens.111111111111.sha256",
+    ]
+
+
+def test_disabled_url_stays_disabled_until_the_webhook_changes() -> None:
+    body = RegistryBody({}, {"shop": TenantEntry(accounts=[], webhook=WebhookEntry(HOOK_URL))})
+    shop = plan_document(Registry(), body).after.tenants["shop"]
+    registry = Registry(1, shop.id + 1, {"shop": replace(shop, webhook=shop.webhook.with_disabled_url(HOOK_URL))})
+    for webhook, is_disabled in ((WebhookEntry(HOOK_URL), True), (WebhookEntry(HOOK_URL, ["other.example"]), False)):
+        changed = RegistryBody({}, {"shop": TenantEntry(accounts=[], max_active=3, webhook=webhook)})
+        assert plan_document(registry, changed).after.tenants["shop"].webhook.is_disabled(HOOK_URL) is is_disabled
+
+
+def test_expired_tokens() -> None:
+    def with_end(end: datetime | None) -> RegistryBody:
+        tokens = {"0" * 12: TokenEntry("a" * 64, expires_at=end)}
+        return RegistryBody({}, {"shop": TenantEntry(accounts=[], tokens=tokens)})
+
+    past, future = datetime(2020, 1, 1, tzinfo=UTC), datetime(2030, 1, 1, tzinfo=UTC)
+    assert plan_document(make_registry(shop=TenantEntry(accounts=[])), with_end(past)).change is None
+    ended = plan_document(plan_document(make_registry(), with_end(future)).after, with_end(past))
+    assert changed_paths(ended) == ["tenants.shop.tokens"]
+    assert not ended.after.tokens["0" * 12].is_valid_at(NOW)
+    without = RegistryBody({}, {"shop": TenantEntry(accounts=[])})
+    assert plan_document(ended.after, without).unmanaged == ("accounts.main",)
+    assert plan_document(ended.after, with_end(None)).after.tokens["0" * 12].is_valid_at(NOW)
+
+
+FULL_FILE = """
+[accounts.main]
+id = 17
+user_key = { env = "KEY_ONE" }
+base_url = "https://upstream.example"
+floor_count = 3
+floor_money = 0.5
+max_price = { upscale = 1.25, face-enhance = 2 }
+
+[tenants.shop]
+id = 18
+accounts = ["main"]
+limits = [{ window = "day", tasks = 5 }, { window = "month", money = 99.99 }]
+max_active = 4
+spending_mode = "count_only"
+kinds = ["upscale"]
+state = "read-only"
+webhook = { url = "https://hooks.example/", allow = ["10.0.0.0/8"], secret = { env = "HOOK_ONE" } }
+
+[tenants.shop.tokens.0123456789ab]
+sha256 = "00000000000000000000000000000000000000000000000000000000000000ff"
+label = "web shop"
+created_at = 2026-01-02T03:04:05.678901Z
+expires_at = 2027-01-31T12:00:00+01:00
+"""
+
+
+def read_text(text: str) -> RegistryBody:
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        return read_registry_file(io.BytesIO(text.encode()))
+
+
+def read_errors(text: str) -> list[str]:
+    """Return the paths of the errors in a file, in any order, after checking that no secret is repeated."""
+    with pytest.raises(CommandError) as raised:
+        read_text(text)
+    assert "sk-" not in raised.value.message
+    _, *lines = raised.value.message.splitlines()
+    return sorted(line.strip().partition(": ")[0] for line in lines)
+
+
+@given(registry_documents(expiries=ANY_EXPIRY))
+def test_file_reads_back(body: RegistryBody) -> None:
+    text = format_registry_file(without_secrets(body))
+    assert read_text(text) == body
+    assert not any(secret in text for secret in ENVIRONMENT.values())
+
+
+def test_full_file() -> None:
+    body = read_text(FULL_FILE)
+    assert body.accounts["main"].floor_money == 0.5
+    assert body.accounts["main"].user_key == SecretEntry(env="KEY_ONE", value="key-one")
+    shop = body.tenants["shop"]
+    assert shop.webhook
+    assert shop.webhook.secret == SecretEntry(env="HOOK_ONE", value=ENVIRONMENT["HOOK_ONE"])
+    assert shop.tokens["0123456789ab"].created_at == datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
+    assert tomllib.loads(format_registry_file(without_secrets(body))) == tomllib.loads(FULL_FILE)
+    former = FULL_FILE.replace("spending_mode", "purse").replace('state = "read-only"', "disabled = true")
+    assert read_text(former) == body
+    assert read_text("") == RegistryBody()
+
+
+def test_all_errors_are_reported() -> None:
+    errors = read_errors(
+        """
+        [accounts.main]
+        user_key = { env = "NOBODY_SET_IT" }
+        max_price = { upscale = 0.001, upscal = 1, vectorize = "1" }
+        floor_cuont = 3
+        floor_count = 1.5
+        [accounts.Loud]
+        [accounts.spare]
+        user_key = { env = "A", file = "b" }
+        base_url = "ftp://x"
+        [tenants."with.dots"]
+        accounts = ["main", "main"]
+        limits = [{ window = "day", tasks = -1 }, { window = "fortnight", money = 1 }, { window = "day" }]
+        disabled = "no"
+        max_active = true
+        kinds = "upscale"
+        [tenants.shop]
+        limits = [{ window = "day" }, { window = "day", money = 0.001 }]
+        webhook = { url = "x", allow = ["-"], secret = { env = "KEY_ONE" } }
+        purse = "count_only"
+        spending_mode = "count_only"
+        [tenants.shop.tokens]
+        short = { sha256 = "ff" }
+        0123456789ab = { sha256 = "g", expires_at = 2027-01-01T00:00:00, label = 3 }
+        [tenants.press]
+        accounts = []
+        tokens.0123456789ab = { sha256 = "00000000000000000000000000000000000000000000000000000000000000ff", \
+created_at = 1960-01-01T00:00:00Z }
+        [tenant.x]
+        """
+    )
+    dots, shop = 'tenants."with.dots"', "tenants.shop"
+    assert errors == sorted(
+        [
+            *(f"accounts.main.{name}" for name in ("user_key", "floor_cuont", "floor_count")),
+            *("accounts.main.max_price.upscal", "accounts.main.max_price.vectorize"),
+            *("accounts.Loud", "accounts.spare.user_key", "accounts.spare.base_url"),
+            *(f"{dots}.{name}" for name in ("accounts", "limits[0].tasks", "limits[1].window", "disabled")),
+            *(f"{dots}.{name}" for name in ("max_active", "kinds")),
+            *(f"{shop}.{name}" for name in ("accounts", "limits", "limits[0]", "limits[1].money", "purse")),
+            *(f"{shop}.webhook.{name}" for name in ("url", "allow[0]", "secret")),
+            *(f"{shop}.tokens.{name}" for name in ("short", "short.sha256")),
+            *(f"{shop}.tokens.0123456789ab.{name}" for name in ("sha256", "expires_at", "label")),
+            *("tenants.press.tokens.0123456789ab.created_at", "tenant"),
+        ]
+    )
+    assert read_errors("accounts = 3\ntenants = []") == ["accounts", "tenants"]
+    assert read_errors("accounts.main = 3\ntenants.shop = 'x'") == ["accounts.main", "tenants.shop"]
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ['"sk-0123456789"', '{ value = "sk-0123456789" }', '{ env = "sk-0123456789", value = "" }', '["sk-0123456789"]'],
+)
+def test_inline_secrets_are_refused(secret: str) -> None:
+    webhook = f'{{ url = "{HOOK_URL}", secret = {secret} }}'
+    text = f"accounts.main.user_key = {secret}\ntenants.shop = {{ accounts = [], webhook = {webhook} }}"
+    assert read_errors(text) == ["accounts.main.user_key", "tenants.shop.webhook.secret"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "path"),
+    [
+        ('{ env = "" }', ".env"),
+        ("{ env = 3 }", ".env"),
+        ('{ envv = "X" }', ".envv"),
+        ("{}", ""),
+        ('{ file = "no/such/file" }', ""),
+        ('{ file = "/dev/null" }', ""),
+        ('{ file = "BINARY" }', ""),
+        ('{ env = "BLANKS" }', ""),
+    ],
+)
+def test_missing_secret_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entry: str, path: str) -> None:
+    monkeypatch.setenv("BLANKS", "sk- 0123")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    text = f"accounts.main.user_key = {entry.replace('BINARY', str(tmp_path / 'binary'))}"
+    assert read_errors(text) == [f"accounts.main.user_key{path}"]
+
+
+def test_secrets_from_files_beside_the_registry(tmp_path: Path) -> None:
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "main").write_text("key-in-a-file\n")
+    file = tmp_path / "registry.toml"
+    file.write_text('accounts.main.user_key.file = "secrets/main"')
+    with file.open("rb") as opened:
+        secret = read_registry_file(opened).accounts["main"].user_key
+    assert secret == SecretEntry(file="secrets/main", value="key-in-a-file")
+
+
+@pytest.mark.parametrize("content", [b"x = ", b"# \xff"])
+def test_invalid_toml(content: bytes) -> None:
+    with pytest.raises(CommandError, match="is not TOML"):
+        read_registry_file(io.BytesIO(content))
+
+
+def test_head_of_the_file_lists_secrets_without_a_reference() -> None:
+    webhook = WebhookEntry(HOOK_URL)
+    accounts = {"main": AccountEntry(), "spare": AccountEntry(user_key=SecretEntry(env="KEY_ONE"))}
+    tenants = {"with.dots": TenantEntry(accounts=[], webhook=webhook), "shop": TenantEntry(accounts=[])}
+    text = format_registry_file(RegistryBody(accounts, tenants)).removeprefix(FILE_HEADER)
+    listed = [line for line in text.splitlines() if line.startswith("#   ")]
+    assert listed == ["#   accounts.main.user_key", '#   tenants."with.dots".webhook.secret']
