@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -68,65 +68,64 @@ def _secrets(choices: dict[str, str]) -> st.SearchStrategy[SecretEntry]:
     return st.sampled_from([SecretEntry(env=name, value=value) for name, value in choices.items()])
 
 
-def _limits(windows: Sequence[Window]) -> st.SearchStrategy[list[Limit]]:
-    limits: list[st.SearchStrategy[Limit]] = [
-        st.builds(Limit, st.just(window), _counts, st.none() | _yuan) for window in windows
-    ]
-    return st.tuples(*limits).map(list)
+# Made once: strategies that are made for every example take most of the time.
+_ACCOUNTS = st.builds(
+    AccountEntry,
+    user_key=_secrets(KEY_VARIABLES),
+    base_url=st.sampled_from([None, "https://upstream.example/v2"]),
+    floor_count=_counts,
+    floor_money=_yuan,
+    max_price=st.dictionaries(st.sampled_from(Kind), _yuan),
+)
+_WEBHOOKS = st.builds(
+    WebhookEntry,
+    st.sampled_from(["https://hooks.example/a?b=c", "https://hooks.example/d"]),
+    st.sampled_from([[], ["other.example"], ["10.0.0.0/8", "other.example"]]),
+    st.none() | _secrets(WEBHOOK_VARIABLES),
+)
+_TENANTS = st.builds(
+    TenantEntry,
+    accounts=st.lists(st.sampled_from(ACCOUNTS), unique=True),
+    limits=st.lists(
+        st.builds(Limit, st.sampled_from(Window), _counts, st.none() | _yuan), unique_by=lambda limit: limit.window
+    ),
+    max_active=st.none() | _counts,
+    spending_mode=st.sampled_from(SpendingMode),
+    kinds=st.none() | st.lists(st.sampled_from(Kind), unique=True),
+    webhook=st.none() | _WEBHOOKS,
+    note=st.text(max_size=20),
+    state=st.sampled_from(TenantStatus),
+)
 
 
-@st.composite
-def _account(draw: st.DrawFn, number: int) -> AccountEntry:
-    return AccountEntry(
-        id=number,
-        user_key=draw(_secrets(KEY_VARIABLES)),
-        base_url=draw(st.sampled_from([None, "https://upstream.example/v2"])),
-        floor_count=draw(_counts),
-        floor_money=draw(_yuan),
-        max_price=draw(st.dictionaries(st.sampled_from(Kind), _yuan)),
-    )
-
-
-@st.composite
-def _tokens(draw: st.DrawFn, owner: int, ends: st.SearchStrategy[Any]) -> dict[str, TokenEntry]:
-    tokens = {}
-    for number in draw(st.sets(st.integers(0, 3))):
-        sha256 = f"{owner:x}{number:x}{draw(st.sampled_from('ab'))}".rjust(64, "0")
-        tokens[f"{owner:x}{number:x}".rjust(12, "0")] = TokenEntry(
-            sha256, draw(st.none() | _labels), draw(_past_dates), draw(ends)
-        )
-    return tokens
-
-
-@st.composite
-def _tenant(draw: st.DrawFn, number: int, accounts: Sequence[str], ends: st.SearchStrategy[Any]) -> TenantEntry:
-    webhook = st.builds(
-        WebhookEntry,
-        st.sampled_from(["https://hooks.example/a?b=c", "https://hooks.example/d"]),
-        st.sampled_from([[], ["other.example"], ["10.0.0.0/8", "other.example"]]),
-        st.none() | _secrets(WEBHOOK_VARIABLES),
-    )
-    return TenantEntry(
-        id=number,
-        accounts=draw(st.lists(st.sampled_from(accounts), unique=True) if accounts else st.just([])),
-        limits=draw(st.lists(st.sampled_from(Window), unique=True).flatmap(_limits)),
-        max_active=draw(st.none() | _counts),
-        spending_mode=draw(st.sampled_from(SpendingMode)),
-        kinds=draw(st.none() | st.lists(st.sampled_from(Kind), unique=True)),
-        webhook=draw(st.none() | webhook),
-        note=draw(st.text(max_size=20)),
-        state=draw(st.sampled_from(TenantStatus)),
-        tokens=draw(_tokens(number, ends)),
-    )
-
-
-@st.composite
-def registry_documents(draw: st.DrawFn, *, expiries: st.SearchStrategy[Any] = NOT_EXPIRED) -> RegistryBody:
+def registry_documents(expiries: st.SearchStrategy[Any] = NOT_EXPIRED) -> st.SearchStrategy[RegistryBody]:
     """Generate any registry; a name always has the same id."""
-    accounts = {name: draw(_account(number)) for number, name in enumerate(ACCOUNTS, 1) if draw(st.booleans())}
-    tenants = {
-        name: draw(_tenant(number, list(accounts), expiries))
-        for number, name in enumerate(TENANTS, len(ACCOUNTS) + 1)
-        if draw(st.booleans())
-    }
-    return RegistryBody(accounts, tenants)
+    token = st.builds(TokenEntry, st.sampled_from("ab"), st.none() | _labels, _past_dates, expiries)
+    tenants = st.tuples(_TENANTS, st.dictionaries(st.integers(0, 3), token))
+    return st.builds(
+        _build_document,
+        st.fixed_dictionaries({}, optional=dict.fromkeys(ACCOUNTS, _ACCOUNTS)),
+        st.fixed_dictionaries({}, optional=dict.fromkeys(TENANTS, tenants)),
+    )
+
+
+def _build_document(
+    accounts: Mapping[str, AccountEntry], tenants: Mapping[str, tuple[TenantEntry, Mapping[int, TokenEntry]]]
+) -> RegistryBody:
+    return RegistryBody(
+        {name: replace(account, id=ACCOUNTS.index(name) + 1) for name, account in accounts.items()},
+        {
+            name: replace(
+                tenant,
+                id=100 + TENANTS.index(name),
+                accounts=[account for account in tenant.accounts if account in accounts],
+                tokens={
+                    f"{name.encode().hex()}{number}".rjust(12, "0"): replace(
+                        token, sha256=f"{name.encode().hex()}{number}{token.sha256}".rjust(64, "0")
+                    )
+                    for number, token in tokens.items()
+                },
+            )
+            for name, (tenant, tokens) in tenants.items()
+        },
+    )
