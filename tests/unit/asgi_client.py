@@ -1,4 +1,4 @@
-"""ASGI calls, message by message or through a real server."""
+"""Calls of an application, by ASGI messages or on raw connections."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+<<<<<<< HEAD
 from tests.support import network
 
+=======
+>>>>>>> 3310feb (Keep the rules of webhooks, of the repository and of the benchmark's reports)
 Message = MutableMapping[str, Any]
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -44,9 +47,9 @@ def make_http_scope(method: str = "GET", path: str = "/", headers: Mapping[str, 
 
 
 def make_body_messages(chunks: Iterable[bytes]) -> list[Message]:
-    """Make the messages of a body; the last one ends it."""
+    """Make the messages of a body; the last one ends it, as `more_body` is false by default."""
     messages: list[Message] = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
-    return [*messages, {"type": "http.request", "body": b"", "more_body": False}]
+    return [*messages, {"type": "http.request", "body": b""}]
 
 
 def make_receive(messages: Iterable[Message], *, stay_open: bool = False) -> Any:
@@ -89,6 +92,7 @@ async def call_app(
 
 
 @asynccontextmanager
+<<<<<<< HEAD
 async def serve_on_port(app: App) -> AsyncIterator[int]:
     """Serve an application on a free port; yield the port."""
     async with network.serve_app(app) as url:
@@ -96,6 +100,8 @@ async def serve_on_port(app: App) -> AsyncIterator[int]:
 
 
 @asynccontextmanager
+=======
+>>>>>>> 3310feb (Keep the rules of webhooks, of the repository and of the benchmark's reports)
 async def open_raw_connection(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from io import BytesIO
-
-from PIL import Image
 
 from tests.bench.candidates import API, FASTAPI, LUA
 from tests.bench.closed_loops import DIRECT, SMALL_SUBMIT
 from tests.bench.comparison import OTHER, Comparison, Result
-from tests.bench.images import SMALL, random_png
-from tests.bench.load import Answers, encode_form, percentile
+from tests.bench.load import Answers, percentile
 from tests.bench.report import add_ratios, format_json, format_tables
 
 
@@ -36,9 +32,6 @@ def test_ratios_are_taken_within_a_row_and_connection_count() -> None:
     assert own.figures[f"x {LUA}"] == 0.1
     assert own.figures[f"x {FASTAPI}"] == 0.5
     assert own.figures[f"per_second x {OTHER}"] == 2
-
-
-def test_added_latency_is_taken_at_one_connection_only() -> None:
     several, _ = add_ratios([make_result(API, 100, 80, connections=16), make_result(DIRECT, 5_000, 0.5)])
     assert "added_ms" not in several.figures
 
@@ -48,17 +41,9 @@ def test_result_is_the_median_with_all_errors() -> None:
     for per_second, errors in ((10, 0), (30, 2), (20, 3)):
         comparison.add("row", API, {"per_second": per_second}, Counter({"503": errors}))
     (result,) = comparison.results()
-    assert result.figures == {"per_second": 20}
-    assert result.errors == {"503": 5}
-
-
-def test_errors_are_shown_in_their_row() -> None:
+    assert (result.figures, result.errors) == ({"per_second": 20}, {"503": 5})
     table = format_tables([make_result(API, 100, 8, **{"503": 7}), make_result(LUA, 1_000, 1)], {})
-    (line,) = [line for line in table.splitlines() if line.startswith("| api")]
-    assert line.endswith("7 503 |")
-
-
-def test_missing_measurement_is_null() -> None:
+    assert any("7 503" in line for line in table.splitlines() if line.startswith("| api"))
     listed = json.loads(format_json({}, [make_result(API, 0, math.nan)]))["results"]
     assert listed[0]["figures"] == {"per_second": 0, "p50_ms": None}
 
@@ -69,25 +54,6 @@ def test_only_successful_responses_count() -> None:
         answers.add(status, seconds)
     assert answers.succeeded() == [0.2, 0.3]
     assert answers.errors() == {"503": 1, "timeout": 1}
-
-
-def test_percentile_is_an_observed_value() -> None:
     assert percentile(range(1, 101), 99) == 100
     assert percentile([3, 1, 2], 50) == 2
     assert math.isnan(percentile([], 50))
-
-
-def test_images_are_valid_and_reproducible() -> None:
-    image = random_png(SMALL)
-    Image.open(BytesIO(image)).load()
-    assert abs(len(image) - SMALL) < SMALL / 100
-    random_png.cache_clear()
-    assert random_png(SMALL) == image
-
-
-def test_form_contains_its_fields_and_file() -> None:
-    content_type, body = encode_form((("scale", "2"),), ("image", b"png"))
-    boundary = content_type.partition("boundary=")[2].encode()
-    assert [len(part) > 0 for part in body.split(b"--" + boundary)[1:]] == [True, True, True]
-    assert b'name="scale"\r\n\r\n2\r\n' in body
-    assert b'filename="image.png"\r\nContent-Type: image/png\r\n\r\npng\r\n' in body
