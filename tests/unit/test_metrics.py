@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Info, Summary
+from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
@@ -79,17 +79,6 @@ def test_requests_are_counted_and_timed(metrics: Metrics) -> None:
     assert read_sample(metrics, "http_requests_total", method="other") == 3
 
 
-def test_requests_in_progress_are_counted(metrics: Metrics) -> None:
-    def crash() -> None:
-        with metrics.track_request(Port.TENANTS):
-            assert read_sample(metrics, "http_requests_in_progress", port="tenants") == 1
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        crash()
-    assert read_sample(metrics, "http_requests_in_progress", port="tenants") == 0
-
-
 def test_finished_task_counts_for_tenant_and_account(metrics: Metrics) -> None:
     metrics.label_names.read_registry = lambda: REGISTRY
     metrics.record_finished_task(make_succeeded_task(7, kind=Kind.SEAMLESS, cost=Cost(1, 250, CostBasis.ESTIMATED)))
@@ -158,23 +147,10 @@ def test_gauges_are_read_at_each_scrape(metrics: Metrics) -> None:
     values: dict[tuple[str, ...], float] = {("main",): 1.0}
     metrics.gauges.register(GaugeName.UPSTREAM_BREAKER_OPEN, lambda: values)
     metrics.gauges.register(GaugeName.UPSTREAM_BREAKER_OPEN, lambda: {("spare",): 0.0})
-    assert read_sample(metrics, "upstream_breaker_open", upstream="main") == 1
-    values[("main",)] = 0.0
-    assert read_sample(metrics, "upstream_breaker_open", upstream="main") == 0
-    assert read_sample(metrics, "upstream_breaker_open", upstream="spare") == 0
-    assert read_sample(metrics, "settlements_pending") is None
-
-
-def test_ledger_metrics_disappear_with_the_ledger(metrics: Metrics) -> None:
-    assert read_sample(metrics, "redis_up") == 0
-    metrics.ledger_collector.set_snapshot(SNAPSHOT)
-    values = [read_sample(metrics, f"quota_{name}", policy="day-money") for name in ("used", "reserved", "limit")]
-    assert (values, read_sample(metrics, "redis_up")) == ([1.5, 0.5, 10], 1)
-    assert read_sample(metrics, "webhook_overdue_seconds") == 1.5
-    assert read_sample(metrics, "webhooks_failed") == 3
-    assert read_sample(metrics, "ledger_clock_offset_seconds") == 90
-    metrics.ledger_collector.set_snapshot(None)
-    assert (read_sample(metrics, "quota_used"), read_sample(metrics, "redis_up")) == (None, 0)
+    for is_open in (1, 0):
+        values[("main",)] = is_open
+        assert read_sample(metrics, "upstream_breaker_open", upstream="main") == is_open
+        assert read_sample(metrics, "upstream_breaker_open", upstream="spare") == 0
 
 
 def test_account_shows_only_known_balances(metrics: Metrics) -> None:
@@ -205,16 +181,6 @@ TEXTS = st.text(max_size=12) | st.sampled_from(["\\", '"', "\n", '\\"\n', "é漢
 def test_text_format_is_that_of_the_library(documentation: str, label: str, number: float) -> None:
     registry = CollectorRegistry()
     Gauge("gateway_a", documentation, ("one", "two"), registry=registry).labels(label, "x").set(number)
-    assert format_exposition(registry) == generate_latest(registry)
-
-
-def test_all_types_in_the_text_format() -> None:
-    registry = CollectorRegistry()
-    Counter("gateway_c", "A counter.", ("kind",), registry=registry).labels("a").inc(2)
-    Histogram("gateway_h_seconds", "A histogram.", ("kind",), buckets=(0.1, 1), registry=registry).labels("a")
-    Summary("gateway_s_seconds", "A summary.", registry=registry).observe(3)
-    Info("gateway_i", "An info.", registry=registry).info({"version": "1"})
-    Enum("gateway_e", "A state.", states=["on", "off"], registry=registry).state("on")
     assert format_exposition(registry) == generate_latest(registry)
 
 
