@@ -21,7 +21,6 @@ from service.crypto import (
     TaskIdCodec,
     generate_secret_key,
     load_or_create_secrets,
-    parse_secret_key,
 )
 from service.domain import tenants
 from service.domain.errors import NotFound
@@ -63,12 +62,6 @@ def test_key_rotation() -> None:
     assert_no_task_id(TaskIdCodec(old).encode(REFERENCE))
 
 
-@pytest.mark.parametrize("keys", [[], [b"short"], [NEW, b"n" * 33]])
-def test_invalid_keys(keys: list[bytes]) -> None:
-    with pytest.raises(ValueError, match="keyring"):
-        Keyring(keys)
-
-
 def assert_no_task_id(text: str) -> None:
     with pytest.raises(NotFound):
         CODEC.decode(text)
@@ -103,15 +96,12 @@ def test_cut_or_extended_task_ids(reference: TaskReference, more: str, data: st.
         assert_no_task_id(text)
 
 
-@given(REFERENCES)
-def test_other_spellings_of_a_task_id(reference: TaskReference) -> None:
-    body = CODEC.encode(reference).removeprefix(TASK_ID_PREFIX)
+def test_other_spellings_of_a_task_id() -> None:
+    body = TASK_ID.removeprefix(TASK_ID_PREFIX)
     encrypted = base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))
-    standard = body.replace("-", "+").replace("_", "/")
-    for spelling in {standard, encrypted.hex(), base64.b32encode(encrypted).decode(), body.swapcase()} - {body}:
-        assert_no_task_id(TASK_ID_PREFIX + spelling)
-    assert_no_task_id(body)
-    assert_no_task_id(TASK_ID_PREFIX.upper() + body)
+    spellings = {body.replace("-", "+").replace("_", "/"), encrypted.hex(), base64.b32encode(encrypted).decode()}
+    for text in (body, TASK_ID_PREFIX.upper() + body, *(TASK_ID_PREFIX + spelling for spelling in spellings - {body})):
+        assert_no_task_id(text)
 
 
 @given(st.text(), st.binary(max_size=200))
@@ -155,19 +145,13 @@ def test_development_secrets_are_generated_once(tmp_path: Path) -> None:
     first = load_or_create_secrets(folder)
     assert load_or_create_secrets(folder) == first
     assert len(first.admin_token) >= 32
+    assert first != load_or_create_secrets(tmp_path / "other")
     assert {file.name: stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {
         "admin.token": 0o600,
         "secret.key": 0o600,
     }
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert first.admin_token not in repr(first)
-
-
-def test_generated_keys_differ() -> None:
-    first, second = generate_secret_key(), generate_secret_key()
-    assert len(parse_secret_key(first)) == 32
-    assert parse_secret_key(first) == parse_secret_key(first.rstrip("="))
-    assert first != second
 
 
 def test_concurrent_starts_agree_on_the_secrets(tmp_path: Path) -> None:
@@ -195,16 +179,10 @@ def test_first_file_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert sorted(file.name for file in tmp_path.iterdir()) == ["admin.token", "secret.key"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("secret.key", b""),
-        ("secret.key", b"not a key"),
-        ("secret.key", b"c2hvcnQ="),
-        ("secret.key", b"\xff\xff"),
-        ("admin.token", b"\n"),
-    ],
-)
+DAMAGED = [("admin.token", b"\n"), *(("secret.key", content) for content in (b"", b"no key", b"c2hvcnQ=", b"\xff\xff"))]
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGED)
 def test_damaged_secret_is_kept_and_reported(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SecretFileError):

@@ -60,26 +60,19 @@ def test_given_values() -> None:
             "GATEWAY_OPS_HOST": "10.0.0.1",
             "GATEWAY_OPS_PORT": "0",
             "GATEWAY_UPSTREAM_URL": "https://images.example/",
-            "GATEWAY_MAX_IMAGE_BYTES": "1048576",
             "GATEWAY_POLL_SECONDS": "0.5",
             "GATEWAY_ROLE": "worker",
             "GATEWAY_MODELS": "general=通用模型, anime=动漫",
             "GATEWAY_LOG_LEVEL": "warning",
+            "GATEWAY_SECRET_KEYS": f"{base64.b64encode(KEY).decode()},\n{base64.urlsafe_b64encode(KEY).decode()}",
         }
     )
     assert settings.is_production
     assert (settings.host, settings.port, settings.ops_host, settings.ops_port) == ("::", 80, "10.0.0.1", 0)
     assert (settings.redis_url, settings.upstream_url) == ("redis://store", "https://images.example")
-    assert (settings.secret_keys, settings.admin_token) == ((KEY,), TOKEN)
-    assert (settings.max_image_bytes, settings.poll_seconds) == (1 << 20, 0.5)
-    assert (settings.role, settings.log_level) == (Role.WORKER, LogLevel.WARNING)
+    assert (settings.secret_keys, settings.admin_token) == ((KEY, KEY), TOKEN)
+    assert (settings.poll_seconds, settings.role, settings.log_level) == (0.5, Role.WORKER, LogLevel.WARNING)
     assert settings.models == {"general": "通用模型", "anime": "动漫"}
-
-
-def test_several_keys() -> None:
-    other = bytes(32)
-    texts = (base64.b64encode(KEY).decode(), base64.urlsafe_b64encode(KEY).decode(), base64.b64encode(other).decode())
-    assert Settings.load({"GATEWAY_SECRET_KEYS": ",\n".join(texts)}).secret_keys == (KEY, KEY, other)
 
 
 @pytest.mark.parametrize(("text", "value"), [("1024", 1024), ("64KiB", 65_536), ("5 MiB", 5 << 20), ("1 GiB", 1 << 30)])
@@ -162,16 +155,11 @@ def test_unknown_variables() -> None:
             {"ENV": "production", "PORT": "x", "REDIS_URL": "x", "NAME": "x"},
             ["NAME", "PORT", "REDIS_URL", "UPSTREAM_URL", "SECRET_KEYS", "ADMIN_TOKEN"],
         ),
+        ({"ENV": "production"}, ["REDIS_URL", "UPSTREAM_URL", "SECRET_KEYS", "ADMIN_TOKEN"]),
     ],
 )
 def test_conflicts(settings: Mapping[str, str], invalid: list[str]) -> None:
     assert find_invalid(**settings) == invalid
-
-
-@pytest.mark.parametrize("missing", ["REDIS_URL", "UPSTREAM_URL", "SECRET_KEYS", "ADMIN_TOKEN"])
-def test_production_refuses_development_settings(missing: str) -> None:
-    (error,) = find_errors({name: text for name, text in PRODUCTION.items() if name != f"GATEWAY_{missing}"})
-    assert error.startswith(f"GATEWAY_{missing} ")
 
 
 WEAK_KEYS = [bytes(32), b"s" * 32, bytes(range(150, 158)) * 4, b"correct horse battery staple 123"]
@@ -203,31 +191,20 @@ def test_production_refuses_weak_settings(tmp_path: Path, name: str, text: str) 
 
 @pytest.mark.parametrize("url", ["redis://8.8.8.8", "redis+sentinel://10.0.0.1,8.8.8.8/main"])
 def test_public_store_needs_tls_and_a_password(url: str) -> None:
-    assert [error.split()[0] for error in find_errors(PRODUCTION | {"GATEWAY_REDIS_URL": url})] == [
-        "GATEWAY_REDIS_URL",
-        "GATEWAY_REDIS_URL",
-    ]
+    errors = find_errors(PRODUCTION | {"GATEWAY_REDIS_URL": url})
+    assert [error.split()[0] for error in errors] == ["GATEWAY_REDIS_URL"] * 2
 
 
 @pytest.mark.parametrize(
     ("name", "text", "warnings"),
     [
-        ("UPSTREAM_URL", "https://images.example", 0),
         # It may be an egress proxy.
-        ("UPSTREAM_URL", "http://127.0.0.1:8082", 0),
-        ("UPSTREAM_URL", "http://localhost:8082", 0),
-        ("UPSTREAM_URL", "http://10.1.2.3", 0),
-        ("UPSTREAM_URL", "http://[fd00::1]", 0),
-        ("UPSTREAM_URL", "http://egress", 0),
-        ("UPSTREAM_URL", "http://egress.shop.svc.cluster.local", 0),
-        ("UPSTREAM_URL", "http://egress.corp.internal.", 0),
+        *(("UPSTREAM_URL", f"http://{host}", 0) for host in ("127.0.0.1:8082", "localhost:1", "10.1.2.3", "[fd00::1]")),
+        *(("UPSTREAM_URL", f"http://{host}", 0) for host in ("egress", "egress.shop.svc", "egress.corp.internal.")),
         ("UPSTREAM_URL", "http://images.example", 1),
-        ("REDIS_URL", "redis://10.0.0.1", 0),
-        ("REDIS_URL", "redis://store.shop.svc", 0),
-        ("REDIS_URL", "unix:///run/store.sock", 0),
-        ("REDIS_URL", "rediss://:word@store.example", 0),
+        *(("REDIS_URL", url, 0) for url in ("redis://10.0.0.1", "redis://store.shop.svc", "unix:///run/store.sock")),
+        *(("REDIS_URL", f"rediss://:word@{host}", 0) for host in ("store.example", "8.8.8.8")),
         ("REDIS_URL", "rediss://store.example?ssl_certfile=/c&ssl_keyfile=/k", 0),
-        ("REDIS_URL", "rediss://:word@8.8.8.8", 0),
         # Its address may be private.
         ("REDIS_URL", "redis://store.example", 2),
         ("REDIS_URL", "redis://:word@store.example", 1),

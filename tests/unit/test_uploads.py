@@ -123,19 +123,18 @@ async def test_invalid_padding_is_malformed(padding: bytes, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "sent",
+    "disposition",
     [
-        encode_file("image", PNG, 'filename=""'),
-        encode_file("image", PNG, "filename*=utf-8''%E5%9B%BE.png"),
-        encode_part("name=\"image\"; filename*=utf-8''%E5%9B%BE.png", PNG),
-        encode_part('name="image"', PNG, "image/png"),
-        encode_file("image", PNG, 'filename="图.png"').replace("图".encode(), "图".encode("gbk")),
-        encode_part('filename="a.png"; name=image', PNG),
+        'name="image"; filename=""',
+        "name=\"image\"; filename*=utf-8''%E5%9B%BE.png",
+        'name="image"',
+        'filename="a.png"; name=image',
+        'name="image"; filename="\xcd\xbc.png"',  # in GBK
     ],
-    ids=["no name", "extended name", "extended name alone", "type alone", "name in GBK", "other order"],
 )
-async def test_any_file_name_marks_a_file(sent: bytes) -> None:
-    assert (await read_upload(encode_form(sent))).image.data == PNG
+async def test_any_file_name_marks_a_file(disposition: str) -> None:
+    part = encode_part(disposition, PNG, "image/png").replace("\xcd\xbc".encode(), "图".encode("gbk"))
+    assert (await read_upload(encode_form(part))).image.data == PNG
 
 
 def make_form_with_overhead(size: int) -> bytes:
@@ -253,7 +252,9 @@ async def test_fields_are_decoded_by_their_charset(content_type: str, value: byt
     ],
 )
 async def test_body_is_refused_unread(headers: Mapping[str, str], error: type[GatewayError]) -> None:
-    scope: Any = make_http_scope("POST", "/", {"content-type": CONTENT_TYPE} | headers)
+    scope = make_scope()
+    sent = {"content-type": CONTENT_TYPE} | headers
+    scope["headers"] = [(name.encode(), value.encode("latin-1")) for name, value in sent.items()]
     with pytest.raises(error):
         async with make_reader().receive(scope, fail_to_receive, part="image"):
             pass
@@ -291,16 +292,14 @@ async def test_limits_of_a_small_form(body: bytes, content_type: str, error: typ
         await read_form(body, content_type)
 
 
-@pytest.mark.parametrize("codings", [["Identity, identity", ""], ["identity", "gzip"]])
-async def test_encoded_small_form_is_refused_unread(codings: list[str]) -> None:
+async def test_identity_is_no_content_encoding() -> None:
     scope: Any = make_scope(content_type=URLENCODED)
-    scope["headers"] += [(b"content-encoding", coding.encode()) for coding in codings]
-    if "gzip" in codings:
-        with pytest.raises(UnsupportedCoding):
-            await make_reader().read_form(scope, fail_to_receive)
-    else:
-        receive = make_receive(make_body_messages([b"a=b"]))
-        assert await make_reader().read_form(scope, receive) == [("a", "b")]
+    scope["headers"] += [(b"content-encoding", coding) for coding in (b"Identity, identity", b"")]
+    assert await make_reader().read_form(scope, make_receive(make_body_messages([b"a=b"]))) == [("a", "b")]
+    scope = make_scope(content_type=URLENCODED)
+    scope["headers"] += [(b"content-encoding", coding) for coding in (b"identity", b"gzip")]
+    with pytest.raises(UnsupportedCoding):
+        await make_reader().read_form(scope, fail_to_receive)
 
 
 async def test_field_can_refuse_the_rest_of_the_body() -> None:
