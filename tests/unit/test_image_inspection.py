@@ -91,7 +91,7 @@ def test_type_and_size_agree_with_pillow(data: bytes, garbage: bytes) -> None:
     assert inspect_image(data + garbage) == expected
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(images())
 def test_every_proper_prefix_is_refused(data: bytes) -> None:
     view = memoryview(data)
