@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.crypto import generate_secret_key
 from service.settings import LogLevel, Role, Settings, SettingsError, production_warnings
 
 KEY = bytes(range(200, 232))
@@ -171,7 +170,7 @@ WEAK_KEYS = [bytes(32), b"s" * 32, bytes(range(150, 158)) * 4, b"correct horse b
         *(("ADMIN_TOKEN", token) for token in (TOKEN[:31], "t" * 40, "changeme" * 4, "abcde" * 8 + "abc")),
         *(("ADMIN_TOKEN", token) for token in ("0123456789abcdef" * 2, "hush!!" * 6)),
         *(("SECRET_KEYS", base64.b64encode(key).decode()) for key in WEAK_KEYS),
-        ("SECRET_KEYS", f"{generate_secret_key()},{base64.b64encode(WEAK_KEYS[1]).decode()}"),
+        ("SECRET_KEYS", f"{PRODUCTION['GATEWAY_SECRET_KEYS']},{base64.b64encode(WEAK_KEYS[1]).decode()}"),
         *(("UPSTREAM_URL", f"http://{host}") for host in ("images.example/api", "8.8.8.8", "[2606:4700::1111]:80")),
         ("REDIS_URL", "redis://:hush@8.8.8.8"),
         ("REDIS_URL", "rediss://8.8.8.8"),

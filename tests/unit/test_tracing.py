@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -271,7 +272,7 @@ async def test_refused_spans_are_lost_and_logged_once(
         async with open_tracer(collector.url, 1.0, str) as tracer:
             for count in (1, 2, 3):
                 record_requests(tracer)
-                await asyncio.to_thread(wait_until, lambda count=count: collector.has_received(count), "a try")
+                await asyncio.to_thread(wait_until, partial(collector.has_received, count), "a try")
     assert [event["event"] for event in events if "401" in event.get("detail", "")] == ["tracing.export_failed"]
 
 
