@@ -61,7 +61,8 @@ async def send_request(
         raise structlog.DropEvent
 
     logger = structlog.wrap_logger(None, processors=[silent], wrapper_class=structlog.make_filtering_bound_logger(0))
-    inner = Litestar([thing, probe], exception_handlers=exception_handlers(logger), openapi_config=None)
+    handlers: dict[Any, Any] = dict(exception_handlers(logger))
+    inner = Litestar([thing, probe], exception_handlers=handlers, openapi_config=None, logging_config=None)
     app = RequestMiddleware(inner, Metrics(CollectorRegistry()), logger, Port.TENANTS, tracer)
     return await call_app(app, method, path, headers=headers)
 
