@@ -24,7 +24,6 @@ from service.usecases.ports import CheckOutcome
 from tests.storage.seeded_store import SeededStore, open_seeded_store
 from tests.support.network import reserve_port
 from tests.support.valkey import Valkey, run_valkey
-from tests.unit.metric_samples import read_sample
 
 RUNNING, NO_RESPONSE, SUCCEEDED = CheckOutcome.RUNNING, CheckOutcome.NO_RESPONSE, CheckOutcome.SUCCEEDED
 TIMEOUT_SECONDS = 20.0
@@ -168,9 +167,10 @@ async def test_outage_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     await connections.aclose()
     assert [log["event"] for log in logs] == ["redis.unavailable", "redis.available"] * 2
     assert [log.get("failed_calls") for log in logs] == [None, 20, None, 20]
-    assert read_sample(metrics, "gateway_redis_errors_total", error="connection") == 42
+    assert metrics.registry.get_sample_value("gateway_redis_errors_total", {"error": "connection"}) == 42
     for outcome in ("unavailable", "ok"):
-        assert read_sample(metrics, "gateway_redis_calls_total", command="read", outcome=outcome) == 40
+        labels = {"command": "read", "outcome": outcome}
+        assert metrics.registry.get_sample_value("gateway_redis_calls_total", labels) == 40
 
 
 def test_outage_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:

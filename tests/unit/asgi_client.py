@@ -10,11 +10,6 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-<<<<<<< HEAD
-from tests.support import network
-
-=======
->>>>>>> 3310feb (Keep the rules of webhooks, of the repository and of the benchmark's reports)
 Message = MutableMapping[str, Any]
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -92,16 +87,6 @@ async def call_app(
 
 
 @asynccontextmanager
-<<<<<<< HEAD
-async def serve_on_port(app: App) -> AsyncIterator[int]:
-    """Serve an application on a free port; yield the port."""
-    async with network.serve_app(app) as url:
-        yield int(url.rpartition(":")[2])
-
-
-@asynccontextmanager
-=======
->>>>>>> 3310feb (Keep the rules of webhooks, of the repository and of the benchmark's reports)
 async def open_raw_connection(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:

@@ -18,20 +18,8 @@ from service.api.errors import ClientDisconnected, exception_handlers
 from service.domain.errors import NotFound
 from service.telemetry.logging import upstream_wait
 from service.telemetry.metrics import Metrics, Port
-<<<<<<< HEAD
-from tests.support.network import serve_app
-from tests.unit.asgi_client import (
-    App,
-    AsgiResponse,
-    call_app,
-    make_http_scope,
-    make_receive,
-    open_raw_connection,
-)
-=======
 from tests.support.network import serve_app
 from tests.unit.asgi_client import App, call_app, make_http_scope, make_receive, open_raw_connection
->>>>>>> b4ac637 (Drop errors and metrics that the behaviour tests show)
 
 
 @get("/things/{thing:str}")
