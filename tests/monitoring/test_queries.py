@@ -2,62 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
+from promql_parser import BinaryExpr, parse, walk
 
-from tests.monitoring.conftest import MonitoredSystem
-from tests.monitoring.queries import (
-    Query,
-    Rule,
-    VariableQuery,
-    all_query_texts,
+from tests.deploy.queries import (
+    DASHBOARDS,
+    RULES,
+    TARGET_LABELS,
+    Matcher,
+    PanelQuery,
+    Selector,
+    fill_variables,
     list_selectors,
     panel_queries,
-    rules,
-    split_or,
-    variable_queries,
+    parse_label_values,
+    query_variables,
 )
+from tests.monitoring.conftest import MonitoredSystem
 
-EMPTY_QUERIES: Mapping[str, str] = {}
-"""Queries that may be empty, and the reason."""
+pytestmark = pytest.mark.xdist_group("monitoring")
+
+
+def split_or(query: str) -> Iterator[str]:
+    """Yield each side of every `or`: a fallback would hide that the other side is missing."""
+    results: list[str] = []
+
+    def enter(part: Any) -> None:
+        if isinstance(part, BinaryExpr) and str(part.op) == "or":
+            results.extend((str(part.lhs), str(part.rhs)))
+
+    walk(parse(query), enter, lambda _: None)
+    yield from results
+
+
+def split_alternatives(selector: Selector) -> Iterator[Selector]:
+    """Yield a selector once for each label value that it names."""
+    if not any(matcher.operator in {"=", "=~"} for matcher in selector.matchers):
+        yield selector
+    for place, (label, operator, value) in enumerate(selector.matchers):
+        for alternative in expand_alternatives(value) if operator in {"=", "=~"} else ():
+            matchers = [
+                *selector.matchers[:place],
+                Matcher(label, operator, alternative),
+                *selector.matchers[place + 1 :],
+            ]
+            yield Selector(selector.name, tuple(matchers))
+
+
+def expand_alternatives(pattern: str) -> list[str]:
+    """Expand the alternatives of a regular expression, such as `(a|b)-.+` into `a-.+` and `b-.+`."""
+    group = re.search(r"\(([^()]*)\)", pattern)
+    if group is None:
+        return pattern.split("|")
+    before, after = pattern[: group.start()], pattern[group.end() :]
+    return [part for choice in group[1].split("|") for part in expand_alternatives(before + choice + after)]
 
 
 @pytest.mark.parametrize("query", panel_queries(), ids=lambda query: query.location)
-def test_panel(monitored: MonitoredSystem, query: Query) -> None:
-    """A panel shows data, and so does each side of its fallbacks."""
+def test_panel(monitored: MonitoredSystem, query: PanelQuery) -> None:
+    """A panel shows data, and so does each side of its fallbacks; its legend has all labels that distinguish lines."""
+    get = monitored.prometheus.query_final if query.instant else monitored.prometheus.query_history
+    series = get(query.text)
+    assert series
     for part in split_or(query.text):
-        answer = monitored.prometheus.query_final(part) if query.instant else monitored.prometheus.query_history(part)
-        assert answer or part in EMPTY_QUERIES, part
+        assert get(part), part
+    labels = {label for item in series for label in item["metric"]} - {"__name__"}
+    assert set(re.findall(r"{{(\w+)}}", query.legend)) == (labels - TARGET_LABELS) | ({"instance"} & labels)
 
 
-@pytest.mark.parametrize("query", sorted(set(all_query_texts())), ids=lambda text: text[:100])
-def test_selectors(monitored: MonitoredSystem, query: str) -> None:
-    """Each selected series exists, with every label value that is named."""
-    for selector in list_selectors(query):
-        assert monitored.prometheus.query_history(f"count({selector})") or selector in EMPTY_QUERIES, selector
+def test_selectors(monitored: MonitoredSystem) -> None:
+    """Each selected and each recorded series exists, with every label value that is named."""
+    queries = [*(query.text for query in panel_queries()), *(rule["expr"] for rule in RULES)]
+    selectors = {
+        str(alternative)
+        for query in queries
+        for selector in list_selectors(query)
+        for alternative in split_alternatives(selector)
+    }
+    for rule in RULES:
+        if "record" in rule:
+            matchers = [Matcher(label, "=", value) for label, value in rule.get("labels", {}).items()]
+            selectors.add(str(Selector(rule["record"], tuple(matchers))))
+    assert [selector for selector in sorted(selectors) if not monitored.prometheus.list_series(selector)] == []
 
 
-@pytest.mark.parametrize("choice", variable_queries(), ids=lambda choice: choice.location)
-def test_variable(monitored: MonitoredSystem, choice: VariableQuery) -> None:
+@pytest.mark.parametrize("dashboard", DASHBOARDS.values(), ids=DASHBOARDS)
+def test_variables(monitored: MonitoredSystem, dashboard: Mapping[str, Any]) -> None:
     """A dashboard variable has values."""
-    assert monitored.prometheus.label_values(choice.label, choice.series)
-
-
-@pytest.mark.parametrize("rule", [item for item in rules() if item.recorded_series], ids=lambda rule: rule.name)
-def test_record(monitored: MonitoredSystem, rule: Rule) -> None:
-    assert monitored.prometheus.query_history(str(rule.recorded_series))
+    for variable in query_variables(dashboard):
+        series, label = parse_label_values(fill_variables(dashboard, variable["query"]["query"]))
+        assert {label} <= {name for item in monitored.prometheus.list_series(series) for name in item}
 
 
 def test_rules_are_evaluated(monitored: MonitoredSystem) -> None:
     """No rule has failed on the metrics of two replicas, and none is missing."""
-    result = monitored.prometheus.rules()
-    assert {item["name"]: item["lastError"] for item in result if item["health"] != "ok"} == {}
-    assert len(result) == len(rules())
-
-
-def test_empty_queries_exist() -> None:
-    """Every entry of EMPTY_QUERIES is still in use."""
-    requested = {part for query in panel_queries() for part in split_or(query.text)}
-    requested |= {selector for text in all_query_texts() for selector in list_selectors(text)}
-    assert EMPTY_QUERIES.keys() <= requested
+    rules = monitored.prometheus.rules()
+    assert {item["name"]: item["lastError"] for item in rules if item["health"] != "ok"} == {}
+    assert len(rules) == len(RULES)

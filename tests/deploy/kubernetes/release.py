@@ -9,9 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from deploy.helm.chart import CHART, EXAMPLES, Resource, render
+from deploy.helm.chart import EXAMPLES, Resource, render
 
 ROLES = ("api", "worker")
 RELEASES = tuple(EXAMPLES)
@@ -80,8 +78,3 @@ def pod_environment(pod: Any, folder: Path, redis_url: str) -> Mapping[str, str]
             value = str(file)
         results[item["name"]] = value
     return results
-
-
-@cache
-def chart_values() -> Any:
-    return yaml.safe_load((CHART / "values.yaml").read_text("utf-8"))

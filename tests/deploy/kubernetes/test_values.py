@@ -9,78 +9,58 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from deploy.helm.chart import CHART, EXAMPLES, HelmError, render
 from service.settings import SETTINGS, Scope, Settings, SettingsError
-from tests.deploy.kubernetes.release import (
-    REDIS_URLS,
-    chart_values,
-    get_resource,
-    pod_environment,
-    pod_templates,
-    render_release,
-)
+from tests.deploy.kubernetes.release import REDIS_URLS, get_resource, pod_environment, pod_templates, render_release
 
 SCHEMA: Any = json.loads((CHART / "values.schema.json").read_text("utf-8"))
-CHART_VARIABLES = {
-    "GATEWAY_ENV",
-    "GATEWAY_ROLE",
-    "GATEWAY_PORT",
-    "GATEWAY_OPS_HOST",
-    "GATEWAY_OPS_PORT",
-}
+VALUES: Any = yaml.safe_load((CHART / "values.yaml").read_text("utf-8"))
+CHART_VARIABLES = {"GATEWAY_ENV", "GATEWAY_ROLE", "GATEWAY_PORT", "GATEWAY_OPS_HOST", "GATEWAY_OPS_PORT"}
 DEVELOPMENT_VARIABLES = {setting.name for setting in SETTINGS if setting.scope is Scope.DEVELOPMENT}
 SECRETS = {setting.name for setting in SETTINGS if setting.is_secret} - DEVELOPMENT_VARIABLES
 
 
-def render_error(*settings: str) -> str:
-    """Return Helm's error for the minimal values with these overrides."""
-    with pytest.raises(HelmError) as caught:
-        render(EXAMPLES["default"], *settings)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("setting", "place"),
     [
-        ("replicas=3", "(root): Additional property replicas is not allowed"),
-        ("api.replica=3", "api: Additional property replica is not allowed"),
-        ("api.replicas=0", "api.replicas: Must be greater than or equal to 1"),
-        ('settings.role="both"', "settings: Additional property role is not allowed"),
-        ('settings.adminToken="x"', "settings: Additional property adminToken is not allowed"),
-        ("settings.leaseSeconds=5", "settings.leaseSeconds: Must be greater than or equal to 90"),
-        ('settings.leaseSeconds="180"', "settings.leaseSeconds: Invalid type. Expected: integer, given: string"),
-        ('settings.logLevel="loud"', 'settings.logLevel must be one of the following: "debug", "info"'),
-        ('settings.models={"anime":"x"}', "settings.models: general is required"),
-        ('settings.upstreamUrl="upstream.example"', "settings.upstreamUrl: Does not match pattern"),
-        ('settings.upstreamUrl=""', "settings.upstreamUrl must be the base address of the upstream"),
-        ('image.repository=""', "image.repository must say where the image is"),
-        ('image.digest="latest"', "image.digest: Does not match pattern"),
-        ('secrets.redisUrl.existingSecret=""', "secrets.redisUrl.existingSecret must name the Secret"),
-        ('secrets.redisUrl.value="redis://x"', "secrets.redisUrl: Additional property value is not allowed"),
-        ('secrets.redisUrl="redis://x"', "secrets.redisUrl: Invalid type. Expected: object, given: string"),
-        ('extraEnv=[{"name":"GATEWAY_ROLE","value":"all"}]', "extraEnv must not have GATEWAY_ROLE"),
-        ('api.podLabels={"app.kubernetes.io/name":"x"}', "api.podLabels must not have app.kubernetes.io/name"),
-        ("worker.autoscaling.minReplicas=0", "worker.autoscaling.minReplicas: Must be greater than or equal to 1"),
-        ("api.autoscaling.minReplicas=9", "api.autoscaling.minReplicas must not be more than maxReplicas"),
-        ("api.disruptionBudget.maxUnavailable=0", "maxUnavailable: Must be greater than or equal to 1"),
-        ("networkPolicy.redis.ports=[]", "networkPolicy.redis.ports: Array must have at least 1 items"),
+        ("replicas=3", "replicas"),
+        ("api.replica=3", "replica"),
+        ("api.replicas=0", "api.replicas"),
+        ('settings.role="both"', "role"),
+        ("settings.leaseSeconds=5", "settings.leaseSeconds"),
+        ('settings.leaseSeconds="180"', "settings.leaseSeconds"),
+        ('settings.logLevel="loud"', "settings.logLevel"),
+        ('settings.models={"anime":"x"}', "settings.models"),
+        ('settings.upstreamUrl="upstream.example"', "settings.upstreamUrl"),
+        ('settings.upstreamUrl=""', "settings.upstreamUrl"),
+        ('image.repository=""', "image.repository"),
+        ('image.digest="latest"', "image.digest"),
+        ('secrets.redisUrl.existingSecret=""', "secrets.redisUrl.existingSecret"),
+        ('secrets.redisUrl.value="redis://x"', "secrets.redisUrl"),
+        ('extraEnv=[{"name":"GATEWAY_ROLE","value":"all"}]', "GATEWAY_ROLE"),
+        ('api.podLabels={"app.kubernetes.io/name":"x"}', "api.podLabels"),
+        ("api.autoscaling.minReplicas=9", "api.autoscaling.minReplicas"),
+        ("api.disruptionBudget.maxUnavailable=0", "maxUnavailable"),
+        ("networkPolicy.redis.ports=[]", "networkPolicy.redis.ports"),
         ('settings.upstreamUrl="https://[::1]:8443/x"', "networkPolicy.upstream.ports must have 8443"),
         ('settings.upstreamUrl="http://upstream.example"', "networkPolicy.upstream.ports must have 80"),
-        ("networkPolicy.tenants=[{}]", "networkPolicy.tenants.0: Must have at least 1 properties"),
-        ("ingress.enabled=true", "ingress.hosts must name at least one host"),
-        ("monitoring.serviceMonitor.enabled=true", "networkPolicy.operators must permit Prometheus"),
-        ("registry.enabled=true", "registry needs either toml or existingConfigMap"),
-        ('registry={"enabled":true,"toml":"x","existingConfigMap":"x"}', "registry needs either toml or"),
+        ("networkPolicy.tenants=[{}]", "networkPolicy.tenants.0"),
+        ("ingress.enabled=true", "ingress.hosts"),
+        ("monitoring.serviceMonitor.enabled=true", "networkPolicy.operators"),
+        ("registry.enabled=true", "existingConfigMap"),
+        ('registry={"enabled":true,"toml":"x","existingConfigMap":"x"}', "existingConfigMap"),
         (
             'registry={"secretEnv":[{"name":"GATEWAY_ADMIN_TOKEN","existingSecret":"x","key":"x"}]}',
-            "registry.secretEnv must not have GATEWAY_ADMIN_TOKEN",
+            "GATEWAY_ADMIN_TOKEN",
         ),
     ],
 )
-def test_errors(setting: str, message: str) -> None:
-    """Invalid values fail with an error that names the place and the reason."""
-    assert message in render_error(setting)
+def test_errors(setting: str, place: str) -> None:
+    """Invalid values fail with an error that names the place."""
+    with pytest.raises(HelmError, match=re.escape(place)):
+        render(EXAMPLES["default"], setting)
 
 
 @pytest.mark.parametrize(
@@ -95,9 +75,8 @@ def test_errors(setting: str, message: str) -> None:
 )
 def test_upstream_on_another_port(policy: object) -> None:
     """An upstream on another port is accepted if a policy allows it."""
-    assert render_release(
-        "default", 'settings.upstreamUrl="https://upstream.example:8443"', f"networkPolicy={json.dumps(policy)}"
-    )
+    port, allowed = 'settings.upstreamUrl="https://upstream.example:8443"', f"networkPolicy={json.dumps(policy)}"
+    assert render_release("default", port, allowed)
 
 
 def find_mappings(schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -131,10 +110,10 @@ def pair_keys(values: Any, schema: Any) -> Iterator[tuple[set[str], set[str]]]:
 
 def test_all_values_are_documented() -> None:
     """Every value is in values.yaml with its default, except settings."""
-    (root, *nested) = pair_keys(chart_values(), SCHEMA)
+    (root, *nested) = pair_keys(VALUES, SCHEMA)
     assert root[1] - root[0] == {"global"}
-    unsaid = [known - there for there, known in nested if known != there]
-    assert unsaid == [set(SCHEMA["properties"]["settings"]["properties"]) - chart_values()["settings"].keys()]
+    missing = [known - there for there, known in nested if known != there]
+    assert missing == [set(SCHEMA["properties"]["settings"]["properties"]) - VALUES["settings"].keys()]
 
 
 def variable_name(key: str) -> str:
@@ -143,53 +122,41 @@ def variable_name(key: str) -> str:
 
 
 def test_every_setting() -> None:
-    """Every setting belongs to the values, a Secret, the chart or development."""
+    """Every setting belongs to the values, a Secret, the chart or development; defaults are those of the gateway."""
     output = {variable_name(key) for key in SCHEMA["properties"]["settings"]["properties"]}
     mounted = {variable_name(key) for key in SCHEMA["properties"]["secrets"]["properties"]}
     groups = [output, mounted, CHART_VARIABLES, DEVELOPMENT_VARIABLES]
     assert mounted == SECRETS
     assert sorted(name for group in groups for name in group) == sorted(setting.name for setting in SETTINGS)
+    defaults = {variable_name(key): str(value) for key, value in VALUES["settings"].items() if value}
+    own = {setting.name: setting.default for setting in SETTINGS}
+    assert defaults == {"GATEWAY_HOST": "0.0.0.0", "GATEWAY_LEASE_SECONDS": own["GATEWAY_LEASE_SECONDS"]}
 
 
-def is_valid_setting(variable: str, text: str) -> bool:
+def is_valid_setting(key: str, value: object) -> bool:
     try:
-        Settings.load({variable: text})
+        Settings.load({variable_name(key): str(value)})
     except SettingsError:
         return False
     return True
 
 
 def test_ranges() -> None:
-    """The schema has the gateway's ranges of numbers."""
-    bounds = {
-        variable_name(key): (item["minimum"], item["maximum"], 1 if item["type"] == "integer" else 0.01)
-        for key, item in SCHEMA["properties"]["settings"]["properties"].items()
-        if "minimum" in item
-    }
-    assert len(bounds) == 6
-    for name, (least, most, step) in bounds.items():
-        assert is_valid_setting(name, str(least)), name
-        assert is_valid_setting(name, str(most)), name
-        assert not is_valid_setting(name, str(least - step)), name
-        assert not is_valid_setting(name, str(most + step)), name
-
-
-def test_choices() -> None:
-    """The schema has the gateway's choices."""
+    """The schema has the gateway's ranges of numbers and its choices."""
+    properties = SCHEMA["properties"]["settings"]["properties"]
     for key in ("logLevel", "upstreamCleartext"):
-        for word in SCHEMA["properties"]["settings"]["properties"][key]["enum"]:
-            assert is_valid_setting(variable_name(key), word)
-
-
-def test_defaults() -> None:
-    """The chart's defaults are those of the gateway, except for addresses."""
-    result = {variable_name(key): str(value) for key, value in chart_values()["settings"].items() if value}
-    own = {setting.name: setting.default for setting in SETTINGS}
-    assert result == {"GATEWAY_HOST": "0.0.0.0", "GATEWAY_LEASE_SECONDS": own["GATEWAY_LEASE_SECONDS"]}
+        assert [word for word in properties[key]["enum"] if not is_valid_setting(key, word)] == []
+    bounded = {key: item for key, item in properties.items() if "minimum" in item}
+    assert len(bounded) == 6
+    for key, item in bounded.items():
+        step = 1 if item["type"] == "integer" else 0.01
+        least, most = item["minimum"], item["maximum"]
+        assert [is_valid_setting(key, value) for value in (least, most)] == [True, True], key
+        assert [is_valid_setting(key, value) for value in (least - step, most + step)] == [False, False], key
 
 
 def test_extras(tmp_path: Path) -> None:
-    """Additional variables, volumes and node selectors apply to both roles."""
+    """Additional variables and volumes apply to both roles, node selectors and labels to one."""
     resources = render_release(
         "default",
         'extraEnv=[{"name":"OTEL_RESOURCE_ATTRIBUTES","value":"team=images"}]',
@@ -199,23 +166,21 @@ def test_extras(tmp_path: Path) -> None:
         'worker.tolerations=[{"key":"images","operator":"Exists"}]',
         'worker.affinity={"nodeAffinity":{}}',
         'worker.podLabels={"team":"images"}',
+        "serviceAccount.create=false",
+        'serviceAccount.name="theirs"',
     )
+    assert "ServiceAccount" not in {resource["kind"] for resource in resources}
     for _, pod in pod_templates(resources):
         (container,) = pod["spec"]["containers"]
-        result = pod_environment(pod, tmp_path, REDIS_URLS["default"])
-        assert result["OTEL_RESOURCE_ATTRIBUTES"] == "team=images"
+        environment = pod_environment(pod, tmp_path, REDIS_URLS["default"])
+        assert environment["OTEL_RESOURCE_ATTRIBUTES"] == "team=images"
         assert {"name": "ca", "mountPath": "/etc/ca"} in container["volumeMounts"]
         assert {"name": "ca", "configMap": {"name": "ca"}} in pod["spec"]["volumes"]
+        assert pod["spec"]["serviceAccountName"] == "theirs"
     worker = get_resource(resources, "Deployment", "-worker")["spec"]["template"]
+    assert worker["metadata"]["labels"]["team"] == "images"
     assert worker["spec"]["nodeSelector"] == {"disk": "ssd"}
     assert worker["spec"]["tolerations"] == [{"key": "images", "operator": "Exists"}]
     assert worker["spec"]["affinity"] == {"nodeAffinity": {}}
-    assert worker["metadata"]["labels"]["team"] == "images"
     api = get_resource(resources, "Deployment", "-api")["spec"]["template"]
     assert not api["spec"].keys() & {"nodeSelector", "tolerations", "affinity"}
-
-
-def test_existing_service_account() -> None:
-    resources = render_release("default", "serviceAccount.create=false", 'serviceAccount.name="theirs"')
-    assert {pod["spec"]["serviceAccountName"] for _, pod in pod_templates(resources)} == {"theirs"}
-    assert not [resource for resource in resources if resource["kind"] == "ServiceAccount"]
