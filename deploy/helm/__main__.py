@@ -11,6 +11,8 @@ import yaml
 from deploy.helm.chart import EXAMPLES, Resource, render
 
 FOLDER = Path(__file__).parents[2] / "tests" / "deploy" / "golden"
+EXAMPLES_TO_REVIEW = ("default", "production")
+"""The others differ only in the peers and ports of Redis."""
 _COPIED_FROM = "as in deploy/"
 
 
@@ -26,7 +28,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 def render_all() -> Mapping[str, str]:
     """Return the text of each file by name, its resources sorted by kind and name."""
-    return {f"{name}.yaml": _format_resources(render(values)) for name, values in EXAMPLES.items()}
+    return {f"{name}.yaml": _format_resources(render(EXAMPLES[name])) for name in EXAMPLES_TO_REVIEW}
 
 
 def find_drift(folder: Path, expected: Mapping[str, str]) -> Iterable[str]:

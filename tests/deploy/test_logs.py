@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from msgspec import Struct
@@ -29,6 +30,7 @@ class Event(Struct, frozen=True):
         return Event(self.levels | other.levels, self.fields | other.fields, open=self.open or other.open)
 
 
+@cache
 def logged_events() -> dict[str, Event]:
     """Return all events that the code logs."""
     results: dict[str, Event] = {}
