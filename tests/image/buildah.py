@@ -5,18 +5,21 @@ The driver vfs and the isolation chroot are slower than others, but also work in
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from msgspec import Struct, ValidationError, field, json
+from msgspec import Struct, convert, field, json
 
-from tests.image.host import Debian, run_command
-from tests.image.report import CheckFailed
+from tests.image.report import CheckFailed, expect, run_command
 
 _PYTHON = "python3,python3-venv,ca-certificates"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 _IMAGE = "localhost/imaging-gateway:check"
+_TARGET = "$(ORIGIN)\t$(CODENAME)\t$(COMPONENT)\t$(REPO_URI)"
 
 
 class Healthcheck(Struct, rename="pascal"):
@@ -38,13 +41,24 @@ class Config(Struct, rename="pascal"):
     stop_signal: str = ""
     healthcheck: Healthcheck | None = None
 
+    def parse_user(self) -> tuple[int, int]:
+        """Return user and group ids. Raises CheckFailed for root and for names."""
+        uid, _, gid = self.user.partition(":")
+        expect(uid.isdecimal() and gid.isdecimal(), f"the image's user must be two numbers, not {self.user!r}")
+        expect(int(uid) and int(gid), f"the image's user must not be root: {self.user}")
+        return int(uid), int(gid)
 
-class _Image(Struct):
-    config: Config
 
-
-class _Inspection(Struct):
-    docker: _Image = field(name="Docker")
+def detect_debian() -> tuple[str, str]:
+    """Return suite and mirror of the host's Debian, which must have all tools. Raises CheckFailed."""
+    expect(os.geteuid() == 0, "this check makes a base image, namespaces and mounts: run it as root")
+    missing = [tool for tool in ("apt-get", "buildah", "debootstrap", "setpriv", "unshare") if not shutil.which(tool)]
+    expect(not missing, f"this check needs Debian with {', '.join(missing)}")
+    for line in run_command(["apt-get", "indextargets", "--format", _TARGET, "Identifier: Packages"]).splitlines():
+        origin, suite, component, mirror = line.split("\t")
+        if (origin, component) == ("Debian", "main") and "-" not in suite:
+            return suite, mirror
+    raise CheckFailed("apt knows of no Debian release: run apt-get update")
 
 
 class ImageStore:
@@ -61,13 +75,13 @@ class ImageStore:
             self._run("rmi", "--force", _IMAGE)
         self._run("rmi", "--prune")
 
-    def build_base(self, debian: Debian) -> str:
+    def build_base(self, suite: str, mirror: str) -> str:
         """Build the base image once, which takes a minute; returns its name."""
-        name = f"localhost/python:{debian.suite}"
+        name = f"localhost/python:{suite}"
         if not self._has_image(name):
             container = self._run("from", "scratch")
             root = self._run("mount", container)
-            run_command(["debootstrap", "--variant=minbase", f"--include={_PYTHON}", debian.suite, root, debian.mirror])
+            run_command(["debootstrap", "--variant=minbase", f"--include={_PYTHON}", suite, root, mirror])
             run_command(["rm", "--recursive", "--force", f"{root}/var/cache/apt", f"{root}/var/lib/apt/lists"])
             self._run("config", "--env", f"PATH={_PATH}", container)
             self._run("commit", "--quiet", "--rm", container, name)
@@ -84,11 +98,8 @@ class ImageStore:
         return _IMAGE
 
     def read_config(self, image: str) -> Config:
-        """Return an image's configuration. Raises CheckFailed if it is incomplete."""
-        try:
-            return json.decode(self._run("inspect", "--type", "image", image), type=_Inspection).docker.config
-        except ValidationError as error:
-            raise CheckFailed(f"the image's configuration is not what it must be: {error}") from None
+        inspected: Any = json.decode(self._run("inspect", "--type", "image", image))
+        return convert(inspected["Docker"]["config"], Config)
 
     def mount(self, image: str) -> Path:
         """Mount an image's files; returns the folder, which exists until `clean_up`."""
