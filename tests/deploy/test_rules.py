@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -52,7 +53,8 @@ def test_runbook() -> None:
 def run_promtool(*arguments: str | Path) -> None:
     """Run promtool of Debian's package `prometheus`, which must succeed without warnings."""
     command = ["promtool", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environ = os.environ | {"GOGC": "400"}  # its cases allocate much, and collecting that takes a fifth of their time
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
