@@ -1,17 +1,16 @@
-"""The shipped rules and dashboards, their queries, and the series that they may use."""
+"""The shipped rules and dashboards with their queries, and the metrics of the gateway."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from prometheus_client import CollectorRegistry
-from promql_parser import AggregateExpr, BinaryExpr, Call, VectorSelector, parse, walk
+from promql_parser import AggregateExpr, Call, VectorSelector, parse, walk
 
 from service.telemetry.metrics import Metrics
 
@@ -35,7 +34,6 @@ RATE_INTERVAL = "10s"
 TARGET_LABELS = frozenset({"job", "instance", "namespace", "pod"})
 """Labels that Prometheus adds to each series; the last two only in Kubernetes."""
 
-_SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "summary": ("_sum", "_count")}
 _OPERATORS = {"MatchOp.Equal": "=", "MatchOp.NotEqual": "!=", "MatchOp.Re": "=~", "MatchOp.NotRe": "!~"}
 
 
@@ -99,13 +97,6 @@ def fill_variables(dashboard: Mapping[str, Any], query: str) -> str:
     return query
 
 
-def parse_label_values(query: str) -> tuple[str, str]:
-    """Return series and label of `label_values(SERIES, LABEL)`."""
-    match = re.fullmatch(r"label_values\((.+), (\w+)\)", query)
-    assert match, query
-    return match[1], match[2]
-
-
 @cache
 def list_selectors(query: str) -> Sequence[Selector]:
     """Return the selectors of a query from left to right. Raises ValueError if it does not parse."""
@@ -115,7 +106,7 @@ def list_selectors(query: str) -> Sequence[Selector]:
     def enter(part: Any) -> None:
         if isinstance(part, VectorSelector):
             matchers = [Matcher(item.name, _OPERATORS[str(item.op)], item.value) for item in part.matchers.matchers]
-            results.append(Selector(part.name, tuple(matchers), tuple(reversed(around))))
+            results.append(Selector(part.name or "", tuple(matchers), tuple(reversed(around))))
         elif isinstance(part, AggregateExpr):
             around.append(str(part.op))
         elif isinstance(part, Call):
@@ -129,62 +120,15 @@ def list_selectors(query: str) -> Sequence[Selector]:
     return results
 
 
-def named_labels(query: str) -> frozenset[str]:
-    """Return the labels by which a query groups and matches, without those that it creates."""
-    results: set[str] = set()
-    created: set[str] = set()
-
-    def enter(part: Any) -> None:
-        if isinstance(part, AggregateExpr) and part.modifier:
-            results.update(part.modifier.labels)
-        elif isinstance(part, BinaryExpr) and part.modifier:
-            matching = part.modifier.matching
-            results.update(matching.labels if matching else (), part.modifier.group_labels or ())
-        elif isinstance(part, Call) and part.func.name == "label_replace":
-            created.add(part.args[1].val)
-
-    walk(parse(query), enter, lambda _: None)
-    return frozenset(results - created)
-
-
-def find_unknown_names(query: str) -> set[str]:
-    """Return the series and labels in a query that do not exist: to Prometheus they are no error, but have no data."""
-    known = exported_series()
-    selectors = list_selectors(query)
-    labels = frozenset[str]().union(*(known.get(item.name, ()) for item in selectors))
-    unknown = {item.name for item in selectors} - known.keys()
-    for item in selectors:
-        unknown |= {matcher.label for matcher in item.matchers} - known.get(item.name, frozenset())
-    return unknown | (named_labels(query) - labels)
-
-
-@cache
-def exported_series() -> Mapping[str, frozenset[str]]:
-    """Return all series with their labels: of the gateway, of Prometheus, and of the recording rules.
-
-    A recorded series has at most the labels of the series that its rule uses.
-    """
-    series = {"up": TARGET_LABELS}
-    for collector in Metrics(CollectorRegistry()).registry._collector_to_names:
-        series.update(_collector_series(collector))
-    for rule in RULES:
-        if "record" in rule:
-            own = (series.get(item.name, frozenset()) for item in list_selectors(rule["expr"]))
-            before = series.get(rule["record"], frozenset())
-            series[rule["record"]] = before.union(rule.get("labels", ()), *own)
-    return series
+def metric_families() -> frozenset[str]:
+    """Return the names of the gateway's metrics, without the suffixes of their series."""
+    collectors: Any = list(Metrics(CollectorRegistry()).registry._collector_to_names)
+    families = (getattr(collector, "describe", collector.collect)() for collector in collectors)
+    return frozenset(family.name for several in families for family in several if family.name.startswith("gateway_"))
 
 
 @cache
 def ledger_series() -> frozenset[str]:
     """Return the names of series that all processes read from the ledger, so that summing them is wrong."""
-    return frozenset(name for name, _ in _collector_series(Metrics(CollectorRegistry()).ledger_collector))
-
-
-def _collector_series(collector: Any) -> Iterator[tuple[str, frozenset[str]]]:
-    """Yield the series of a collector. The client library shows label names only once there are values."""
-    describe = getattr(collector, "describe", collector.collect)
-    for family in describe():
-        labels = TARGET_LABELS | set(getattr(family, "_labelnames", getattr(collector, "_labelnames", ())))
-        for suffix in _SUFFIXES.get(family.type, ("",)):
-            yield family.name + suffix, labels | {"le"} if suffix == "_bucket" else labels
+    families = Metrics(CollectorRegistry()).ledger_collector.describe()
+    return frozenset(family.name + ("_total" if family.type == "counter" else "") for family in families)

@@ -57,12 +57,8 @@ def mounts(name: str) -> Mapping[str, str]:
 def gateway_settings(name: str, environment: Mapping[str, str]) -> Settings:
     """Return the settings of a container: those of the image, overridden by its environment."""
     settings = Settings.load({**dict(re.findall(r"(GATEWAY_\w+)=(\S+)", DOCKERFILE)), **environment})
-    assert (settings.role, settings.redis_url, settings.ops_host) == (
-        GATEWAY_ROLES[name],
-        "redis://store:6379",
-        "0.0.0.0",
-    )
-    assert (settings.port, settings.ops_port) == (8080, 8081)
+    assert (settings.role, settings.redis_url) == (GATEWAY_ROLES[name], "redis://store:6379")
+    assert (settings.ops_host, settings.port, settings.ops_port) == ("0.0.0.0", 8080, 8081)
     return settings
 
 
@@ -144,21 +140,17 @@ async def test_store_options() -> None:
 
 
 def test_prometheus() -> None:
-    """Targets and the Alertmanager of Prometheus are services of the file."""
+    """Targets and the Alertmanager of Prometheus are services of the file, and the configuration files are mounted."""
     config = read_yaml("prometheus/prometheus.yaml")
     assert [job["dns_sd_configs"][0]["names"] for job in config["scrape_configs"]] == [["gateway"]]
     assert SERVICES["worker"]["networks"]["monitoring"]["aliases"] == ["gateway"]
-    (alertmanager,) = config["alerting"]["alertmanagers"]
-    assert alertmanager["static_configs"] == [{"targets": ["alertmanager:9093"]}]
+    assert config["alerting"]["alertmanagers"] == [{"static_configs": [{"targets": ["alertmanager:9093"]}]}]
+    for name in ("prometheus", "alertmanager"):
+        words = (word.partition("=") for word in SERVICES[name]["command"])
+        (file,) = [Path(value) for option, _, value in words if option == "--config.file"]
+        assert (DEPLOY / mounts(name)[str(file.parent)] / file.name).exists()
     for name in ("gateway", "worker", "prometheus", "alertmanager", "grafana"):
         assert "monitoring" in SERVICES[name]["networks"]
-
-
-@pytest.mark.parametrize("name", ["prometheus", "alertmanager"])
-def test_configuration_files(name: str) -> None:
-    """Each configuration file is mounted where its program reads it."""
-    (file,) = [word.partition("=")[2] for word in SERVICES[name]["command"] if word.startswith("--config.file=")]
-    assert (DEPLOY / mounts(name)[str(Path(file).parent)] / Path(file).name).exists()
 
 
 def test_grafana() -> None:

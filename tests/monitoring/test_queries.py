@@ -19,7 +19,6 @@ from tests.deploy.queries import (
     fill_variables,
     list_selectors,
     panel_queries,
-    parse_label_values,
     query_variables,
 )
 from tests.monitoring.conftest import MonitoredSystem
@@ -94,8 +93,9 @@ def test_selectors(monitored: MonitoredSystem) -> None:
 def test_variables(monitored: MonitoredSystem, dashboard: Mapping[str, Any]) -> None:
     """A dashboard variable has values."""
     for variable in query_variables(dashboard):
-        series, label = parse_label_values(fill_variables(dashboard, variable["query"]["query"]))
-        assert {label} <= {name for item in monitored.prometheus.list_series(series) for name in item}
+        query = re.fullmatch(r"label_values\((.+), (\w+)\)", fill_variables(dashboard, variable["query"]["query"]))
+        assert query
+        assert query[2] in {name for item in monitored.prometheus.list_series(query[1]) for name in item}
 
 
 def test_rules_are_evaluated(monitored: MonitoredSystem) -> None:

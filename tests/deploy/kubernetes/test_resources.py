@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from deploy.helm.chart import CHART, EXAMPLES, helm, render
+from deploy.helm.chart import CHART, EXAMPLES, helm
 from service import __version__
 from service.settings import Settings
 from tests.cli.conftest import Shell, shell
@@ -34,7 +33,6 @@ __all__ = ["shell"]
 
 CHART_METADATA = yaml.safe_load((CHART / "Chart.yaml").read_text("utf-8"))
 OLDEST_KUBERNETES = re.sub(r"^>=(\d+\.\d+)\..*", r"\1", CHART_METADATA["kubeVersion"])
-NOTES = 'data: {notes: {{ include (print $.Template.BasePath "/NOTES.txt") . | quote }}}\nkind: Notes\n'
 
 
 @pytest.mark.parametrize("version", [OLDEST_KUBERNETES, kubernetes_validate.latest_version()])
@@ -151,28 +149,6 @@ def test_package(tmp_path: Path) -> None:
     assert helm("template", "photos", archive, values) == helm("template", "photos", CHART, values)
     with tarfile.open(archive) as opened:
         assert not [name for name in opened.getnames() if "/tests/" in name]
-
-
-def test_notes(tmp_path: Path) -> None:
-    """The notes show the URLs, the grace period and the log of the registry's Job, and point out a closed release."""
-    chart = tmp_path / CHART.name
-    shutil.copytree(CHART, chart)
-    (chart / "templates" / "notes.yaml").write_text(NOTES)  # Helm prints them only on installation
-
-    def render_notes(name: str, *settings: str) -> str:
-        (notes,) = resources_of_kind(render(EXAMPLES[name], *settings, chart=chart), "Notes")
-        return str(notes["data"]["notes"])
-
-    tenants, operators = resources_of_kind(render_release("default"), "Service")
-    pod = get_resource(render_release("default"), "Deployment", "-api")["spec"]["template"]
-    notes = render_notes("default")
-    assert f"http://{tenants['metadata']['name']}.images:{tenants['spec']['ports'][0]['port']};" in notes
-    assert f"service/{operators['metadata']['name']} {operators['spec']['ports'][0]['port']}" in notes
-    assert f"{pod['spec']['terminationGracePeriodSeconds']} s" in notes
-    assert "networkPolicy.tenants is empty" not in notes
-    assert "networkPolicy.tenants is empty" in render_notes("default", "networkPolicy.tenants=[]")
-    job = get_resource(render_release("production"), "Job", "-registry")["metadata"]["name"]
-    assert f"logs job/{job}" in render_notes("production")
 
 
 def policy_rules(direction: str, role: str, *settings: str, name: str = "default") -> Sequence[Any]:
