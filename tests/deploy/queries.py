@@ -58,12 +58,11 @@ class Selector(NamedTuple):
 
 
 class PanelQuery(NamedTuple):
-    """A query of a panel with every variable set to all. An `instant` one shows the current value, others a range."""
+    """A query of a panel with every variable set to all."""
 
     location: str
     text: str
     legend: str
-    instant: bool
 
 
 def panels(dashboard: Mapping[str, Any]) -> Sequence[Any]:
@@ -76,7 +75,6 @@ def panel_queries() -> Sequence[PanelQuery]:
             f"{name}: {panel['title']} ({number})",
             fill_variables(dashboard, target["expr"]),
             target["legendFormat"],
-            target["instant"],
         )
         for name, dashboard in DASHBOARDS.items()
         for panel in panels(dashboard)

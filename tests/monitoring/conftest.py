@@ -42,10 +42,6 @@ class Prometheus:
     targets: int
     evaluated_at: float = 0
 
-    def query_final(self, query: str) -> Sequence[Sample]:
-        """Return the result of a query at the final evaluation."""
-        return self._query_at(self.evaluated_at, query)
-
     def query_value(self, query: str) -> float | None:
         """Return the single current value of a query, or None."""
         result = self._query_at(time.time(), query)
