@@ -14,7 +14,7 @@ CERTIFICATES := $(wildcard /etc/ssl/certs/ca-certificates.crt)
 .ONESHELL:
 .SHELLFLAGS := -ec
 MAKEFLAGS += --no-builtin-rules --no-print-directory
-unexport PYTHONHOME PYTHONPATH VIRTUAL_ENV
+unexport PYTHONDONTWRITEBYTECODE PYTHONHOME PYTHONPATH VIRTUAL_ENV
 
 # Companies that inspect TLS install their authority here; neither pip nor uv uses it by default.
 ifneq ($(CERTIFICATES),)
@@ -42,7 +42,7 @@ test-fast: $(VENV_STAMP) ## Run unit tests and a smoke test of the whole, in 1 m
 test: check ## Run the static checks and all tests but the slow ones, in 4 minutes
 	@exec $(pytest) -m 'not slow'
 
-test-all: check ## Run everything that CI runs, with coverage, in 9 minutes (Debian: curl openssl prometheus)
+test-all: check ## Run everything that CI runs, with coverage, in 9 minutes (Debian: curl openssl prometheus redis-tools)
 	@exec $(pytest) --hypothesis-profile=long --durations=30 --cov --cov-report=term-missing:skip-covered
 
 bench: $(VENV_STAMP) ## Compare the gateway with its peers in 25 minutes; writes tests/bench/results/
