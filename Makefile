@@ -25,7 +25,7 @@ endif
 # The output of a step is shown only if it fails.
 step = @output=$$($(2) 2>&1) && echo 'ok      $(1)' || { printf '%s\n' "$$output"; echo 'FAILED  $(1)'; exit 1; }
 
-pytest = .venv/bin/pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup
+pytest = .venv/bin/pytest --numprocesses=auto --maxprocesses=4
 bench_packages = UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON_DOWNLOADS=never $(UV) sync --locked --all-extras --group bench --quiet
 
 .PHONY: run demo test test-fast test-all bench bench-quick check lint format types layers drift openapi docs-viewer dashboards chart settings release-check image-check fmt clean help

@@ -24,8 +24,6 @@ from tests.deploy.queries import ledger_series
 from tests.monitoring.conftest import MonitoredSystem
 from tests.process.gateway import wait_until
 
-pytestmark = pytest.mark.xdist_group("monitoring")
-
 OPENAPI = Path(__file__).parents[2] / "openapi"
 MAX_SERIES = 4_000
 """For twenty tenants, eight accounts and every event."""

@@ -23,8 +23,6 @@ from tests.deploy.queries import (
 )
 from tests.monitoring.conftest import MonitoredSystem
 
-pytestmark = pytest.mark.xdist_group("monitoring")
-
 
 def split_or(query: str) -> Iterator[str]:
     """Yield each side of every `or`: a fallback would hide that the other side is missing."""
