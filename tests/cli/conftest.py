@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,7 +14,22 @@ import structlog
 from click.testing import CliRunner, Result
 
 from service.cli import main
-from tests.behaviour.gateway_fixture import ADMIN_TOKEN, RunningGateway, run_fake_gateway
+from service.container import USER_KEY_PURPOSE
+from service.crypto import Keyring
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, RunningGateway, run_real_gateway
+from tests.support.valkey import Valkey
+
+UNREACHABLE_URL = "http://127.0.0.1:1"
+
+
+def run_command(
+    *arguments: str, code: int = 0, stdin: str | bytes = "", env: Mapping[str, str] | None = None
+) -> Result:
+    """Run `gateway`; it must end with this exit code and without a traceback."""
+    result = CliRunner().invoke(main, arguments, input=stdin, env=dict(env or {}))
+    assert result.exit_code == code, (arguments, result.output)
+    assert isinstance(result.exception, SystemExit | None), result.exception
+    return result
 
 
 @dataclass
@@ -22,42 +37,46 @@ class Shell:
     """Runs commands against a gateway with the account `main` and the tenant `shop`."""
 
     gateway: RunningGateway
-    environ: dict[str, str] = field(default_factory=dict)
+    environ: dict[str, str]
 
     async def run(self, *arguments: str, code: int = 0, stdin: str | bytes = "") -> Result:
-        """Run `gateway`; it must end with this exit code and without a traceback."""
         # In a thread, since the gateway it asks is served by this one's event loop.
-        result = await asyncio.to_thread(CliRunner().invoke, main, arguments, input=stdin, env=dict(self.environ))
-        assert result.exit_code == code, result.output
-        assert isinstance(result.exception, SystemExit | None), result.exception
-        return result
+        return await asyncio.to_thread(run_command, *arguments, code=code, stdin=stdin, env=self.environ)
 
     async def run_table(self, *arguments: str) -> list[list[str]]:
-        """Run a command that prints a table; returns the cells of each line."""
+        """Run a command that prints a table; return the cells of each line."""
         printed = (await self.run(*arguments)).stdout
         return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in printed.splitlines()]
 
+    async def run_record(self, *arguments: str) -> dict[str, str]:
+        """Run a command that prints a record; return its values by name."""
+        return dict(await self.run_table(*arguments))
+
     async def run_json(self, *arguments: str, stdin: str = "") -> Any:
-        """Run a command with `--json`; returns the decoded output."""
         return json.loads((await self.run(*arguments, "--json", stdin=stdin)).stdout)
 
     async def get_admin(self, path: str) -> Any:
         """Return a resource of the operators' API."""
         return (await self.gateway.call_admin("GET", path)).json()
 
+    async def is_accepted(self, token: str | None = None) -> bool:
+        return (await self.gateway.call("GET", "/v1/quota", token=token)).status_code == 200
+
+    def stored_user_key(self, name: str) -> str | None:
+        """Return the decrypted user_key of an account."""
+        account = self.gateway.services.registry.current.accounts[name]
+        key = Keyring([SECRET_KEY]).derive(USER_KEY_PURPOSE).decrypt(account.user_key)
+        return None if key is None else key.decode()
+
+
+def admin_environment(ops_url: str) -> dict[str, str]:
+    """Return the settings with which commands reach this operators' port."""
+    return {"GATEWAY_OPS_PORT": str(urlsplit(ops_url).port), "GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN}
+
 
 @pytest.fixture
-async def shell() -> AsyncIterator[Shell]:
-    """Yield a shell whose environment leads to a running gateway."""
+async def shell(valkey: Valkey) -> AsyncIterator[Shell]:
     # What the gateway logs would else be mixed into what the command prints: they share a process here.
     with structlog.testing.capture_logs():
-        async with run_fake_gateway() as (gateway, _, _):
-            address = urlsplit(gateway.ops_url)
-            yield Shell(
-                gateway,
-                {
-                    "GATEWAY_OPS_HOST": str(address.hostname),
-                    "GATEWAY_OPS_PORT": str(address.port),
-                    "GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN,
-                },
-            )
+        async with run_real_gateway(valkey) as gateway:
+            yield Shell(gateway, admin_environment(gateway.ops_url))

@@ -1,15 +1,18 @@
+"""Commands for usage, tasks, submissions, refunds and webhooks."""
+
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from service.usecases.ports import SubmitOutcome
-from tests.cli.conftest import Shell
+from tests.behaviour.webhook_receiver import make_secret, run_receiver
+from tests.cli.conftest import UNREACHABLE_URL, Shell, run_command
 
 
 async def create_usage(shell: Shell) -> tuple[dict[str, Any], str]:
-    """Create a finished task and a submission of unknown outcome."""
+    """Create a finished task and a submission of unknown outcome, at noon so that all of it is of one day."""
     gateway = shell.gateway
     task = await gateway.wait_for_task((await gateway.submit()).json()["id"])
     await gateway.upstream.lose_next_response()
@@ -17,44 +20,28 @@ async def create_usage(shell: Shell) -> tuple[dict[str, Any], str]:
 
 
 async def test_usage(shell: Shell) -> None:
-    """Usage is shown by day, tenant and kind, with a sum and unknown outcomes."""
+    """Usage is printed with a sum and unknown outcomes, or as the gateway's JSON or CSV."""
+    assert len(await shell.run_table("usage")) == 4
     _, unknown = await create_usage(shell)
+    report = await shell.get_admin("/usage")
+    day = report["to"]
     first, _, head, vector, face, total, _, marked_head, marked = await shell.run_table("usage")
-    assert first == ["From 2026-09-01 to 2026-09-21, in UTC."]
-    assert head[:6] == ["PERIOD", "TENANT", "KIND", "RUNNING", "SUCCEEDED", "FAILED"]
-    assert head[-5:] == ["REFUNDED", "CHARGED", "CHARGED YUAN", "USES", "YUAN"]
-    assert vector == ["2026-09-21", "shop", "vectorize", *"00010001000"]
-    assert face == ["2026-09-21", "shop", "face-enhance", *"01000001010"]
+    assert first == [f"From {report['from']} to {day}, in UTC."]
+    assert (head[:4], head[-2:]) == (["PERIOD", "TENANT", "KIND", "RUNNING"], ["USES", "YUAN"])
+    assert vector == [day, "shop", "vectorize", *"00010001000"]
+    assert face == [day, "shop", "face-enhance", *"01000001010"]
     assert total == ["total", "-", "-", *"01010002010"]
-    assert (marked_head[0], marked) == ("UNKNOWN SUBMISSION", [unknown, "shop", "vectorize", "2026-09-21"])
-
-
-async def test_usage_options(shell: Shell) -> None:
-    """The options are passed on, and JSON is the gateway's response."""
-    await create_usage(shell)
-    shown = await shell.run_json(
-        *("usage", "--from", "2026-09-20", "--to", "2026-09-21", "--interval", "month"),
-        *("--group-by", "tenant", "--tenant", "shop"),
-    )
-    query = "from=2026-09-20&to=2026-09-21&interval=month&group_by=tenant&tenant=shop"
-    assert shown == await shell.get_admin(f"/usage?{query}")
-    assert [(item["period"], item["tenant"], item["kind"]) for item in shown["items"]] == [("2026-09", "shop", None)]
-
-
-async def test_usage_as_csv(shell: Shell) -> None:
-    """CSV is the gateway's response."""
-    await create_usage(shell)
-    printed = (await shell.run("usage", "--csv", "--interval", "total", "--group-by", "none")).stdout_bytes
-    head, row, end = printed.split(b"\r\n")
-    assert head.startswith(b"period,tenant,tenant_id,kind,tasks_running,")
-    assert (row, end) == (b"2026-09-01/2026-09-21,,,,0,1,0,1,0,0,2,0,0,0,1,0,0,0,0,0,0", b"")
+    assert (marked_head[0], marked) == ("UNKNOWN SUBMISSION", [unknown, "shop", "vectorize", day])
+    options = f"usage --from {day} --to {day} --interval month --group-by tenant --tenant shop"
+    query = f"from={day}&to={day}&interval=month&group_by=tenant&tenant=shop"
+    assert await shell.run_json(*options.split()) == await shell.get_admin(f"/usage?{query}")
+    head_line, row, _ = (await shell.run(*options.split(), "--csv")).stdout_bytes.split(b"\r\n")
+    assert head_line.startswith(b"period,tenant,tenant_id,kind,tasks_running,")
+    assert row.startswith(f"{day[:7]},shop,".encode())
 
 
 async def test_reused_name(shell: Shell) -> None:
     """Deleted tenants of the same name are distinguished by their ids."""
-    await shell.run("tenant", "create", "other", "--account", "main")
-    other = await shell.gateway.new_token("other")
-    await shell.gateway.submit(token=other)
     ids = []
     for _ in range(2):
         await shell.gateway.submit()
@@ -62,115 +49,133 @@ async def test_reused_name(shell: Shell) -> None:
         await shell.run("tenant", "delete", "shop", "--force")
         await shell.run("tenant", "create", "shop", "--account", "main")
         shell.gateway.token = await shell.gateway.new_token()
-    tenants = [line[1] for line in (await shell.run_table("usage"))[3:6]]
-    assert tenants == ["other", f"shop ({ids[0]})", f"shop ({ids[1]})"]
+    assert [line[1] for line in (await shell.run_table("usage"))[3:5]] == [f"shop ({number})" for number in ids]
 
 
-async def test_no_usage(shell: Shell) -> None:
-    """Without usage the head and the sum are printed."""
-    assert len(await shell.run_table("usage")) == 4
-
-
-async def test_refund_of_a_task(shell: Shell) -> None:
-    """A task is refunded once, and its submission and usage show the reason."""
-    task, _ = await create_usage(shell)
-    shown = dict(await shell.run_table("refund", task["id"], "--reason", "It came out\nblank."))
-    assert (shown["task:"], shown["state of the task:"]) == (task["id"], "succeeded")
-    assert (shown["tenant:"], shown["account:"], shown["kind:"]) == ("shop", "main", "face-enhance")
+async def test_refund(shell: Shell) -> None:
+    """A task or a submission is refunded once, and its submission and usage show the reason."""
+    task, unknown = await create_usage(shell)
+    shown = await shell.run_record("refund", task["id"], "--reason", "It came out\nblank.")
+    assert (shown["task:"], shown["tenant:"], shown["account:"]) == (task["id"], "shop", "main")
     assert (shown["cost:"], shown["refunded:"]) == ("1 use, 0 yuan, estimated", "1 use, 0 yuan")
     assert shown["reason:"] == "It came out blank."
-    assert dict(await shell.run_table("submission", shown["submission:"])) == shown
+    assert await shell.run_record("submission", shown["submission:"]) == shown
     refund = (await shell.run_table("usage"))[-1]
-    assert refund[:6] == [shown["submission:"], "shop", "face-enhance", "2026-09-21", "1", "0"]
+    assert (refund[:3], refund[4:6]) == ([shown["submission:"], "shop", "face-enhance"], ["1", "0"])
     assert refund[6:] == [shown["refunded at:"], "It came out blank."]
     again = await shell.run("refund", task["id"], "--reason", "once more", code=1)
-    assert again.stderr.startswith(f"Conflict: Submission {shown['submission:']} was refunded before, at 2026-")
-    assert again.stderr.endswith("with this reason: It came out blank.\n")
-
-
-async def test_refund_of_a_submission(shell: Shell) -> None:
-    """A submission of unknown outcome is refunded by its id."""
-    _, unknown = await create_usage(shell)
-    shown = await shell.run_json("refund", unknown, "--reason", "outcome unknown")
-    assert shown["refund"]["reason"] == "outcome unknown"
-    assert shown == await shell.get_admin(f"/submissions/{unknown}") == await shell.run_json("submission", unknown)
-    assert dict(await shell.run_table("submission", unknown))["balance suggests:"] == "cannot-tell"
+    assert again.stderr.startswith(f"Conflict: Submission {shown['submission:']} was refunded before")
+    other = await shell.run_json("refund", unknown, "--reason", "outcome unknown")
+    assert other == await shell.get_admin(f"/submissions/{unknown}") == await shell.run_json("submission", unknown)
+    assert (await shell.run_record("submission", unknown))["balance suggests:"] == "cannot-tell"
 
 
 @pytest.mark.parametrize("option", ["--task", "--submission"])
-async def test_old_options_of_refunds(shell: Shell, option: str) -> None:
+async def test_former_options_of_refunds(shell: Shell, option: str) -> None:
     task, _ = await create_usage(shell)
     assert (await shell.run_json("refund", option, task["id"], "--reason", "blank"))["task"]["id"] == task["id"]
 
 
-async def test_task(shell: Shell) -> None:
-    """A task is shown by its own id or by that of its submission."""
+async def test_tasks(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks are shown by their own id or that of the submission, and listed over several pages, newest first."""
     task, _ = await create_usage(shell)
-    shown = dict(await shell.run_table("task", "show", task["id"]))
+    shown = await shell.run_record("task", "show", task["id"])
     assert (shown["tenant:"], shown["account:"], shown["kind:"]) == ("shop", "main", "face-enhance")
     assert (shown["state:"], shown["cost:"]) == ("succeeded", "1 use, 0 yuan, estimated")
-    assert dict(await shell.run_table("task", "show", shown["submission:"])) == shown
-    assert dict(await shell.run_table("submission", task["id"]))["submission:"] == shown["submission:"]
+    assert await shell.run_record("task", "show", shown["submission:"]) == shown
+    assert (await shell.run_record("submission", task["id"]))["submission:"] == shown["submission:"]
     assert await shell.run_json("task", "show", task["id"]) == await shell.get_admin(f"/tasks/{task['id']}")
 
-
-async def test_tasks(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newest tasks of a tenant are listed, over several pages if necessary."""
     monkeypatch.setattr("service.cli.usage._MAX_PAGE_SIZE", 1)
     for kind in ("upscale", "vectorize", "upscale"):
         await shell.gateway.submit(kind)
     head, *lines = await shell.run_table("task", "list", "--tenant", "shop", "--kind", "upscale", "--state", "queued")
     assert (head[2:4], head[-1]) == (["KIND", "STATE"], "SUBMISSION")
     items = (await shell.get_admin("/tasks?tenant=shop&kind=upscale"))["items"]
-    assert [line[-1] for line in lines] == [item["submission"] for item in items]
-    assert [line[2:4] for line in lines] == [["upscale", "queued"]] * 2
+    assert [(*line[2:4], line[-1]) for line in lines] == [("upscale", "queued", item["submission"]) for item in items]
+    assert len(items) == 2
     arguments = ("task", "list", "--tenant", "shop", "--limit", "2")
     assert await shell.run_json(*arguments) == await shell.get_admin("/tasks?tenant=shop&limit=2")
     assert '"money": 0,' in (await shell.run(*arguments, "--json")).stdout  # no 0.0
 
 
-async def test_free_submission(shell: Shell) -> None:
-    """A rejected submission cost nothing and cannot be refunded."""
-    await shell.gateway.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
-    await shell.gateway.submit()
-    ledger: Any = shell.gateway.services.submissions.ledger
-    (refused,) = ledger.reservations
-    shown = dict(await shell.run_table("submission", refused))
-    assert (shown["outcome:"], shown["task:"], shown["cost:"], shown["refunded:"]) == ("refused", "-", "-", "-")
-    answer = await shell.run("refund", refused, "--reason", "x", code=1)
-    assert answer.stderr == f"Conflict: Submission {refused} cost nothing: it is refused.\n"
+async def test_webhooks(shell: Shell, tmp_path: Path) -> None:
+    """A webhook can be set with a secret of its own or a generated one, which is printed once, and rotated."""
+    update = ("tenant", "update", "shop")
+    (tmp_path / "secret").write_text(make_secret() + "\n")
+    async with run_receiver() as receiver:
+        hook = ("--webhook-url", receiver.url, "--webhook-allow", "127.0.0.0/8", "--webhook-allow", "hooks.test")
+        generated = await shell.run(*update, *hook)
+        assert generated.stdout.count("whsec_") == 1
+        unchanged, shown = await shell.run(*update, *hook), await shell.run("tenant", "show", "shop")
+        assert "whsec_" not in unchanged.stdout + shown.stdout
+        assert f"{receiver.url}\n" in shown.stdout
+        given = await shell.run(*update, "--webhook-secret-file", str(tmp_path / "secret"))
+        assert given.stdout.split() == ["webhook", "secret:", "changed"]
+        await deliver_webhook(shell)
+        assert receiver.requests[0].is_signed_with(make_secret())
+
+        rotated = await shell.run("webhook", "rotate-secret", "shop", "--grace", "7d")
+        assert "signs too until" in rotated.stderr
+        assert "signs too" not in (await shell.run("webhook", "rotate-secret", "shop")).stderr
+        newest = await shell.run_json("webhook", "rotate-secret", "shop")
+        await deliver_webhook(shell)
+        assert receiver.requests[1].is_signed_with(newest["secret"])
+        assert not receiver.requests[1].is_signed_with(rotated.stdout.strip())
+
+
+async def test_failed_deliveries(shell: Shell) -> None:
+    """Failed deliveries are listed, and redelivered by id; a disabled URL is enabled by an update."""
+    async with run_receiver() as receiver:
+        update = ("tenant", "update", "shop", "--webhook-url", receiver.url)
+        await shell.run(*update, "--webhook-allow", "127.0.0.0/8")
+        receiver.statuses = [410]
+        await deliver_webhook(shell)
+        _, line = await shell.run_table("webhook", "failed", "--limit", "1")
+        assert (line[1:5], line[6]) == (["shop", "off", "1", "410"], receiver.url)
+        assert await shell.run_json("webhook", "failed") == await shell.get_admin("/webhooks/failed")
+        _, again = await shell.run_table("webhook", "redeliver", line[0])
+        assert again[:4] == [line[0], "shop", "pending", "0"]
+        assert (await shell.run_json("webhook", "redeliver", line[0]))["state"] == "pending"
+        assert await shell.run_json("webhook", "failed") == {"items": []}
+        assert await shell.run_table(*update) == [["disabled URLs:", f"{receiver.url} -> -"]]
+
+
+async def deliver_webhook(shell: Shell) -> None:
+    """Finish a task, which sends its webhook."""
+    await shell.gateway.wait_for_task((await shell.gateway.submit()).json()["id"])
+    while await shell.gateway.services.webhook_dispatcher.start_due():
+        await shell.gateway.services.webhook_dispatcher.wait_idle()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "option"),
     [
-        (("usage", "--csv", "--json"), "Use --csv or --json, not both."),
-        (("usage", "--interval", "week"), "must be day or month or total"),
-        (("refund", "--reason", "x"), "The ID of one task or submission is required."),
-        (("refund", "a", "--submission", "b", "--reason", "x"), "The ID of one task or submission is required."),
-        (("refund", "a"), "--reason is required"),
-        (("task", "list"), "--tenant is required"),
-        (("submission",), "ID is required"),
+        ("usage --csv --json", "--csv"),
+        ("usage --interval week", "--interval"),
+        ("refund --reason x", "ID"),
+        ("refund a --submission b --reason x", "ID"),
+        ("refund a", "--reason"),
+        ("task list", "--tenant"),
+        ("submission", "ID"),
     ],
 )
-async def test_usage_errors(shell: Shell, arguments: tuple[str, ...], message: str) -> None:
-    """Usage errors are reported without a request."""
-    assert message in (await shell.run(*arguments, code=2)).stderr
+def test_usage_errors(arguments: str, option: str) -> None:
+    """Without a request: the exit code of an unreachable gateway would be 1."""
+    result = run_command(*arguments.split(), "--url", UNREACHABLE_URL, code=2, env={"GATEWAY_ADMIN_TOKEN": "t"})
+    assert option in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("usage", "--from", "yesterday"), "Invalid options:\n  from: must be a day such as 2026-01-31\n"),
-        (("usage", "--tenant", "unknown", "--csv"), "Invalid options:\n  tenant: there is and was no tenant"),
-        (("submission", "f" * 32), "Not found: There is no such submission.\n"),
-        (("refund", "--task", "task_x", "--reason", "x"), "Not found: There is no such task.\n"),
-        (("task", "show", "task_x"), "Not found: There is no such task.\n"),
-        (("task", "list", "--tenant", "unknown"), "Not found: There is and was no tenant of this name.\n"),
-        (("refund", "--submission", "../x", "--reason", "x"), "Not found: There is no such submission.\n"),
-        (("refund", "--submission", "x", "--reason", " "), "Invalid options:\n  reason: must not be blank\n"),
-    ],
-)
-async def test_refused(shell: Shell, arguments: tuple[str, ...], message: str) -> None:
-    """The gateway's error detail is printed."""
-    assert message in (await shell.run(*arguments, code=1)).stderr
+async def test_refused(shell: Shell) -> None:
+    """The gateway's error is printed."""
+    for arguments, error in (
+        ("usage --from yesterday", "Invalid options:\n  from: "),
+        ("usage --tenant unknown --csv", "Invalid options:\n  tenant: "),
+        (f"submission {'f' * 32}", "Not found: "),
+        ("refund task_x --reason x", "Not found: "),
+        ("refund ../x --reason x", "Not found: "),
+        ("refund x --reason=", "Invalid options:\n  reason: "),
+        ("task show task_x", "Not found: "),
+        ("task list --tenant unknown", "Not found: "),
+    ):
+        assert (await shell.run(*arguments.split(), code=1)).stderr.startswith(error), arguments
