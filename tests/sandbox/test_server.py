@@ -1,4 +1,4 @@
-"""The sandbox as a server: start, end, and several in one process."""
+"""The sandbox as a server: start, end, several in one process, restarts and bounded storage."""
 
 from __future__ import annotations
 
@@ -6,34 +6,66 @@ import asyncio
 import signal
 import socket
 import sys
+import tempfile
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
-from service.sandbox.app import SandboxConfig, open_sandbox, serve
+import service.sandbox.store
+from service.sandbox.app import RunningSandbox, SandboxConfig, open_sandbox, serve
 from service.sandbox.faults import Behaviour, Fault
-from service.sandbox.store import AccountBalance
-from tests.sandbox.client import open_client
+from service.sandbox.forms import Options
+from service.sandbox.store import AccountBalance, State, Store, Task
+from tests.sandbox.conftest import SandboxClient, open_client
 
-CONFIG = SandboxConfig(accounts={"key": AccountBalance(9, 0)}, seconds=0)
+CONFIG = SandboxConfig(accounts={"key": AccountBalance(3, 10)}, seconds=0)
+PROGRAM = """
+import asyncio, pathlib, sys
+from service.sandbox.app import SandboxConfig, serve
+from service.sandbox.store import AccountBalance
+config = SandboxConfig(folder=pathlib.Path(sys.argv[1]), accounts={"key": AccountBalance(3, 10)}, seconds=0)
+asyncio.run(serve(config, "127.0.0.1", 0, on_ready=lambda url: print(url, flush=True)))
+# The image libraries take most of a second to import: not before the first image.
+print({"cv2", "numpy", "PIL", "vtracer", "litestar"} & set(sys.modules))
+"""
+
+
+@asynccontextmanager
+async def run_sandbox(folder: Path, seconds: float = 0) -> AsyncIterator[tuple[RunningSandbox, SandboxClient]]:
+    config = SandboxConfig(folder=folder, accounts=CONFIG.accounts, seconds=seconds)
+    async with open_sandbox(config) as sandbox, open_client(sandbox.url) as client:
+        yield sandbox, client
+
+
+async def start_process(folder: Path) -> tuple[asyncio.subprocess.Process, str]:
+    """Start a sandbox as a process; return it with its URL."""
+    pipe = asyncio.subprocess.PIPE
+    command = (sys.executable, "-W", "error", "-c", PROGRAM, str(folder))
+    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
+    assert process.stdout is not None
+    return process, (await process.stdout.readline()).decode().strip()
 
 
 async def test_sandboxes_share_a_process() -> None:
-    """Several sandboxes run side by side, each with its own accounts and behaviour."""
+    """Several sandboxes run side by side, each with its own accounts and behaviour; signals are not theirs."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     async with open_sandbox(CONFIG) as first, open_sandbox(CONFIG) as second:
-        await first.control.set_account("key", AccountBalance(1, 0))
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
         await first.control.set_behaviour(Behaviour(faults=(Fault(reject="忙"),)))
         async with open_client(first.url) as client:
             assert (await client.submit()).json()["err_code"] == 1
         async with open_client(second.url) as client:
-            assert (await client.submit()).json()["remaining_count"] == 8
+            assert (await client.submit()).json()["remaining_count"] == 2
 
 
 async def test_closing_cuts_hanging_requests() -> None:
     """A sandbox closes at once although requests hang, are delayed, or keep their connection open."""
     threads = threading.active_count()
     faults = (Fault(times=1, reply="hang"), Fault(times=1, latency=3600), Fault(times=1))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         async with open_sandbox(CONFIG) as sandbox, open_client(sandbox.url) as client:
             await sandbox.control.set_behaviour(Behaviour(seconds=3600, faults=faults))
             submits = [asyncio.ensure_future(client.submit()) for _ in faults]
@@ -44,21 +76,10 @@ async def test_closing_cuts_hanging_requests() -> None:
     assert threading.active_count() == threads
 
 
-async def test_running_installs_no_signal_handlers() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    async with open_sandbox(CONFIG):
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-async def test_port_can_be_chosen() -> None:
-    """A sandbox listens on the given port, and fails if that is in use."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(OSError, match="in use"):
-            async with open_sandbox(CONFIG, port=port):
-                pass
-    async with open_sandbox(CONFIG, port=port) as sandbox:
-        assert sandbox.url == f"http://127.0.0.1:{port}"
+async def test_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
+        async with open_sandbox(CONFIG, port=taken.getsockname()[1]):
+            pass
 
 
 @pytest.mark.parametrize(("host", "named"), [("0.0.0.0", "127.0.0.1"), ("::1", "[::1]")])
@@ -69,25 +90,6 @@ async def test_url_can_be_called(host: str, named: str) -> None:
         assert (await client.check("1"))["err_code"] == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_serving_ends_with_a_signal(number: signal.Signals) -> None:
-    """As a process the sandbox prints its URL, and exits with 0 on a signal."""
-    program = (
-        "import asyncio\n"
-        "from service.sandbox.app import SandboxConfig, serve\n"
-        "asyncio.run(serve(SandboxConfig(), '127.0.0.1', 0, on_ready=lambda url: print(url, flush=True)))\n"
-        "print('ended')\n"
-    )
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-W", "error", "-c", program, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    assert process.stdout is not None
-    assert (await process.stdout.readline()).startswith(b"http://127.0.0.1:")
-    process.send_signal(number)
-    assert await process.communicate() == (b"ended\n", b"")
-    assert process.returncode == 0
-
-
 async def test_serving_ends_when_cancelled() -> None:
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(serve(CONFIG, "127.0.0.1", 0, on_ready=ready.set_result))
@@ -95,15 +97,95 @@ async def test_serving_ends_when_cancelled() -> None:
     server.cancel()
     with pytest.raises(asyncio.CancelledError):
         await server
-    with socket.create_server(("127.0.0.1", int(url.rpartition(":")[2]))):
-        pass
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
 
 
-async def test_no_image_library_before_the_first_image() -> None:
-    """Starting imports none of the image libraries, which take most of a second."""
-    program = (
-        "import sys, service.sandbox.app\nprint({'cv2', 'numpy', 'PIL', 'vtracer', 'litestar'} & set(sys.modules))\n"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_serving_ends_with_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+    process, url = await start_process(tmp_path)
+    assert url.startswith("http://127.0.0.1:")
+    process.send_signal(number)
+    assert await process.communicate() == (b"set()\n", b"")
+    assert process.returncode == 0
+
+
+async def test_killed_process_loses_no_accepted_task(tmp_path: Path) -> None:
+    process, url = await start_process(tmp_path)
+    async with open_client(url) as client:
+        task_id = await client.submit_accepted("submit_vector_task")
+        process.kill()
+        await process.communicate()
+    async with run_sandbox(tmp_path) as (sandbox, client):
+        await sandbox.control.wait_until_idle()
+        answer = await client.check(task_id)
+        assert (answer["status"], answer["remaining_count"]) == ("Completed", 2)
+
+
+async def test_restart(tmp_path: Path) -> None:
+    """Finished tasks, results and balances survive a restart; an unfinished task ends, or fails without its input."""
+    async with run_sandbox(tmp_path) as (sandbox, client):
+        finished = await client.submit_accepted()
+        await sandbox.control.wait_until_idle()
+        content = (await client.http.get((await client.check(finished))["grid_url"])).content
+        await sandbox.control.set_behaviour(Behaviour(seconds=0.3))
+        unfinished, lost = [await client.submit_accepted() for _ in range(2)]
+    (tmp_path / "tasks" / lost / "input").unlink()
+    async with run_sandbox(tmp_path) as (sandbox, client):
+        answer = await client.check(finished)
+        assert (answer["status"], answer["remaining_count"]) == ("Completed", 0)
+        assert (await client.http.get(answer["grid_url"])).content == content
+        await sandbox.control.wait_until_idle()
+        assert [(await client.check(task_id))["status"] for task_id in (unfinished, lost)] == ["Completed", "Failed"]
+        assert await sandbox.control.list_accounts() == {"key": AccountBalance(0, 10)}
+
+
+async def test_files_of_ended_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ended task keeps only its results, a refused submit nothing, and the temporary folder is removed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    async with open_sandbox(CONFIG) as sandbox, open_client(sandbox.url) as client:
+        task_id = await client.submit_accepted()
+        await sandbox.control.set_account("key", AccountBalance(0, 0))
+        assert (await client.submit()).json()["err_code"] == 1
+        await sandbox.control.wait_until_idle()
+        (tasks,) = tmp_path.rglob("tasks")
+        files = {str(path.relative_to(tasks)) for path in tasks.rglob("*") if path.is_file()}
+        assert files == {f"{task_id}/image.png", f"{task_id}/grid.png"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def make_task(number: int, state: State = "open") -> Task:
+    return Task(
+        id=str(number), user_key="key", kind="face", options=Options(), ready_at=0, is_charged=True, state=state
     )
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
-    output, _ = await process.communicate()
-    assert output == b"set()\n"
+
+
+@pytest.mark.parametrize(("most_tasks", "most_bytes", "kept"), [(2, 1000, {3, 4}), (9, 25, {3, 4}), (9, 5, {4})])
+def test_oldest_ended_tasks_are_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_tasks: int, most_bytes: int, kept: set[int]
+) -> None:
+    """Beyond a number of tasks or bytes the oldest ended ones are deleted; running ones stay."""
+    monkeypatch.setattr(service.sandbox.store, "MAX_TASKS", most_tasks)
+    monkeypatch.setattr(service.sandbox.store, "MAX_BYTES", most_bytes)
+    store = Store(tmp_path, {})
+    for number in range(5):
+        store.add_task(make_task(number), AccountBalance(0, 0))
+        if number > 0:
+            store.finish_task(make_task(number, "completed"), 10)
+    folders = store.prune_tasks()
+    assert {number for number in range(5) if store.get_task(str(number))} == kept | {0}
+    assert folders == [store.task_folder(str(number)) for number in (3, 2, 1) if number not in kept]
+    store.close()
+
+
+async def test_files_of_deleted_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are deleted with the tasks, those of a submit that never became a task at the next start."""
+    monkeypatch.setattr(service.sandbox.store, "MAX_TASKS", 1)
+    (tmp_path / "tasks" / "9").mkdir(parents=True)
+    async with run_sandbox(tmp_path) as (sandbox, client):
+        task_ids = []
+        for _ in range(3):
+            task_ids.append(await client.submit_accepted())
+            await sandbox.control.wait_until_idle()
+        assert [(await client.check(task_id))["err_code"] for task_id in task_ids] == [1, 1, 0]
+    assert [folder.name for folder in (tmp_path / "tasks").iterdir()] == task_ids[-1:]
