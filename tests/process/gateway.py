@@ -9,14 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx2
-
-from tests.support.network import reserve_port
 
 TIMEOUT_SECONDS = 30.0
 
@@ -27,9 +25,9 @@ def gateway_command(*words: str) -> list[str]:
 
 
 def gateway_environment(folder: Path, **settings: str) -> dict[str, str]:
-    """Return the environment of a gateway with its data in a folder and on free ports, without our own settings."""
+    """Return the environment of a gateway with its data in a folder and any free ports, without our own settings."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
-    ports = {f"GATEWAY_{name}": str(reserve_port()) for name in ("PORT", "OPS_PORT", "SANDBOX_PORT")}
+    ports = {f"GATEWAY_{name}": "0" for name in ("PORT", "OPS_PORT", "SANDBOX_PORT")}
     return own | ports | {"GATEWAY_DATA_DIR": str(folder)} | settings
 
 
@@ -50,10 +48,10 @@ def is_alive(pid: int) -> bool:
 
 @dataclass
 class GatewayProcess:
-    """A running `gateway serve`."""
+    """A running `gateway serve`; once it listens, `environ` has its ports."""
 
     process: subprocess.Popen[bytes]
-    environ: Mapping[str, str]
+    environ: dict[str, str]
     stdout_path: Path
     log_path: Path
     token: str = ""
@@ -61,22 +59,34 @@ class GatewayProcess:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.environ['GATEWAY_PORT']}"
+        return self._address("tenants", "GATEWAY_PORT")
 
     @property
     def ops_url(self) -> str:
-        return f"http://127.0.0.1:{self.environ['GATEWAY_OPS_PORT']}"
+        return self._address("operators", "GATEWAY_OPS_PORT")
+
+    def _address(self, port: str, setting: str) -> str:
+        if self.environ[setting] == "0":  # it is in the log then
+            match = re.search(rf'{port}(?:=|": ?")http://127\.0\.0\.1:(\d+)', self.log_path.read_text())
+            assert match, "it does not listen"
+            self.environ[setting] = match[1]
+        return f"http://127.0.0.1:{self.environ[setting]}"
 
     def wait_ready(self) -> None:
         """Wait until it is ready, and in development until it has printed the token."""
         wait_until(self._is_ready, "readiness")
+        if self.environ.get("GATEWAY_ROLE") != "worker":
+            assert self.url
         match = re.search(r"token: (igw_\w+)", self.stdout_path.read_text())
         self.token = match[1] if match else ""
         listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         self.child_pids = [int(pid) for pid in listed.split()]
 
     def _is_ready(self) -> bool:
-        assert self.process.poll() is None, self.log_path.read_text()
+        log = self.log_path.read_text()
+        assert self.process.poll() is None, log
+        if self.environ["GATEWAY_OPS_PORT"] == "0" and "gateway.started" not in log:
+            return False
         try:
             if httpx2.get(f"{self.ops_url}/readyz").status_code != 200:
                 return False
@@ -84,6 +94,9 @@ class GatewayProcess:
             return False
         introduces = "GATEWAY_ENV" not in self.environ and self.environ.get("GATEWAY_ROLE") != "worker"
         return not introduces or "Ctrl-C stops it." in self.stdout_path.read_text()
+
+    def wait_for_log(self, event: str) -> None:
+        wait_until(lambda: event in self.log_path.read_text(), event)
 
     def run_curl_example(self) -> httpx2.Response:
         """Send the request of the printed `curl` line."""

@@ -1,51 +1,68 @@
-"""`gateway serve` in development and in production."""
+"""The start of `gateway serve`: in development and in production, with a store of another version, and traced."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 import socket
-import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx2
+import pytest
+from redis import Redis
+
+from service.crypto import generate_secret_key
+from service.storage.redis import DATA_VERSION, Keys
+from tests.cli.conftest import run_command
+from tests.process.gateway import is_alive, run_gateway, start_gateway, wait_until
+from tests.process.sandbox import ADMIN_TOKEN, SandboxProcess, run_sandbox
+from tests.support.traces import run_collector
+from tests.support.valkey import Valkey, run_valkey
+
+SHORT_LOCK_PROGRAM = """
+from service.cli import main
+from service import devstack
+devstack._LOCK_SECONDS = 0.1
+main(["serve"])
+"""
+WITHOUT_EXTRA_HOOK = """
 import sys
 from pathlib import Path
 
-import pytest
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith(("service.telemetry.tracing_otel", "requests")):
+            Path(MARK).touch()
+        if name.startswith(("opentelemetry.sdk", "opentelemetry.exporter", "requests")):
+            raise ModuleNotFoundError(name)
 
-from service import __version__
-from service.crypto import generate_secret_key
-from tests.process.gateway import gateway_command, gateway_environment, is_alive, run_gateway, start_gateway, wait_until
-from tests.support.valkey import Valkey
-
-PROBE = """
-import sys
-from service.cli import main
-try:
-    main(["--help"])
-except SystemExit:
-    print([name for name in ("cv2", "httpx2", "litestar", "numpy", "redis", "uvicorn") if name in sys.modules])
+sys.meta_path.insert(0, Watch())
 """
-ADMIN_TOKEN = "an-admin-token-of-forty-characters-or-so"
 
 
-def run_command(*words: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(gateway_command(*words), env=env, capture_output=True, text=True, timeout=60, check=False)
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[SandboxProcess]:
+    with run_sandbox() as sandbox:
+        yield sandbox
 
 
 def test_first_start_and_second(tmp_path: Path) -> None:
-    """The printed command works as pasted; a second start keeps the token, the task and the usage."""
+    """The printed command works as pasted; a start after a kill keeps the token, the tasks and the usage."""
     with run_gateway(tmp_path) as gateway:
         token, answer = gateway.token, gateway.run_curl_example()
         assert answer.status_code == 201, answer.text
         task = answer.json()["links"]["self"]
         assert gateway.wait_finished(task)["state"] == "succeeded"
-        ports = {name: gateway.environ[name] for name in ("GATEWAY_PORT", "GATEWAY_OPS_PORT", "GATEWAY_SANDBOX_PORT")}
         running = gateway.run_curl_example().json()["links"]["self"]
         assert gateway.stop(signal.SIGKILL) == -signal.SIGKILL
         wait_until(lambda: not any(is_alive(pid) for pid in gateway.child_pids), "the end of its children")
-    assert "Traceback" not in gateway.log_path.read_text()
-    assert "\x1b[" not in gateway.log_path.read_text()
-    assert token not in gateway.log_path.read_text()
-    with run_gateway(tmp_path, **ports) as gateway:
+    log = gateway.log_path.read_text()
+    assert not any(text in log for text in ("Traceback", "\x1b[", token))
+    with run_gateway(tmp_path) as gateway:
         assert gateway.token == token
         assert gateway.call("GET", task).json()["state"] == "succeeded"
         assert gateway.wait_finished(running)["state"] == "succeeded"
@@ -67,54 +84,31 @@ def test_production(tmp_path: Path, valkey: Valkey) -> None:
     }
     with run_gateway(tmp_path, **settings) as gateway:
         assert gateway.child_pids == []
-        env = dict(gateway.environ) | {"UPSTREAM_KEY": "the-user-key-of-the-account"}
-        for words in (
-            ("account", "create", "main", "--user-key-env", "UPSTREAM_KEY"),
-            ("tenant", "create", "shop", "--account", "main", "--limit", "day:tasks=2"),
-        ):
-            done = run_command(*words, env=env)
-            assert done.returncode == 0, done.stderr
+        env = gateway.environ | {"UPSTREAM_KEY": "the-user-key-of-the-account"}
+        run_command("account", "create", "main", "--user-key-env", "UPSTREAM_KEY", env=env)
+        run_command("tenant", "create", "shop", "--account", "main", "--limit", "day:tasks=2", env=env)
         gateway.token = run_command("token", "create", "shop", env=env).stdout.strip()
         gateway.call("GET", "/v1/quota").raise_for_status()
         assert gateway.call("GET", "/admin/v1/accounts").status_code == 404
         assert gateway.stop() == 0
     lines = gateway.log_path.read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    result = {event["event"] for event in events}
-    assert {
-        "gateway.started",
-        "account.updated",
-        "tenant.updated",
-        "token.created",
-        "request.ended",
-        "shutdown.begun",
-    } <= result
+    events = {json.loads(line)["event"] for line in lines}
+    assert {"gateway.started", "account.updated", "token.created", "request.ended", "shutdown.begun"} <= events
     for secret in (ADMIN_TOKEN, key, "the-user-key-of-the-account", gateway.token):
         assert all(secret not in line for line in lines)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "out.txt"]
 
 
-def test_worker_checks_tasks_of_the_api(tmp_path: Path) -> None:
-    """An api and a worker process do the main job together; the worker has no tenants' port."""
-    with run_gateway(tmp_path / "all") as local:
-        sandbox = f"http://127.0.0.1:{local.environ['GATEWAY_SANDBOX_PORT']}"
-        shared = {
-            "GATEWAY_REDIS_URL": f"unix://{tmp_path / 'all' / 'valkey.sock'}",
-            "GATEWAY_UPSTREAM_URL": sandbox,
-            "GATEWAY_UPSTREAM_USER_KEY": "sandbox-demo",
-            "GATEWAY_KEY_PREFIX": "apart",
-        }
-        with run_gateway(tmp_path / "api", GATEWAY_ROLE="api", **shared) as api:
-            task = api.run_curl_example().json()["links"]["self"]
-            for name in ("secret.key", "admin.token"):
-                (tmp_path / "worker").mkdir(exist_ok=True)
-                (tmp_path / "worker" / name).write_bytes((tmp_path / "api" / name).read_bytes())
-            with run_gateway(tmp_path / "worker", GATEWAY_ROLE="worker", **shared) as worker:
-                assert api.wait_finished(task)["state"] == "succeeded"
-                with pytest.raises(ConnectionRefusedError), socket.socket() as client:
-                    client.connect(("127.0.0.1", int(worker.environ["GATEWAY_PORT"])))
-                assert "task.finished" in worker.log_path.read_text()
-                assert "task.finished" not in api.log_path.read_text()
+def test_worker_checks_tasks_of_the_api(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
+    """An api and a worker process do the main job together; the worker does not open its tenants' port."""
+    shared = upstream.gateway_settings(valkey)
+    with run_gateway(tmp_path / "api", GATEWAY_ROLE="api", **shared) as api:
+        task = api.run_curl_example().json()["links"]["self"]
+        taken = api.environ["GATEWAY_PORT"]
+        with run_gateway(tmp_path / "worker", GATEWAY_ROLE="worker", GATEWAY_PORT=taken, **shared) as worker:
+            assert api.wait_finished(task)["state"] == "succeeded"
+            worker.wait_for_log("task.finished")
+            assert "task.finished" not in api.log_path.read_text()
 
 
 @pytest.mark.parametrize("name", ["GATEWAY_PORT", "GATEWAY_OPS_PORT", "GATEWAY_SANDBOX_PORT"])
@@ -124,58 +118,126 @@ def test_port_in_use(tmp_path: Path, name: str) -> None:
         port = str(taken.getsockname()[1])
         with start_gateway(tmp_path, **{name: port}) as gateway:
             assert gateway.process.wait(60) == 1
-        last = gateway.log_path.read_text().splitlines()[-1]
-        assert last.startswith("gateway: ")
-        assert port in last or name in last
+    last = gateway.log_path.read_text().splitlines()[-1]
+    assert (last.startswith("gateway: "), port in last, name in last) == (True, True, True)
+    assert "Traceback" not in gateway.log_path.read_text()
+
+
+def test_unusable_folders(tmp_path: Path) -> None:
+    """A locked folder, or one with a damaged sandbox, is reported in one line, and nothing is left running."""
+    (tmp_path / "locked").mkdir()
+    with (tmp_path / "locked" / "valkey.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with start_gateway(tmp_path / "locked", [sys.executable, "-c", SHORT_LOCK_PROGRAM]) as gateway:
+            assert gateway.process.wait(60) == 1
+    assert gateway.log_path.read_text() == f"gateway: another gateway uses the data folder {tmp_path / 'locked'}\n"
+    (tmp_path / "damaged" / "sandbox").mkdir(parents=True)
+    (tmp_path / "damaged" / "sandbox" / "sandbox.sqlite3").write_bytes(b"no database at all" * 100)
+    with start_gateway(tmp_path / "damaged") as gateway:
+        assert gateway.process.wait(60) == 1
+    (line,) = gateway.log_path.read_text().splitlines()
+    assert (line.startswith("gateway: "), line.endswith("file is not a database")) == (True, True)
+
+
+def test_first_start_without_the_store(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
+    """A first start waits for the store, then prints the token; one of another version ends it before any write."""
+    shared = upstream.gateway_settings(valkey)
+    for version in (None, 1):
+        folder = tmp_path / str(version)
+        settings = shared | {"GATEWAY_REDIS_URL": f"unix://{folder / 'store'}"}
+        with start_gateway(folder, **settings) as gateway, run_valkey() as store:
+            gateway.wait_for_log("demo.delayed")
+            assert httpx2.get(f"{gateway.ops_url}/healthz").status_code == 200
+            assert httpx2.get(f"{gateway.ops_url}/readyz").status_code == 503
+            if version is None:
+                (folder / "store").symlink_to(store.socket_path)
+                gateway.wait_ready()
+                assert gateway.run_curl_example().status_code == 201
+                assert gateway.stop() == 0
+                continue
+            with old_data(store, shared["GATEWAY_KEY_PREFIX"]):
+                (folder / "store").symlink_to(store.socket_path)
+                assert gateway.process.wait(60) == 1
+        assert is_version_error(gateway.log_path.read_text().splitlines()[-1])
         assert "Traceback" not in gateway.log_path.read_text()
 
 
-def test_all_settings_errors(tmp_path: Path) -> None:
-    """Invalid settings are reported at once, one per line, and nothing is started."""
-    done = run_command(
-        "serve", env=gateway_environment(tmp_path, GATEWAY_PORT="http", GATEWAY_POLL_SECONDS="0", GATEWAY_PROT="1")
-    )
-    assert done.returncode == 2
-    assert [line.split()[1] for line in done.stderr.splitlines()] == sorted(
-        ["GATEWAY_PROT", "GATEWAY_PORT", "GATEWAY_POLL_SECONDS"],
-        key=["GATEWAY_PROT", "GATEWAY_PORT", "GATEWAY_POLL_SECONDS"].index,
-    )
-    assert list(tmp_path.iterdir()) == []
+@contextmanager
+def old_data(store: Valkey, prefix: str) -> Iterator[None]:
+    """Write data of version 1, which must not change within the block."""
+    with Redis(unix_socket_path=str(store.socket_path)) as client:
+        client.set(Keys(prefix).data_version, 1)
+        client.set(f"{{{prefix}}}:registry", "of another form")
+        before = {key: client.dump(key) for key in client.scan_iter()}
+        yield
+        assert {key: client.dump(key) for key in client.scan_iter()} == before
 
 
-def test_small_commands(tmp_path: Path) -> None:
-    """Version, help and OpenAPI documents."""
-    env = gateway_environment(tmp_path)
-    assert run_command("--version", env=env).stdout == f"gateway, version {__version__}\n"
-    for name in ("serve", "demo", "sandbox", "openapi", "account", "tenant", "token"):
-        assert name in run_command("--help", env=env).stdout
-    written = Path(__file__).parents[2] / "openapi"
-    assert run_command("openapi", "--folder", str(written), "--check", env=env).returncode == 0
-    (tmp_path / "gateway.yaml").write_text("stale")
-    stale = run_command("openapi", "--folder", str(tmp_path), "--check", env=env)
-    assert stale.returncode == 1
-    assert "make openapi" in stale.stderr
+def is_version_error(line: str) -> bool:
+    """Return whether a line reports the data version and the remedy."""
+    words = ("has version 1,", f"uses version {DATA_VERSION}:", "deploy/OPERATIONS.md")
+    return line.startswith("gateway: ") and all(word in line for word in words)
 
 
-def test_demo(tmp_path: Path) -> None:
-    """The demo succeeds; without a gateway it prints one line that names how to start one."""
-    alone = run_command("demo", "--folder", str(tmp_path / "results"), env=gateway_environment(tmp_path))
-    assert alone.returncode == 1
-    assert "make run" in alone.stdout + alone.stderr
-    with run_gateway(tmp_path / "data", GATEWAY_POLL_SECONDS="0.2") as gateway:
-        done = run_command("demo", "--folder", str(tmp_path / "results"), env=dict(gateway.environ))
-    assert done.returncode == 0, done.stdout + done.stderr
-    for kind in ("upscale", "vectorize", "face-enhance", "seamless"):
-        assert f"{kind}" in done.stdout
-    assert {path.name for path in (tmp_path / "results").iterdir()} >= {
-        "upscale-image.png",
-        "vectorize-vector.svg",
-        "face-enhance-image.png",
-        "seamless-grid.png",
-    }
+@pytest.mark.parametrize("role", ["all", "worker"])
+def test_store_of_another_version(tmp_path: Path, upstream: SandboxProcess, role: str) -> None:
+    """A store of another version is refused in one line before serving."""
+    with run_valkey() as store:
+        shared = upstream.gateway_settings(store)
+        old = old_data(store, shared["GATEWAY_KEY_PREFIX"])
+        with old, start_gateway(tmp_path, GATEWAY_ROLE=role, **shared) as gateway:
+            assert gateway.process.wait(60) == 1
+    (line,) = gateway.log_path.read_text().splitlines()
+    assert is_version_error(line)
+    assert gateway.stdout_path.read_text() == ""
 
 
-def test_help_is_quick() -> None:
-    """`gateway --help` imports no module that only serving needs."""
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+def test_replaced_store(tmp_path: Path, upstream: SandboxProcess) -> None:
+    """A gateway whose store is replaced by one of another version writes nothing to it, and exits."""
+    with run_valkey() as store, Redis(unix_socket_path=str(store.socket_path)) as client:
+        shared = upstream.gateway_settings(store)
+        mark = Keys(shared["GATEWAY_KEY_PREFIX"]).data_version
+        with run_gateway(tmp_path, **shared) as gateway:
+            assert gateway.run_curl_example().status_code == 201
+            assert client.get(mark) == str(DATA_VERSION).encode()
+            submits = upstream.count_requests("submit")
+            client.pipeline(transaction=True).flushall().set(mark, 1).execute()
+            with suppress(httpx2.TransportError):  # a background job may have stopped it already
+                answer = gateway.run_curl_example()
+                assert (answer.status_code, answer.json()["code"]) == (503, "ledger-unavailable")
+            assert gateway.process.wait(60) == 1
+            assert client.keys() == [mark.encode()]
+            assert upstream.count_requests("submit") == submits
+    assert is_version_error(gateway.log_path.read_text().splitlines()[-1])
+
+
+def test_traces(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
+    """A task is traced from submission to checks, and the last spans are sent at shutdown."""
+    with run_collector() as collector:
+        settings = upstream.gateway_settings(valkey) | {"GATEWAY_TRACES_URL": collector.url}
+        with run_gateway(tmp_path, **settings) as gateway:
+            gateway.wait_finished(gateway.run_curl_example().json()["links"]["self"])
+            assert gateway.stop() == 0
+        request = collector.get_span("POST /v1/tasks/upscale")
+        assert request.resource["service.name"] == "imaging-gateway"
+        links = {link for check in collector.find_spans("check task") for link in check.links}
+        assert links == {(request.trace_id, request.span_id)}
+        assert gateway.token.encode() not in b"".join(collector.bodies)
+        log = gateway.log_path.read_text()
+        assert (f"trace_id={request.trace_id}" in log, "traces." in log) == (True, False)
+
+
+def test_without_the_extra_for_traces(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
+    """Without a collector the extra is not imported, and need not be installed; with one the error names it."""
+    hook, mark = tmp_path / "site" / "sitecustomize.py", tmp_path / "mark"
+    hook.parent.mkdir()
+    hook.write_text(WITHOUT_EXTRA_HOOK.replace("MARK", repr(str(mark))))
+    settings = upstream.gateway_settings(valkey) | {"PYTHONPATH": str(hook.parent)}
+    with run_gateway(tmp_path / "off", **settings) as gateway:
+        assert gateway.run_curl_example().status_code == 201
+        assert gateway.stop() == 0
+    assert not mark.exists()
+    with start_gateway(tmp_path / "on", GATEWAY_TRACES_URL="http://127.0.0.1:4318", **settings) as gateway:
+        assert gateway.process.wait(60) != 0
+    log = gateway.log_path.read_text()
+    assert ("GATEWAY_TRACES_URL" in log, "imaging-gateway[otel]" in log, "Traceback" in log) == (True, True, False)
