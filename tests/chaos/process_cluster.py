@@ -2,6 +2,9 @@
 
 Once set, the ledger's clock stands still until it is advanced: the time to the end of a window is known exactly, and
 nothing is checked meanwhile.
+
+HTTP clients queue for connections and take more time than the gateways: here every concurrent request has an open
+connection of its own, and all are sent before the first response is read.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,6 @@ from service.storage.ledger import RedisLedger
 from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.usecases.ports import TenantSnapshot
-from tests.chaos.concurrent_requests import send_concurrently
 from tests.model.ledger_model import roll_windows
 from tests.process.gateway import TIMEOUT_SECONDS, GatewayProcess, start_gateway, wait_until
 from tests.process.sandbox import ADMIN_TOKEN, SandboxProcess, advance_clock, run_sandbox
@@ -36,6 +39,35 @@ from tests.support.valkey import Valkey, run_valkey
 DAY_SECONDS = 86_400
 _CHECK_SECONDS = 0.1
 _SUBMIT_ROUNDS = 5
+
+
+async def send_concurrently(requests: Sequence[httpx2.Request]) -> list[httpx2.Response]:
+    """Send all requests at once; return the responses in the same order."""
+    async with asyncio.timeout(2 * TIMEOUT_SECONDS):
+        streams = await asyncio.gather(
+            *(asyncio.open_connection(request.url.host, request.url.port) for request in requests)
+        )
+        for (_, writer), request in zip(streams, requests, strict=True):
+            writer.write(_encode_request(request))
+        try:
+            return await asyncio.gather(*(_read_response(reader) for reader, _ in streams))
+        finally:
+            for _, writer in streams:
+                writer.close()
+
+
+def _encode_request(request: httpx2.Request) -> bytes:
+    """Encode a request with `Connection: close`, so that the response ends with the connection."""
+    lines = [b"%s %s HTTP/1.1" % (request.method.encode(), request.url.raw_path)]
+    lines += [b"%s: %s" % pair for pair in request.headers.raw if pair[0].lower() != b"connection"]
+    return b"\r\n".join([*lines, b"Connection: close", b"", request.read()])
+
+
+async def _read_response(reader: asyncio.StreamReader) -> httpx2.Response:
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    headers = [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
+    return httpx2.Response(HTTPStatus(int(first.split()[1])), headers=headers, content=body)
 
 
 def call_admin(gateway: GatewayProcess, method: str, path: str, **more: Any) -> Any:

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import httpx2
 import pytest
 
 from service.domain.tenants import Window
-from tests.chaos.process_cluster import DAY_SECONDS, ProcessCluster, run_cluster
+from tests.chaos.process_cluster import DAY_SECONDS, ProcessCluster
 from tests.process.gateway import wait_until
 
-pytestmark = pytest.mark.xdist_group("limits")  # its processes are started once
+pytestmark = pytest.mark.xdist_group("cluster")  # its processes are started once
 
 MONEY_ONLY = {"count": 0, "money": 10_000}
 HALF_DAY_SECONDS = DAY_SECONDS // 2
-
-
-@pytest.fixture(scope="module")
-def module_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessCluster]:
-    """Yield three gateways for all tests of this module."""
-    with run_cluster(tmp_path_factory.mktemp("cluster"), 3) as running:
-        yield running
-
-
-@pytest.fixture
-def cluster(module_cluster: ProcessCluster) -> ProcessCluster:
-    """Return them at noon, with an upstream that answers at once."""
-    module_cluster.upstream.set_faults()
-    module_cluster.set_clock_to_noon()
-    return module_cluster
 
 
 def split_by_status(answers: list[httpx2.Response]) -> tuple[list[httpx2.Response], list[httpx2.Response]]:
@@ -54,10 +38,10 @@ def has_checked(cluster: ProcessCluster, times: int) -> bool:
 
 
 def test_tasks_per_window(cluster: ProcessCluster) -> None:
-    """Of 500 submits exactly 20 pass a limit of 20 per day; the next day, and not before, another 20."""
+    """Of 200 submits exactly 20 pass a limit of 20 per day; the next day, and not before, another 20."""
     shop = cluster.create_tenant({"limits": [{"window": "day", "tasks": 20}]}, MONEY_ONLY, {})
-    taken, refused = split_by_status(shop.submit(500))
-    assert (len(taken), len(refused), shop.count_submits()) == (20, 480, 20)
+    taken, refused = split_by_status(shop.submit(200))
+    assert (len(taken), len(refused), shop.count_submits()) == (20, 180, 20)
     expect_same_policy(refused, "quota-exceeded", "day-tasks", 20)
     assert {item.headers["retry-after"] for item in refused} == {str(HALF_DAY_SECONDS)}
     assert {item.headers["ratelimit"] for item in refused} == {f'"day-tasks";r=0;t={HALF_DAY_SECONDS}'}
@@ -71,8 +55,8 @@ def test_tasks_per_window(cluster: ProcessCluster) -> None:
     taken, refused = split_by_status(shop.submit(20))
     assert (len(taken), {item.headers["retry-after"] for item in refused}) == (0, {"1"})
     cluster.advance_clock(1)
-    taken, refused = split_by_status(shop.submit(500))
-    assert (len(taken), len(refused), shop.count_submits()) == (20, 480, 40)
+    taken, refused = split_by_status(shop.submit(200))
+    assert (len(taken), len(refused), shop.count_submits()) == (20, 180, 40)
     assert {item.headers["retry-after"] for item in refused} == {str(DAY_SECONDS)}
     windows = shop.finish_tasks().windows
     assert (windows[Window.DAY].tasks, windows[Window.TOTAL].tasks) == (20, 40)
@@ -80,13 +64,13 @@ def test_tasks_per_window(cluster: ProcessCluster) -> None:
 
 
 def test_active_tasks(cluster: ProcessCluster) -> None:
-    """Of 500 submits exactly as many pass as may be active; once those have ended, as many again."""
+    """Of 200 submits exactly as many pass as may be active; once those have ended, as many again."""
     shop = cluster.create_tenant({"max_active": 8}, MONEY_ONLY, {})
     for reached in (8, 16):
         cluster.upstream.set_faults({"on": "check", "reply": "page", "status": 503})
         checks = cluster.upstream.count_requests("check")
-        taken, refused = split_by_status(shop.submit(500))
-        assert (len(taken), len(refused), shop.count_submits()) == (8, 492, reached)
+        taken, refused = split_by_status(shop.submit(200))
+        assert (len(taken), len(refused), shop.count_submits()) == (8, 192, reached)
         expect_same_policy(refused, "too-many-active-tasks", "max-active", 8)
         assert not any("retry-after" in item.headers for item in refused)
         cluster.advance_clock(60)
