@@ -12,15 +12,19 @@ from pathlib import Path
 import click
 
 from tests.bench.comparison import OTHER, Comparison, commit_ids
-from tests.bench.figures import Benchmark, format_table
-from tests.bench.ledger import ledger
-from tests.bench.memory import memory
+from tests.bench.gateway import polling, request_overhead, scraping, waiting
+from tests.bench.ledger import ledger, memory
 from tests.bench.peers.tools import require_tools, versions
-from tests.bench.plot import draw
-from tests.bench.polling import polling
-from tests.bench.report import add_ratios, describe_run, format_json, format_results, format_tables
-from tests.bench.scraping import request_overhead, scraping
-from tests.bench.waiting import waiting
+from tests.bench.report import (
+    Benchmark,
+    add_ratios,
+    describe_run,
+    draw,
+    format_json,
+    format_results,
+    format_table,
+    format_tables,
+)
 from tests.bench.workloads import QUICK, WORKLOADS, row_titles
 
 BENCHMARKS: Mapping[str, Benchmark] = {

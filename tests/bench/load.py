@@ -1,17 +1,43 @@
-"""Requests, and two load generators: `wrk` in a closed loop, and asyncio for the rest."""
+"""Requests with PNGs of random pixels, and two load generators: `wrk` in a closed loop, and asyncio for the rest."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import random
+import struct
 import subprocess
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
+
+SMALL = 300_000
+LARGE = 10_000_000
+_BYTES_PER_PIXEL = 3
+_FRAME = 57
+"""Bytes of a PNG beside its data: the signature, and three chunks with lengths and checksums."""
+
+
+@cache
+def random_png(size: int) -> bytes:
+    """Return a PNG of about this size."""
+    side = int(((size - _FRAME) / _BYTES_PER_PIXEL) ** 0.5)
+    source = random.Random(size)
+    rows = b"".join(b"\0" + source.randbytes(side * _BYTES_PER_PIXEL) for _ in range(side))
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, data) for name, data in chunks)
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
 
 _SCRIPT = Path(__file__).with_name("wrk.lua")
 _BOUNDARY = "b3a1f0c2d4e5968778695a4b3c2d1e0f"

@@ -2,10 +2,9 @@
 
 | file | content |
 | --- | --- |
-| `tools.py` | required programs, and the versions of all participants |
-| `processes.py` | servers as processes on one CPU: start, CPU time, memory, end |
-| `stub.c`, `stub.py` | a stub of the vendor that is no bottleneck |
-| `references.py` | what a team would run instead: nginx as plain proxy, nginx with Lua, FastAPI with httpx |
+| `servers.py` | servers as processes on one CPU: the stub, nginx as plain proxy, nginx with Lua, FastAPI with httpx |
+| `stub.c` | a stub of the vendor that is no bottleneck |
 | `nginx_proxy.conf`, `nginx_lua.conf`, `gateway.lua` | the two nginx |
 | `fastapi_app.py` | the FastAPI gateway |
+| `tools.py` | required programs, and the versions of all participants |
 """

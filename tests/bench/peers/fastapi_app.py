@@ -50,9 +50,6 @@ class Kind(StrEnum):
     """The operations."""
 
     UPSCALE = "upscale"
-    VECTORIZE = "vectorize"
-    FACE_ENHANCE = "face-enhance"
-    SEAMLESS = "seamless"
 
 
 class State(StrEnum):
@@ -133,35 +130,6 @@ async def upscale(
         "neg_prompt": negative_prompt,
     }
     return await submit(request, response, tenant, Kind.UPSCALE, "/api/submit_task", image, fields)
-
-
-@app.post("/v1/tasks/vectorize", status_code=201)
-async def vectorize(
-    request: Request,
-    response: Response,
-    tenant: Tenant,
-    image: Image,
-    colors: Annotated[int, Form(ge=2, le=16)] = 5,
-) -> Task:
-    fields = {"color_count": colors}
-    return await submit(request, response, tenant, Kind.VECTORIZE, "/api/submit_vector_task", image, fields)
-
-
-@app.post("/v1/tasks/face-enhance", status_code=201)
-async def face_enhance(request: Request, response: Response, tenant: Tenant, image: Image) -> Task:
-    return await submit(request, response, tenant, Kind.FACE_ENHANCE, "/api/submit_face_enhance_task", image, {})
-
-
-@app.post("/v1/tasks/seamless", status_code=201)
-async def seamless(
-    request: Request,
-    response: Response,
-    tenant: Tenant,
-    image: Image,
-    fit: Annotated[float, Form(ge=0.1, le=0.9)] = 0.5,
-) -> Task:
-    fields = {"fit": fit}
-    return await submit(request, response, tenant, Kind.SEAMLESS, "/api/submit_seamless_task", image, fields)
 
 
 @app.get("/v1/tasks/{task_id}")
