@@ -36,7 +36,7 @@ _TENANT = {
     "limits": [{"window": "day", "tasks": _UNLIMITED}, {"window": "month", "tasks": _UNLIMITED}],
     "max_active": _UNLIMITED,
 }
-_OPTIONS = (("scale", "2"), ("prompt", "a lighthouse at dusk, film grain"), ("metadata", '{"order": "2026-004217"}'))
+_OPTIONS = {"scale": "2", "prompt": "a lighthouse at dusk, film grain", "metadata": '{"order": "2026-004217"}'}
 _START_SECONDS = 30.0
 
 
@@ -99,7 +99,7 @@ class Target:
 
 def upscale_request(path: str, image: bytes, *headers: tuple[str, str]) -> Request:
     """Return a submission to any server."""
-    content_type, body = encode_form(_OPTIONS, ("image", image))
+    content_type, body = encode_form(_OPTIONS, image)
     return Request("POST", (path,), (*headers, ("Content-Type", content_type)), body)
 
 
@@ -187,7 +187,7 @@ def _run_process(candidate: Candidate, role: str, env: Environment, cpu: int) ->
     ready = f"{ops_url}/readyz"
     address = ops_url if role == "worker" else url
     with serving(
-        candidate.name, command, cpu=cpu, url=address, ready_path=ready, environ=own | settings | env.settings
+        candidate.name, command, cpu=cpu, url=address, ready_url=ready, environ=own | settings | env.settings
     ) as server:
         yield server, ops_url
 

@@ -5,43 +5,33 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import struct
 import subprocess
 import tempfile
 import time
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx2
+from PIL import Image
+
 SMALL = 300_000
 LARGE = 10_000_000
-_BYTES_PER_PIXEL = 3
-_FRAME = 57
-"""Bytes of a PNG beside its data: the signature, and three chunks with lengths and checksums."""
+_SCRIPT = Path(__file__).with_name("wrk.lua")
+_TIMEOUT_SECONDS = 60
 
 
 @cache
 def random_png(size: int) -> bytes:
-    """Return a PNG of about this size."""
-    side = int(((size - _FRAME) / _BYTES_PER_PIXEL) ** 0.5)
-    source = random.Random(size)
-    rows = b"".join(b"\0" + source.randbytes(side * _BYTES_PER_PIXEL) for _ in range(side))
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, data) for name, data in chunks)
-
-
-def _chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-_SCRIPT = Path(__file__).with_name("wrk.lua")
-_BOUNDARY = "b3a1f0c2d4e5968778695a4b3c2d1e0f"
-_TIMEOUT_SECONDS = 60
+    """Return an incompressible PNG of about this size, the same each time."""
+    side = int((size / 3) ** 0.5)
+    image, buffer = Image.frombytes("RGB", (side, side), random.Random(size).randbytes(side * side * 3)), BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -66,16 +56,11 @@ class Request:
         return "\r\n".join((*lines, "", "")).encode(), self.body
 
 
-def encode_form(fields: Iterable[tuple[str, str]], file: tuple[str, bytes]) -> tuple[str, bytes]:
-    """Return the content type and the bytes of a multipart form with one PNG."""
-    parts = [
-        f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
-        for name, value in fields
-    ]
-    name, image = file
-    disposition = f'Content-Disposition: form-data; name="{name}"; filename="image.png"'
-    parts += [f"--{_BOUNDARY}\r\n{disposition}\r\nContent-Type: image/png\r\n\r\n".encode(), image]
-    return f"multipart/form-data; boundary={_BOUNDARY}", b"".join((*parts, f"\r\n--{_BOUNDARY}--\r\n".encode()))
+def encode_form(fields: Mapping[str, str], image: bytes) -> tuple[str, bytes]:
+    """Return the content type and the bytes of a multipart form with a PNG as `image`."""
+    files = {"image": ("image.png", image, "image/png")}
+    request = httpx2.Request("POST", "http://gateway/", data=dict(fields), files=files)
+    return request.headers["content-type"], request.read()
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from tests.bench.load import (
     random_png,
     send_all,
 )
-from tests.bench.peers.servers import SUBMIT_PATHS
+from tests.bench.peers.servers import SUBMIT_PATH
 from tests.support.images import make_png
 
 CONNECTIONS = (1, 16, 64)
@@ -83,7 +83,7 @@ def _candidates(comparison: Comparison) -> list[Candidate]:
 def _submit(comparison: Comparison, row: str, image: bytes, seconds: int) -> None:
     for _ in range(comparison.rounds):
         with comparison.environment() as env:
-            request = upscale_request(SUBMIT_PATHS["upscale"], image)
+            request = upscale_request(SUBMIT_PATH, image)
             load = closed_loop(env.stub.url, request, connections=1, seconds=_WARM_UP_SECONDS)
         figures = {"per_second": load.per_second, "p50_ms": load.p50_ms, "p99_ms": load.p99_ms}
         comparison.add(row, DIRECT, figures, load.errors, connections=1)

@@ -9,12 +9,10 @@ the vendor's. No server outlives the benchmark.
 from __future__ import annotations
 
 import atexit
-import http.client
 import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -82,12 +80,12 @@ def serving(
     cpu: int,
     url: str,
     token: str = "",
-    ready_path: str = "",
+    ready_url: str = "",
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """Run a server on one CPU from when it responds at `url` until the context ends.
 
-    With `ready_path` it must respond to `GET` of that path (or URL) with 2xx, otherwise only accept connections.
+    It must respond to `GET` of `ready_url` with 2xx, without one of `url` in any way.
     Raises RuntimeError with the end of its output if it exits or does not respond in time.
     """
     taskset = shutil.which("taskset") or "/usr/bin/taskset"
@@ -102,7 +100,7 @@ def serving(
             start_new_session=True,  # the interrupt of a terminal ends the benchmark, which ends its servers in order
         )
         try:
-            _wait_until_ready(process, url, ready_path)
+            _wait_until_ready(process, url, ready_url)
             yield Server(name, url, (process.pid,), token)
         except _NotReady as reason:
             output.seek(0)
@@ -125,29 +123,16 @@ class _NotReady(Exception):
     """The reason why a server cannot be used."""
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, ready_path: str) -> None:
-    target = urlsplit(ready_path if ready_path.startswith("http") else url + ready_path)
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, ready_url: str) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise _NotReady(f"exit code {process.returncode}")
-        with suppress(OSError, http.client.HTTPException):
-            if _answers(target.hostname or "", target.port or 80, target.path if ready_path else ""):
+        with suppress(httpx2.TransportError):
+            if httpx2.get(ready_url or url, timeout=1, trust_env=False).is_success or not ready_url:
                 return
         time.sleep(_POLL_SECONDS)
     raise _NotReady(f"no answer within {_START_SECONDS:g} s")
-
-
-def _answers(host: str, port: int, path: str) -> bool:
-    if not path:
-        socket.create_connection((host, port), timeout=1).close()
-        return True
-    connection = http.client.HTTPConnection(host, port, timeout=1)
-    try:
-        connection.request("GET", path)
-        return 200 <= connection.getresponse().status < 300
-    finally:
-        connection.close()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -178,17 +163,8 @@ def _status_kib(pid: int, field: str) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-SUBMIT_PATHS = {
-    "upscale": "/api/submit_task",
-    "vectorize": "/api/submit_vector_task",
-    "face-enhance": "/api/submit_face_enhance_task",
-    "seamless": "/api/submit_seamless_task",
-}
-CHECK_PATH = "/api/check_task_status"
+SUBMIT_PATH = "/api/submit_task"
 USER_KEY = "bench-user-key"
-
-_COMPILER = "cc"
-_FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror")
 
 
 @contextmanager
@@ -201,7 +177,8 @@ def vendor_stub(
     """
     port = find_free_port()
     command = [str(_program()), str(port), tasks, str(round(delay_seconds * 1000))]
-    with serving("stub", command, cpu=cpu, url=f"http://127.0.0.1:{port}", ready_path="/stats") as server:
+    url = f"http://127.0.0.1:{port}"
+    with serving("stub", command, cpu=cpu, url=url, ready_url=f"{url}/stats") as server:
         yield server
 
 
@@ -224,8 +201,8 @@ def _program() -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     program = folder / "stub"
     source = Path(__file__).with_name("stub.c")
-    compiler = shutil.which(_COMPILER) or _COMPILER
-    subprocess.run([compiler, *_FLAGS, "-o", str(program), str(source)], check=True)
+    flags = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror")
+    subprocess.run([shutil.which("cc") or "cc", *flags, "-o", str(program), str(source)], check=True)
     return program
 
 
