@@ -33,58 +33,29 @@ def make_svg(attributes: str, inner: str = "") -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("kind", "files", "complaints"),
+    ("kind", "files", "invalid"),
     [
-        (
-            "upscale",
-            {"image": SENT["upscale"]},
-            ["the image is 360 x 240, not larger than the original, 360 x 240"],
-        ),
-        (
-            "upscale",
-            {"image": flat_image(720, 240)},
-            ["the image is 720 x 240, not larger than the original, 360 x 240"],
-        ),
-        ("upscale", {}, ["no image came back"]),
-        ("upscale", {"image": b"<html></html>"}, ["the image is XML, but no SVG"]),
-        ("upscale", {"image": b"OK"}, ["the image is not an image, or not a whole one"]),
-        ("upscale", {"image": SVG}, ["the image is a drawing, not made of pixels"]),
-        ("vectorize", {"vector": flat_image(9, 9)}, ["the vector is made of pixels, not a drawing"]),
-        ("vectorize", {"vector": make_svg("", '<path d=" "/>')}, ["the vector holds no path"]),
-        ("vectorize", {"vector": SVG[:-6]}, ["the vector is not well-formed XML"]),
-        ("face-enhance", {"image": SENT["face-enhance"]}, ["the image is unchanged, nothing is restored"]),
-        (
-            "face-enhance",
-            {"image": flat_image(240, 100)},
-            ["the image is 240 x 100, smaller than the original, 240 x 240"],
-        ),
-        (
-            "face-enhance",
-            {"image": flat_image(100, 240)},
-            ["the image is 100 x 240, smaller than the original, 240 x 240"],
-        ),
-        (
-            "seamless",
-            {"image": SENT["seamless"], "grid": flat_image(512, 512)},
-            ["the tile's edges do not meet: the seam is 3.7 times as hard as the inside"],
-        ),
-        (
-            "seamless",
-            {"image": flat_image(64, 64), "grid": flat_image(128, 64)},
-            ["the grid is 128 x 64, not larger than the tile, 64 x 64"],
-        ),
-        (
-            "seamless",
-            {"image": flat_image(64, 64), "grid": flat_image(64, 128)},
-            ["the grid is 64 x 128, not larger than the tile, 64 x 64"],
-        ),
-        ("seamless", {"image": flat_image(64, 64)}, ["no grid came back"]),
+        ("upscale", {"image": SENT["upscale"]}, "image"),
+        ("upscale", {"image": flat_image(720, 240)}, "image"),
+        ("upscale", {}, "image"),
+        ("upscale", {"image": b"<html></html>"}, "image"),
+        ("upscale", {"image": b"OK"}, "image"),
+        ("upscale", {"image": SVG}, "image"),
+        ("vectorize", {"vector": flat_image(9, 9)}, "vector"),
+        ("vectorize", {"vector": make_svg("", '<path d=" "/>')}, "vector"),
+        ("vectorize", {"vector": SVG[:-6]}, "vector"),
+        ("face-enhance", {"image": SENT["face-enhance"]}, "image"),
+        ("face-enhance", {"image": flat_image(240, 100)}, "image"),
+        ("face-enhance", {"image": flat_image(100, 240)}, "image"),
+        ("seamless", {"image": SENT["seamless"], "grid": flat_image(512, 512)}, "image"),
+        ("seamless", {"image": flat_image(64, 64), "grid": flat_image(128, 64)}, "grid"),
+        ("seamless", {"image": flat_image(64, 64), "grid": flat_image(64, 128)}, "grid"),
+        ("seamless", {"image": flat_image(64, 64)}, "grid"),
     ],
 )
-def test_wrong(kind: str, files: dict[str, bytes], complaints: list[str]) -> None:
-    """An invalid result is reported with the reason."""
-    findings = verify_results(kind, SENT[kind], files)
-    assert [finding.text for finding in findings if not finding.is_valid] == complaints
+def test_invalid_results(kind: str, files: dict[str, bytes], invalid: str) -> None:
+    results = verify_results(kind, SENT[kind], files)
+    assert [result.name for result in results if not result.is_valid] == [invalid]
 
 
 def test_accepted() -> None:

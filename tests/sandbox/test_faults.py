@@ -131,16 +131,6 @@ async def test_reset(sandbox: RunningSandbox, client: SandboxClient) -> None:
     assert (await client.http.get(url)).status_code == 404
 
 
-@pytest.mark.parametrize("spelling", ["Completed", "COMPLETED", "completed"])
-async def test_spelling_of_states(
-    sandbox: RunningSandbox, client: SandboxClient, spelling: Literal["Completed", "COMPLETED", "completed"]
-) -> None:
-    await sandbox.control.set_behaviour(Behaviour(spelling=spelling))
-    task_id = await client.submit_accepted()
-    await sandbox.control.wait_until_idle()
-    assert (await client.check(task_id))["status"] == spelling
-
-
 async def test_charge_at_the_end(sandbox: RunningSandbox, client: SandboxClient) -> None:
     """A submit is free then, a finished task costs its price if the account can pay, a failed one nothing."""
     doom = Fault(on="submit", user_key="other", fail="内部错误")
@@ -158,16 +148,19 @@ async def test_charge_at_the_end(sandbox: RunningSandbox, client: SandboxClient)
     assert (answer["status"], answer["remaining_money"]) == ("Completed", 0)
 
 
-@pytest.mark.parametrize(("dial", "expected"), [("now", 99), ("then", 2)])
-async def test_checked_balance(
-    sandbox: RunningSandbox, client: SandboxClient, dial: Literal["now", "then"], expected: int
-) -> None:
-    """A check of a finished task returns the current balance or that at its end, as set."""
-    await sandbox.control.set_behaviour(Behaviour(checked_balance=dial))
+async def test_dials_of_checks(sandbox: RunningSandbox, client: SandboxClient) -> None:
+    """A check returns the state in the letter case, and the balance of now or of the task's end, as set."""
     task_id = await client.submit_accepted()
     await sandbox.control.wait_until_idle()
     await sandbox.control.set_account("key", AccountBalance(99, 0))
-    assert (await client.check(task_id))["remaining_count"] == expected
+    for behaviour, state, count in (
+        (Behaviour(), "Completed", 99),
+        (Behaviour(spelling="COMPLETED", checked_balance="now"), "COMPLETED", 99),
+        (Behaviour(spelling="completed", checked_balance="then"), "completed", 2),
+    ):
+        await sandbox.control.set_behaviour(behaviour)
+        answer = await client.check(task_id)
+        assert (answer["status"], answer["remaining_count"]) == (state, count)
 
 
 async def send_raw_submit(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -183,13 +176,14 @@ async def send_raw_submit(url: str) -> tuple[asyncio.StreamReader, asyncio.Strea
 
 
 @pytest.mark.parametrize(("when", "outcome", "left"), FAULT_TIMINGS)
-async def test_broken_connections(
+async def test_no_answers(
     sandbox: RunningSandbox,
+    client: SandboxClient,
     when: Literal["before", "after"],
     outcome: RequestOutcome,
     left: AccountBalance,
 ) -> None:
-    """A reset is a TCP reset, and a hanging request never answered, before or after the charge, as set."""
+    """A TCP reset, a request that hangs and a page of HTML come before or after the charge, as set."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="reset", when=when),)))
     reader, writer = await send_raw_submit(sandbox.url)
     with pytest.raises(ConnectionResetError):
@@ -215,24 +209,14 @@ async def test_broken_connections(
     await writer.wait_closed()
     await answer
 
-
-@pytest.mark.parametrize(("when", "outcome", "left"), FAULT_TIMINGS)
-@pytest.mark.parametrize("status", [200, 502])
-async def test_pages(
-    sandbox: RunningSandbox,
-    client: SandboxClient,
-    status: int,
-    when: Literal["before", "after"],
-    outcome: RequestOutcome,
-    left: AccountBalance,
-) -> None:
-    """A page is HTML with the status that was set."""
-    await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="page", when=when, status=status),)))
-    response = await client.submit()
-    assert (response.status_code, response.text[:6]) == (status, "<html>")
-    assert response.headers["content-type"].startswith("text/html")
-    assert [entry.outcome for entry in await sandbox.control.list_requests()] == [outcome]
-    assert (await sandbox.control.list_accounts())["key"] == left
+    for status in (200, 502):
+        await sandbox.control.reset()
+        await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="page", when=when, status=status),)))
+        response = await client.submit()
+        assert (response.status_code, response.text[:6]) == (status, "<html>")
+        assert response.headers["content-type"].startswith("text/html")
+        assert [entry.outcome for entry in await sandbox.control.list_requests()] == [outcome]
+        assert (await sandbox.control.list_accounts())["key"] == left
 
 
 async def test_damaged_bodies(sandbox: RunningSandbox, client: SandboxClient) -> None:
