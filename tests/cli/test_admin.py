@@ -29,27 +29,14 @@ ACCOUNT_OPTIONS = (
     *("--base-url", "http://a.test", "--floor-count", "3", "--floor-money", "0.50", "--note", "Of the press."),
     *("--max-price", "upscale=1.25", "--max-price", "vectorize=2"),
 )
-ACCOUNT_UPDATES: list[tuple[str, dict[str, Any], list[list[str]]]] = [
-    ("--floor-count 3", {}, [["Nothing changed."]]),
-    ("--floor-count 0", {"floor_count": None}, [["minimum uses:", "3 -> 0"]]),
-    ("--floor-money 0", {"floor_money": None}, [["minimum yuan:", "0.5 -> 0"]]),
-    ("--base-url http://b.test", {"base_url": "http://b.test"}, [["base URL:", "http://a.test -> http://b.test"]]),
-    ("--no-base-url", {"base_url": None}, [["base URL:", "http://b.test -> -"]]),
-    (
-        "--max-price upscale=3 --max-price seamless=1",
-        {"max_price": {"upscale": 3, "vectorize": 2, "seamless": 1}},
-        [
-            [
-                "maximum price:",
-                "upscale 1.25 yuan, vectorize 2 yuan -> upscale 3 yuan, vectorize 2 yuan, seamless 1 yuan",
-            ]
-        ],
-    ),
-    (
-        "--no-max-price vectorize --no-max-price seamless",
-        {"max_price": {"upscale": 3}},
-        [["maximum price:", "upscale 3 yuan, vectorize 2 yuan, seamless 1 yuan -> upscale 3 yuan"]],
-    ),
+ACCOUNT_UPDATES: list[tuple[str, dict[str, Any]]] = [
+    ("--floor-count 3", {}),
+    ("--floor-count 0", {"floor_count": None}),
+    ("--floor-money 0", {"floor_money": None}),
+    ("--base-url http://b.test", {"base_url": "http://b.test"}),
+    ("--no-base-url", {"base_url": None}),
+    ("--max-price upscale=3 --max-price seamless=1", {"max_price": {"upscale": 3, "vectorize": 2, "seamless": 1}}),
+    ("--no-max-price vectorize --no-max-price seamless", {"max_price": {"upscale": 3}}),
 ]
 
 
@@ -67,10 +54,13 @@ async def test_account(shell: Shell, tmp_path: Path) -> None:
     assert await shell.run_json("account", "show", "new") == stored
 
     expected = await shell.get_admin("/registry")
-    for options, changes, printed in ACCOUNT_UPDATES:
+    for options, changes in ACCOUNT_UPDATES:
         expected["accounts"]["new"] = apply_changes(expected["accounts"]["new"], changes)
-        assert await shell.run_table("account", "update", "new", *options.split()) == printed
+        printed = (await shell.run("account", "update", "new", *options.split())).stdout
         assert await shell.get_admin("/registry") == expected, options
+        assert (printed == "Nothing changed.\n") == (not changes)
+    printed_changes = await shell.run_table("account", "update", "new", "--floor-count", "1", "--floor-money", "2.5")
+    assert printed_changes == [["minimum uses:", "0 -> 1"], ["minimum yuan:", "0 -> 2.5"]]
     assert shell.stored_user_key("new") == "key-in-a-file"
 
     taken = await shell.run("account", "create", "main", "--user-key-file", "-", stdin="another-key", code=1)
@@ -309,11 +299,9 @@ async def test_clock(shell: Shell) -> None:
         ("account update main --user-key-file - --user-key-prompt", "--user-key-prompt"),
         ("account update main --user-key sk-0123456789", "--user-key"),
         ("account update main --floor-count -1", "--floor-count"),
-        ("account update main --floor-money nan", "--floor-money"),
         ("account update main --floor-money 0.001", "--floor-money"),
         ("account update main --max-price upscale", "--max-price"),
         ("account update main --max-price enlarge=1", "--max-price"),
-        ("account update main --max-price upscale=1 --no-max-price upscale", "--max-price"),
         ("tenant update shop --limit week:tasks=1", "--limit"),
         ("tenant update shop --limit day", "--limit"),
         ("tenant update shop --limit day:tasks=1,tasks=2", "--limit"),
@@ -322,12 +310,9 @@ async def test_clock(shell: Shell) -> None:
         ("tenant update shop --limit day:tasks=1 --limit day:tasks=2", "--limit"),
         ("tenant update shop --limit day:tasks=1 --no-limit day", "--limit"),
         ("tenant update shop --max-active 1 --no-max-active", "max active"),
-        ("tenant update shop --webhook-url https://hooks.test/ --no-webhook", "webhook"),
         ("tenant update shop --webhook-url https://hooks.test/ --webhook-secret-file -", "--webhook-secret-file"),
         ("tenant update shop --kind enlarge", "--kind"),
-        ("tenant update shop --spending-mode all", "--spending-mode"),
         ("token create shop --expires-in soon", "--expires-in"),
-        ("token create shop --expires-in 1.5d", "--expires-in"),
         ("token create shop --expires-in 0", "past"),
         ("token create shop --expires-in 99999999w", "--expires-in"),
         ("token create shop --expires-at 2020-01-01T00:00:00Z", "past"),

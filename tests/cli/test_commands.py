@@ -14,7 +14,6 @@ from pathlib import Path
 import click
 import pytest
 
-from service import __version__
 from service.cli import main
 from service.cli.common import LazyCommand
 from service.cli.formatting import format_record, format_table, format_value
@@ -37,10 +36,6 @@ def test_help_is_fast() -> None:
         output, modules = json.loads(done.stdout)
         assert "account" in output
         assert modules == imported
-
-
-def test_version() -> None:
-    assert __version__ in run_command("--version").stdout
 
 
 def test_outdated_documents(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class GatewayProcess:
         """Wait until it is ready, and in development until it has printed the token."""
         wait_until(self._is_ready, "readiness")
         if self.environ.get("GATEWAY_ROLE") != "worker":
-            assert self.url
+            assert self.url  # which sets its port in `environ`
         match = re.search(r"token: (igw_\w+)", self.stdout_path.read_text())
         self.token = match[1] if match else ""
         listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
