@@ -29,7 +29,7 @@ from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.usecases.ports import TenantSnapshot
 from tests.model.ledger_model import roll_windows
-from tests.process.gateway import TIMEOUT_SECONDS, GatewayProcess, start_gateway, wait_until
+from tests.process.gateway import HTTP, TIMEOUT_SECONDS, GatewayProcess, start_gateway, wait_until
 from tests.process.sandbox import ADMIN_TOKEN, SandboxProcess, advance_clock, run_sandbox
 from tests.support.images import make_png
 from tests.support.server_time import install_server_time
@@ -43,7 +43,7 @@ _SUBMIT_ROUNDS = 5
 
 async def send_concurrently(requests: Sequence[httpx2.Request]) -> list[httpx2.Response]:
     """Send all requests at once; return the responses in the same order."""
-    async with asyncio.timeout(2 * TIMEOUT_SECONDS):
+    async with asyncio.timeout(TIMEOUT_SECONDS):
         streams = await asyncio.gather(
             *(asyncio.open_connection(request.url.host, request.url.port) for request in requests)
         )
@@ -72,9 +72,7 @@ async def _read_response(reader: asyncio.StreamReader) -> httpx2.Response:
 
 def call_admin(gateway: GatewayProcess, method: str, path: str, **more: Any) -> Any:
     headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
-    answer = httpx2.request(
-        method, f"{gateway.ops_url}/admin/v1{path}", headers=headers, timeout=TIMEOUT_SECONDS, **more
-    )
+    answer = HTTP.request(method, f"{gateway.ops_url}/admin/v1{path}", headers=headers, **more)
     assert answer.is_success, answer.text
     return answer.json()
 
@@ -98,7 +96,7 @@ class ProcessCluster:
     ) -> TenantClient:
         """Create a tenant with a policy, alone on a new account with a balance, and wait until every gateway has it."""
         name, first = f"shop-{secrets.token_hex(4)}", self.gateways[0]
-        httpx2.put(f"{self.upstream.url}/_control/accounts/{name}", json=balance).raise_for_status()
+        HTTP.put(f"{self.upstream.url}/_control/accounts/{name}", json=balance).raise_for_status()
         call_admin(first, "PUT", f"/accounts/{name}", json={"user_key": name, "max_price": max_price})
         call_admin(first, "PUT", f"/tenants/{name}", json={"accounts": [name], **policy})
         shop = TenantClient(self, name, call_admin(first, "POST", f"/tenants/{name}/tokens")["token"])
@@ -139,7 +137,7 @@ class TenantClient:
 
     def is_known_to(self, gateway: GatewayProcess) -> bool:
         """Return whether a gateway has loaded the tenant."""
-        return httpx2.get(f"{gateway.url}/v1/quota", headers=self._headers).status_code == 200
+        return HTTP.get(f"{gateway.url}/v1/quota", headers=self._headers).status_code == 200
 
     def submit(self, times: int) -> list[httpx2.Response]:
         """Submit a small image so many times at once, to the gateways in turn.
@@ -162,12 +160,12 @@ class TenantClient:
 
     def count_submits(self) -> int:
         """Return how many of its submits have reached the upstream."""
-        received = httpx2.get(f"{self.cluster.upstream.url}/_control/requests", timeout=TIMEOUT_SECONDS).json()
+        received = HTTP.get(f"{self.cluster.upstream.url}/_control/requests").json()
         return sum(item["operation"] == "submit" and item["user_key"] == self.name for item in received)
 
     def read_balance(self) -> dict[str, int]:
         """Return its account's balance at the upstream."""
-        body: dict[str, dict[str, int]] = httpx2.get(f"{self.cluster.upstream.url}/_control/accounts").json()
+        body: dict[str, dict[str, int]] = HTTP.get(f"{self.cluster.upstream.url}/_control/accounts").json()
         return body[self.name]
 
     def read_counters(self) -> TenantState:

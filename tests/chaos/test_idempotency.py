@@ -26,7 +26,7 @@ from tests.behaviour.idempotent_requests import (
     make_jpeg,
 )
 from tests.chaos.process_cluster import ProcessCluster, TenantClient, call_admin, run_cluster, send_concurrently
-from tests.process.gateway import GatewayProcess, wait_until
+from tests.process.gateway import HTTP, GatewayProcess, wait_until
 
 pytestmark = pytest.mark.xdist_group("cluster")  # its processes are started once
 
@@ -119,8 +119,7 @@ def test_copies_of_a_rejected_submission(cluster: ProcessCluster) -> None:
 
 def send_to(shop: TenantClient, number: int, image: bytes | None = None) -> httpx2.Response:
     """Send the submission, or another image with its key, to a gateway."""
-    with httpx2.Client(timeout=60, trust_env=False) as http:
-        return http.send(build_submission(shop, shop.cluster.gateways[number], image or make_jpeg()))
+    return HTTP.send(build_submission(shop, shop.cluster.gateways[number], image or make_jpeg()))
 
 
 @contextmanager
@@ -165,7 +164,7 @@ def test_killed_process(tmp_path: Path) -> None:
         expect_refused(send_to(shop, 1, make_jpeg(b"b")), 422, "idempotency-key-reused")
         wait_until(lambda: total_counters(shop.read_counters()) == (2, 0, 0), "the end of the task")
         headers = {"Authorization": f"Bearer {shop.token}"}
-        task = httpx2.get(other.url + watched.json()["links"]["self"], headers=headers).json()
+        task = HTTP.get(other.url + watched.json()["links"]["self"], headers=headers).json()
         assert task["state"] == "succeeded"
         account = call_admin(other, "GET", f"/accounts/{shop.name}")
         assert (account["unknown"], account["in_flight"], shop.count_submits()) == (1, 0, 2)

@@ -9,7 +9,7 @@ import pytest
 
 from service.domain.tenants import Window
 from tests.chaos.process_cluster import DAY_SECONDS, ProcessCluster
-from tests.process.gateway import wait_until
+from tests.process.gateway import HTTP, wait_until
 
 pytestmark = pytest.mark.xdist_group("cluster")  # its processes are started once
 
@@ -114,7 +114,7 @@ def test_price_that_rose(cluster: ProcessCluster) -> None:
         assert len(split_by_status(shop.submit(1))[0]) == 1
         shop.finish_tasks()
     behaviour = {"seconds": 0, "prices": {"face": 5}}
-    httpx2.put(f"{cluster.upstream.url}/_control/behaviour", json=behaviour).raise_for_status()
+    HTTP.put(f"{cluster.upstream.url}/_control/behaviour", json=behaviour).raise_for_status()
     assert len(split_by_status(shop.submit(60))[0]) == 1
     month = shop.finish_tasks().windows[Window.MONTH]
     assert (month.money_fen, month.money_reserved_fen, month.overrun_fen) == (600, 0, 400)

@@ -54,7 +54,7 @@ def open_client(store: Valkey) -> Iterator[Any]:
 
 
 async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not await condition():
             await asyncio.sleep(0.01)
 
@@ -137,7 +137,7 @@ async def test_copies_during_an_outage_while_settling(gateway: RunningGateway, s
         for _ in range(3):
             expect_refused(await submit_with_key(gateway), 409, "idempotency-in-flight")
         client.execute_command("ACL", "SETUSER", "default", "allkeys")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while (again := await submit_with_key(gateway)).status_code != 201:
             expect_refused(again, 409, "idempotency-in-flight")
             await asyncio.sleep(0.01)

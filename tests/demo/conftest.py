@@ -119,7 +119,7 @@ class ScriptedGateway:
         return 200, headers, json.dumps(task | self.fields).encode()
 
     async def wait_for_paths(self, *paths: str) -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while not set(paths) <= set(self.paths):
                 self.path_requested.clear()
                 await self.path_requested.wait()

@@ -26,7 +26,7 @@ ALL = "upscale, vectorize, face-enhance, seamless"
 async def run_and_capture(url: str, folder: Path, **changes: Any) -> tuple[int, list[str]]:
     """Run the demo; return exit code and output lines, durations below 10 s shown as 0.0."""
     output = io.StringIO()
-    usual: dict[str, Any] = {"token": TOKEN, "folder": folder / "results", "output": output, "timeout_seconds": 30.0}
+    usual: dict[str, Any] = {"token": TOKEN, "folder": folder / "results", "output": output, "timeout_seconds": 120.0}
     code = await run_demo(DemoOptions(base_url=url, **usual | changes))
     return code, re.sub(r" \d\.\d  ", " 0.0  ", output.getvalue()).splitlines()
 

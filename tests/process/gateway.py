@@ -16,7 +16,11 @@ from pathlib import Path
 
 import httpx2
 
-TIMEOUT_SECONDS = 30.0
+TIMEOUT_SECONDS = 120.0
+HTTP = httpx2.Client(
+    timeout=TIMEOUT_SECONDS, trust_env=False, limits=httpx2.Limits(max_keepalive_connections=0), verify=False
+)
+"""For all requests: waiting with a new client for each would keep a CPU busy."""
 
 
 def gateway_command(*words: str) -> list[str]:
@@ -88,7 +92,7 @@ class GatewayProcess:
         if self.environ["GATEWAY_OPS_PORT"] == "0" and "gateway.started" not in log:
             return False
         try:
-            if httpx2.get(f"{self.ops_url}/readyz").status_code != 200:
+            if HTTP.get(f"{self.ops_url}/readyz").status_code != 200:
                 return False
         except httpx2.TransportError:
             return False
@@ -105,12 +109,12 @@ class GatewayProcess:
         header = words[words.index("-H") + 1].split(": ", 1)
         fields = dict(words[index + 1].split("=", 1) for index, word in enumerate(words) if word == "-F")
         with Path(fields.pop("image").removeprefix("@")).open("rb") as image:
-            return httpx2.post(words[-1], headers=dict([header]), data=fields, files={"image": image}, timeout=30)
+            return HTTP.post(words[-1], headers=dict([header]), data=fields, files={"image": image})
 
     def call(self, method: str, path: str, **more: object) -> httpx2.Response:
         """Send a request as the demo tenant."""
         headers = {"Authorization": f"Bearer {self.token}"}
-        return httpx2.request(method, self.url + path, headers=headers, timeout=30, **more)  # type: ignore[arg-type]
+        return HTTP.request(method, self.url + path, headers=headers, **more)  # type: ignore[arg-type]
 
     def wait_finished(self, path: str) -> dict[str, object]:
         """Wait until a task has ended; returns it."""

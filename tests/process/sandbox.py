@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import httpx2
 from redis import Redis
 
 from service.devstack import SANDBOX_USER_KEY
-from tests.process.gateway import TIMEOUT_SECONDS, gateway_command
+from tests.process.gateway import HTTP, TIMEOUT_SECONDS, gateway_command
 from tests.support.valkey import Valkey
 
 ADMIN_TOKEN = "an-admin-token-of-forty-characters-or-so"
@@ -30,11 +29,11 @@ class SandboxProcess:
     def set_faults(self, *faults: dict[str, Any], seconds: float = 0) -> None:
         """Replace all faults, and set the duration of tasks from now on."""
         body = {"seconds": seconds, "faults": faults}
-        httpx2.put(f"{self.url}/_control/behaviour", json=body).raise_for_status()
+        HTTP.put(f"{self.url}/_control/behaviour", json=body).raise_for_status()
 
     def count_requests(self, operation: str, outcome: str | None = None) -> int:
         """Count the submits or checks received, optionally those with an outcome."""
-        records = httpx2.get(f"{self.url}/_control/requests").json()
+        records = HTTP.get(f"{self.url}/_control/requests").json()
         return sum(item["operation"] == operation and outcome in {None, item["outcome"]} for item in records)
 
     def gateway_settings(self, store: Valkey) -> dict[str, str]:

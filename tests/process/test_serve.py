@@ -18,7 +18,7 @@ from redis import Redis
 from service.crypto import generate_secret_key
 from service.storage.redis import DATA_VERSION, Keys
 from tests.cli.conftest import run_command
-from tests.process.gateway import is_alive, run_gateway, start_gateway, wait_until
+from tests.process.gateway import HTTP, TIMEOUT_SECONDS, is_alive, run_gateway, start_gateway, wait_until
 from tests.process.sandbox import ADMIN_TOKEN, SandboxProcess, run_sandbox
 from tests.support.traces import run_collector
 from tests.support.valkey import Valkey, run_valkey
@@ -117,7 +117,7 @@ def test_port_in_use(tmp_path: Path, name: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         with start_gateway(tmp_path, **{name: port}) as gateway:
-            assert gateway.process.wait(60) == 1
+            assert gateway.process.wait(TIMEOUT_SECONDS) == 1
     last = gateway.log_path.read_text().splitlines()[-1]
     assert (last.startswith("gateway: "), port in last, name in last) == (True, True, True)
     assert "Traceback" not in gateway.log_path.read_text()
@@ -129,12 +129,12 @@ def test_unusable_folders(tmp_path: Path) -> None:
     with (tmp_path / "locked" / "valkey.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with start_gateway(tmp_path / "locked", [sys.executable, "-c", SHORT_LOCK_PROGRAM]) as gateway:
-            assert gateway.process.wait(60) == 1
+            assert gateway.process.wait(TIMEOUT_SECONDS) == 1
     assert gateway.log_path.read_text() == f"gateway: another gateway uses the data folder {tmp_path / 'locked'}\n"
     (tmp_path / "damaged" / "sandbox").mkdir(parents=True)
     (tmp_path / "damaged" / "sandbox" / "sandbox.sqlite3").write_bytes(b"no database at all" * 100)
     with start_gateway(tmp_path / "damaged") as gateway:
-        assert gateway.process.wait(60) == 1
+        assert gateway.process.wait(TIMEOUT_SECONDS) == 1
     (line,) = gateway.log_path.read_text().splitlines()
     assert (line.startswith("gateway: "), line.endswith("file is not a database")) == (True, True)
 
@@ -147,8 +147,8 @@ def test_first_start_without_the_store(tmp_path: Path, valkey: Valkey, upstream:
         settings = shared | {"GATEWAY_REDIS_URL": f"unix://{folder / 'store'}"}
         with start_gateway(folder, **settings) as gateway, run_valkey() as store:
             gateway.wait_for_log("demo.delayed")
-            assert httpx2.get(f"{gateway.ops_url}/healthz").status_code == 200
-            assert httpx2.get(f"{gateway.ops_url}/readyz").status_code == 503
+            assert HTTP.get(f"{gateway.ops_url}/healthz").status_code == 200
+            assert HTTP.get(f"{gateway.ops_url}/readyz").status_code == 503
             if version is None:
                 (folder / "store").symlink_to(store.socket_path)
                 gateway.wait_ready()
@@ -157,7 +157,7 @@ def test_first_start_without_the_store(tmp_path: Path, valkey: Valkey, upstream:
                 continue
             with old_data(store, shared["GATEWAY_KEY_PREFIX"]):
                 (folder / "store").symlink_to(store.socket_path)
-                assert gateway.process.wait(60) == 1
+                assert gateway.process.wait(TIMEOUT_SECONDS) == 1
         assert is_version_error(gateway.log_path.read_text().splitlines()[-1])
         assert "Traceback" not in gateway.log_path.read_text()
 
@@ -186,7 +186,7 @@ def test_store_of_another_version(tmp_path: Path, upstream: SandboxProcess, role
         shared = upstream.gateway_settings(store)
         old = old_data(store, shared["GATEWAY_KEY_PREFIX"])
         with old, start_gateway(tmp_path, GATEWAY_ROLE=role, **shared) as gateway:
-            assert gateway.process.wait(60) == 1
+            assert gateway.process.wait(TIMEOUT_SECONDS) == 1
     (line,) = gateway.log_path.read_text().splitlines()
     assert is_version_error(line)
     assert gateway.stdout_path.read_text() == ""
@@ -205,7 +205,7 @@ def test_replaced_store(tmp_path: Path, upstream: SandboxProcess) -> None:
             with suppress(httpx2.TransportError):  # a background job may have stopped it already
                 answer = gateway.run_curl_example()
                 assert (answer.status_code, answer.json()["code"]) == (503, "ledger-unavailable")
-            assert gateway.process.wait(60) == 1
+            assert gateway.process.wait(TIMEOUT_SECONDS) == 1
             assert client.keys() == [mark.encode()]
             assert upstream.count_requests("submit") == submits
     assert is_version_error(gateway.log_path.read_text().splitlines()[-1])
@@ -238,6 +238,6 @@ def test_without_the_extra_for_traces(tmp_path: Path, valkey: Valkey, upstream: 
         assert gateway.stop() == 0
     assert not mark.exists()
     with start_gateway(tmp_path / "on", GATEWAY_TRACES_URL="http://127.0.0.1:4318", **settings) as gateway:
-        assert gateway.process.wait(60) != 0
+        assert gateway.process.wait(TIMEOUT_SECONDS) != 0
     log = gateway.log_path.read_text()
     assert ("GATEWAY_TRACES_URL" in log, "imaging-gateway[otel]" in log, "Traceback" in log) == (True, True, False)

@@ -14,7 +14,15 @@ import httpx2
 import pytest
 
 from service.clients.http import BREAKER_THRESHOLD
-from tests.process.gateway import GatewayProcess, is_alive, run_gateway, start_gateway, wait_until
+from tests.process.gateway import (
+    HTTP,
+    TIMEOUT_SECONDS,
+    GatewayProcess,
+    is_alive,
+    run_gateway,
+    start_gateway,
+    wait_until,
+)
 from tests.process.sandbox import SandboxProcess, advance_clock, run_sandbox
 from tests.support.file_descriptors import exhaust_descriptors
 from tests.support.images import make_png
@@ -38,7 +46,7 @@ def upstream() -> Iterator[SandboxProcess]:
 def is_closed(url: str) -> bool:
     """Return whether the port refuses connections; one accepted while it closes is cut off instead."""
     try:
-        httpx2.get(f"{url}/healthz")
+        HTTP.get(f"{url}/healthz")
     except httpx2.TransportError as error:
         return isinstance(error, httpx2.ConnectError)
     return False
@@ -48,7 +56,7 @@ def limit_tenant(gateway: GatewayProcess, **limits: int) -> None:
     """Limit the tasks of the demo tenant in total and, with `max_active`, at once."""
     policy = {"accounts": ["demo"], "limits": [{"window": "total", "tasks": 100}], **limits}
     headers = {"Authorization": f"Bearer {gateway.environ['GATEWAY_ADMIN_TOKEN']}"}
-    httpx2.put(f"{gateway.ops_url}/admin/v1/tenants/demo", json=policy, headers=headers).raise_for_status()
+    HTTP.put(f"{gateway.ops_url}/admin/v1/tenants/demo", json=policy, headers=headers).raise_for_status()
 
 
 def read_usage(gateway: GatewayProcess) -> tuple[int, ...]:
@@ -65,10 +73,10 @@ def test_requests_are_finished(tmp_path: Path, valkey: Valkey, upstream: Sandbox
         submitting = threads.submit(gateway.run_curl_example)
         wait_until(lambda: upstream.count_requests("submit") > before, "the submit")
         gateway.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: httpx2.get(f"{gateway.ops_url}/readyz").status_code == 503, "the draining")
+        wait_until(lambda: HTTP.get(f"{gateway.ops_url}/readyz").status_code == 503, "the draining")
         wait_until(lambda: is_closed(gateway.url), "the end of listening")
         assert submitting.result().status_code == 201
-        assert gateway.process.wait(60) == 0
+        assert gateway.process.wait(TIMEOUT_SECONDS) == 0
     assert "Traceback" not in gateway.log_path.read_text()
 
 
@@ -147,7 +155,7 @@ def wait_for_clients(gateway: GatewayProcess, number: int) -> None:
     port = int(gateway.environ["GATEWAY_PORT"])
 
     def is_reached() -> bool:
-        waiting = f"\ngateway_waiting_clients {number}.0\n" in httpx2.get(f"{gateway.ops_url}/metrics").text
+        waiting = f"\ngateway_waiting_clients {number}.0\n" in HTTP.get(f"{gateway.ops_url}/metrics").text
         rows = [line.split() for line in Path(f"/proc/{gateway.process.pid}/net/tcp").read_text().splitlines()[1:]]
         opened = sum(int(row[1].rpartition(":")[2], 16) == port and row[3] in {"01", "08"} for row in rows)
         return waiting and opened == number
@@ -190,7 +198,7 @@ def test_lack_of_descriptors(tmp_path: Path, valkey: Valkey, upstream: SandboxPr
         before = upstream.count_requests("submit")
         with (
             ThreadPoolExecutor() as threads,
-            httpx2.Client(base_url=gateway.url, timeout=30, headers=headers) as client,
+            httpx2.Client(base_url=gateway.url, timeout=TIMEOUT_SECONDS, headers=headers) as client,
         ):
 
             def submit() -> httpx2.Response:

@@ -58,7 +58,7 @@ class SandboxClient:
 
 @contextlib.asynccontextmanager
 async def open_client(url: str) -> AsyncIterator[SandboxClient]:
-    async with httpx2.AsyncClient(base_url=url, timeout=10) as client:
+    async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
         yield SandboxClient(client)
 
 
