@@ -24,7 +24,8 @@ import httpx2
 
 from tests.bench.load import Load, Request, closed_loop, encode_form
 from tests.bench.peers.servers import USER_KEY, Server, fastapi_gateway, nginx_lua, nginx_proxy, serving, vendor_stub
-from tests.support.valkey import find_free_port, run_valkey
+from tests.support.network import reserve_port
+from tests.support.valkey import run_valkey
 
 HERE = Path(__file__).parents[2]
 API, ALL, API_AND_WORKER = "api", "all", "api + worker"
@@ -168,7 +169,7 @@ def run_reader_gateway(candidate: Candidate, env: Environment) -> Iterator[Targe
 def _run_process(candidate: Candidate, role: str, env: Environment, cpu: int) -> Iterator[tuple[Server, str]]:
     """Run one process of the gateway; yields it with the address of its operators' port."""
     assert candidate.checkout
-    port, ops_port = find_free_port(), find_free_port()
+    port, ops_port = reserve_port(), reserve_port()
     url, ops_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{ops_port}"
     settings = {
         "GATEWAY_ENV": "production",

@@ -32,8 +32,9 @@ from tests.bench.upstream import run_upstream
 from tests.process.gateway import GatewayProcess, run_gateway
 from tests.process.sandbox import ADMIN_TOKEN
 from tests.support.images import make_png
-from tests.support.retention import make_retention
-from tests.support.valkey import find_free_port, run_valkey
+from tests.support.network import reserve_port
+from tests.support.tasks import make_retention
+from tests.support.valkey import run_valkey
 
 KEYS = Keys("bench")
 _CONCURRENCY = 16
@@ -102,8 +103,8 @@ async def run_bench_gateway(
             "GATEWAY_UPSTREAM_USER_KEY": "key",
             "GATEWAY_ROLE": role,
             "GATEWAY_LOG_LEVEL": "warning",  # does not log ports
-            "GATEWAY_PORT": str(find_free_port()),
-            "GATEWAY_OPS_PORT": str(find_free_port()),
+            "GATEWAY_PORT": str(reserve_port()),
+            "GATEWAY_OPS_PORT": str(reserve_port()),
         }
         gateway = stack.enter_context(run_gateway(folder, **base_settings, **settings))
         connections = connect(store.url, timeout=60)

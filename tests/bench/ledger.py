@@ -33,7 +33,7 @@ from service.usecases.ports import (
     TaskStore,
 )
 from tests.bench.report import Figure
-from tests.support.retention import make_retention
+from tests.support.tasks import make_retention
 from tests.support.valkey import run_valkey
 
 T = TypeVar("T")

@@ -24,8 +24,7 @@ from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
 from tests.behaviour.idempotent_requests import expect_created, expect_refused, expect_replayed, submit_with_key
 from tests.behaviour.upstream_control import SandboxUpstreamControl
 from tests.support.resetting_proxy import ResettingProxy, run_resetting_proxy
-from tests.support.stores import run_cluster, run_single
-from tests.support.valkey import Valkey, run_valkey
+from tests.support.valkey import Valkey, run_cluster, run_single, run_valkey
 
 CONCURRENT_REQUESTS = 80
 RESET_SHARE = 0.15

@@ -16,9 +16,8 @@ from redis import Redis
 from service.crypto import generate_secret_key
 from service.storage.redis import DATA_VERSION
 from tests.cli.conftest import run_command
-from tests.support.certificates import create_certificate
-from tests.support.stores import RunningStore, run_cluster, run_with_sentinel
-from tests.support.valkey import Valkey, run_valkey
+from tests.support.network import create_certificate
+from tests.support.valkey import RunningStore, Valkey, run_cluster, run_valkey, run_with_sentinel
 
 TOKEN = "3f8a1c5e9b7d2046f1e3a5c7d9b80246"
 PRODUCTION = {

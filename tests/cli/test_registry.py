@@ -28,7 +28,7 @@ from service.usecases.ports import RegistryChange
 from tests.behaviour.gateway_fixture import ENVIRONMENT, SECRET_KEY, RunningGateway, run_real_gateway
 from tests.behaviour.upstream_control import USER_KEY, SandboxUpstreamControl
 from tests.cli.conftest import UNREACHABLE_URL, Shell, admin_environment, run_command
-from tests.support.app_server import serve_app
+from tests.support.network import serve_app
 from tests.support.valkey import Valkey
 
 UNCHANGED = "The registry matches the file: nothing to change.\n"

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from service.demo.run import JOBS
-from tests.support.app_server import serve_app
+from tests.support.network import serve_app
 
 TOKEN = "gw_demo"
 SVG = (

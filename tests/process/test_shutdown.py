@@ -24,8 +24,8 @@ from tests.process.gateway import (
     wait_until,
 )
 from tests.process.sandbox import SandboxProcess, advance_clock, run_sandbox
-from tests.support.file_descriptors import exhaust_descriptors
 from tests.support.images import make_png
+from tests.support.network import exhaust_descriptors
 from tests.support.valkey import Valkey, run_valkey
 
 SHORT_SHUTDOWN_PROGRAM = """

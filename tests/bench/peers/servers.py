@@ -29,7 +29,7 @@ import httpx2
 
 from service.devstack import with_parent_death_signal
 from tests.bench.peers.tools import find_program
-from tests.support.valkey import find_free_port
+from tests.support.network import reserve_port
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 10.0
@@ -175,7 +175,7 @@ def vendor_stub(
 
     Submits and checks are answered after the delay. It accepts any `user_key`.
     """
-    port = find_free_port()
+    port = reserve_port()
     command = [str(_program()), str(port), tasks, str(round(delay_seconds * 1000))]
     url = f"http://127.0.0.1:{port}"
     with serving("stub", command, cpu=cpu, url=url, ready_url=f"{url}/stats") as server:
@@ -238,7 +238,7 @@ def nginx_lua(stub: Server, redis_url: str, cpu: int) -> Iterator[Server]:
 @contextmanager
 def fastapi_gateway(stub: Server, redis_url: str, cpu: int) -> Iterator[Server]:
     """Run a gateway of FastAPI and httpx, in one uvicorn with its defaults."""
-    port = find_free_port()
+    port = reserve_port()
     token = secrets.token_hex(16)
     app = "tests.bench.peers.fastapi_app:app"
     environ = os.environ | {
@@ -256,7 +256,7 @@ def fastapi_gateway(stub: Server, redis_url: str, cpu: int) -> Iterator[Server]:
 @contextmanager
 def _nginx(name: str, template: str, values: Mapping[str, str], cpu: int, *, token: str) -> Iterator[Server]:
     """Run nginx as the current user, with all its files in a temporary folder."""
-    port = find_free_port()
+    port = reserve_port()
     # nginx drops the privileges of root unless `user` keeps them.
     user = "user root;" if os.geteuid() == 0 else ""
     config = (_HERE / template).read_text()
