@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import pytest
 
 from service.domain.ledger import TenantState
 from service.domain.tenants import Window
@@ -27,8 +26,6 @@ from tests.behaviour.idempotent_requests import (
 )
 from tests.chaos.process_cluster import ProcessCluster, TenantClient, call_admin, run_cluster, send_concurrently
 from tests.process.gateway import HTTP, GatewayProcess, wait_until
-
-pytestmark = pytest.mark.xdist_group("cluster")  # its processes are started once
 
 COPIES = 50
 LEASE_SECONDS = 180

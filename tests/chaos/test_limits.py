@@ -5,13 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 import httpx2
-import pytest
 
 from service.domain.tenants import Window
 from tests.chaos.process_cluster import DAY_SECONDS, ProcessCluster
 from tests.process.gateway import HTTP, wait_until
-
-pytestmark = pytest.mark.xdist_group("cluster")  # its processes are started once
 
 MONEY_ONLY = {"count": 0, "money": 10_000}
 HALF_DAY_SECONDS = DAY_SECONDS // 2
