@@ -1,31 +1,86 @@
-"""The scripts on Redis beside their model: the same calls must give the same answers and state."""
+"""The scripts on Redis beside their model: the same calls must give the same answers and store the same data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 import uvloop
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from service.domain.errors import LedgerUnavailable
-from service.domain.ledger import AccountState, LedgerClock, Reservation, TenantState
+from service.domain.ledger import (
+    AccountState,
+    Balance,
+    DayUsage,
+    LedgerClock,
+    Reservation,
+    ReservationState,
+    TenantState,
+)
+from service.domain.tasks import Task, TaskError
 from service.storage.connections import connect
+from service.storage.deliveries import RedisDeliveryQueue
 from service.storage.ledger import RedisLedger
-from service.storage.redis import Keys, RedisScripts, parse_withscores
+from service.storage.redis import DAY_MS, Keys, RedisScripts, parse_withscores
 from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore
-from tests.fakes import FakeClock, FakeLedger, FakeRegistry
-from tests.storage.ledger_views import is_reserved, normalize_day, normalize_reservation, normalize_task, roll_state
+from tests.model.ledger import (
+    counter_key,
+    is_charged,
+    is_open,
+    is_reserved,
+    money_in_window,
+    roll_windows,
+)
+from tests.model.tasks import StoreModel
+from tests.support.retention import make_retention
 from tests.support.server_time import install_server_time, set_server_time
 from tests.support.tasks import make_retention
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 TENANT, ACCOUNTS = 1, (2, 3)
 START_MS = 2_524_607_999_000
 """The server's clock at the start, one second before 2050: every window ends within the next second."""
+
+
+def is_provisional(reservation: Reservation) -> bool:
+    """Return whether its outcome can still change."""
+    return reservation.state in {ReservationState.RESERVED, ReservationState.UNKNOWN}
+
+
+def normalize_task(task: Task | None) -> Any:
+    """Return a task with comparable raw JSON, and without the detail of a timeout error."""
+    if task is None:
+        return None
+    if task.error and task.error.code in {"task-lost", "result-unusable"}:
+        task = msgspec.structs.replace(task, error=TaskError(task.error.code, ""))
+    return msgspec.to_builtins(
+        msgspec.structs.replace(task, options=bytes(task.options), metadata=bytes(task.metadata))
+    )
+
+
+def normalize(result: Any) -> Any:
+    """Drop an empty balance after a reservation, also within an answer."""
+    if isinstance(result, tuple):
+        return tuple(map(normalize, result))
+    if not isinstance(result, Reservation) or result.balance_after != Balance():
+        return result
+    return msgspec.structs.replace(result, balance_after=None)
+
+
+def normalize_day(day: DayUsage) -> Any:
+    """Drop the zero counters of a day's usage."""
+    tallies = {kind: {item: number for item, number in tally.items() if number} for kind, tally in day.tallies.items()}
+    return {kind: tally for kind, tally in tallies.items() if tally}, day.unknown, day.refunds
+
+
+def decode(packed: bytes | None, kind: type[T]) -> T | None:
+    return msgspec.msgpack.decode(packed, type=kind) if packed else None
 
 
 class LedgerComparison(RuleBasedStateMachine):
@@ -36,9 +91,9 @@ class LedgerComparison(RuleBasedStateMachine):
         install_server_time()
         self.loop = uvloop.new_event_loop()
         self.retention = make_retention(lost_after_ms=90_000, unusable_after_ms=200_000)
-        self.model = FakeLedger(clock=FakeClock(START_MS), retention=self.retention)
-        self.model_registry = FakeRegistry(self.model)
+        self.model = StoreModel(START_MS, self.retention)
         self.latest_ms = START_MS
+        self.final_states: dict[str, ReservationState] = {}
         self.keys = Keys("model")
         self.run(self._open(url))
 
@@ -49,6 +104,7 @@ class LedgerComparison(RuleBasedStateMachine):
         self.scripts = scripts = RedisScripts(self.client)
         self.ledger = RedisLedger(scripts, self.keys, self.retention)
         self.tasks = RedisTaskStore(scripts, self.keys, self.retention)
+        self.deliveries = RedisDeliveryQueue(scripts, self.keys)
         self.registry_store = RedisRegistry(scripts, self.keys)
         await set_server_time(self.client, self.keys, START_MS)
 
@@ -59,106 +115,136 @@ class LedgerComparison(RuleBasedStateMachine):
         self.run(self.connections.aclose())
         self.loop.close()
 
-    def compare_calls(
-        self,
-        real: Coroutine[Any, Any, T],
-        model: Coroutine[Any, Any, T],
-        normalize: Callable[[T | None], Any] = lambda answer: answer,
+    def compare(
+        self, real: Coroutine[Any, Any, T], model_call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T | None:
         """Return the answer of both, or None if both raised LedgerUnavailable."""
-
-        async def outcome(work: Coroutine[Any, Any, T]) -> T | None:
-            try:
-                return await work
-            except LedgerUnavailable:
-                return None
-
-        actual, expected = self.run(outcome(real)), self.run(outcome(model))
+        actual = expected = None
+        with suppress(LedgerUnavailable):
+            expected = model_call(*args, **kwargs)
+        with suppress(LedgerUnavailable):
+            actual = self.run(real)
         assert normalize(actual) == normalize(expected)
         return actual
 
     def advance_clock(self, milliseconds: int) -> None:
         """Move the server's clock, in either direction, and delete the keys that Redis would have expired."""
         if milliseconds:
-            self.model.clock.now_ms += milliseconds
-            self.latest_ms = max(self.latest_ms, self.model.clock.now_ms)
+            self.model.now_ms += milliseconds
+            self.latest_ms = max(self.latest_ms, self.model.now_ms)
             self.run(self._expire_keys())
 
     async def _expire_keys(self) -> None:
-        await set_server_time(self.client, self.keys, self.model.clock.now_ms)
-        for tenant, key in [
-            idempotency_key
-            for idempotency_key, (_, _, until) in self.model.idempotency_keys.items()
-            if until <= self.model.clock.now_ms
-        ]:
-            del self.model.idempotency_keys[tenant, key]
+        model, now = self.model, self.model.now_ms
+        await set_server_time(self.client, self.keys, now)
+        for tenant, key in [item for item, (_, _, until) in model.idempotency_keys.items() if until <= now]:
+            del model.idempotency_keys[tenant, key]
             await self.client.delete(self.keys.idempotency(tenant, key))
-        for name in [item for item, until in self.model.watched_until.items() if until <= self.model.clock.now_ms]:
-            del self.model.watched_until[name]
+        for name in [item for item, until in model.watched_until.items() if until <= now]:
+            del model.watched_until[name]
             await self.client.delete(self.keys.poll_watched(name))
+
+    def tenant_state(self) -> TenantState:
+        return self.model.tenant_state(TENANT)
+
+    def take_snapshot(self) -> Any:
+        """Return everything that a call could change."""
+        model = self.model
+        kept = [model.accounts.get(account, AccountState()) for account in ACCOUNTS], model.reservations, model.tasks
+        return self.tenant_state(), dict(model.idempotency_keys), msgspec.msgpack.encode((kept, model.due_checks))
 
     @invariant()
     def stored_data_matches(self) -> None:
-        self.run(self._compare())
+        self.run(self._compare_ledger())
+        self.run(self._compare_tasks())
 
-    async def _compare(self) -> None:
+    async def _compare_ledger(self) -> None:
         model, keys = self.model, self.keys
         last, offset = await self.client.mget(keys.clock, keys.clock_offset)
         clock = LedgerClock(int(last or 0), int(offset or 0))
-        assert clock.advance(model.clock.now_ms) == model.clock.ledger_clock.advance(model.clock.now_ms)
-        names, days = list(model.reservations), [day for _, day in model.usage_days]
-        tenant, *accounts = await self.scripts.read(
+        assert clock.advance(model.now_ms) == model.clock.advance(model.now_ms)
+        tenant, *packed_accounts = await self.scripts.read(
             *(("HGET", item, "state") for item in (keys.tenant(TENANT), *map(keys.account, ACCOUNTS)))
         )
         state = decode(tenant, TenantState) or TenantState()
-        assert roll_state(state, model.clock.now_ms) == roll_state(
-            model.tenants.get(TENANT, TenantState()), model.clock.now_ms
-        )
-        for account, packed in zip(ACCOUNTS, accounts, strict=True):
+        roll_windows(state, model.now_ms)
+        assert state == self.tenant_state()
+        for account, packed in zip(ACCOUNTS, packed_accounts, strict=True):
             known = decode(packed, AccountState) or AccountState()
-            assert known == model.states_by_account.get(account, AccountState()), account
-        stored = await self.scripts.read(*(("GET", keys.reservation(item)) for item in names))
-        for name, packed in zip(names, stored, strict=True):
-            assert normalize_reservation(decode(packed, Reservation)) == normalize_reservation(
-                model.reservations[name]
-            ), name
-        usage, expected = await self.ledger.get_usage(TENANT, days), await model.get_usage(TENANT, days)
-        assert list(map(normalize_day, usage)) == list(map(normalize_day, expected))
-        await self._compare_tasks()
-        await self._compare_indexes()
+            assert known == model.accounts.get(account, AccountState()), account
+        stored = await self.scripts.read(*(("GET", keys.reservation(item)) for item in model.reservations))
+        for (name, expected), packed in zip(model.reservations.items(), stored, strict=True):
+            assert normalize(decode(packed, Reservation)) == normalize(expected), name
+        days = sorted({item.created_at // DAY_MS for item in (*model.deleted, *model.reservations.values())})
+        for day, usage in zip(days, await self.ledger.get_usage(TENANT, days), strict=True):
+            actual, expected_usage = normalize_day(usage), normalize_day(model.usage(TENANT, day))
+            assert actual[0] == expected_usage[0]
+            assert model.deleted or actual == expected_usage
 
     async def _compare_tasks(self) -> None:
-        oldest = self.latest_ms - self.retention.keep_ms
-        pages = [
-            await item.list_page(TENANT, state=None, kind=None, limit=99, cursor=None)
-            for item in (self.tasks, self.model)
-        ]
-        actual, expected = ([normalize_task(task) for task in page.tasks if task.created_at > oldest] for page in pages)
-        assert actual == expected
-
-    async def _compare_indexes(self) -> None:
-        """Require that no lease, check or key is kept longer than its purpose."""
+        """Require that no lease, check, queue or key is kept longer than its purpose."""
         model, keys = self.model, self.keys
-        leases, watch, claims, names = await self.scripts.read(
-            ("ZRANGE", keys.leases, 0, -1, "WITHSCORES"),
-            ("ZRANGE", keys.poll_due, 0, -1, "WITHSCORES"),
-            ("ZRANGE", keys.poll_claimed, 0, -1, "WITHSCORES"),
+        page = await self.tasks.list_page(TENANT, state=None, kind=None, limit=1_000, cursor=None)
+        oldest = self.latest_ms - self.retention.keep_ms
+        newest_first = sorted(model.tasks.values(), key=lambda task: (task.created_at, task.reservation), reverse=True)
+        actual, expected = (
+            [normalize_task(task) for task in tasks if task.created_at > oldest] for tasks in (page.tasks, newest_first)
+        )
+        assert actual == expected
+        *sets, names = await self.scripts.read(
+            *(
+                ("ZRANGE", key, 0, -1, "WITHSCORES")
+                for key in (keys.leases, keys.poll_due, keys.poll_claimed, keys.webhook_queues)
+            ),
             ("KEYS", keys.idempotency(TENANT, "*").replace("{", "\\{")),
         )
-        assert dict(parse_withscores(leases)) == {
-            name: reservation.lease_expires_at
-            for name, reservation in model.reservations.items()
-            if is_reserved(reservation)
-        }
-        assert dict(parse_withscores(watch)) == model.due_checks
-        assert dict(parse_withscores(claims)) == model.claimed_checks
+        leases = {name: item.lease_expires_at for name, item in model.reservations.items() if is_reserved(item)}
+        assert [dict(parse_withscores(item)) for item in sets] == [
+            leases,
+            model.due_checks,
+            model.claimed_checks,
+            model.queue_turns,
+        ]
         kept = {
             keys.idempotency(TENANT, key): f"{name} {content}"
             for (_, key), (name, content, _) in model.idempotency_keys.items()
         }
         texts = await self.scripts.read(*(("GET", name) for name in names))
         assert {str(name, "utf-8"): str(text, "utf-8") for name, text in zip(names, texts, strict=True)} == kept
+        assert list(await self.deliveries.list_failed(5)) == list(model.list_failed(5))
 
+    def check_limits(self) -> None:
+        """Require that no limit in force is exceeded, counted from the reservations of each window."""
+        policy, state = self.model.tenant_policies[TENANT], self.tenant_state()
+        held = [item for item in self.model.reservations.values() if is_charged(item) or is_open(item)]
+        assert policy.max_active is None or sum(map(is_open, held)) <= policy.max_active
+        for limit in policy.limits:
+            key = counter_key(state.windows[limit.window])
+            mine = [item for item in held if item.window_starts.get(limit.window) == key and not item.refund]
+            assert limit.tasks is None or len(mine) <= limit.tasks
+            money_fen = sum(money_in_window(item, limit.window) for item in mine)
+            if limit.money_fen is not None and money_fen > limit.money_fen:
+                newest = max(mine, key=lambda item: (item.lease_expires_at, item.submission_seq))
+                assert not newest.money_holds, "it held money that was not there"
 
-def decode(packed: bytes | None, kind: type[T]) -> T | None:
-    return msgspec.msgpack.decode(packed, type=kind) if packed else None
+    @invariant()
+    def outcomes_are_final(self) -> None:
+        """Require that an outcome never changes, except an unknown one that is resolved."""
+        for name, reservation in self.model.reservations.items():
+            assert self.final_states.get(name, reservation.state) is reservation.state
+            if not is_provisional(reservation):
+                self.final_states[name] = reservation.state
+
+    @invariant()
+    def account_counters_add_up(self) -> None:
+        """Require that the counters of the accounts follow from the reservations."""
+        for account, known in self.model.accounts.items():
+            mine = [item for item in self.model.reservations.values() if item.account == account]
+            if self.model.deleted:
+                continue
+            assert known.open_submissions == sum(map(is_open, mine))
+            assert known.unsettled == sum(map(is_reserved, mine))
+            assert known.unknown_outcomes == sum(item.state is ReservationState.UNKNOWN for item in mine)
+            assert known.pending_prepaid_only == sum(item.prepaid_only for item in mine)
+            assert known.pending_charges == sum(item.charge_pending for item in mine if is_open(item))
+            assert 0 <= known.untracked_charges <= sum(item.charge_pending for item in mine if not is_open(item))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, precondition, rule
+from hypothesis.stateful import Bundle, initialize, multiple, precondition, rule
 
 from service.domain.ledger import AccountStatus, Balance, Idempotency, ReservationState
 from service.domain.tasks import Kind
 from service.domain.tenants import AccountPolicy, SpendingMode, TenantPolicy
-from service.usecases.ports import CheckOutcome
+from service.usecases.ports import CheckOutcome, ClaimedDelivery, DeliveryResult
+from tests.model.ledger import is_reserved
 from tests.storage.ledger_actions import LedgerActions
-from tests.storage.ledger_comparison import ACCOUNTS, TENANT
+from tests.storage.ledger_comparison import ACCOUNTS, TENANT, is_provisional
 from tests.storage.ledger_strategies import (
+    KINDS,
     SubmissionPlan,
     account_orders,
     account_policies,
@@ -23,7 +25,9 @@ from tests.storage.ledger_strategies import (
     clock_steps,
     close_statuses,
     counts,
+    delivery_results,
     idempotencies,
+    is_truthful,
     kinds,
     likely_outcomes,
     limited_policies,
@@ -35,7 +39,6 @@ from tests.storage.ledger_strategies import (
     tenant_policies,
     unlimited_policies,
 )
-from tests.storage.ledger_views import is_provisional, is_settled
 
 T = TypeVar("T")
 
@@ -54,6 +57,8 @@ def nth_newest(items: list[T], number: int) -> T:
 class LedgerMachine(LedgerActions):
     """The rules of the ledger. Fewer rules are drawn more often each, so some combine several operations."""
 
+    deliveries_in_progress: Bundle[ClaimedDelivery] = Bundle("deliveries_in_progress")
+
     @initialize(
         late=st.booleans(),
         now=st.booleans(),
@@ -70,6 +75,8 @@ class LedgerMachine(LedgerActions):
         self.write_policies(tenant, AccountPolicy(), AccountPolicy())
         for plan in plans:
             self.run_submission(ACCOUNTS[0], plan, 1)
+        if all(is_truthful(plan) for plan in plans):
+            self.check_conclusions(ACCOUNTS[0])
 
     @rule(tenant=tenant_policies, first=account_policies, second=account_policies, gone=deleted_names)
     def change_limits(self, tenant: TenantPolicy, first: AccountPolicy, second: AccountPolicy, gone: str) -> None:
@@ -82,7 +89,7 @@ class LedgerMachine(LedgerActions):
         """Change the balance from outside; an operator may reopen the account."""
         self.upstream.balances[account] = Balance(count, money)
         if opens:
-            self.compare_calls(self.ledger.reopen_account(account), self.model.reopen_account(account))
+            self.compare(self.ledger.reopen_account(account), self.model.reopen_account, account)
 
     @rule(
         kind=kinds,
@@ -197,7 +204,7 @@ class LedgerMachine(LedgerActions):
         lost: bool,
     ) -> None:
         """Repeat every operation on a settled or unknown reservation."""
-        name = self.choose_reservation(number, is_settled)
+        name = self.choose_reservation(number, lambda item: not is_reserved(item))
         if name is None or number == 0:
             self.reservation_count += 1
             name = f"r{self.reservation_count}"
@@ -247,7 +254,7 @@ class LedgerMachine(LedgerActions):
         """Advance the clock, and expire leases."""
         self.advance_clock(milliseconds)
         if most:
-            self.compare_calls(self.ledger.settle_expired(most), self.model.settle_expired(most))
+            self.compare(self.ledger.settle_expired(most), self.model.settle_expired, most)
 
     @rule(milliseconds=st.sampled_from([1, 700, 1_200_000, 90_000_000]), forth=st.sampled_from([0, 0, 500, 1_200_000]))
     def step_clock_back(self, milliseconds: int, forth: int) -> None:
@@ -260,9 +267,35 @@ class LedgerMachine(LedgerActions):
     @rule(tenants=st.sampled_from([(TENANT,), ()]))
     def reset_clock(self, tenants: tuple[int, ...]) -> None:
         """Reset the ledger's clock to the server's."""
-        self.compare_calls(self.ledger.reset_clock(tenants, ACCOUNTS), self.model.reset_clock(tenants, ACCOUNTS))
+        self.compare(self.ledger.reset_clock(tenants, ACCOUNTS), self.model.reset_clock, tenants, ACCOUNTS)
 
     @precondition(lambda self: self.model.reservations)
     @rule(number=numbers, tenant=tenants, reason=st.sampled_from(["", "它失败了", "a mistake"]))
     def refund_settled(self, number: int, tenant: int, reason: str) -> None:
-        self.refund(tenant, self.choose_reservation(number, is_settled) or "never", reason)
+        self.refund(tenant, self.choose_reservation(number, lambda item: not is_reserved(item)) or "never", reason)
+
+    @rule(succeeds=st.booleans())
+    def finish_tasks(self, *, succeeds: bool) -> None:
+        """Finish six tasks, since few random sequences get as far as a delivery."""
+        for _ in range(6):
+            if name := self.reserve(kind=KINDS[0], accounts=ACCOUNTS, idempotency=None):
+                self.settle(name, ReservationState.ACCEPTED, Balance())
+        self.advance_clock(self.retention.check_interval_ms)
+        self.claimed_checks = []
+        self.claim_checks(9)
+        for due in self.claimed_checks:
+            self.record_check(due, CheckOutcome.SUCCEEDED if succeeds else CheckOutcome.FAILED)
+
+    @rule(target=deliveries_in_progress, most=st.integers(1, 12))
+    def claim_deliveries(self, most: int) -> Any:
+        return multiple(*(self.compare(self.deliveries.claim(most), self.model.claim_deliveries, most) or ()))
+
+    @rule(claimed=deliveries_in_progress, result=delivery_results)
+    def record_delivery(self, claimed: ClaimedDelivery, result: DeliveryResult) -> None:
+        attempt = self.deliveries.record_attempt(claimed, result)
+        self.compare(attempt, self.model.record_delivery, claimed, result)
+
+    @rule(claimed=deliveries_in_progress)
+    def redeliver(self, claimed: ClaimedDelivery) -> None:
+        name = claimed.delivery.reservation
+        self.compare(self.deliveries.redeliver(name), self.model.redeliver, name)

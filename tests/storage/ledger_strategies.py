@@ -1,7 +1,8 @@
-"""Hypothesis strategies for limits, balances, outcomes and checks."""
+"""Hypothesis strategies for limits, balances, outcomes, checks and deliveries, and a simulated upstream."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from hypothesis import strategies as st
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from service.domain.ledger import AccountStatus, Balance, Idempotency, ReservationState
 from service.domain.tasks import Kind
 from service.domain.tenants import AccountPolicy, Limit, SpendingMode, TenantPolicy, Window
-from service.usecases.ports import CheckOutcome
+from service.domain.webhooks import DeliveryState
+from service.usecases.ports import CheckOutcome, DeliveryResult
 
 KINDS = (Kind.UPSCALE, Kind.SEAMLESS)
 
@@ -95,6 +97,16 @@ def usual_plan(kind: Kind) -> SubmissionPlan:
     return SubmissionPlan(1, 100, kind, ReservationState.ACCEPTED, True, None, CheckOutcome.SUCCEEDED, None)
 
 
+def is_truthful(plan: SubmissionPlan) -> bool:
+    """Return whether the gateway is told the true outcome and balances, in time if at all."""
+    balances = {plan.balance_at_submit, plan.balance_at_end} <= {None, Balance()}
+    return (
+        balances
+        and plan.later_outcome is None
+        and plan.outcome in {ReservationState.ACCEPTED, ReservationState.UNKNOWN}
+    )
+
+
 kinds = st.sampled_from(KINDS)
 pauses = st.sampled_from([1, 60_000, 600_000])
 later_outcomes = st.none() | outcomes
@@ -125,3 +137,74 @@ unknown_plans = usual_plans.flatmap(
 inference_sequences = st.tuples(usual_plans, usual_plans, unknown_plans, plans | usual_plans).map(list)
 plan_sequences = st.lists(plans, min_size=1, max_size=6) | inference_sequences
 """Submissions that do not overlap; some of them start a charge inference and may resolve it."""
+
+WEBHOOKS = (
+    None,
+    "http://one.test/ended?for=17",
+    "http://one.test:81/",
+    "https://other.test:8443/x",
+    "http://[fd00::1]/x",
+    "http://10.0.0.1:80/x",
+)
+delivery_results = st.one_of(
+    st.just(DeliveryResult(state=DeliveryState.DELIVERED, status=204)),
+    st.builds(
+        DeliveryResult,
+        state=st.just(DeliveryState.PENDING),
+        retry_delay_ms=st.sampled_from([4_000, 30_000, 28_800_000]),
+        status=st.none() | st.just(500),
+        error=st.just("It failed."),
+        response_excerpt=st.none() | st.just("失败"),
+    ),
+    st.builds(
+        DeliveryResult,
+        state=st.sampled_from([DeliveryState.FAILED, DeliveryState.DISABLED]),
+        attempted=st.booleans(),
+        error=st.just("It is over."),
+    ),
+)
+
+
+@dataclass
+class SimulatedUpstream:
+    """Charges at submit, or at the end if `charges_at_end`.
+
+    A check reports the current balance if `reports_current_balance`, otherwise that at the task's end.
+    `charged_tasks` and `final_balances` are keyed by task name.
+    """
+
+    charges_at_end: bool
+    reports_current_balance: bool
+    prices: dict[Kind, int]
+    balances: dict[int, Balance]
+    charged_tasks: set[str] = field(default_factory=set)
+    final_balances: dict[str, Balance] = field(default_factory=dict)
+
+    def can_pay(self, account: int, kind: Kind) -> bool:
+        balance = self.balances[account]
+        return bool(balance.count) or (balance.money_fen or 0) >= self.prices[kind]
+
+    def submit(self, name: str, account: int, kind: Kind) -> None:
+        if not self.charges_at_end:
+            self._charge(name, account, kind)
+
+    def finish_task(self, name: str, account: int, kind: Kind, *, succeeds: bool) -> Balance:
+        """End a task, or check one that has ended. A failed task charges nothing and reports nothing."""
+        if not succeeds:
+            return Balance()
+        if self.charges_at_end:
+            self._charge(name, account, kind)
+        reported = self.final_balances.setdefault(name, self.balances[account])
+        return self.balances[account] if self.reports_current_balance else reported
+
+    def _charge(self, name: str, account: int, kind: Kind) -> None:
+        """Charge a prepaid use, otherwise the price, once."""
+        balance, price = self.balances[account], self.prices[kind]
+        count, money = balance.count or 0, balance.money_fen or 0
+        if name in self.charged_tasks:
+            return
+        self.charged_tasks.add(name)
+        if count:
+            self.balances[account] = Balance(count - 1, money)
+        else:
+            self.balances[account] = Balance(0, max(money - price, 0))

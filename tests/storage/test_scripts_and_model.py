@@ -7,17 +7,12 @@ from typing import cast
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
-from tests.storage.delivery_machine import DeliveryMachine
+from tests.storage.ledger_machine import LedgerMachine
 from tests.support.valkey import Valkey
 
 
 def test_scripts_and_model(valkey: Valkey) -> None:
     run_state_machine_as_test(
-        cast("type[RuleBasedStateMachine]", lambda: DeliveryMachine(valkey.url)),
-        settings=settings(
-            max_examples=80,
-            stateful_step_count=20,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-        ),
+        cast("type[RuleBasedStateMachine]", lambda: LedgerMachine(valkey.url)),
+        settings=settings(suppress_health_check=list(HealthCheck)),
     )
