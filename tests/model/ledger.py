@@ -150,12 +150,12 @@ def count_reservations(state: TenantState, reservations: Iterable[Reservation]) 
         if is_open(reservation):
             state.active_by_kind[reservation.kind] = state.active_by_kind.get(reservation.kind, 0) + 1
         for window, key in reservation.window_starts.items():
-            if counter := counters.get((window, key)):
-                counter.tasks_reserved += is_reserved(reservation)
-                counter.tasks += is_charged(reservation)
+            if mine := counters.get((window, key)):
+                mine.tasks_reserved += is_reserved(reservation)
+                mine.tasks += is_charged(reservation)
                 money = money_in_window(reservation, window)
-                counter.money_reserved_fen += is_open(reservation) * money
-                counter.money_fen += (is_charged(reservation) and not is_open(reservation)) * money
+                mine.money_reserved_fen += is_open(reservation) * money
+                mine.money_fen += (is_charged(reservation) and not is_open(reservation)) * money
     state.active_tasks = sum(state.active_by_kind.values())
 
 
@@ -438,7 +438,8 @@ class LedgerModel:
         """Return the first account that can pay and what is held for it; the tenant's policies come first."""
         candidates = [self._candidate(item) for item in account_ids if item in self.account_policies]
         chosen, retry_at = choose_account(candidates, policy.spending_mode, kind, at.ledger_ms)
-        violations, holds = find_violations(tenant, policy, at.server_ms) if checks_tasks else [], {}
+        violations = find_violations(tenant, policy, at.server_ms) if checks_tasks else []
+        holds: dict[Window, int] = {}
         if chosen:
             price = accounts.price_hold(chosen.state, chosen.policy, kind)
             refused, holds = compute_holds(tenant, policy.limits, price, at.server_ms)

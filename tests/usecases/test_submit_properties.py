@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from structlog.testing import capture_logs
 
+from service.domain import ledger
 from service.domain.errors import (
+    AccountMisconfigured,
+    BalanceExhausted,
+    IdempotencyInFlight,
+    LedgerUnavailable,
+    QuotaDenied,
+    SubmissionUnknown,
+    UpstreamRejected,
     UpstreamUnavailable,
 )
-from service.domain.ledger import AccountState, AccountStatus, Balance, ReservationState
-from service.domain.tasks import TaskError
-from service.domain.tenants import Account, AccountPolicy, Limit, Registry, SpendingMode, Tenant, TenantPolicy, Window
+from service.domain.ledger import Balance, ReservationState
+from service.domain.tasks import Task, TaskError
+from service.domain.tenants import Account, AccountPolicy, Limit, SpendingMode, Tenant, TenantPolicy, Window
 from service.usecases import submit as submit_module
 from service.usecases.caches import CachedTask
 from service.usecases.ports import CheckOutcome, CheckResult, SubmitOutcome
 from service.usecases.submit import Submission
-from tests.fakes import FakeRegistry
-from tests.unit.fault_simulation import (
+from tests.support.valkey import Valkey
+from tests.usecases.fault_simulation import (
+    CHARGED,
     Caller,
+    CallOutcome,
+    FaultyStore,
     FaultyUpstream,
     GatewayProcess,
     LoopClock,
     ManualClockLoop,
     SequentialTokens,
+    StoredState,
 )
-from tests.unit.faulty_store import CHARGED, CallOutcome, CallQueue, FaultyStore
-from tests.unit.submission_audit import check_recorded_state, check_response
 
 T = TypeVar("T")
 
@@ -77,20 +87,18 @@ def pick_item(items: Sequence[T], index: int) -> T:
 class SubmitMachine(RuleBasedStateMachine):
     """Submits, chooses the outcome of every call and kills processes; in the end everything may finish."""
 
-    def __init__(self) -> None:
+    def __init__(self, url: str) -> None:
         super().__init__()
         self.exit_stack = ExitStack()
         self.logs = self.exit_stack.enter_context(capture_logs())
-        self.store, self.call_queue = FaultyStore(), CallQueue()
-        self.loop = ManualClockLoop(self.store.clock)
+        self.loop = ManualClockLoop()
         runner = self.exit_stack.enter_context(asyncio.Runner(loop_factory=lambda: self.loop))
         runner.get_loop()
-        self.loop.set_exception_handler(lambda _, context: self.store.violations.append(str(context)))
+        self.store = FaultyStore(url, self.loop, TENANTS, ACCOUNTS)
+        self.call_store(self.store.open())
+        violations = self.store.ledger.violations
+        self.loop.set_exception_handler(lambda _, context: violations.append(str(context)))
         self.upstream = FaultyUpstream(self.store)
-        registry = Registry(1, 20, {tenant.name: tenant for tenant in TENANTS}, ACCOUNTS)
-        self.registry = FakeRegistry(self.store, registry)
-        self.store.account_policies |= {account.id: account.policy for account in ACCOUNTS.values()}
-        self.store.tenant_policies |= {tenant.id: tenant.policy for tenant in TENANTS}
         self.callers: list[Caller] = []
         self.readers: list[asyncio.Task[CachedTask]] = []
         self.stops: list[asyncio.Task[None]] = []
@@ -103,6 +111,10 @@ class SubmitMachine(RuleBasedStateMachine):
         result = self.loop.run_until_complete(work)
         self.loop.run_forever()
         return result
+
+    def call_store(self, work: Coroutine[Any, Any, T]) -> T:
+        """Call the store on behalf of the test."""
+        return self.run_to_idle(self.store.execute(lambda: work))
 
     @property
     def accepting_processes(self) -> list[GatewayProcess]:
@@ -131,7 +143,7 @@ class SubmitMachine(RuleBasedStateMachine):
             self.callers.append(caller)
             self.loop.run_forever()
             if outcome:
-                self.run_to_idle(self.call_queue.resolve(self.call_queue.pending[-1], outcome))
+                self.run_to_idle(self.store.resolve(self.store.pending[-1], outcome))
 
     @precondition(lambda self: self.callers)
     @rule(caller=indexes)
@@ -149,9 +161,7 @@ class SubmitMachine(RuleBasedStateMachine):
 
     @rule(tenant=tenants, policy=policies)
     def change_policy(self, tenant: Tenant, policy: TenantPolicy) -> None:
-        self.store.tenant_policies[tenant.id] = policy
-        for account in ACCOUNTS.values():
-            self.store.states_by_account.get(account.id, AccountState()).status = AccountStatus.OPEN
+        self.call_store(self.store.set_policy(tenant, policy))
 
     @rule(milliseconds=durations, task=indexes, check=checks)
     def advance_time_and_checks(self, milliseconds: int, task: int, check: CheckResult) -> None:
@@ -170,28 +180,28 @@ class SubmitMachine(RuleBasedStateMachine):
         self.start_process()
 
     def advance_time(self, milliseconds: int) -> None:
-        self.store.clock.now_ms += milliseconds
-        self.loop.run_forever()
+        self.loop.now_ms += milliseconds
+        self.call_store(self.store.set_time())
 
     def start_process(self) -> None:
         async def started() -> GatewayProcess:
-            return GatewayProcess(self.store, self.call_queue, self.upstream, self.registry)
+            return GatewayProcess(self.store, self.upstream)
 
         self.processes.append(self.run_to_idle(started()))
 
     # What becomes of calls
 
-    @precondition(lambda self: self.call_queue.pending)
+    @precondition(lambda self: self.store.pending)
     @rule(call=indexes, outcomes=st.lists(call_outcomes, min_size=1, max_size=4))
     def resolve_calls(self, call: int, outcomes: list[CallOutcome]) -> None:
         for outcome in outcomes:
-            if self.call_queue.pending:
-                self.run_to_idle(self.call_queue.resolve(pick_item(self.call_queue.pending, call), outcome))
+            if self.store.pending:
+                self.run_to_idle(self.store.resolve(pick_item(self.store.pending, call), outcome))
 
-    @precondition(lambda self: self.call_queue.delayed)
+    @precondition(lambda self: self.store.delayed)
     @rule(call=indexes)
     def execute_delayed_call(self, call: int) -> None:
-        self.run_to_idle(self.call_queue.execute_delayed(pick_item(self.call_queue.delayed, call)))
+        self.run_to_idle(self.store.execute_delayed(pick_item(self.store.delayed, call)))
 
     @precondition(lambda self: self.upstream.pending)
     @rule(request=indexes, milliseconds=pauses, results=st.lists(responses, min_size=1, max_size=4))
@@ -204,63 +214,67 @@ class SubmitMachine(RuleBasedStateMachine):
             if self.upstream.pending:
                 self.upstream.respond(pick_item(self.upstream.pending, request), outcome, balance)
                 self.loop.run_forever()
-            if self.call_queue.pending:
-                self.run_to_idle(self.call_queue.resolve(self.call_queue.pending[-1], call_outcome))
+            if self.store.pending:
+                self.run_to_idle(self.store.resolve(self.store.pending[-1], call_outcome))
 
     def complete_everything(self) -> None:
         for _ in range(100):
-            if self.call_queue.delayed:
-                self.run_to_idle(self.call_queue.execute_delayed(self.call_queue.delayed[0]))
-            if self.call_queue.pending:
-                self.run_to_idle(self.call_queue.resolve(self.call_queue.pending[0], CallOutcome.DONE))
+            if self.store.delayed:
+                self.run_to_idle(self.store.execute_delayed(self.store.delayed[0]))
+            if self.store.pending:
+                self.run_to_idle(self.store.resolve(self.store.pending[0], CallOutcome.DONE))
             if self.upstream.pending:
                 self.upstream.respond(self.upstream.pending[0], SubmitOutcome.ACCEPTED)
                 self.loop.run_forever()
 
     @rule(is_unavailable=st.booleans(), outcomes=st.lists(call_outcomes, max_size=3))
     def disturb_store(self, is_unavailable: bool, outcomes: list[CallOutcome]) -> None:
-        self.store.is_unavailable, self.call_queue.next_outcomes = is_unavailable, outcomes
+        self.store.is_unavailable, self.store.next_outcomes = is_unavailable, outcomes
 
     # What has to hold
 
     @invariant()
     def counters_match_reservations(self) -> None:
         """Counters follow from the reservations alone."""
+        state, now = self.call_store(self.store.read_state()), self.loop.now_ms
         for tenant in TENANTS:
-            counted = self.store.tenant_counters(tenant.id)
-            assert counted.active_tasks == self.store.count_active(tenant.id)
-            for window, counter in counted.windows.items():
-                outcomes = self.store.count_states(tenant.id, window)
-                assert counter.tasks_reserved == outcomes[ReservationState.RESERVED]
-                assert counter.tasks == sum(outcomes[item] for item in CHARGED)
+            counted = state.tenants[tenant.id]
+            assert counted.active_tasks == state.count_active(tenant.id)
+            for window in Window:
+                counter = ledger.current_counter(counted, window, now)
+                counts = state.count_states(tenant.id, window, now)
+                assert counter.tasks_reserved == counts[ReservationState.RESERVED]
+                assert counter.tasks == sum(counts[item] for item in CHARGED)
                 assert min(counter.money_fen, counter.money_reserved_fen) >= 0
-
-    @invariant()
-    def no_rule_is_violated(self) -> None:
-        assert self.store.violations == []
+        assert self.store.ledger.violations == []
 
     def teardown(self) -> None:
         with self.exit_stack:
             self.finish_everything()
+            state, tasks = self.call_store(self.store.read_state()), self.read_tasks()
             for caller in self.callers:
-                check_recorded_state(self.store, caller)
+                check_recorded_state(state, caller)
             for caller, submission in self.accepted_submissions:
-                if submission.task.reservation not in self.store.tasks:
+                if submission.task.reservation not in tasks:
                     assert caller.process.is_dead
-                    self.readers.append(
-                        self.loop.create_task(self.accepting_processes[0].read(caller.tenant, submission.task.id))
-                    )
+                    reading = self.accepting_processes[0].read(caller.tenant, submission.task.id)
+                    self.readers.append(self.loop.create_task(reading))
             self.finish_everything()
             self.counters_match_reservations()
-            self.no_rule_is_violated()
+            state, tasks = self.call_store(self.store.read_state()), self.read_tasks()
             for caller in self.callers:
-                check_response(self.store, caller, self.callers)
-            self.assert_nothing_reserved()
+                check_response(state, tasks, self.store.ledger.unknown_reservations, caller, self.callers)
+            self.assert_nothing_reserved(state)
+            self.call_store(self.store.connections.aclose())
+
+    def read_tasks(self) -> dict[str, Task]:
+        stored = {name: self.call_store(self.store.tasks.get(name)) for name in self.store.reservation_ids}
+        return {name: item[0] for name, item in stored.items() if item}
 
     def finish_everything(self) -> None:
         """Let the store return, tasks finish, and all leases and retries expire."""
         self.store.is_unavailable = False
-        self.call_queue.next_outcomes.clear()
+        self.store.next_outcomes.clear()
         for _ in range(10):
             self.complete_everything()
             for upstream_id in self.upstream.accepted_ids:
@@ -268,18 +282,16 @@ class SubmitMachine(RuleBasedStateMachine):
                     self.upstream.check_results[upstream_id] = SUCCEEDED
             self.advance_time(30_000)
 
-    def assert_nothing_reserved(self) -> None:
+    def assert_nothing_reserved(self, state: StoredState) -> None:
         """Assert that nothing is reserved or running and no error was swallowed."""
-        for tenant in TENANTS:
-            counted = self.store.tenant_counters(tenant.id)
+        for counted in state.tenants.values():
             assert counted.active_tasks == 0
-            assert {(window.tasks_reserved, window.money_reserved_fen) for window in counted.windows.values()} == {
-                (0, 0)
-            }
-        assert {(item.open_submissions, item.unsettled) for item in self.store.states_by_account.values()} <= {(0, 0)}
+            held = [(item.tasks_reserved, item.money_reserved_fen) for item in counted.windows.values()]
+            assert set(held) <= {(0, 0)}
+        assert {(item.open_submissions, item.unsettled) for item in state.accounts.values()} <= {(0, 0)}
         assert [stop for stop in (*self.stops, *self.readers) if not stop.done()] == []
         for reader in self.readers:
-            assert reader.cancelled() or isinstance(reader.exception(), UpstreamUnavailable | None)
+            assert reader.cancelled() or isinstance(reader.exception(), UpstreamUnavailable | RuntimeError | None)
         assert [
             self.run_to_idle(running_process.background.drain(0)) for running_process in self.running_processes
         ] == [0] * len(self.running_processes)
@@ -287,16 +299,99 @@ class SubmitMachine(RuleBasedStateMachine):
         assert crashes <= {"submission.error"}
 
 
-def test_accounting_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+_EXPECTED_STATES = {
+    SubmitOutcome.ACCEPTED: ReservationState.ACCEPTED,
+    SubmitOutcome.UNKNOWN: ReservationState.UNKNOWN,
+    None: ReservationState.UNKNOWN,
+    SubmitOutcome.NOT_SENT: ReservationState.NOT_SENT,
+    SubmitOutcome.MISCONFIGURED: ReservationState.NOT_SENT,
+    SubmitOutcome.REJECTED: ReservationState.REFUSED,
+    SubmitOutcome.EXHAUSTED: ReservationState.REFUSED,
+    SubmitOutcome.INVALID_ACCOUNT: ReservationState.REFUSED,
+    SubmitOutcome.REDIRECTED: ReservationState.REFUSED,
+    SubmitOutcome.BUSY: ReservationState.REFUSED,
+}
+"""The final reservation state for each upstream outcome."""
+
+_OUTCOMES_BY_ERROR: dict[type[BaseException], set[SubmitOutcome | None]] = {
+    SubmissionUnknown: {SubmitOutcome.UNKNOWN, None},
+    UpstreamRejected: {SubmitOutcome.REJECTED},
+    BalanceExhausted: {SubmitOutcome.EXHAUSTED},
+    AccountMisconfigured: {SubmitOutcome.INVALID_ACCOUNT, SubmitOutcome.MISCONFIGURED, SubmitOutcome.REDIRECTED},
+    UpstreamUnavailable: {SubmitOutcome.NOT_SENT, SubmitOutcome.BUSY},
+}
+"""The upstream outcomes that may lead to each error after a reservation."""
+
+
+def check_recorded_state(state: StoredState, caller: Caller) -> None:
+    """Assert that the stored state matches the outcome; UNKNOWN is allowed only if the process was killed."""
+    assert len(caller.reservation_ids) == 1
+    booked = state.state_of(caller.reservation_ids[0])
+    if caller.was_refused:
+        assert booked is None
+        assert caller.requests == []
+    elif caller.process.is_dead:
+        nothing = set() if caller.requests else {None}
+        assert booked in {_EXPECTED_STATES[caller.outcome], ReservationState.UNKNOWN} | nothing
+    else:
+        assert booked is _EXPECTED_STATES[caller.outcome]
+
+
+def check_response(
+    state: StoredState,
+    tasks: Mapping[str, Task],
+    unknown_reservations: Collection[str],
+    caller: Caller,
+    callers: Sequence[Caller],
+) -> None:
+    """Assert that the response matches the outcome and the stored state."""
+    assert caller.response.done()
+    if caller.response.cancelled():
+        return
+    error, reservation = caller.response.exception(), caller.reservation_ids[0]
+    if caller.was_refused:
+        same = {item.reservation_ids[0] for item in callers if (item.tenant, item.key) == (caller.tenant, caller.key)}
+        _check_refusal(state, unknown_reservations, caller, error, same if caller.key else set())
+    elif error is None:
+        returned, booked = caller.response.result().task, tasks[reservation]
+        assert caller.outcome is SubmitOutcome.ACCEPTED
+        assert state.state_of(reservation) is ReservationState.ACCEPTED
+        assert booked.state.is_final
+        assert (booked.id, booked.account) == (returned.id, caller.requests[-1].account.id)
+        # One that is booked from its id alone, which is left to do where the process died, has lost its options.
+        assert caller.process.is_dead or booked.options == returned.options
+    elif isinstance(error, LedgerUnavailable | RuntimeError):
+        assert caller.requests == []
+    else:
+        assert caller.outcome in _OUTCOMES_BY_ERROR[type(error)]
+        assert not isinstance(error, SubmissionUnknown) or error.submission_id == reservation
+
+
+def _check_refusal(
+    state: StoredState,
+    unknown_reservations: Collection[str],
+    caller: Caller,
+    error: BaseException | None,
+    same: Collection[str],
+) -> None:
+    """Assert that a refusal has a cause, or replays one of the submissions in `same`."""
+    if error is None:
+        submission = caller.response.result()
+        assert submission.is_replay
+        assert submission.task.reservation in same
+        assert state.state_of(submission.task.reservation) is ReservationState.ACCEPTED
+    elif isinstance(error, SubmissionUnknown):
+        assert error.submission_id in set(unknown_reservations) & set(same)
+    elif isinstance(error, IdempotencyInFlight | LedgerUnavailable):
+        assert set(same) > {caller.reservation_ids[0]}
+    else:
+        assert isinstance(error, QuotaDenied | BalanceExhausted | AccountMisconfigured)
+
+
+def test_accounting_is_exact(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit_module, "time", LoopClock)
     monkeypatch.setattr(submit_module, "secrets", SequentialTokens())
     run_state_machine_as_test(
-        SubmitMachine,
-        settings=settings(
-            max_examples=200,
-            stateful_step_count=40,
-            phases=(Phase.reuse, Phase.generate, Phase.shrink),
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-        ),
+        cast("type[RuleBasedStateMachine]", lambda: SubmitMachine(valkey.url)),
+        settings=settings(suppress_health_check=list(HealthCheck)),
     )

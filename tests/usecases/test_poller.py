@@ -1,0 +1,173 @@
+"""Checks of tasks and balances, and the expiry of leases, when calls fail."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from service.crypto import Keyring, TaskIdCodec
+from service.domain.availability import PROBE_INTERVAL_MS
+from service.domain.ledger import AccountStatus
+from service.domain.tasks import State, Task
+from service.usecases.ports import CheckOutcome
+from tests.usecases.gateway_fixture import INTERNAL_ERROR, UNAVAILABLE, UseCases, run_job, wait_until
+
+
+async def make_due_tasks(gateway: UseCases, number: int = 1) -> list[Task]:
+    tasks = [await gateway.submit_task() for _ in range(number)]
+    await gateway.advance(gateway.retention.check_interval_ms)
+    return tasks
+
+
+async def read_states(gateway: UseCases, tasks: list[Task]) -> list[State]:
+    stored = [await gateway.stored(task) for task in tasks]
+    return [task.state for task in stored if task]
+
+
+async def wait_for_states(gateway: UseCases, tasks: list[Task], state: State) -> None:
+    async with asyncio.timeout(60):
+        while set(await read_states(gateway, tasks)) != {state}:
+            await asyncio.sleep(0.001)
+
+
+async def test_outages_and_errors_do_not_end_the_loop(gateway: UseCases) -> None:
+    gateway.faults.before["claim_checks"] = [UNAVAILABLE, INTERNAL_ERROR]
+    tasks = await make_due_tasks(gateway)
+    async with run_job(gateway.poller.run()):
+        await wait_for_states(gateway, tasks, State.SUCCEEDED)
+
+
+@pytest.mark.parametrize("fault", [UNAVAILABLE, INTERNAL_ERROR])
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_unrecorded_check_is_repeated_after_its_lease(gateway: UseCases, fault: Exception, when: str) -> None:
+    getattr(gateway.faults, when)["record_check"] = [fault]
+    tasks = await make_due_tasks(gateway)
+    await gateway.poll(0)
+    await gateway.poll(gateway.retention.claim_lease_ms)
+    assert await read_states(gateway, tasks) == [State.SUCCEEDED]
+    assert await gateway.task_counts() == (1, 0, 0)
+
+
+async def test_failed_check_is_repeated_after_its_lease(gateway: UseCases) -> None:
+    tasks = await make_due_tasks(gateway, 2)
+    gateway.upstream.errors.append(INTERNAL_ERROR)
+    await gateway.poll(0)
+    assert sorted(await read_states(gateway, tasks)) == [State.QUEUED, State.SUCCEEDED]
+    await gateway.poll(gateway.retention.claim_lease_ms)
+    assert await read_states(gateway, tasks) == [State.SUCCEEDED] * 2
+
+
+async def test_checks_are_limited_and_cancelled_with_the_poller(gateway: UseCases) -> None:
+    tasks = await make_due_tasks(gateway, 5)
+    gateway.upstream.may_respond.clear()
+    async with run_job(gateway.poller.run()):
+        await wait_until(lambda: len(gateway.upstream.checks) == gateway.poller.max_concurrent)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert len(gateway.upstream.checks) == 2
+    gateway.upstream.may_respond.set()
+    await gateway.poller.wait_idle()
+    assert set(await read_states(gateway, tasks)) == {State.QUEUED}
+    await gateway.poll(gateway.retention.claim_lease_ms - 1)
+    assert sorted(await read_states(gateway, tasks)) == [State.QUEUED] * 2 + [State.SUCCEEDED] * 3
+    await gateway.poll(1)
+    assert set(await read_states(gateway, tasks)) == {State.SUCCEEDED}
+
+
+async def test_nothing_is_claimed_before_the_registry_is_loaded(gateway: UseCases) -> None:
+    tasks = await make_due_tasks(gateway)
+    gateway.registry.is_ready = False
+    await gateway.poll(0)
+    assert gateway.upstream.checks == []
+    gateway.registry.is_ready = True
+    await gateway.poll(0)
+    assert await read_states(gateway, tasks) == [State.SUCCEEDED]
+
+
+async def test_task_of_a_removed_account_is_lost_in_time(gateway: UseCases) -> None:
+    (task,) = await make_due_tasks(gateway)
+    await gateway.change_registry(drop_accounts=tuple(gateway.registry.current.accounts.values()))
+    for _ in range(3):
+        await gateway.poll(0)
+        await gateway.advance(gateway.retention.lost_after_ms)
+    ended = await gateway.stored(task)
+    assert ended
+    assert (ended.state, ended.error and ended.error.code) == (State.FAILED, "task-lost")
+    assert await gateway.task_counts() == (1, 0, 0)
+    assert gateway.upstream.checks == []
+
+
+async def test_task_without_its_key_is_kept(gateway: UseCases, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = await make_due_tasks(gateway)
+    with monkeypatch.context() as patched:
+        other_key = TaskIdCodec(Keyring([b"x" * 32]).derive("task-id"))
+        patched.setattr(gateway.task_ids, "decode", other_key.decode)
+        for _ in range(3):
+            await gateway.poll(gateway.retention.lost_after_ms)
+    assert await read_states(gateway, tasks) == [State.QUEUED]
+    await gateway.poll(gateway.retention.lost_after_ms)
+    assert await read_states(gateway, tasks) == [State.SUCCEEDED]
+
+
+async def test_expiry_survives_outages_and_errors(gateway: UseCases) -> None:
+    gateway.upstream.may_respond.clear()
+    caller = asyncio.create_task(gateway.submit())
+    await wait_until(lambda: bool(gateway.upstream.submits))
+    await gateway.advance(gateway.retention.lease_ms)
+    gateway.faults.before["settle_expired"] = [UNAVAILABLE, INTERNAL_ERROR]
+    async with run_job(gateway.poller.expire_leases()):
+        async with asyncio.timeout(60):
+            while await gateway.task_counts() != (1, 0, 0):
+                await asyncio.sleep(0.001)
+    gateway.upstream.may_respond.set()
+    assert await gateway.stored((await caller).task)
+    assert await gateway.task_counts() == (1, 0, 1)
+
+
+async def exhaust_account(gateway: UseCases) -> Task:
+    gateway.upstream.count, gateway.upstream.money = 1, 0
+    task = await gateway.submit_task()
+    await gateway.poll()
+    assert (await gateway.account()).status is AccountStatus.EXHAUSTED
+    gateway.upstream.count = 4
+    gateway.upstream.checks.clear()
+    await gateway.advance(PROBE_INTERVAL_MS)
+    return task
+
+
+async def test_only_one_process_checks_the_balance(gateway: UseCases) -> None:
+    await exhaust_account(gateway)
+    await asyncio.gather(gateway.refresher.refresh_due(), gateway.refresher.refresh_due())
+    assert len(gateway.upstream.checks) == 1
+    assert (await gateway.account()).status is AccountStatus.OPEN
+
+
+async def test_balance_of_a_lost_task_is_not_checked(gateway: UseCases) -> None:
+    task = await exhaust_account(gateway)
+    await gateway.client.delete(gateway.keys.task(task.reservation))
+    await gateway.refresher.refresh_due()
+    assert gateway.upstream.checks == []
+    assert (await gateway.account()).last_finished_task is None
+
+
+@pytest.mark.parametrize("outcome", [CheckOutcome.NO_RESPONSE, CheckOutcome.INVALID, CheckOutcome.NOT_FOUND])
+async def test_balance_check_is_repeated_unless_the_task_is_unknown(gateway: UseCases, outcome: CheckOutcome) -> None:
+    await exhaust_account(gateway)
+    gateway.upstream.queue_checks(outcome)
+    for _ in range(2):
+        await gateway.refresher.refresh_due()
+        await gateway.advance(PROBE_INTERVAL_MS)
+    assert len(gateway.upstream.checks) == (1 if outcome is CheckOutcome.NOT_FOUND else 2)
+
+
+async def test_outages_and_errors_do_not_end_the_balance_checks(gateway: UseCases) -> None:
+    await exhaust_account(gateway)
+    gateway.faults.before["claim_balance_check"] = [UNAVAILABLE]
+    gateway.upstream.errors.append(INTERNAL_ERROR)
+    async with run_job(gateway.refresher.run()):
+        await wait_until(lambda: not gateway.upstream.errors)
+        await gateway.advance(PROBE_INTERVAL_MS)
+        async with asyncio.timeout(60):
+            while (await gateway.account()).status is not AccountStatus.OPEN:
+                await asyncio.sleep(0.001)

@@ -1,0 +1,129 @@
+"""Failures between reserving and settling that the property test of submissions does not inject."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import structlog
+
+from service.domain.errors import AccountMisconfigured, LedgerUnavailable, SubmissionUnknown, UpstreamUnavailable
+from service.domain.ledger import AccountStatus, ReservationState
+from service.usecases import submit
+from service.usecases.ports import ReserveRequest, SubmitOutcome, SubmitResult
+from tests.usecases.gateway_fixture import INTERNAL_ERROR, MAIN, SPARE, TENANT, UNAVAILABLE, UseCases, wait_until
+
+
+async def test_error_after_the_acceptance_is_unknown(gateway: UseCases, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway.submitter.task_ids, "encode", lambda _: 1 / 0)
+    with pytest.raises(SubmissionUnknown):
+        await gateway.submit()
+    assert await gateway.task_counts() == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "fault", [KeyError("x"), OSError("x"), asyncio.CancelledError(), ExceptionGroup("x", [ValueError()])]
+)
+@pytest.mark.parametrize("step", ["submissions", "before", "after", "tasks_submitted"])
+async def test_any_exception_after_the_acceptance_returns_the_task(
+    gateway: UseCases, step: str, fault: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise INTERNAL_ERROR if isinstance(fault, asyncio.CancelledError) else fault  # a metric is never cancelled
+
+    if step in {"before", "after"}:
+        getattr(gateway.faults, step)["settle"] = [fault]
+    else:
+        monkeypatch.setattr(getattr(gateway.metrics, step), "labels", fail)
+    task = (await gateway.submit()).task
+    assert await gateway.background.drain(60) == 0
+    assert await gateway.task_counts() == (1, 0, 1)
+    assert await gateway.stored(task) == task
+    assert len(gateway.upstream.submits) == 1
+
+
+async def test_shutdown_while_settling_returns_the_task(gateway: UseCases, monkeypatch: pytest.MonkeyPatch) -> None:
+    settling = asyncio.Event()
+
+    async def hang(*_: object) -> bool:
+        settling.set()
+        return await asyncio.Event().wait()
+
+    monkeypatch.setattr(gateway.redis_ledger, "settle", hang)
+    caller = asyncio.create_task(gateway.submit())
+    await settling.wait()
+    assert await gateway.background.drain(0) == 2
+    assert (await caller).task.reservation in await gateway.reservations()
+
+
+async def test_shutdown_without_the_store_is_settled_by_the_lease(gateway: UseCases) -> None:
+    gateway.upstream.may_respond.clear()
+    caller = asyncio.create_task(gateway.submit())
+    await wait_until(lambda: bool(gateway.upstream.submits))
+    gateway.faults.is_unavailable = True
+    assert await gateway.background.drain(0) == 2
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    await gateway.advance(gateway.retention.lease_ms)
+    assert len(await gateway.redis_ledger.settle_expired(10)) == 1
+    assert await gateway.task_counts() == (1, 0, 0)
+
+
+async def test_tombstone_of_a_failed_reserve_refuses_it_later(gateway: UseCases) -> None:
+    gateway.faults.before["reserve"] = [UNAVAILABLE]
+    gateway.faults.before["settle"] = [UNAVAILABLE, INTERNAL_ERROR]
+    with pytest.raises(LedgerUnavailable):
+        await gateway.submit()
+    assert await gateway.background.drain(60) == 0
+    ((name, tombstone),) = (await gateway.reservations()).items()
+    assert tombstone.state is ReservationState.NOT_SENT
+    with pytest.raises(LedgerUnavailable):
+        await gateway.redis_ledger.reserve(ReserveRequest(name, TENANT, (MAIN,), tombstone.kind))
+    assert gateway.upstream.submits == []
+
+
+async def test_error_before_sending_frees_the_place(gateway: UseCases, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "compute_rate_limits", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        await gateway.submit()
+    assert await gateway.background.drain(60) == 0
+    assert await gateway.task_counts() == (0, 0, 0)
+    assert gateway.upstream.submits == []
+
+
+async def test_undecryptable_key_fails_over_and_closes_nothing(gateway: UseCases) -> None:
+    misconfigured = SubmitResult(outcome=SubmitOutcome.MISCONFIGURED)
+    gateway.upstream.next_submits += [misconfigured] * 3
+    with pytest.raises(AccountMisconfigured):
+        await gateway.submit()
+    await gateway.submit()
+    assert gateway.upstream.submits == ["main", "spare"] * 2
+    assert await gateway.task_counts() == (1, 0, 1)
+    assert [(await gateway.account(item)).status for item in (MAIN, SPARE)] == [AccountStatus.OPEN] * 2
+
+
+@pytest.mark.parametrize(("seconds", "retry_after"), [(7, 7), (0, 0), (None, submit.BUSY_RETRY_SECONDS)])
+async def test_busy_upstream(gateway: UseCases, seconds: float | None, retry_after: float) -> None:
+    gateway.upstream.next_submits.append(SubmitResult(outcome=SubmitOutcome.BUSY, retry_after_seconds=seconds))
+    with pytest.raises(UpstreamUnavailable) as caught:
+        await gateway.submit()
+    assert caught.value.retry_after == retry_after
+
+
+async def test_tenant_without_accounts_reserves_nothing(gateway: UseCases) -> None:
+    await gateway.change_registry(drop_accounts=tuple(gateway.registry.current.accounts.values()))
+    with pytest.raises(AccountMisconfigured):
+        await gateway.submit()
+    assert await gateway.reservations() == {}
+
+
+async def test_late_settlement_is_logged_without_the_context_of_a_request(gateway: UseCases) -> None:
+    gateway.faults.before["settle"] = [UNAVAILABLE]
+    with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as logged:
+        with structlog.contextvars.bound_contextvars(request_id="one"):
+            await gateway.submit()
+        assert await gateway.background.drain(60) == 0
+    assert [(item["event"], item["log_level"], item.get("request_id")) for item in logged] == [
+        ("settlement.retrying", "warning", "one"),
+        ("reservation.settled", "info", None),
+    ]
