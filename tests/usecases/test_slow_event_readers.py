@@ -15,9 +15,10 @@ from service.api import tasks
 from service.app import create_app
 from service.domain.tasks import State
 from service.usecases.caches import CachedTask
-from tests.behaviour.gateway_fixture import RunningGateway, run_fake_gateway
+from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
+from tests.support.valkey import Valkey
 from tests.unit.asgi_client import Message, make_http_scope
-from tests.unit.fake_gateway import wait_until
+from tests.usecases.gateway_fixture import wait_until
 
 
 @dataclass
@@ -50,11 +51,11 @@ class SlowReader:
 
 
 @pytest.fixture
-async def reader() -> AsyncIterator[SlowReader]:
-    async with run_fake_gateway() as (gateway, ledger, _):
-        await gateway.submit()
-        (task,) = ledger.tasks.values()
-        yield SlowReader(gateway, CachedTask(task, ledger.clock.now_ms, 0))
+async def reader(valkey: Valkey) -> AsyncIterator[SlowReader]:
+    async with run_real_gateway(valkey) as gateway:
+        task_id = (await gateway.submit()).json()["id"]
+        tenant = gateway.services.registry.current.tenants["shop"]
+        yield SlowReader(gateway, await gateway.services.task_reader.read(tenant, task_id))
 
 
 async def test_only_the_newest_event_is_queued(reader: SlowReader) -> None:
