@@ -22,14 +22,18 @@ _URL_HOST = re.compile(r"[a-z]+://([^/:?]+)")
 _DIGITS = re.compile(r"[0-9.]+")
 
 
-def queue_name(delivery: Delivery) -> str:
+def queue_name(tenant: int, url: str) -> str:
     """Return the delivery queue of a URL: one per tenant and host, whatever the port, one for all IP addresses.
 
     Thus a tenant has at most as many queues as hosts on its allow list.
     """
-    host = _URL_HOST.match(delivery.url)
+    host = _URL_HOST.match(url)
     name = host[1] if host else ""
-    return f"{delivery.tenant}:{'ip' if name.startswith('[') or _DIGITS.fullmatch(name) else name}"
+    return f"{tenant}:{'ip' if name.startswith('[') or _DIGITS.fullmatch(name) else name}"
+
+
+def queue_of(delivery: Delivery) -> str:
+    return queue_name(delivery.tenant, delivery.url)
 
 
 @dataclass
@@ -201,9 +205,9 @@ class StoreModel(LedgerModel):
         self.leased.pop(name, None)
         self.queued.pop(name, None)
         if has_succeeded:
-            self.failing_until.pop(queue_name(delivery), None)
+            self.failing_until.pop(queue_of(delivery), None)
         elif result.attempted:
-            self.failing_until[queue_name(delivery)] = at.ledger_ms + FAILING_MS
+            self.failing_until[queue_of(delivery)] = at.ledger_ms + FAILING_MS
         delivery = self.deliveries[name] = replace(
             delivery,
             state=result.state,
@@ -219,7 +223,7 @@ class StoreModel(LedgerModel):
         elif not has_succeeded:
             self.failed_at[name] = at.server_ms
             self.failed_at = {item: when for item, when in self.failed_at.items() if when > at.server_ms - KEEP_MS}
-        self._schedule_queue(queue_name(delivery))
+        self._schedule_queue(queue_of(delivery))
         return True
 
     def list_failed(self, limit: int) -> Sequence[Delivery]:
@@ -238,11 +242,11 @@ class StoreModel(LedgerModel):
             delivery, state=DeliveryState.PENDING, updated_at=at.server_ms, next_attempt_at=next_attempt_at
         )
         self.queued[name] = at.ledger_ms + delay_ms
-        self._schedule_queue(queue_name(delivery))
+        self._schedule_queue(queue_of(delivery))
 
     def _in_queue(self, queue: str, times: Mapping[str, int]) -> list[tuple[str, int]]:
         """Return the deliveries of a queue by time."""
-        mine = ((name, at) for name, at in times.items() if queue_name(self.deliveries[name]) == queue)
+        mine = ((name, at) for name, at in times.items() if queue_of(self.deliveries[name]) == queue)
         return sorted(mine, key=lambda item: (item[1], item[0]))
 
     def _max_parallel(self, queue: str) -> int:

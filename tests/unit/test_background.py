@@ -1,34 +1,49 @@
-"""Supervision of background tasks."""
+"""Supervision of background tasks and jobs."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
+from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
+from service import container
+from service.container import Container, open_container
+from service.domain.errors import LedgerUnavailable
+from service.settings import Settings
+from service.telemetry.metrics import Metrics
+from service.usecases import background
 from service.usecases.background import TaskSupervisor, cancel_and_wait
+from tests.behaviour.gateway_fixture import ENVIRONMENT
 
 
-async def test_work_outlives_a_cancelled_caller() -> None:
-    background, go, done = TaskSupervisor(), asyncio.Event(), asyncio.Event()
+@pytest.mark.parametrize("fails", [False, True])
+async def test_work_outlives_its_caller(caplog: pytest.LogCaptureFixture, fails: bool) -> None:
+    supervisor, go, done = TaskSupervisor(), asyncio.Event(), []
 
     async def work() -> None:
         await go.wait()
-        done.set()
+        done.append(1)
+        if fails:
+            raise ValueError("without a caller")
 
-    waiting = asyncio.create_task(asyncio.wait_for(asyncio.shield(background.spawn(work())), 5))
+    waiting = asyncio.create_task(asyncio.wait_for(asyncio.shield(supervisor.spawn(work())), 60))
     await asyncio.sleep(0)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     go.set()
-    assert await background.drain(5) == 0
-    assert done.is_set()
+    assert await supervisor.drain(60) == 0
+    gc.collect()
+    assert done
+    assert caplog.records == []
 
 
 async def test_drain_includes_tasks_started_meanwhile() -> None:
-    background, go, done = TaskSupervisor(), asyncio.Event(), asyncio.Event()
+    supervisor, go, done = TaskSupervisor(), asyncio.Event(), asyncio.Event()
 
     async def later() -> None:
         await asyncio.sleep(0)
@@ -36,10 +51,10 @@ async def test_drain_includes_tasks_started_meanwhile() -> None:
 
     async def work() -> None:
         await go.wait()
-        background.spawn(later())
+        supervisor.spawn(later())
 
-    background.spawn(work())
-    draining = asyncio.create_task(background.drain(5))
+    supervisor.spawn(work())
+    draining = asyncio.create_task(supervisor.drain(60))
     await asyncio.sleep(0)
     go.set()
     assert await draining == 0
@@ -47,7 +62,7 @@ async def test_drain_includes_tasks_started_meanwhile() -> None:
 
 
 async def test_drain_cancels_after_the_timeout() -> None:
-    background, cancelled = TaskSupervisor(), []
+    supervisor, cancelled = TaskSupervisor(), []
 
     async def work(name: str) -> None:
         try:
@@ -55,21 +70,15 @@ async def test_drain_cancels_after_the_timeout() -> None:
         except asyncio.CancelledError:
             cancelled.append(name)
             if name == "first":
-                background.spawn(work("second"))
+                supervisor.spawn(work("second"))
                 await asyncio.sleep(0)
             raise
 
-    background.spawn(work("first"))
+    supervisor.spawn(work("first"))
     await asyncio.sleep(0)
-    assert await background.drain(0) == 2
+    assert await supervisor.drain(0) == 2
     assert cancelled == ["first", "second"]
-
-
-async def test_drain_without_tasks() -> None:
-    background = TaskSupervisor()
-    assert await background.drain(5) == 0
-    await background.spawn(asyncio.sleep(0))
-    assert await background.drain(0) == 0
+    assert await supervisor.drain(0) == 0
 
 
 async def test_swallowed_cancellation_is_repeated() -> None:
@@ -78,13 +87,12 @@ async def test_swallowed_cancellation_is_repeated() -> None:
 
     async def deaf() -> None:
         nonlocal lost
-        while True:
+        while lost < 2:
             try:
                 await asyncio.Event().wait()
             except asyncio.CancelledError:
                 lost += 1
-                if lost == 2:
-                    raise
+        raise asyncio.CancelledError
 
     task = asyncio.create_task(deaf())
     await asyncio.sleep(0)
@@ -92,19 +100,61 @@ async def test_swallowed_cancellation_is_repeated() -> None:
     assert (task.cancelled(), lost) == (True, 2)
 
 
-async def test_failure_without_a_caller_is_not_reported_by_the_loop(caplog: pytest.LogCaptureFixture) -> None:
-    background, go = TaskSupervisor(), asyncio.Event()
+async def test_job_survives_an_outage_without_logging_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "UNAVAILABLE_SECONDS", 0)
+    monkeypatch.setattr(background, "IDLE_SECONDS", 0)
+    states = iter(["away", "away", "here", "away", "away"])
 
-    async def work() -> None:
-        await go.wait()
-        raise ValueError("without a caller")
+    async def begin() -> bool:
+        state = next(states, None)
+        if state is None:
+            raise asyncio.CancelledError
+        if state == "away":
+            raise LedgerUnavailable("away")
+        return False
 
-    waiting = asyncio.create_task(asyncio.wait_for(asyncio.shield(background.spawn(work())), 5))
-    await asyncio.sleep(0)
-    waiting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    go.set()
-    assert await background.drain(5) == 0
-    gc.collect()
-    assert caplog.records == []
+    with capture_logs() as logs, pytest.raises(asyncio.CancelledError):
+        await background.run_periodically("watch", begin)
+    assert logs == []
+
+
+def make_container(role: str) -> Container:
+    """Make a container whose adapters are never called."""
+    names = ("ledger", "tasks", "deliveries", "upstream", "registry", "task_cache", "fetch_artifact", "post_webhook")
+    adapters: Any = dict.fromkeys(names)
+    settings = Settings.load(ENVIRONMENT | {"GATEWAY_REDIS_URL": "redis://localhost", "GATEWAY_ROLE": role})
+    return Container(settings, Metrics(CollectorRegistry()), TaskSupervisor(), **adapters)
+
+
+@pytest.mark.parametrize(("role", "works"), [("api", False), ("worker", True), ("all", True)])
+async def test_jobs_by_role(role: str, works: bool) -> None:
+    services = make_container(role)
+    assert {job in services.jobs for job in (services.task_poller.run, services.webhook_dispatcher.run)} == {works}
+
+
+async def test_failed_jobs_are_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(container, "JOB_RESTART_SECONDS", 0)
+    begun, third = [], asyncio.Event()
+
+    async def job() -> None:
+        begun.append(1)
+        if len(begun) == 1:
+            raise ValueError("a fault of ours")
+        if len(begun) == 3:
+            third.set()
+            await asyncio.Event().wait()
+
+    services = make_container("api")
+    services.jobs = [job]
+    async with services.run_jobs(), asyncio.timeout(60):
+        await third.wait()
+    assert len(begun) == 3
+
+
+@pytest.mark.parametrize("missing", ["GATEWAY_REDIS_URL", "GATEWAY_UPSTREAM_URL", "GATEWAY_ADMIN_TOKEN"])
+async def test_incomplete_settings_are_refused(missing: str) -> None:
+    complete = ENVIRONMENT | {"GATEWAY_REDIS_URL": "redis://localhost", "GATEWAY_UPSTREAM_URL": "http://localhost"}
+    complete.pop(missing)
+    with pytest.raises(ValueError, match="not complete"):
+        async with open_container(Settings.load(complete)):
+            pass

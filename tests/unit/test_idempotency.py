@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from service.domain.errors import IdempotencyKeyInvalid
@@ -48,29 +48,16 @@ def content_digest(options: Options, metadata: dict[str, str] | None = None, ima
     return digest_submission(KEY, options, metadata or {}, image).content_digest
 
 
-@settings(deadline=None)
 @given(st.text(printable, min_size=1, max_size=MAX_IDEMPOTENCY_KEY_CHARS))
 def test_quoted_key(key: str) -> None:
-    assert parse_idempotency_key([quote_key(key)]) == key
-    assert parse_idempotency_key([f" \t{quote_key(key)} "]) == key
+    assert parse_idempotency_key([quote_key(key)]) == parse_idempotency_key([f" \t{quote_key(key)} "]) == key
 
 
-@settings(deadline=None)
 @given(st.text(plain, min_size=1, max_size=MAX_IDEMPOTENCY_KEY_CHARS))
 def test_bare_key(key: str) -> None:
-    assert parse_idempotency_key([key]) == parse_idempotency_key([quote_key(key)]) == key
+    assert parse_idempotency_key([key]) == key
 
 
-@settings(deadline=None)
-@given(st.text(printable, min_size=MAX_IDEMPOTENCY_KEY_CHARS + 1, max_size=MAX_IDEMPOTENCY_KEY_CHARS + 50))
-def test_long_key(key: str) -> None:
-    with pytest.raises(IdempotencyKeyInvalid):
-        parse_idempotency_key([quote_key(key)])
-    with pytest.raises(IdempotencyKeyInvalid):
-        parse_idempotency_key(["k" * len(key)])
-
-
-@settings(deadline=None)
 @given(st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
 @example(b'"\\')
 @example(b'"' * 300)
@@ -86,12 +73,13 @@ def test_any_bytes(value: bytes) -> None:
     assert parse_idempotency_key([quote_key(key)]) == key
 
 
-@settings(deadline=None)
-@given(st.lists(st.text(printable), min_size=2, max_size=3))
-def test_several_headers(values: list[str]) -> None:
-    for given_twice in (values, values[:1] * 2):
-        with pytest.raises(IdempotencyKeyInvalid, match="one Idempotency-Key"):
-            parse_idempotency_key(given_twice)
+LONG_KEY = "k" * (MAX_IDEMPOTENCY_KEY_CHARS + 1)
+
+
+@pytest.mark.parametrize("values", [["a", "b"], ["a", "a"], [LONG_KEY], [quote_key(LONG_KEY)], [""], ['""'], ["a,b"]])
+def test_invalid_headers(values: list[str]) -> None:
+    with pytest.raises(IdempotencyKeyInvalid):
+        parse_idempotency_key(values)
 
 
 def test_no_header() -> None:
@@ -164,11 +152,7 @@ def test_order_of_metadata() -> None:
     assert content_digest(FULL, METADATA) == content_digest(FULL, dict(reversed(METADATA.items())))
 
 
-@settings(deadline=None)
-@given(st.text(printable, min_size=1), st.text(printable, min_size=1))
-@example("key", "Key")
-def test_digest_of_the_key(one: str, other: str) -> None:
-    first, second = (digest_submission(key, FULL, {}, DIGEST) for key in (one, other))
-    assert (first.key_digest == second.key_digest) == (one == other)
-    assert first.content_digest == second.content_digest
-    assert len(first.key_digest) == len(first.content_digest) == 32
+def test_digest_of_the_key() -> None:
+    digests = [digest_submission(key, FULL, {}, DIGEST) for key in ("key", "Key", "key ", "k" * 255)]
+    assert len({item.key_digest for item in digests}) == len(digests)
+    assert len({item.content_digest for item in digests}) == 1

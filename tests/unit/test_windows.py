@@ -1,4 +1,4 @@
-"""Calendar windows in UTC."""
+"""Calendar windows in UTC, and the clock of the ledger."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from service.domain.errors import RateLimit
 from service.domain.ledger import (
+    LedgerClock,
     TenantState,
     WindowCounter,
     compute_rate_limits,
@@ -18,9 +19,9 @@ from service.domain.ledger import (
     window_bounds,
 )
 from service.domain.tenants import Limit, TenantPolicy, Window
-from tests.model.ledger_model import roll_windows
 
 CENTURY = st.integers(0, 4_102_444_800_000)
+START, MINUTE = 1_790_000_000_000, 60_000
 
 
 def parse_ms(text: str) -> int:
@@ -37,11 +38,9 @@ def parse_ms(text: str) -> int:
     ],
 )
 def test_window_bounds(window: Window, start: str, end: str) -> None:
-    assert window_bounds(window, parse_ms("2028-02-29T23:59:59.999")) == (parse_ms(start), parse_ms(end))
-
-
-def test_total_window_is_unbounded() -> None:
-    assert window_bounds(Window.TOTAL, parse_ms("2026-01-01T00:00:00")) == (0, None)
+    now = parse_ms("2028-02-29T23:59:59.999")
+    assert window_bounds(window, now) == (parse_ms(start), parse_ms(end))
+    assert window_bounds(Window.TOTAL, now) == (0, None)
 
 
 @given(CENTURY, st.sampled_from([item for item in Window if item is not Window.TOTAL]))
@@ -53,43 +52,50 @@ def test_windows_are_contiguous(time_ms: int, window: Window) -> None:
     assert window_bounds(window, end)[0] == end
 
 
-def test_expired_windows_are_cleared() -> None:
-    state = TenantState()
-    roll_windows(state, parse_ms("2026-12-31T23:59:59"))
-    for window in state.windows.values():
-        window.tasks = 1
-    roll_windows(state, parse_ms("2027-01-01T00:00:00"))
-    assert {window: item.tasks for window, item in state.windows.items()} == {
-        Window.MINUTE: 0,
-        Window.HOUR: 0,
-        Window.DAY: 0,
-        Window.MONTH: 0,
-        Window.TOTAL: 1,
-    }
-
-
 def test_outdated_counter_is_not_shown() -> None:
     state = TenantState(windows={Window.DAY: WindowCounter(window_start=parse_ms("2026-05-01T00:00:00"), tasks=3)})
     assert current_counter(state, Window.DAY, parse_ms("2026-05-01T12:00:00")).tasks == 3
-    assert current_counter(state, Window.DAY, parse_ms("2026-05-02T00:00:00")) == WindowCounter(
-        window_start=parse_ms("2026-05-02T00:00:00")
-    )
+    next_day = parse_ms("2026-05-02T00:00:00")
+    assert current_counter(state, Window.DAY, next_day) == WindowCounter(window_start=next_day)
 
 
-def test_rate_limit_values() -> None:
-    policy = TenantPolicy(
-        limits=(Limit(Window.MINUTE, tasks=5), Limit(Window.DAY, money_fen=100), Limit(Window.TOTAL, tasks=9))
-    )
+def test_rate_limits() -> None:
     now = parse_ms("2026-05-01T12:00:29.500")
-    state = TenantState()
-    roll_windows(state, now)
-    state.windows[Window.MINUTE].tasks = 2
-    state.windows[Window.MINUTE].tasks_reserved = 1
-    assert compute_rate_limits(policy, state, now) == (
+    minute = WindowCounter(window_start=parse_ms("2026-05-01T12:00:00"), tasks=2, tasks_reserved=1)
+    limits = (Limit(Window.MINUTE, tasks=5), Limit(Window.DAY, money_fen=100), Limit(Window.TOTAL, tasks=9))
+    assert compute_rate_limits(TenantPolicy(limits=limits), TenantState(windows={Window.MINUTE: minute}), now) == (
         RateLimit("minute-tasks", 5, 2, 60, 31),
         RateLimit("total-tasks", 9, 9, None, None),
     )
-
-
-def test_remaining_is_never_negative() -> None:
     assert compute_remaining(3, 4, 1) == 0
+
+
+def test_clock_slows_down_after_a_step_back() -> None:
+    """Nine tenths of the speed, until both clocks agree."""
+    clock = LedgerClock(START, 0).advance(START - 20 * MINUTE)
+    assert clock.last_ms == START
+    ahead = clock.advance(START - 10 * MINUTE)
+    assert ahead.last_ms == START + 9 * MINUTE
+    assert ahead.advance(START + 180 * MINUTE) == LedgerClock(START + 180 * MINUTE, 0)
+
+
+@given(st.lists(st.integers(-2_000_000, 2_000_000) | st.integers(0, 30)))
+def test_clock_never_goes_back(steps: list[int]) -> None:
+    wall, clock = START, LedgerClock(START, 0)
+    for step in steps:
+        wall += step
+        after = clock.advance(wall)
+        assert after.last_ms >= max(clock.last_ms, wall)
+        if step > 0:
+            assert after.last_ms - clock.last_ms >= step * 9 // 10
+        clock = after
+
+
+@given(st.integers(1, 10**7), st.lists(st.integers(0, 10**6)))
+def test_clock_is_independent_of_the_number_of_reads(offset: int, steps: list[int]) -> None:
+    clock = one = LedgerClock(START + 1_000_000, offset)
+    wall = clock.last_ms - -(-offset // 10)
+    for step in steps:
+        wall += step
+        clock = clock.advance(wall)
+    assert clock == one.advance(wall)
