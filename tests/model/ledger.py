@@ -299,24 +299,17 @@ class LedgerModel:
     def settle_expired(self, limit: int) -> Sequence[Settlement]:
         now = self.read_clock().ledger_ms
         expired = sorted(
-            (item.lease_expires_at, name, item)
+            (item.lease_expires_at, name)
             for name, item in self.reservations.items()
             if is_reserved(item) and item.lease_expires_at <= now
         )
-        settlements = [
-            Settlement(
-                reservation=name,
-                tenant=item.tenant,
-                account=item.account,
-                kind=item.kind,
-                created_at=item.created_at,
-                outcome=UNKNOWN,
-            )
-            for _, name, item in expired[:limit]
-        ]
-        for settlement in settlements:
-            self.settle(settlement)
-        return settlements
+        return [self._expire(name, self.reservations[name]) for _, name in expired[:limit]]
+
+    def _expire(self, name: str, item: Reservation) -> Settlement:
+        known = {"tenant": item.tenant, "account": item.account, "kind": item.kind, "created_at": item.created_at}
+        settlement = Settlement(reservation=name, outcome=UNKNOWN, **known)
+        self.settle(settlement)
+        return settlement
 
     def refund(self, tenant: int, name: str, reason: str) -> tuple[RefundResult, Reservation] | None:
         at, reservation = self.read_clock(), self.reservations.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -74,28 +75,15 @@ class LedgerActions(LedgerComparison):
             drop_accounts=tuple(account for account in registry.accounts.values() if account.name == name),
         )
 
-    def _write_registry(
-        self,
-        *,
-        tenants: tuple[Tenant, ...] = (),
-        accounts: tuple[Account, ...] = (),
-        drop_tenants: tuple[Tenant, ...] = (),
-        drop_accounts: tuple[Account, ...] = (),
-    ) -> None:
-        change = RegistryChange(
-            version=self.run(self.registry_store.read_version()),
-            next_id=4,
-            tenants=tenants,
-            accounts=accounts,
-            drop_tenants=drop_tenants,
-            drop_accounts=drop_accounts,
-        )
+    def _write_registry(self, **changes: Any) -> None:
+        version = self.run(self.registry_store.read_version())
+        change = RegistryChange(version=version, next_id=4, **changes)
         assert self.run(self.registry_store.write(change))
-        self.model.tenant_policies |= {item.id: item.policy for item in tenants}
-        self.model.account_policies |= {item.id: item.policy for item in accounts}
-        for tenant in drop_tenants:
+        self.model.tenant_policies |= {item.id: item.policy for item in change.tenants}
+        self.model.account_policies |= {item.id: item.policy for item in change.accounts}
+        for tenant in change.drop_tenants:
             del self.model.tenant_policies[tenant.id]
-        for account in drop_accounts:
+        for account in change.drop_accounts:
             del self.model.account_policies[account.id]
 
     def choose_reservation(self, number: int, predicate: Callable[[Reservation], bool]) -> str | None:
@@ -291,9 +279,7 @@ class LedgerActions(LedgerComparison):
         self.model.tasks.pop(reservation, None)
         self.model.due_checks.pop(reservation, None)
         self.model.claimed_checks.pop(reservation, None)
-        self.run(self._delete_keys(reservation))
-
-    async def _delete_keys(self, reservation: str) -> None:
-        await self.client.delete(self.keys.reservation(reservation), self.keys.task(reservation))
-        await self.client.zrem(self.keys.poll_due, reservation)
-        await self.client.zrem(self.keys.poll_claimed, reservation)
+        keys = self.keys
+        self.run(self.client.delete(keys.reservation(reservation), keys.task(reservation)))
+        for times in (keys.poll_due, keys.poll_claimed):
+            self.run(self.client.zrem(times, reservation))

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -20,13 +19,12 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from service.crypto import Keyring, TaskIdCodec
-from service.domain import ledger
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import AccountState, Balance, Grant, Reservation, ReservationState, TenantState, Verdict
-from service.domain.tasks import FaceEnhanceOptions, Options
-from service.domain.tenants import Account, Registry, Tenant, TenantPolicy, Window
+from service.domain.tasks import FaceEnhanceOptions, Options, Task
+from service.domain.tenants import Account, Registry, Tenant, TenantPolicy
 from service.storage.connections import connect
-from service.storage.ledger import KEEP_IDEMPOTENCY_KEY_MS, RedisLedger
+from service.storage.ledger import KEEP_IDEMPOTENCY_KEY_MS, RedisLedger, Retention
 from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore
@@ -55,7 +53,6 @@ T = TypeVar("T")
 
 START_MS = 1_790_000_000_000
 IMAGE = Image(b"bytes", b"digest", "image/png", 3, 2)
-CHARGED = (ReservationState.ACCEPTED, ReservationState.UNKNOWN)
 FAILOVER_OUTCOMES = {
     SubmitOutcome.EXHAUSTED,
     SubmitOutcome.INVALID_ACCOUNT,
@@ -142,40 +139,23 @@ class CallOutcome(StrEnum):
 
 
 class StoredState(msgspec.Struct):
-    """All reservations and counters in Redis at one moment."""
+    """Everything in Redis at one moment."""
 
     reservations: dict[str, Reservation]
-    tenants: dict[int, TenantState]
-    accounts: dict[int, AccountState]
+    tenants: Mapping[int, TenantState]
+    accounts: Mapping[int, AccountState]
+    tasks: dict[str, Task]
 
     def state_of(self, reservation: str) -> ReservationState | None:
         stored = self.reservations.get(reservation)
         return stored.state if stored else None
 
-    def count_states(self, tenant: int, window: Window, now: int) -> Counter[ReservationState]:
-        """Count the tenant's reservations of the current window by state."""
-        bounds = ledger.window_bounds(window, now)
-        return Counter(
-            item.state
-            for item in self.reservations.values()
-            if item.tenant == tenant and ledger.window_bounds(window, item.created_at) == bounds
-        )
-
-    def count_active(self, tenant: int) -> int:
-        """Count the tenant's submissions that are reserved or have a running task."""
-        open_states = {ReservationState.RESERVED, ReservationState.ACCEPTED}
-        return sum(
-            item.tenant == tenant and item.state in open_states and item.cost is None
-            for item in self.reservations.values()
-        )
-
 
 class ObservedLedger(RedisLedger):
     """The ledger in Redis; `violations` are broken rules, found without its own counters."""
 
-    def __init__(self, store: FaultyStore, scripts: RedisScripts) -> None:
-        super().__init__(scripts, store.keys, store.retention)
-        self._store = store
+    def __init__(self, scripts: RedisScripts, keys: Keys, retention: Retention) -> None:
+        super().__init__(scripts, keys, retention)
         self.violations: list[str] = []
         self.unknown_reservations: set[str] = set()
 
@@ -184,21 +164,8 @@ class ObservedLedger(RedisLedger):
         if not holds:
             self.violations.append(violation)
 
-    async def reserve(self, request: ReserveRequest) -> tuple[Verdict, TenantSnapshot]:
-        store = self._store
-        before = await store.read_state()
-        store.reservation_ids[request.reservation] = None
-        verdict, snapshot = await super().reserve(request)
-        after = await store.read_state()
-        if not isinstance(verdict, Grant):
-            self.check_rule(before == after, "a refusal changed the counters")
-        elif request.reservation not in before.reservations:
-            self.check_rule(store.is_within_limits(request, after), "a place was granted past a limit")
-        return verdict, snapshot
-
     async def settle(self, settlement: Settlement) -> bool:
         name = settlement.reservation
-        self._store.reservation_ids[name] = None
         before = await self.get_reservation(name)
         booked = await super().settle(settlement)
         after = await self.get_reservation(name)
@@ -222,11 +189,10 @@ class FaultyStore:
         self.connections = connect(url, timeout=5)
         self.client: Any = self.connections.commands
         scripts = RedisScripts(self.client)
-        self.ledger = ObservedLedger(self, scripts)
+        self.ledger = ObservedLedger(scripts, self.keys, self.retention)
         self.tasks = RedisTaskStore(scripts, self.keys, self.retention)
-        self.reservation_ids: dict[str, None] = {}
         self.is_unavailable = False
-        self.policies = {tenant.id: tenant.policy for tenant in tenants}
+        self.tenant_ids = [tenant.id for tenant in tenants]
         self.account_ids = [account.id for account in accounts.values()]
         self.registry = CachedRegistry(RedisRegistry(scripts, self.keys))
         self.registry.current = Registry(1, 20, {tenant.name: tenant for tenant in tenants}, accounts)
@@ -244,7 +210,6 @@ class FaultyStore:
 
     async def set_policy(self, tenant: Tenant, policy: TenantPolicy) -> None:
         """Set the policy of a tenant, and reopen all accounts."""
-        self.policies[tenant.id] = policy
         await self._write(tenants=(msgspec.structs.replace(tenant, policy=policy),))
         for account in self.account_ids:
             await self.ledger.reopen_account(account)
@@ -266,36 +231,18 @@ class FaultyStore:
             self.loop.selector.calls_in_progress -= 1
 
     async def read_state(self) -> StoredState:
-        names = list(self.reservation_ids)
-        owners = [*map(self.keys.tenant, self.policies), *map(self.keys.account, self.account_ids)]
-        pipeline = self.client.pipeline(transaction=False)
-        for key in owners:
-            pipeline.hget(key, "state")
-        for name in names:
-            pipeline.get(self.keys.reservation(name))
-        rows = await pipeline.execute()
-        tenants = {item: _decode(row, TenantState) for item, row in zip(self.policies, rows, strict=False)}
-        accounts = zip(self.account_ids, rows[len(tenants) : len(owners)], strict=True)
-        stored = zip(names, rows[len(owners) :], strict=True)
+        read, keys = self.client.get, self.keys
+        prefix = keys.reservation("")
+        names = [key.decode().removeprefix(prefix) async for key in self.client.scan_iter(prefix + "*")]
+        packed = {name: await read(keys.reservation(name)) for name in sorted(names)}
+        tenants, _ = await self.ledger.tenant_states(self.tenant_ids)
+        tasks = {name: await self.tasks.get(name) for name in names}
         return StoredState(
-            {name: msgspec.msgpack.decode(row, type=Reservation) for name, row in stored if row},
+            {name: msgspec.msgpack.decode(item, type=Reservation) for name, item in packed.items()},
             tenants,
-            {item: _decode(row, AccountState) for item, row in accounts},
+            await self.ledger.account_states(self.account_ids),
+            {name: item[0] for name, item in tasks.items() if item},
         )
-
-    def is_within_limits(self, request: ReserveRequest, state: StoredState) -> bool:
-        policy, tenant, now = self.policies[request.tenant], request.tenant, self.loop.now_ms
-        holds = state.reservations[request.reservation].money_holds
-        for limit in policy.limits:
-            counts = state.count_states(tenant, limit.window, now)
-            used = sum(counts[item] for item in (ReservationState.RESERVED, *CHARGED))
-            counter = ledger.current_counter(state.tenants[tenant], limit.window, now)
-            money_fen = counter.money_fen + counter.money_reserved_fen
-            if limit.tasks is not None and used > limit.tasks:
-                return False
-            if limit.money_fen is not None and holds.get(limit.window) and money_fen > limit.money_fen:
-                return False
-        return policy.max_active is None or state.count_active(tenant) <= policy.max_active
 
     async def resolve(self, call: PendingCall, outcome: CallOutcome) -> None:
         self.pending.remove(call)
@@ -327,10 +274,6 @@ class FaultyStore:
             await self.execute(call.work)
         except LedgerUnavailable:
             return
-
-
-def _decode(packed: bytes | None, kind: type[T]) -> T:
-    return msgspec.msgpack.decode(packed, type=kind) if packed else kind()
 
 
 @dataclass(eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar, cast
 
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from structlog.testing import capture_logs
 
-from service.domain import ledger
 from service.domain.errors import (
     AccountMisconfigured,
     BalanceExhausted,
@@ -24,8 +23,8 @@ from service.domain.errors import (
     UpstreamRejected,
     UpstreamUnavailable,
 )
-from service.domain.ledger import Balance, ReservationState
-from service.domain.tasks import Task, TaskError
+from service.domain.ledger import Balance, ReservationState, WindowCounter
+from service.domain.tasks import TaskError
 from service.domain.tenants import Account, AccountPolicy, Limit, SpendingMode, Tenant, TenantPolicy, Window
 from service.usecases import submit as submit_module
 from service.usecases.caches import CachedTask
@@ -33,7 +32,6 @@ from service.usecases.ports import CheckOutcome, CheckResult, SubmitOutcome
 from service.usecases.submit import Submission
 from tests.support.valkey import Valkey
 from tests.usecases.fault_simulation import (
-    CHARGED,
     Caller,
     CallOutcome,
     FaultyStore,
@@ -46,6 +44,7 @@ from tests.usecases.fault_simulation import (
 )
 
 T = TypeVar("T")
+CHARGED = {ReservationState.ACCEPTED, ReservationState.UNKNOWN}
 
 ACCOUNTS = {name: Account(number, name, b"encrypted", None, AccountPolicy()) for number, name in enumerate("abc", 11)}
 TENANTS = [Tenant(1, "one", ("a",)), Tenant(2, "two", ("b", "a")), Tenant(3, "three", ("a", "b", "c"))]
@@ -234,42 +233,28 @@ class SubmitMachine(RuleBasedStateMachine):
     # What has to hold
 
     @invariant()
-    def counters_match_reservations(self) -> None:
-        """Counters follow from the reservations alone."""
-        state, now = self.call_store(self.store.read_state()), self.loop.now_ms
-        for tenant in TENANTS:
-            counted = state.tenants[tenant.id]
-            assert counted.active_tasks == state.count_active(tenant.id)
-            for window in Window:
-                counter = ledger.current_counter(counted, window, now)
-                counts = state.count_states(tenant.id, window, now)
-                assert counter.tasks_reserved == counts[ReservationState.RESERVED]
-                assert counter.tasks == sum(counts[item] for item in CHARGED)
-                assert min(counter.money_fen, counter.money_reserved_fen) >= 0
+    def no_rule_is_violated(self) -> None:
         assert self.store.ledger.violations == []
 
     def teardown(self) -> None:
         with self.exit_stack:
             self.finish_everything()
-            state, tasks = self.call_store(self.store.read_state()), self.read_tasks()
+            state = self.call_store(self.store.read_state())
             for caller in self.callers:
                 check_recorded_state(state, caller)
             for caller, submission in self.accepted_submissions:
-                if submission.task.reservation not in tasks:
+                if submission.task.reservation not in state.tasks:
                     assert caller.process.is_dead
                     reading = self.accepting_processes[0].read(caller.tenant, submission.task.id)
                     self.readers.append(self.loop.create_task(reading))
             self.finish_everything()
-            self.counters_match_reservations()
-            state, tasks = self.call_store(self.store.read_state()), self.read_tasks()
+            self.no_rule_is_violated()
+            state = self.call_store(self.store.read_state())
             for caller in self.callers:
-                check_response(state, tasks, self.store.ledger.unknown_reservations, caller, self.callers)
-            self.assert_nothing_reserved(state)
+                check_response(state, self.store.ledger.unknown_reservations, caller, self.callers)
+            self.check_counters(state)
+            self.check_processes()
             self.call_store(self.store.connections.aclose())
-
-    def read_tasks(self) -> dict[str, Task]:
-        stored = {name: self.call_store(self.store.tasks.get(name)) for name in self.store.reservation_ids}
-        return {name: item[0] for name, item in stored.items() if item}
 
     def finish_everything(self) -> None:
         """Let the store return, tasks finish, and all leases and retries expire."""
@@ -282,19 +267,22 @@ class SubmitMachine(RuleBasedStateMachine):
                     self.upstream.check_results[upstream_id] = SUCCEEDED
             self.advance_time(30_000)
 
-    def assert_nothing_reserved(self, state: StoredState) -> None:
-        """Assert that nothing is reserved or running and no error was swallowed."""
-        for counted in state.tenants.values():
+    def check_counters(self, state: StoredState) -> None:
+        """Assert that nothing is reserved or running, and that what is used follows from the reservations."""
+        for tenant, counted in state.tenants.items():
+            charged = [item for item in state.reservations.values() if item.tenant == tenant and item.state in CHARGED]
             assert counted.active_tasks == 0
-            held = [(item.tasks_reserved, item.money_reserved_fen) for item in counted.windows.values()]
-            assert set(held) <= {(0, 0)}
+            assert counted.windows.get(Window.TOTAL, WindowCounter(0)).tasks == len(charged)
+            assert all(item.tasks_reserved == item.money_reserved_fen == 0 for item in counted.windows.values())
         assert {(item.open_submissions, item.unsettled) for item in state.accounts.values()} <= {(0, 0)}
+
+    def check_processes(self) -> None:
+        """Assert that no process has work left, and that no error was swallowed."""
         assert [stop for stop in (*self.stops, *self.readers) if not stop.done()] == []
         for reader in self.readers:
             assert reader.cancelled() or isinstance(reader.exception(), UpstreamUnavailable | RuntimeError | None)
-        assert [
-            self.run_to_idle(running_process.background.drain(0)) for running_process in self.running_processes
-        ] == [0] * len(self.running_processes)
+        for process in self.running_processes:
+            assert self.run_to_idle(process.background.drain(0)) == 0
         crashes = {entry["event"] for entry in self.logs if entry["event"].endswith(".error")}
         assert crashes <= {"submission.error"}
 
@@ -338,11 +326,7 @@ def check_recorded_state(state: StoredState, caller: Caller) -> None:
 
 
 def check_response(
-    state: StoredState,
-    tasks: Mapping[str, Task],
-    unknown_reservations: Collection[str],
-    caller: Caller,
-    callers: Sequence[Caller],
+    state: StoredState, unknown_reservations: Collection[str], caller: Caller, callers: Sequence[Caller]
 ) -> None:
     """Assert that the response matches the outcome and the stored state."""
     assert caller.response.done()
@@ -353,7 +337,7 @@ def check_response(
         same = {item.reservation_ids[0] for item in callers if (item.tenant, item.key) == (caller.tenant, caller.key)}
         _check_refusal(state, unknown_reservations, caller, error, same if caller.key else set())
     elif error is None:
-        returned, booked = caller.response.result().task, tasks[reservation]
+        returned, booked = caller.response.result().task, state.tasks[reservation]
         assert caller.outcome is SubmitOutcome.ACCEPTED
         assert state.state_of(reservation) is ReservationState.ACCEPTED
         assert booked.state.is_final
