@@ -22,11 +22,11 @@ from service.domain.ledger import (
 )
 from service.domain.tasks import Task, TaskError
 from service.storage.connections import connect
-from service.storage.deliveries import RedisDeliveryQueue
-from service.storage.ledger import RedisLedger
+from service.storage.deliveries import RedisDeliveryQueue, _decode_delivery
+from service.storage.ledger import RedisLedger, _parse_day_usage
 from service.storage.redis import DAY_MS, Keys, RedisScripts, parse_withscores
 from service.storage.registry import RedisRegistry
-from service.storage.tasks import RedisTaskStore
+from service.storage.tasks import RedisTaskStore, _decode_task
 from tests.model.ledger import (
     counter_key,
     is_charged,
@@ -155,63 +155,73 @@ class LedgerComparison(RuleBasedStateMachine):
 
     @invariant()
     def stored_data_matches(self) -> None:
-        self.run(self._compare_ledger())
-        self.run(self._compare_tasks())
+        """Require that both stored the same, and that no lease, check, queue or key is kept longer than its purpose."""
+        self.run(self._compare_state())
+        self.run(self._compare_values())
 
-    async def _compare_ledger(self) -> None:
+    async def _compare_state(self) -> None:
         model, keys = self.model, self.keys
-        last, offset = await self.client.mget(keys.clock, keys.clock_offset)
+        days = sorted({item.created_at // DAY_MS for item in (*model.deleted, *model.reservations.values())})
+        times = {
+            keys.leases: {
+                name: item.lease_expires_at for name, item in model.reservations.items() if is_reserved(item)
+            },
+            keys.poll_due: model.due_checks,
+            keys.poll_claimed: model.claimed_checks,
+            keys.webhook_queues: model.queue_turns,
+            keys.failed_deliveries: model.failed_at,
+        }
+        (last, offset), listed, *rows = await self.scripts.read(
+            ("MGET", keys.clock, keys.clock_offset),
+            ("ZRANGE", keys.tenant_tasks(TENANT), 0, -1, "WITHSCORES"),
+            *(("HGET", key, "state") for key in (keys.tenant(TENANT), *map(keys.account, ACCOUNTS))),
+            *(("ZRANGE", key, 0, -1, "WITHSCORES") for key in times),
+            *(("HGETALL", keys.usage(TENANT, day)) for day in days),
+        )
         clock = LedgerClock(int(last or 0), int(offset or 0))
         assert clock.advance(model.now_ms) == model.clock.advance(model.now_ms)
-        tenant, *packed_accounts = await self.scripts.read(
-            *(("HGET", item, "state") for item in (keys.tenant(TENANT), *map(keys.account, ACCOUNTS)))
-        )
-        state = decode(tenant, TenantState) or TenantState()
+        oldest = self.latest_ms - self.retention.keep_ms
+        new_tasks = {name: task.created_at for name, task in model.tasks.items() if task.created_at > oldest}
+        assert {name: at for name, at in parse_withscores(listed) if name in new_tasks} == new_tasks
+        state = decode(rows.pop(0), TenantState) or TenantState()
         roll_windows(state, model.now_ms)
         assert state == self.tenant_state()
-        for account, packed in zip(ACCOUNTS, packed_accounts, strict=True):
-            known = decode(packed, AccountState) or AccountState()
+        for account in ACCOUNTS:
+            known = decode(rows.pop(0), AccountState) or AccountState()
             assert known == model.accounts.get(account, AccountState()), account
-        stored = await self.scripts.read(*(("GET", keys.reservation(item)) for item in model.reservations))
-        for (name, expected), packed in zip(model.reservations.items(), stored, strict=True):
-            assert normalize(decode(packed, Reservation)) == normalize(expected), name
-        days = sorted({item.created_at // DAY_MS for item in (*model.deleted, *model.reservations.values())})
-        for day, usage in zip(days, await self.ledger.get_usage(TENANT, days), strict=True):
-            actual, expected_usage = normalize_day(usage), normalize_day(model.usage(TENANT, day))
-            assert actual[0] == expected_usage[0]
-            assert model.deleted or actual == expected_usage
+        for key, expected in times.items():
+            assert dict(parse_withscores(rows.pop(0))) == expected, key
+        for day in days:
+            usage, expected_usage = (
+                normalize_day(_parse_day_usage(rows.pop(0))),
+                normalize_day(model.usage(TENANT, day)),
+            )
+            assert usage[0] == expected_usage[0]
+            assert model.deleted or usage == expected_usage
 
-    async def _compare_tasks(self) -> None:
-        """Require that no lease, check, queue or key is kept longer than its purpose."""
+    async def _compare_values(self) -> None:
         model, keys = self.model, self.keys
-        page = await self.tasks.list_page(TENANT, state=None, kind=None, limit=1_000, cursor=None)
-        oldest = self.latest_ms - self.retention.keep_ms
-        newest_first = sorted(model.tasks.values(), key=lambda task: (task.created_at, task.reservation), reverse=True)
-        actual, expected = (
-            [normalize_task(task) for task in tasks if task.created_at > oldest] for tasks in (page.tasks, newest_first)
-        )
-        assert actual == expected
-        *sets, names = await self.scripts.read(
-            *(
-                ("ZRANGE", key, 0, -1, "WITHSCORES")
-                for key in (keys.leases, keys.poll_due, keys.poll_claimed, keys.webhook_queues)
-            ),
-            ("KEYS", keys.idempotency(TENANT, "*").replace("{", "\\{")),
-        )
-        leases = {name: item.lease_expires_at for name, item in model.reservations.items() if is_reserved(item)}
-        assert [dict(parse_withscores(item)) for item in sets] == [
-            leases,
-            model.due_checks,
-            model.claimed_checks,
-            model.queue_turns,
-        ]
+        reservations, tasks, deliveries = list(model.reservations), list(model.tasks), list(model.deliveries)
         kept = {
             keys.idempotency(TENANT, key): f"{name} {content}"
             for (_, key), (name, content, _) in model.idempotency_keys.items()
         }
-        texts = await self.scripts.read(*(("GET", name) for name in names))
-        assert {str(name, "utf-8"): str(text, "utf-8") for name, text in zip(names, texts, strict=True)} == kept
-        assert list(await self.deliveries.list_failed(5)) == list(model.list_failed(5))
+        names = await self.scripts.read(
+            ("KEYS", keys.idempotency(TENANT, "*").replace("{", "\\{")),
+            *(("GET", key) for key in kept),
+            *(("GET", keys.reservation(name)) for name in reservations),
+            *(("GET", keys.task(name)) for name in tasks),
+            *(("GET", keys.delivery(name)) for name in deliveries),
+        )
+        stored = iter(names[1:])
+        assert {str(name, "utf-8") for name in names[0]} == kept.keys()
+        assert [str(next(stored), "utf-8") for _ in kept] == list(kept.values())
+        for name in reservations:
+            assert normalize(decode(next(stored), Reservation)) == normalize(model.reservations[name]), name
+        for name in tasks:
+            assert normalize_task(_decode_task(name, next(stored))) == normalize_task(model.tasks[name])
+        for name in deliveries:
+            assert _decode_delivery(name, next(stored)) == model.deliveries[name]
 
     def check_limits(self) -> None:
         """Require that no limit in force is exceeded, counted from the reservations of each window."""

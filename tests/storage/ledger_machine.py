@@ -9,7 +9,7 @@ from hypothesis.stateful import Bundle, initialize, multiple, precondition, rule
 
 from service.domain.ledger import AccountStatus, Balance, Idempotency, ReservationState
 from service.domain.tasks import Kind
-from service.domain.tenants import AccountPolicy, SpendingMode, TenantPolicy
+from service.domain.tenants import AccountPolicy, Limit, SpendingMode, TenantPolicy, Window
 from service.usecases.ports import CheckOutcome, ClaimedDelivery, DeliveryResult
 from tests.model.ledger import is_reserved
 from tests.storage.ledger_actions import LedgerActions
@@ -30,7 +30,6 @@ from tests.storage.ledger_strategies import (
     is_truthful,
     kinds,
     likely_outcomes,
-    limited_policies,
     money_limited_policies,
     numbers,
     outcomes,
@@ -45,6 +44,7 @@ T = TypeVar("T")
 accounts = st.sampled_from(ACCOUNTS)
 tenants = st.sampled_from([TENANT] * 5 + [9])
 deleted_names = st.sampled_from([""] * 9 + ["t", "a", "b"])
+few_or_none = st.sampled_from([None, None, 0, 1, 2])
 mostly_false = st.sampled_from([False, False, False, True])
 short_delays = st.sampled_from([1, 700])
 finish_choices = st.sampled_from([None, True, True, False])
@@ -105,17 +105,63 @@ class LedgerMachine(LedgerActions):
         for _ in range(times):
             self.reserve(kind, order, idempotency)
 
-    @rule(policy=limited_policies, kind=kinds, order=account_orders, times=st.integers(2, 4), moves=st.booleans())
+    @rule(
+        window=st.sampled_from(Window),
+        tasks=few_or_none,
+        money=st.sampled_from([None, None, 0, 99, 100, 250, 300]),
+        active=few_or_none,
+        kind=kinds,
+        order=account_orders,
+        times=st.integers(1, 4),
+        moves=st.booleans(),
+    )
     def submit_at_limits(
-        self, policy: TenantPolicy, kind: Kind, order: tuple[int, ...], times: int, *, moves: bool
+        self,
+        window: Window,
+        tasks: int | None,
+        money: int | None,
+        active: int | None,
+        kind: Kind,
+        order: tuple[int, ...],
+        times: int,
+        *,
+        moves: bool,
     ) -> None:
-        """Submit many at once at the limits, and move those that an account does not take to the other."""
-        self.write_tenant_policy(policy)
+        """Submit up to limits that leave so much, and move those that an account does not take to the other."""
+        state = self.tenant_state()
+        counter = state.windows[window]
+        limit = Limit(
+            window,
+            tasks=None if tasks is None else counter.tasks + counter.tasks_reserved + tasks,
+            money_fen=None if money is None else counter.money_fen + counter.money_reserved_fen + money,
+        )
+        self.write_tenant_policy(TenantPolicy((limit,), None if active is None else state.active_tasks + active))
         for _ in range(times):
             name = self.reserve(kind, order, None)
             if name and moves:
                 left = self.model.reservations[name].account
                 self.change_account(name, left, tuple(account for account in ACCOUNTS if account != left), None)
+
+    @rule(
+        account=accounts,
+        kind=kinds,
+        uses=st.integers(0, 2),
+        money=st.sampled_from([0, 100, 101, 200, 250]),
+        price=st.sampled_from([None, 100, 250]),
+        mode=st.sampled_from(SpendingMode),
+    )
+    def submit_at_floors(
+        self, account: int, kind: Kind, uses: int, money: int, price: int | None, mode: SpendingMode
+    ) -> None:
+        """Submit up to floors so far below the known balance."""
+        state = self.model.account_state(account)
+        count, fen = state.count.value if state.count else 0, state.money.value if state.money else 0
+        floors = AccountPolicy(max(count - uses, 0), max(fen - money, 0), {} if price is None else {kind: price})
+        first, second = (floors if account == item else AccountPolicy() for item in ACCOUNTS)
+        self.write_policies(TenantPolicy(spending_mode=mode), first, second)
+        for _ in range(3):
+            self.reserve(kind, (account,), None)
+        self.claim_balance_check(account, count_only=mode is SpendingMode.COUNT_ONLY)
 
     @rule(account=accounts, kind=kinds, after=answer_delays)
     def mix_spending_modes(self, account: int, kind: Kind, after: int) -> None:
