@@ -6,7 +6,6 @@ import asyncio
 
 import msgspec
 import pytest
-from msgspec.structs import replace
 
 from service.domain import webhooks
 from service.domain.errors import Overloaded
@@ -178,15 +177,3 @@ async def test_full_process_claims_nothing(gateway: UseCases) -> None:
     assert await waiting
     assert sum(name == "claim" for name, _ in gateway.faults.calls) == claims
     await gateway.dispatcher.wait_idle()
-
-
-async def test_previous_secret_signs_until_the_end_of_the_grace(gateway: UseCases) -> None:
-    expires_at = gateway.now_ms / 1000 + 60
-    secrets = WebhookSecrets(gateway.cipher.encrypt(b"n" * 32), gateway.cipher.encrypt(b"s" * 32), expires_at)
-    await gateway.change_tenant(webhook=replace(gateway.tenant.webhook, secrets=secrets))
-    for keys in ([b"n" * 32, b"s" * 32], [b"n" * 32]):
-        task = await finish_task(gateway)
-        await gateway.deliver()
-        _, headers, body = gateway.receivers.sent[-1]
-        assert headers == webhooks.sign_headers(f"msg_{task.reservation}", gateway.now_ms / 1000, body, keys)
-        await gateway.advance(60_000)
