@@ -35,11 +35,12 @@ def test_failed_trials_double_the_pause_up_to_a_minute() -> None:
     for pause in (10, 20, 40, 60, 60):
         clock.now += pause - 0.001
         assert breaker.admit() is None
-        assert breaker.is_open
+        states = [breaker.is_open]
         clock.now += 0.001
-        assert not breaker.is_open
+        states.append(breaker.is_open)
         trial = admit_attempt(breaker)
-        assert breaker.is_open
+        states.append(breaker.is_open)
+        assert states == [True, False, True]
         breaker.on_failed(trial)
 
 
