@@ -91,19 +91,24 @@ class LedgerMachine(LedgerActions):
         if opens:
             self.compare(self.ledger.reopen_account(account), self.model.reopen_account, account)
 
-    @rule(
-        kind=kinds,
-        order=account_orders,
-        idempotency=idempotencies,
-        after=answer_delays,
-        times=st.sampled_from([1, 1, 3]),
-    )
-    def submit(
-        self, kind: Kind, order: tuple[int, ...], idempotency: Idempotency | None, after: int, times: int
-    ) -> None:
+    @rule(kind=kinds, order=account_orders, after=answer_delays, times=st.sampled_from([1, 1, 3]))
+    def submit(self, kind: Kind, order: tuple[int, ...], after: int, times: int) -> None:
         self.advance_clock(after)
         for _ in range(times):
-            self.reserve(kind, order, idempotency)
+            self.reserve(kind, order, None)
+
+    @rule(key=st.sampled_from(["k1", "k2"]), outcome=outcomes, pause=st.sampled_from([0, 86_399_999, 86_400_000]))
+    def submit_with_key(self, key: str, outcome: ReservationState, pause: int) -> None:
+        """Submit with an idempotency key, and again before and after the outcome, also with other content."""
+        first, other = Idempotency(key, "c1"), Idempotency(key, "c2")
+        name = self.reserve(KINDS[0], ACCOUNTS, first)
+        for idempotency in (first, other):
+            self.reserve(KINDS[0], ACCOUNTS, idempotency)
+        if name:
+            self.settle(name, outcome, None)
+        self.reserve(KINDS[1], ACCOUNTS, other)
+        self.advance_clock(pause)
+        self.reserve(KINDS[0], ACCOUNTS, first)
 
     @rule(
         window=st.sampled_from(Window),
@@ -141,6 +146,7 @@ class LedgerMachine(LedgerActions):
             if name and moves:
                 left = self.model.reservations[name].account
                 self.change_account(name, left, tuple(account for account in ACCOUNTS if account != left), None)
+        self.write_tenant_policy(TenantPolicy())
 
     @rule(
         account=accounts,
@@ -162,6 +168,7 @@ class LedgerMachine(LedgerActions):
         for _ in range(3):
             self.reserve(kind, (account,), None)
         self.claim_balance_check(account, count_only=mode is SpendingMode.COUNT_ONLY)
+        self.write_policies(TenantPolicy(), AccountPolicy(), AccountPolicy())
 
     @rule(account=accounts, kind=kinds, after=answer_delays)
     def mix_spending_modes(self, account: int, kind: Kind, after: int) -> None:
