@@ -12,32 +12,10 @@ from service.domain.tasks import Kind
 from service.domain.tenants import AccountPolicy, Limit, SpendingMode, TenantPolicy, Window
 from service.usecases.ports import CheckOutcome, ClaimedDelivery, DeliveryResult
 from tests.model.ledger import is_reserved
+from tests.storage import ledger_strategies as draw
 from tests.storage.ledger_actions import LedgerActions
 from tests.storage.ledger_comparison import ACCOUNTS, TENANT, is_provisional
-from tests.storage.ledger_strategies import (
-    KINDS,
-    SubmissionPlan,
-    account_orders,
-    account_policies,
-    amounts,
-    answer_delays,
-    answers,
-    clock_steps,
-    close_statuses,
-    counts,
-    delivery_results,
-    idempotencies,
-    is_truthful,
-    kinds,
-    likely_outcomes,
-    money_limited_policies,
-    numbers,
-    outcomes,
-    plan_sequences,
-    reported_balances,
-    tenant_policies,
-    unlimited_policies,
-)
+from tests.storage.ledger_strategies import KINDS, SubmissionPlan, is_truthful
 
 T = TypeVar("T")
 
@@ -62,10 +40,10 @@ class LedgerMachine(LedgerActions):
     @initialize(
         late=st.booleans(),
         now=st.booleans(),
-        count=counts,
-        money=amounts,
-        tenant=unlimited_policies,
-        plans=plan_sequences,
+        count=draw.counts,
+        money=draw.amounts,
+        tenant=draw.unlimited_policies,
+        plans=draw.plan_sequences,
     )
     def run_first_submissions(
         self, count: int, money: int, tenant: TenantPolicy, plans: list[SubmissionPlan], *, late: bool, now: bool
@@ -78,26 +56,26 @@ class LedgerMachine(LedgerActions):
         if all(is_truthful(plan) for plan in plans):
             self.check_conclusions(ACCOUNTS[0])
 
-    @rule(tenant=tenant_policies, first=account_policies, second=account_policies, gone=deleted_names)
+    @rule(tenant=draw.tenant_policies, first=draw.account_policies, second=draw.account_policies, gone=deleted_names)
     def change_limits(self, tenant: TenantPolicy, first: AccountPolicy, second: AccountPolicy, gone: str) -> None:
         self.write_policies(tenant, first, second)
         if gone:
             self.delete_from_registry(gone)
 
-    @rule(account=accounts, count=counts, money=amounts, opens=mostly_false)
+    @rule(account=accounts, count=draw.counts, money=draw.amounts, opens=mostly_false)
     def change_balance(self, account: int, count: int, money: int, *, opens: bool) -> None:
         """Change the balance from outside; an operator may reopen the account."""
         self.upstream.balances[account] = Balance(count, money)
         if opens:
             self.compare(self.ledger.reopen_account(account), self.model.reopen_account, account)
 
-    @rule(kind=kinds, order=account_orders, after=answer_delays, times=st.sampled_from([1, 1, 3]))
+    @rule(kind=draw.kinds, order=draw.account_orders, after=draw.answer_delays, times=st.sampled_from([1, 1, 3]))
     def submit(self, kind: Kind, order: tuple[int, ...], after: int, times: int) -> None:
         self.advance_clock(after)
         for _ in range(times):
             self.reserve(kind, order, None)
 
-    @rule(key=st.sampled_from(["k1", "k2"]), outcome=outcomes, pause=st.sampled_from([0, 86_399_999, 86_400_000]))
+    @rule(key=st.sampled_from(["k1", "k2"]), outcome=draw.outcomes, pause=st.sampled_from([0, 86_399_999, 86_400_000]))
     def submit_with_key(self, key: str, outcome: ReservationState, pause: int) -> None:
         """Submit with an idempotency key, and again before and after the outcome, also with other content."""
         first, other = Idempotency(key, "c1"), Idempotency(key, "c2")
@@ -115,8 +93,8 @@ class LedgerMachine(LedgerActions):
         tasks=few_or_none,
         money=st.sampled_from([None, None, 0, 99, 100, 250, 300]),
         active=few_or_none,
-        kind=kinds,
-        order=account_orders,
+        kind=draw.kinds,
+        order=draw.account_orders,
         times=st.integers(1, 4),
         moves=st.booleans(),
     )
@@ -150,7 +128,7 @@ class LedgerMachine(LedgerActions):
 
     @rule(
         account=accounts,
-        kind=kinds,
+        kind=draw.kinds,
         uses=st.integers(0, 2),
         money=st.sampled_from([0, 100, 101, 200, 250]),
         price=st.sampled_from([None, 100, 250]),
@@ -170,7 +148,7 @@ class LedgerMachine(LedgerActions):
         self.claim_balance_check(account, count_only=mode is SpendingMode.COUNT_ONLY)
         self.write_policies(TenantPolicy(), AccountPolicy(), AccountPolicy())
 
-    @rule(account=accounts, kind=kinds, after=answer_delays)
+    @rule(account=accounts, kind=draw.kinds, after=draw.answer_delays)
     def mix_spending_modes(self, account: int, kind: Kind, after: int) -> None:
         """Submit prepaid-only tasks up to the number of uses, then one that may spend money."""
         self.write_tenant_policy(TenantPolicy(spending_mode=SpendingMode.COUNT_ONLY))
@@ -182,10 +160,10 @@ class LedgerMachine(LedgerActions):
 
     @rule(
         account=accounts,
-        plans=plan_sequences,
+        plans=draw.plan_sequences,
         after=short_delays,
         quiet=finish_choices,
-        policy=st.none() | money_limited_policies,
+        policy=st.none() | draw.money_limited_policies,
     )
     def run_submissions(
         self, account: int, plans: list[SubmissionPlan], after: int, quiet: bool | None, policy: TenantPolicy | None
@@ -198,7 +176,7 @@ class LedgerMachine(LedgerActions):
         for plan in plans:
             self.run_submission(account, plan, after)
 
-    @rule(number=numbers, order=account_orders, closes=close_statuses, repeats=st.booleans())
+    @rule(number=draw.numbers, order=draw.account_orders, closes=draw.close_statuses, repeats=st.booleans())
     def move_submission(
         self, number: int, order: tuple[int, ...], closes: AccountStatus | None, *, repeats: bool
     ) -> None:
@@ -211,11 +189,11 @@ class LedgerMachine(LedgerActions):
             self.change_account(name, left, others, closes)
 
     @rule(
-        number=numbers,
-        outcome=likely_outcomes,
-        reported=reported_balances,
-        closes=close_statuses,
-        after=answer_delays,
+        number=draw.numbers,
+        outcome=draw.likely_outcomes,
+        reported=draw.reported_balances,
+        closes=draw.close_statuses,
+        after=draw.answer_delays,
         charged=st.booleans(),
         late=st.booleans(),
         elsewhere=mostly_false,
@@ -239,11 +217,11 @@ class LedgerMachine(LedgerActions):
             self.settle(name, outcome, reported, closes, charged=charged, late=late, wrong_account=elsewhere)
 
     @rule(
-        number=numbers,
-        outcome=outcomes,
-        reported=reported_balances,
-        closes=close_statuses,
-        idempotency=idempotencies,
+        number=draw.numbers,
+        outcome=draw.outcomes,
+        reported=draw.reported_balances,
+        closes=draw.close_statuses,
+        idempotency=draw.idempotencies,
         lost=mostly_false,
     )
     def repeat_settled(
@@ -267,7 +245,13 @@ class LedgerMachine(LedgerActions):
         self.settle(name, outcome, reported, closes, idempotency)
         self.reserve_again(name, Kind.UPSCALE)
 
-    @rule(most=st.integers(0, 3), number=numbers, answered=answers, reported=reported_balances, after=answer_delays)
+    @rule(
+        most=st.integers(0, 3),
+        number=draw.numbers,
+        answered=draw.answers,
+        reported=draw.reported_balances,
+        after=draw.answer_delays,
+    )
     def claim_and_record_check(
         self, most: int, number: int, answered: CheckOutcome, reported: Balance | None, after: int
     ) -> None:
@@ -278,7 +262,7 @@ class LedgerMachine(LedgerActions):
         if self.claimed_checks:
             self.record_check(nth_newest(self.claimed_checks, number), answered, reported)
 
-    @rule(number=numbers)
+    @rule(number=draw.numbers)
     def touch_any_task(self, number: int) -> None:
         if name := self.choose_reservation(number, lambda _: True):
             self.touch_task(name)
@@ -287,9 +271,9 @@ class LedgerMachine(LedgerActions):
         account=accounts,
         count_only=st.booleans(),
         waits=st.booleans(),
-        number=numbers,
-        reported=reported_balances,
-        after=answer_delays,
+        number=draw.numbers,
+        reported=draw.reported_balances,
+        after=draw.answer_delays,
     )
     def check_balance(
         self, account: int, number: int, reported: Balance | None, after: int, *, count_only: bool, waits: bool
@@ -302,7 +286,7 @@ class LedgerMachine(LedgerActions):
         if self.balance_checks and number < len(self.balance_checks):
             self.record_balance_check(self.balance_checks[number], reported)
 
-    @rule(milliseconds=clock_steps, most=st.integers(0, 3))
+    @rule(milliseconds=draw.clock_steps, most=st.integers(0, 3))
     def pass_time(self, milliseconds: int, most: int) -> None:
         """Advance the clock, and expire leases."""
         self.advance_clock(milliseconds)
@@ -323,7 +307,7 @@ class LedgerMachine(LedgerActions):
         self.compare(self.ledger.reset_clock(tenants, ACCOUNTS), self.model.reset_clock, tenants, ACCOUNTS)
 
     @precondition(lambda self: self.model.reservations)
-    @rule(number=numbers, tenant=tenants, reason=st.sampled_from(["", "它失败了", "a mistake"]))
+    @rule(number=draw.numbers, tenant=tenants, reason=st.sampled_from(["", "它失败了", "a mistake"]))
     def refund_settled(self, number: int, tenant: int, reason: str) -> None:
         self.refund(tenant, self.choose_reservation(number, lambda item: not is_reserved(item)) or "never", reason)
 
@@ -343,7 +327,7 @@ class LedgerMachine(LedgerActions):
     def claim_deliveries(self, most: int) -> Any:
         return multiple(*(self.compare(self.deliveries.claim(most), self.model.claim_deliveries, most) or ()))
 
-    @rule(claimed=deliveries_in_progress, result=delivery_results)
+    @rule(claimed=deliveries_in_progress, result=draw.delivery_results)
     def record_delivery(self, claimed: ClaimedDelivery, result: DeliveryResult) -> None:
         attempt = self.deliveries.record_attempt(claimed, result)
         self.compare(attempt, self.model.record_delivery, claimed, result)
