@@ -75,18 +75,24 @@ class LedgerMachine(LedgerActions):
         for _ in range(times):
             self.reserve(kind, order, None)
 
-    @rule(key=st.sampled_from(["k1", "k2"]), outcome=draw.outcomes, pause=st.sampled_from([0, 86_399_999, 86_400_000]))
-    def submit_with_key(self, key: str, outcome: ReservationState, pause: int) -> None:
-        """Submit with an idempotency key, and again before and after the outcome, also with other content."""
+    @rule(
+        key=st.sampled_from(["k1", "k2"]),
+        outcome=draw.outcomes,
+        late=draw.outcomes,
+        pause=st.sampled_from([0, 86_399_999, 86_400_000]),
+    )
+    def submit_with_key(self, key: str, outcome: ReservationState, late: ReservationState, pause: int) -> None:
+        """Submit with an idempotency key, and again before and after the outcomes, also with other content."""
         first, other = Idempotency(key, "c1"), Idempotency(key, "c2")
         name = self.reserve(KINDS[0], ACCOUNTS, first)
         for idempotency in (first, other):
             self.reserve(KINDS[0], ACCOUNTS, idempotency)
-        if name:
-            self.settle(name, outcome, None)
-        self.reserve(KINDS[1], ACCOUNTS, other)
-        self.advance_clock(pause)
-        self.reserve(KINDS[0], ACCOUNTS, first)
+        for result, milliseconds in ((outcome, pause), (late, 0)):
+            if name:
+                self.settle(name, result, None)
+            self.advance_clock(milliseconds)
+            self.reserve(KINDS[1], ACCOUNTS, other)
+            self.reserve(KINDS[0], ACCOUNTS, first)
 
     @rule(
         window=st.sampled_from(Window),
