@@ -91,10 +91,13 @@ class LedgerActions(LedgerComparison):
         results = [name for name, reservation in reversed(self.model.reservations.items()) if predicate(reservation)]
         return results[number % len(results)] if results else None
 
+    def next_name(self) -> str:
+        self.reservation_count += 1
+        return f"r{self.reservation_count}"
+
     def reserve(self, kind: Kind, accounts: tuple[int, ...], idempotency: Idempotency | None) -> str | None:
         """Reserve under a new name. Returns None if refused; a refusal must not change anything."""
-        self.reservation_count += 1
-        ask = ReserveRequest(f"r{self.reservation_count}", TENANT, accounts, kind, idempotency)
+        ask = ReserveRequest(self.next_name(), TENANT, accounts, kind, idempotency)
         before = self.take_snapshot()
         answer = self.compare(self.ledger.reserve(ask), self.model.reserve, ask)
         if answer and isinstance(answer[0], Grant):

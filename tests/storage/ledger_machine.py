@@ -93,6 +93,7 @@ class LedgerMachine(LedgerActions):
             self.advance_clock(milliseconds)
             self.reserve(KINDS[1], ACCOUNTS, other)
             self.reserve(KINDS[0], ACCOUNTS, first)
+        self.settle(self.next_name(), outcome, None, idempotency=other)
 
     @rule(
         window=st.sampled_from(Window),
@@ -243,8 +244,7 @@ class LedgerMachine(LedgerActions):
         """Repeat every operation on a settled or unknown reservation."""
         name = self.choose_reservation(number, lambda item: not is_reserved(item))
         if name is None or number == 0:
-            self.reservation_count += 1
-            name = f"r{self.reservation_count}"
+            name = self.next_name()
         elif lost:
             self.delete_reservation(name)
         self.change_account(name, ACCOUNTS[0], ACCOUNTS, closes)
