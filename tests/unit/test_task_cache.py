@@ -121,7 +121,7 @@ async def test_closing_wakes_all_waiters(cache: TaskCache) -> None:
 
 
 async def test_change_wakes_all_waiters(cache: TaskCache) -> None:
-    crowd = 10_000
+    crowd = 2_000
 
     async def wait() -> CachedTask | None:
         with cache.subscribe("r1") as watcher:
