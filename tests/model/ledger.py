@@ -306,8 +306,14 @@ class LedgerModel:
         return [self._expire(name, self.reservations[name]) for _, name in expired[:limit]]
 
     def _expire(self, name: str, item: Reservation) -> Settlement:
-        known = {"tenant": item.tenant, "account": item.account, "kind": item.kind, "created_at": item.created_at}
-        settlement = Settlement(reservation=name, outcome=UNKNOWN, **known)
+        settlement = Settlement(
+            reservation=name,
+            tenant=item.tenant,
+            account=item.account,
+            kind=item.kind,
+            created_at=item.created_at,
+            outcome=UNKNOWN,
+        )
         self.settle(settlement)
         return settlement
 

@@ -77,7 +77,7 @@ class LedgerMachine(LedgerActions):
 
     @rule(
         key=st.sampled_from(["k1", "k2"]),
-        outcome=draw.outcomes,
+        outcome=draw.outcomes | st.just(ReservationState.UNKNOWN),
         late=draw.outcomes,
         pause=st.sampled_from([0, 86_399_999, 86_400_000]),
     )

@@ -134,7 +134,8 @@ unknown_plans = usual_plans.flatmap(
         pause_ms=pauses,
     )
 )
-inference_sequences = st.tuples(usual_plans, usual_plans, unknown_plans, plans | usual_plans).map(list)
+silent_plans = usual_plans.map(lambda item: item._replace(balance_at_submit=Balance()))
+inference_sequences = st.tuples(usual_plans, usual_plans, unknown_plans, plans | usual_plans | silent_plans).map(list)
 plan_sequences = st.lists(plans, min_size=1, max_size=6) | inference_sequences
 """Submissions that do not overlap; some of them start a charge inference and may resolve it."""
 
