@@ -32,7 +32,10 @@ from tests.behaviour.task_readers import wait_until
 from tests.behaviour.upstream_control import USER_KEY
 from tests.behaviour.usage_requests import recover_task
 from tests.support.valkey import Valkey
-from tests.usecases.gateway_fixture import wait_until
+from tests.unit.asgi_client import AsgiResponse, open_raw_connection, read_response
+from tests.unit.multipart_forms import CONTENT_TYPE, encode_file, encode_form
+
+Change = Callable[[RunningGateway], Awaitable[Any]]
 
 DAY = 86_400
 OTHER_IMAGE = make_jpeg(b"b")

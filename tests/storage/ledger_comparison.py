@@ -36,7 +36,6 @@ from tests.model.ledger import (
     roll_windows,
 )
 from tests.model.tasks import StoreModel
-from tests.support.retention import make_retention
 from tests.support.server_time import install_server_time, set_server_time
 from tests.support.tasks import make_retention
 

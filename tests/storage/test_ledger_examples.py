@@ -51,7 +51,7 @@ def test_unanswered_checks(valkey: Valkey, answers: list[tuple[CheckOutcome, int
         assert name
         machine.settle(name, ReservationState.ACCEPTED, Balance())
         machine.advance_clock(machine.retention.check_interval_ms)
-        (due,) = machine.run(machine.model.claim_checks(1))
+        (due,) = machine.model.claim_checks(1)
         for answer, milliseconds in answers:
             machine.advance_clock(milliseconds)
             machine.record_check(due, answer)

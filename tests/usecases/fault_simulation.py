@@ -46,8 +46,8 @@ from service.usecases.ports import (
 from service.usecases.settlement import SettlementQueue
 from service.usecases.submit import LEASE_MARGIN_SECONDS, Submission, Submitter
 from service.usecases.task_status import TaskReader
-from tests.support.retention import make_retention
 from tests.support.server_time import install_server_time, set_server_time
+from tests.support.tasks import make_retention
 
 T = TypeVar("T")
 

@@ -40,8 +40,8 @@ from service.usecases.settlement import SettlementQueue
 from service.usecases.submit import Submission, Submitter
 from service.usecases.task_status import TaskReader
 from service.usecases.webhook_delivery import WebhookDispatcher
-from tests.support.retention import make_retention
 from tests.support.server_time import install_server_time, set_server_time
+from tests.support.tasks import make_retention
 from tests.support.valkey import Valkey
 
 UNAVAILABLE = LedgerUnavailable("away", retry_after=1)
