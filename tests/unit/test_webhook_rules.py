@@ -16,7 +16,6 @@ from service.domain import tenants, webhooks
 from service.domain.errors import InvalidOptions
 from service.domain.tenants import Webhook, WebhookSecrets
 from service.domain.webhooks import DeliveryState
-from tests.model.tasks import queue_name
 
 HOOK = Webhook("https://hooks.test/ended?key=1", ("other.test", "10.0.0.0/8", "127.0.0.0/8", "::1/128"))
 KEYS = st.binary(min_size=24, max_size=64)
@@ -180,14 +179,6 @@ def test_disabled_urls_are_bounded() -> None:
         off = off.with_disabled_url(f"https://hooks.test/{number}").with_disabled_url("https://hooks.test/again")
     assert len(off.disabled_urls) == len(set(off.disabled_urls)) == tenants.MAX_DISABLED_URLS
     assert off.is_disabled("https://hooks.test/199")
-    assert (off.url, off.allow) == (HOOK.url, HOOK.allow)
-
-
-def test_receiver_keys() -> None:
-    assert queue_name(7, "https://hooks.test:81/a/b?c=/d") == "7:hooks.test"
-    assert queue_name(7, "http://hooks.test/?to=http://x/") == "7:hooks.test"
-    bare = ["http://10.0.0.1/", "http://10.0.0.2:80/", "https://[fd00::1]:443/"]
-    assert {queue_name(7, url) for url in bare} == {"7:ip"}
 
 
 @given(st.text(max_size=40))
