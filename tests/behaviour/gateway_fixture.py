@@ -1,4 +1,4 @@
-"""A gateway served over HTTP, over in-memory ports or over a real Valkey and the sandbox."""
+"""A gateway served over HTTP, over a real Valkey and the sandbox."""
 
 from __future__ import annotations
 
@@ -7,27 +7,20 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from httpx2 import AsyncClient, Response
-from prometheus_client import CollectorRegistry
 from redis import Redis
 
 from service.app import create_app, create_ops_app
-from service.clients.webhooks import WebhookClient
 from service.container import Container, open_container
 from service.sandbox.app import SandboxConfig, open_sandbox
 from service.sandbox.store import AccountBalance
 from service.settings import Settings
 from service.storage.connections import connect
 from service.storage.redis import Keys
-from service.telemetry.metrics import Metrics
 from service.telemetry.redaction import Redactor
-from service.usecases.background import TaskSupervisor
-from service.usecases.task_status import FetchArtifact
-from tests.behaviour.upstream_control import USER_KEY, FakeUpstreamControl, HeldResponses, SandboxUpstreamControl
-from tests.fakes import FakeDeliveryQueue, FakeLedger, FakeRegistry, FakeUpstream
-from tests.fakes.artifacts import FakeArtifacts
+from tests.behaviour.upstream_control import USER_KEY, HeldResponses, SandboxUpstreamControl
 from tests.support.images import make_png
 from tests.support.network import serve_app
 from tests.support.server_time import install_server_time, read_server_time, set_server_time
@@ -137,51 +130,6 @@ class RunningGateway:
         self.token = await self.new_token()
 
 
-@asynccontextmanager
-async def serve_gateway(
-    services: Container, upstream: SandboxUpstreamControl, pass_time: AdvanceTime
-) -> AsyncIterator[RunningGateway]:
-    """Serve both ports and create the demo tenant."""
-    app, ops_app = create_app(services), create_ops_app(services)
-    async with (
-        serve_app(app, refuse=app.refuse) as url,
-        serve_app(ops_app, refuse=ops_app.refuse) as ops_url,
-        AsyncClient(timeout=30, trust_env=False) as http,
-    ):
-        gateway = RunningGateway(url, ops_url, http, services, upstream, pass_time)
-        await gateway.create_demo_tenant()
-        yield gateway
-
-
-@asynccontextmanager
-async def run_fake_gateway(
-    fetch_artifact: FetchArtifact | None = None,
-) -> AsyncIterator[tuple[RunningGateway, FakeLedger, FakeUpstream]]:
-    """Run a gateway over in-memory ports; `fetch_artifact` replaces the artifact client."""
-    ledger, upstream, background = FakeLedger(), FakeUpstream(), TaskSupervisor()
-    services = Container(
-        Settings.load(ENVIRONMENT),
-        Metrics(CollectorRegistry()),
-        background,
-        ledger=ledger,
-        tasks=ledger,
-        deliveries=FakeDeliveryQueue(ledger),
-        upstream=upstream,
-        registry=FakeRegistry(ledger),
-        task_cache=ledger.cache,
-        fetch_artifact=fetch_artifact or FakeArtifacts().fetch,
-        post_webhook=WebhookClient().post,
-        now=ledger.clock.now,
-    )
-
-    async def pass_time(seconds: float) -> None:
-        ledger.clock.now_ms += int(seconds * 1000)
-
-    async with serve_gateway(services, cast(Any, FakeUpstreamControl(upstream)), pass_time) as gateway:
-        yield gateway, ledger, upstream
-    await background.drain(0)
-
-
 _PERMANENT_KEYS = re.compile(r"\{gw\}:(version|clock(:offset|:server)?|registry|leases|poll:due|(tenant|account):\d+)")
 """Keys without a time to live: their number is bounded, and deleting the owner deletes them."""
 
@@ -226,6 +174,11 @@ async def run_real_gateway(
 
         services = await stack.enter_async_context(open_container(settings, redactor=redactor))
         stack.push_async_callback(assert_keys_expire, client)
-        yield await stack.enter_async_context(
-            serve_gateway(services, SandboxUpstreamControl(sandbox.control), pass_time)
-        )
+        app, ops_app = create_app(services), create_ops_app(services)
+        url = await stack.enter_async_context(serve_app(app, refuse=app.refuse))
+        ops_url = await stack.enter_async_context(serve_app(ops_app, refuse=ops_app.refuse))
+        http = await stack.enter_async_context(AsyncClient(timeout=30, trust_env=False))
+        upstream = SandboxUpstreamControl(sandbox.control)
+        gateway = RunningGateway(url, ops_url, http, services, upstream, pass_time)
+        await gateway.create_demo_tenant()
+        yield gateway

@@ -11,9 +11,9 @@ from typing import Any
 
 from httpx2 import Response
 
-from service.usecases.ports import CheckOutcome, CheckResult
+from service.usecases.ports import CheckOutcome
 from tests.behaviour.gateway_fixture import RunningGateway
-from tests.fakes import FakeUpstream
+from tests.usecases.gateway_fixture import ScriptedUpstream
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
@@ -94,8 +94,8 @@ async def open_event_stream(
 
 async def poll_with_outcomes(gateway: RunningGateway, *responses: CheckOutcome) -> None:
     """Advance one poll interval for each outcome, with which the upstream responds."""
-    for answered in responses:
-        upstream = FakeUpstream()
-        upstream.next_checks.append(CheckResult(outcome=answered))
+    for outcome in responses:
+        upstream = ScriptedUpstream()
+        upstream.queue_checks(outcome)
         gateway.services.task_poller.upstream = upstream
         await gateway.poll_due_tasks()

@@ -13,7 +13,7 @@ from service.sandbox.store import AccountBalance
 from service.usecases.ports import SubmitOutcome
 from tests.behaviour.gateway_fixture import RunningGateway
 from tests.behaviour.legacy_client import SUBMIT_FIELDS, LegacyClient, field_types
-from tests.behaviour.upstream_control import USER_KEY, SandboxUpstreamControl
+from tests.behaviour.upstream_control import USER_KEY
 from tests.support.images import make_png
 
 NO_ACCOUNT = "账户不存在"
@@ -187,7 +187,6 @@ async def run_calls(client: LegacyClient, pause: Callable[[], Awaitable[None]]) 
 
 
 async def test_responses_have_the_vendors_shape(gateway: RunningGateway, client: LegacyClient) -> None:
-    assert isinstance(gateway.upstream, SandboxUpstreamControl)
     balance = AccountBalance(count=10, money=300)
     async with open_sandbox(SandboxConfig(accounts={"key": balance}, seconds=0)) as vendor:
         theirs = LegacyClient(gateway.http, vendor.url, "key")

@@ -1,22 +1,18 @@
-"""Control of the upstream in tests: the fake or the sandbox."""
+"""Control of the sandbox in tests."""
 
 from __future__ import annotations
 
 import asyncio
-from abc import ABC, abstractmethod
 from typing import Any
 
 from msgspec.structs import replace
 
-from service.clients.vendor_api import translate_reason
-from service.domain.ledger import Balance
-from service.domain.tasks import Options, TaskError
+from service.domain.tasks import Options
 from service.domain.tenants import Account
 from service.sandbox.app import SandboxControl
 from service.sandbox.faults import Behaviour, Fault
 from service.sandbox.store import AccountBalance
-from service.usecases.ports import CheckOutcome, CheckResult, Image, SubmitOutcome, SubmitResult, Upstream
-from tests.fakes import FakeUpstream
+from service.usecases.ports import Image, SubmitOutcome, SubmitResult, Upstream
 
 USER_KEY = "upstream-key-main"
 
@@ -40,76 +36,7 @@ class HeldResponses:
         self._released.set()
 
 
-class UpstreamControl(ABC):
-    @abstractmethod
-    async def count_submits(self) -> int:
-        """Return the number of submits received."""
-
-    @abstractmethod
-    async def count_checks(self) -> int:
-        """Return the number of checks received."""
-
-    @abstractmethod
-    async def set_balance(self, count: int, money: int) -> None:
-        """Set the balance of the account: uses, and yuan."""
-
-    @abstractmethod
-    async def refuse_next(self, outcome: SubmitOutcome, reason: str = "") -> None:
-        """Refuse the next submit.
-
-        `reason` is the vendor's message for REJECTED; NOT_SENT needs an account at an unreachable address.
-        """
-
-    @abstractmethod
-    async def lose_next_response(self) -> None:
-        """Accept the next submit and drop its response."""
-
-    @abstractmethod
-    async def keep_running(self) -> None:
-        """Let tasks run without end from now on."""
-
-    @abstractmethod
-    async def fail_next_task(self) -> None:
-        """Let the next task fail."""
-
-    @abstractmethod
-    async def wait_until_idle(self) -> None:
-        """Wait until the upstream has no work."""
-
-
-class FakeUpstreamControl(UpstreamControl):
-    def __init__(self, upstream: FakeUpstream) -> None:
-        self._upstream = upstream
-
-    async def count_submits(self) -> int:
-        return len(self._upstream.submits)
-
-    async def count_checks(self) -> int:
-        return len(self._upstream.checks)
-
-    async def set_balance(self, count: int, money: int) -> None:
-        self._upstream.count, self._upstream.money = count, money * 100
-
-    async def refuse_next(self, outcome: SubmitOutcome, reason: str = "") -> None:
-        self._upstream.next_submits.append(
-            SubmitResult(outcome=outcome, reason=reason, reason_en=translate_reason(reason))
-        )
-
-    async def lose_next_response(self) -> None:
-        self._upstream.next_submits.append(SubmitResult(outcome=SubmitOutcome.UNKNOWN))
-
-    async def keep_running(self) -> None:
-        self._upstream.next_checks += [CheckResult(outcome=CheckOutcome.RUNNING)] * 1_000
-
-    async def fail_next_task(self) -> None:
-        error = TaskError("task-failed", "It failed.")
-        self._upstream.next_checks.append(CheckResult(outcome=CheckOutcome.FAILED, error=error, balance=Balance()))
-
-    async def wait_until_idle(self) -> None:
-        pass
-
-
-class SandboxUpstreamControl(UpstreamControl):
+class SandboxUpstreamControl:
     def __init__(self, control: SandboxControl) -> None:
         self.control = control
         self._behaviour = Behaviour()
@@ -131,16 +58,17 @@ class SandboxUpstreamControl(UpstreamControl):
         return sum(request.operation == "check" for request in await self.control.list_requests())
 
     async def set_balance(self, count: int, money: int) -> None:
+        """Set the balance of the account: uses, and yuan."""
         await self.control.set_account(USER_KEY, AccountBalance(count=count, money=money))
 
     async def refuse_next(self, outcome: SubmitOutcome, reason: str = "") -> None:
-        if outcome is SubmitOutcome.NOT_SENT:
-            return  # an account at a dead address does it
+        """Refuse the next submit; `reason` is the vendor's for REJECTED."""
         words = {SubmitOutcome.EXHAUSTED: "账户剩余次数不足", SubmitOutcome.INVALID_ACCOUNT: "账户不存在"}
         refuse = words.get(outcome, f"任务提交失败:{reason}")
         await self.set_fault(on="submit", times=1, refuse=refuse)
 
     async def lose_next_response(self) -> None:
+        """Accept the next submit and drop its response."""
         await self.set_fault(on="submit", times=1, reply="reset")
 
     async def delay_next_response(self, seconds: float) -> None:
@@ -153,5 +81,6 @@ class SandboxUpstreamControl(UpstreamControl):
         await self.set_fault(on="submit", times=1, fail="it could not be done")
 
     async def wait_until_idle(self) -> None:
+        """Wait until all tasks have ended, unless they run without end."""
         if not self._behaviour.seconds:
             await self.control.wait_until_idle()

@@ -28,7 +28,7 @@ from service.storage.ledger import RedisLedger
 from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.usecases.ports import TenantSnapshot
-from tests.model.ledger_model import roll_windows
+from tests.model.ledger import roll_windows
 from tests.process.gateway import HTTP, TIMEOUT_SECONDS, GatewayProcess, start_gateway, wait_until
 from tests.process.sandbox import ADMIN_TOKEN, SandboxProcess, advance_clock, run_sandbox
 from tests.support.images import make_png

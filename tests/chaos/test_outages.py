@@ -22,7 +22,6 @@ from service.domain.ledger import Reservation, ReservationState
 from service.domain.tenants import Window
 from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
 from tests.behaviour.idempotent_requests import expect_created, expect_refused, expect_replayed, submit_with_key
-from tests.behaviour.upstream_control import SandboxUpstreamControl
 from tests.support.resetting_proxy import ResettingProxy, run_resetting_proxy
 from tests.support.valkey import Valkey, run_cluster, run_single, run_valkey
 
@@ -75,7 +74,6 @@ async def wait_for_counters(gateway: RunningGateway, used: int, held: int) -> No
 
 async def submit_in_background(gateway: RunningGateway, seconds: float) -> asyncio.Task[Response]:
     """Submit to an upstream that takes so long to answer; return once it has received the submit."""
-    assert isinstance(gateway.upstream, SandboxUpstreamControl)
     before = await gateway.upstream.count_submits()
     await gateway.upstream.delay_next_response(seconds)
     submitting = asyncio.create_task(submit_with_key(gateway))
