@@ -8,25 +8,26 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
-from structlog.testing import capture_logs
 
 from service import container
-from service.container import Container, open_container
-from service.domain.errors import LedgerUnavailable
+from service.container import Container
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
-from service.usecases import background
 from service.usecases.background import TaskSupervisor, cancel_and_wait
 from tests.behaviour.gateway_fixture import ENVIRONMENT
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_work_outlives_its_caller(caplog: pytest.LogCaptureFixture, fails: bool) -> None:
+async def test_work_and_what_it_starts_outlive_the_caller(caplog: pytest.LogCaptureFixture, fails: bool) -> None:
     supervisor, go, done = TaskSupervisor(), asyncio.Event(), []
+
+    async def finish() -> None:
+        await asyncio.sleep(0)
+        done.append(1)
 
     async def work() -> None:
         await go.wait()
-        done.append(1)
+        supervisor.spawn(finish())
         if fails:
             raise ValueError("without a caller")
 
@@ -40,25 +41,6 @@ async def test_work_outlives_its_caller(caplog: pytest.LogCaptureFixture, fails:
     gc.collect()
     assert done
     assert caplog.records == []
-
-
-async def test_drain_includes_tasks_started_meanwhile() -> None:
-    supervisor, go, done = TaskSupervisor(), asyncio.Event(), asyncio.Event()
-
-    async def later() -> None:
-        await asyncio.sleep(0)
-        done.set()
-
-    async def work() -> None:
-        await go.wait()
-        supervisor.spawn(later())
-
-    supervisor.spawn(work())
-    draining = asyncio.create_task(supervisor.drain(60))
-    await asyncio.sleep(0)
-    go.set()
-    assert await draining == 0
-    assert done.is_set()
 
 
 async def test_drain_cancels_after_the_timeout() -> None:
@@ -100,24 +82,6 @@ async def test_swallowed_cancellation_is_repeated() -> None:
     assert (task.cancelled(), lost) == (True, 2)
 
 
-async def test_job_survives_an_outage_without_logging_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "UNAVAILABLE_SECONDS", 0)
-    monkeypatch.setattr(background, "IDLE_SECONDS", 0)
-    states = iter(["away", "away", "here", "away", "away"])
-
-    async def begin() -> bool:
-        state = next(states, None)
-        if state is None:
-            raise asyncio.CancelledError
-        if state == "away":
-            raise LedgerUnavailable("away")
-        return False
-
-    with capture_logs() as logs, pytest.raises(asyncio.CancelledError):
-        await background.run_periodically("watch", begin)
-    assert logs == []
-
-
 def make_container(role: str) -> Container:
     """Make a container whose adapters are never called."""
     names = ("ledger", "tasks", "deliveries", "upstream", "registry", "task_cache", "fetch_artifact", "post_webhook")
@@ -149,12 +113,3 @@ async def test_failed_jobs_are_restarted(monkeypatch: pytest.MonkeyPatch) -> Non
     async with services.run_jobs(), asyncio.timeout(60):
         await third.wait()
     assert len(begun) == 3
-
-
-@pytest.mark.parametrize("missing", ["GATEWAY_REDIS_URL", "GATEWAY_UPSTREAM_URL", "GATEWAY_ADMIN_TOKEN"])
-async def test_incomplete_settings_are_refused(missing: str) -> None:
-    complete = ENVIRONMENT | {"GATEWAY_REDIS_URL": "redis://localhost", "GATEWAY_UPSTREAM_URL": "http://localhost"}
-    complete.pop(missing)
-    with pytest.raises(ValueError, match="not complete"):
-        async with open_container(Settings.load(complete)):
-            pass

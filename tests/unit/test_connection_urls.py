@@ -18,17 +18,15 @@ from service.storage.connections import (
 
 SINGLE = RedisAddress(topology=Topology.SINGLE, hosts=(("store", 6379),))
 SENTINEL = RedisAddress(topology=Topology.SENTINEL, hosts=(("a", 26379),), sentinel_service="main")
-CLUSTER = RedisAddress(topology=Topology.CLUSTER, hosts=(("a", 6379), ("b", 1)))
+CLUSTER = RedisAddress(topology=Topology.CLUSTER, hosts=(("a", 6379), ("b", 1)), tls_options={})
 
 
 @pytest.mark.parametrize(
     ("url", "address"),
     [
         ("redis://store", SINGLE),
-        ("redis://store:1/", replace(SINGLE, hosts=(("store", 1),))),
         ("redis://me:p%40ss%2F@store/3", replace(SINGLE, database=3, credentials=Credentials("me", "p@ss/"))),
         ("redis://[::1]:7", replace(SINGLE, hosts=(("::1", 7),))),
-        ("rediss://store", replace(SINGLE, tls_options={})),
         (
             "rediss://store?ssl_ca_certs=/ca.pem&ssl_check_hostname=false&ssl_cert_reqs=required",
             replace(
@@ -36,8 +34,7 @@ CLUSTER = RedisAddress(topology=Topology.CLUSTER, hosts=(("a", 6379), ("b", 1)))
                 tls_options={"ssl_ca_certs": "/ca.pem", "ssl_check_hostname": False, "ssl_cert_reqs": "required"},
             ),
         ),
-        ("unix:///run/a%20b/s", RedisAddress(topology=Topology.SINGLE, path="/run/a b/s")),
-        ("unix:///run/s?db=2", RedisAddress(topology=Topology.SINGLE, path="/run/s", database=2)),
+        ("unix:///run/a%20b/s?db=2", RedisAddress(topology=Topology.SINGLE, path="/run/a b/s", database=2)),
         (
             "redis+sentinel://:pw@a,b:1/main/4?sentinel_username=u&sentinel_password=w",
             replace(
@@ -52,13 +49,8 @@ CLUSTER = RedisAddress(topology=Topology.CLUSTER, hosts=(("a", 6379), ("b", 1)))
             "redis+sentinel://a/main?sentinel_ssl=true&ssl_ca_certs=/ca",
             replace(SENTINEL, sentinel_tls_options={"ssl_ca_certs": "/ca"}),
         ),
-        (
-            "rediss+sentinel://a/main?sentinel_ssl=true",
-            replace(SENTINEL, tls_options={}, sentinel_tls_options={}),
-        ),
         ("rediss+sentinel://a/main?sentinel_ssl=false", replace(SENTINEL, tls_options={})),
-        ("redis+cluster://a,b:1", CLUSTER),
-        ("rediss+cluster://a,b:1", replace(CLUSTER, tls_options={})),
+        ("rediss+cluster://a,b:1", CLUSTER),
     ],
 )
 def test_parse_url(url: str, address: RedisAddress) -> None:
@@ -84,17 +76,11 @@ def test_invalid_url(url: str) -> None:
 
 @given(
     st.text("0123456789/@:#?%é[]", min_size=10),
-    st.sampled_from(["{}", "redis://:{}@store", "redis://{}", "rediss://store?{}={}"]),
+    st.sampled_from(["redis://:{}@store", "{}", "redis://{}", "rediss://store?{}={}"]),
 )
 def test_passwords_are_never_shown(secret: str, pattern: str) -> None:
-    """For any text, neither the error nor the parsed URL shows a password."""
     try:
-        text = repr(parse_redis_url(f"redis://:{secret}@store").credentials)
-    except InvalidRedisUrl as error:
-        text = str(error)
-    assert secret not in text
-    try:
-        parse_redis_url(pattern.format(secret, secret))
+        text = repr(parse_redis_url(pattern.format(secret, secret)).credentials)
     except InvalidRedisUrl as error:
         text = str(error)
     assert secret not in text
@@ -103,9 +89,7 @@ def test_passwords_are_never_shown(secret: str, pattern: str) -> None:
 @pytest.mark.parametrize(
     ("url", "redacted"),
     [
-        ("redis://store", "redis://store"),
         ("rediss://me:hush@store:1/2?ssl_cert_reqs=none", "rediss://***@store:1/2?ssl_cert_reqs=none"),
-        ("unix:///run/s?db=1", "unix:///run/s?db=1"),
         (
             "redis+sentinel://:hush@a,b:2/main?sentinel_username=me&sentinel_password=hush",
             "redis+sentinel://***@a,b:2/main?sentinel_username=me&sentinel_password=***",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import os
 import stat
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from hypothesis import strategies as st
 
 from service.crypto import (
     TASK_ID_PREFIX,
-    GeneratedSecrets,
     Keyring,
     SecretFileError,
     TaskIdCodec,
@@ -37,20 +34,16 @@ REFERENCES = st.builds(TaskReference, NUMBERS, NUMBERS, st.sampled_from(Kind), N
 BASE64_URL = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
 
-@given(st.binary(max_size=300))
-def test_ciphertext_decrypts_for_its_purpose_only(plain: bytes) -> None:
+@given(st.binary(max_size=300), st.data())
+def test_ciphertext_decrypts_unaltered_and_for_its_purpose_only(plain: bytes, data: st.DataObject) -> None:
     encrypted = CIPHER.encrypt(plain)
     assert encrypted == CIPHER.encrypt(plain) != Keyring([NEW]).derive("task-id").encrypt(plain)
     assert CIPHER.decrypt(encrypted) == plain
     assert Keyring([NEW]).derive("task-id").decrypt(encrypted) is None
-    assert CIPHER.decrypt(plain) is None
-
-
-@given(st.binary(max_size=100), st.data())
-def test_altered_ciphertext_is_rejected(plain: bytes, data: st.DataObject) -> None:
-    encrypted = bytearray(CIPHER.encrypt(plain))
-    encrypted[data.draw(st.integers(0, len(encrypted) - 1))] ^= data.draw(st.integers(1, 255))
-    assert CIPHER.decrypt(bytes(encrypted)) is None
+    altered = bytearray(encrypted)
+    altered[data.draw(st.integers(0, len(encrypted) - 1))] ^= data.draw(st.integers(1, 255))
+    for wrong in (bytes(altered), plain):
+        assert CIPHER.decrypt(wrong) is None
 
 
 def test_key_rotation() -> None:
@@ -83,17 +76,19 @@ def test_every_character_of_a_task_id_counts() -> None:
             assert_no_task_id(TASK_ID[:place] + other + TASK_ID[place + 1 :])
 
 
-@given(REFERENCES, st.text(min_size=1, max_size=8), st.data())
-@example(REFERENCE, "=", None)
-@example(REFERENCE, "==", None)
-@example(REFERENCE, "\n", None)
-@example(REFERENCE, "A", None)
-@example(REFERENCE, TASK_ID_PREFIX, None)
-def test_cut_or_extended_task_ids(reference: TaskReference, more: str, data: st.DataObject | None) -> None:
-    task_id = CODEC.encode(reference)
-    cut = data.draw(st.integers(1, len(task_id))) if data else 1
-    for text in (task_id[cut:], task_id[:-cut], task_id + more, more + task_id, task_id[:20] + more + task_id[20:]):
-        assert_no_task_id(text)
+@given(st.text(min_size=1), st.binary(max_size=200))
+@example("=", b"")
+@example("\n", b"")
+@example("\ud800", b"")
+@example(TASK_ID_PREFIX, b"")
+@example("A" * 100_000, b"")
+def test_other_texts_and_contents_are_no_task_id(text: str, content: bytes) -> None:
+    encrypted = Keyring([NEW]).derive("task-id").encrypt(content)
+    foreign = TASK_ID_PREFIX + base64.urlsafe_b64encode(encrypted).rstrip(b"=").decode()
+    within = TASK_ID[:20] + text + TASK_ID[20:]
+    for wrong in (text, TASK_ID_PREFIX + text, TASK_ID + text, text + TASK_ID, within, foreign):
+        assert_no_task_id(wrong)
+    assert_no_task_id(TaskIdCodec(CIPHER).encode(REFERENCE))
 
 
 def test_other_spellings_of_a_task_id() -> None:
@@ -102,18 +97,9 @@ def test_other_spellings_of_a_task_id() -> None:
     spellings = {body.replace("-", "+").replace("_", "/"), encrypted.hex(), base64.b32encode(encrypted).decode()}
     for text in (body, TASK_ID_PREFIX.upper() + body, *(TASK_ID_PREFIX + spelling for spelling in spellings - {body})):
         assert_no_task_id(text)
-
-
-@given(st.text(), st.binary(max_size=200))
-@example(TASK_ID_PREFIX, b"")
-@example("\ud800", b"")
-@example("A" * 100_000, b"")
-def test_other_texts_and_contents_are_no_task_id(text: str, content: bytes) -> None:
-    assert_no_task_id(text)
-    assert_no_task_id(TASK_ID_PREFIX + text)
-    encrypted = Keyring([NEW]).derive("task-id").encrypt(content)
-    assert_no_task_id(TASK_ID_PREFIX + base64.urlsafe_b64encode(encrypted).rstrip(b"=").decode())
-    assert_no_task_id(TaskIdCodec(CIPHER).encode(REFERENCE))
+    for cut in (1, 2, 30, len(TASK_ID)):
+        assert_no_task_id(TASK_ID[cut:])
+        assert_no_task_id(TASK_ID[:-cut])
 
 
 @given(st.text(), st.data())
@@ -123,21 +109,9 @@ def test_mistyped_tokens_are_detected(text: str, data: st.DataObject) -> None:
     assert tenants.has_valid_checksum(token)
     place = data.draw(st.integers(4, len(token) - 1))
     letter = data.draw(st.sampled_from("aZ09-é").filter(lambda item: item != token[place]))
-    for wrong in (
-        token[:place] + letter + token[place + 1 :],
-        token[:place] + token[place + 1 :],
-        token[:place] + letter + token[place:],
-        token[4:],
-        text,
-        "igw_" + text,
-    ):
+    before, after = token[:place], token[place + 1 :]
+    for wrong in (before + letter + after, before + after, before + letter + token[place:], token[4:], "igw_" + text):
         assert not tenants.has_valid_checksum(wrong)
-
-
-def test_token_expires_at_its_time() -> None:
-    token = tenants.Token("t", 1, b"", None, created_at=0, expires_at=100)
-    assert [token.is_valid_at(99.9), token.is_valid_at(100)] == [True, False]
-    assert tenants.Token("t", 1, b"", None, created_at=0).is_valid_at(1e12)
 
 
 def test_development_secrets_are_generated_once(tmp_path: Path) -> None:
@@ -152,18 +126,6 @@ def test_development_secrets_are_generated_once(tmp_path: Path) -> None:
     }
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert first.admin_token not in repr(first)
-
-
-def test_concurrent_starts_agree_on_the_secrets(tmp_path: Path) -> None:
-    start = threading.Barrier(8)
-
-    def load(_: int) -> GeneratedSecrets:
-        start.wait()
-        return load_or_create_secrets(tmp_path)
-
-    with ThreadPoolExecutor(8) as threads:
-        results = list(threads.map(load, range(8)))
-    assert results == results[:1] * 8
 
 
 def test_first_file_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
