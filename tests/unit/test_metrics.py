@@ -8,23 +8,13 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.exposition import generate_latest
-from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.domain.ledger import AccountState, BalanceReading, ReadingSource
-from service.domain.tasks import Backlog, Cost, CostBasis, Kind
+from service.domain.tasks import Backlog, Kind
 from service.domain.tenants import Account, AccountPolicy, Limit, Registry, Tenant, TenantPolicy, Window
-from service.domain.webhooks import DeliveryState
-from service.telemetry.gauges import (
-    AccountSample,
-    GaugeCollector,
-    GaugeName,
-    LedgerCollector,
-    MetricsSnapshot,
-    QuotaSample,
-)
+from service.telemetry.gauges import AccountSample, MetricsSnapshot, QuotaSample
 from service.telemetry.metrics import Metrics, Port, RedisOutcome, format_exposition, preregister
-from tests.support.tasks import make_succeeded_task
 
 _LIMITS = (Limit(Window.DAY, tasks=9), Limit(Window.MONTH, money_fen=900))
 REGISTRY = Registry(
@@ -79,20 +69,6 @@ def test_requests_are_counted_and_timed(metrics: Metrics) -> None:
     assert read_sample(metrics, "http_requests_total", method="other") == 3
 
 
-def test_finished_task_counts_for_tenant_and_account(metrics: Metrics) -> None:
-    metrics.label_names.read_registry = lambda: REGISTRY
-    metrics.record_finished_task(make_succeeded_task(7, kind=Kind.SEAMLESS, cost=Cost(1, 250, CostBasis.ESTIMATED)))
-    of_shop = {"tenant": "shop", "kind": "seamless"}
-    assert read_sample(metrics, "tasks_finished_total", **of_shop, state="succeeded") == 1
-    assert read_sample(metrics, "tenant_task_duration_seconds_sum", **of_shop) == 7
-    assert read_sample(metrics, "task_duration_seconds_bucket", kind="seamless", state="succeeded", le="10.0") == 1
-    assert read_sample(metrics, "spent_uses_total", **of_shop) == 1
-    assert read_sample(metrics, "spent_yuan_total", **of_shop) == 2.5
-    assert read_sample(metrics, "account_spent_uses_total", account="main") == 1
-    assert read_sample(metrics, "account_spent_yuan_total", account="main") == 2.5
-    assert read_sample(metrics, "task_costs_total", kind="seamless", basis="estimated") == 1
-
-
 def test_known_series_start_at_zero(metrics: Metrics) -> None:
     # Otherwise `increase()` misses the first event.
     metrics.label_names.read_registry = lambda: REGISTRY
@@ -106,7 +82,7 @@ def test_known_series_start_at_zero(metrics: Metrics) -> None:
         assert read_sample(metrics, "quota_denials_total", tenant="shop", policy=policy) == 0
     assert read_sample(metrics, "balance_denials_total", tenant="shop") == 0
     assert read_sample(metrics, "quota_denials_total", policy="day-money") is None
-    for name in ("tasks_submitted", "tasks_finished", "spent_uses", "spent_yuan"):
+    for name in ("tasks_submitted", "tasks_finished", "spent_yuan"):
         assert read_sample(metrics, f"{name}_total", tenant="shop", kind="upscale") == 0
         assert read_sample(metrics, f"{name}_total", tenant="shop", kind="vectorize") is None
 
@@ -133,24 +109,6 @@ def test_tenants_beyond_the_cap_share_a_label_and_deleted_ones_lose_it() -> None
     registry = make_registry(third=9, second=5)
     count_tasks(3, 5, 9)
     assert read_submitted(metrics, "first", "second", "third", "other") == [None, 2, 1, 3]
-
-
-def test_finished_delivery_observes_its_age(metrics: Metrics) -> None:
-    metrics.record_delivery(DeliveryState.PENDING, 3)
-    metrics.record_delivery(DeliveryState.FAILED, 40)
-    for state, age in (("pending", None), ("failed", 40)):
-        assert read_sample(metrics, "webhook_attempts_total", state=state) == 1
-        assert read_sample(metrics, "webhook_age_seconds_sum", state=state) == age
-
-
-def test_gauges_are_read_at_each_scrape(metrics: Metrics) -> None:
-    values: dict[tuple[str, ...], float] = {("main",): 1.0}
-    metrics.gauges.register(GaugeName.UPSTREAM_BREAKER_OPEN, lambda: values)
-    metrics.gauges.register(GaugeName.UPSTREAM_BREAKER_OPEN, lambda: {("spare",): 0.0})
-    for is_open in (1, 0):
-        values[("main",)] = is_open
-        assert read_sample(metrics, "upstream_breaker_open", upstream="main") == is_open
-        assert read_sample(metrics, "upstream_breaker_open", upstream="spare") == 0
 
 
 def test_account_shows_only_known_balances(metrics: Metrics) -> None:
@@ -194,12 +152,3 @@ def test_whole_scrape(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None
     assert body == generate_latest(metrics.registry)
     assert b"gateway_quota_used" in body
     assert b"_created" not in body  # they would add half to the size of a scrape
-    # Both documents and dashboards are made of the descriptions, which exist without values.
-    own = [
-        collector
-        for collector in metrics.registry._collector_to_names
-        if isinstance(collector, (MetricWrapperBase, GaugeCollector, LedgerCollector))
-    ]
-    described = {(family.name, family.type, family.documentation) for item in own for family in item.describe()}
-    scraped = {(family.name, family.type, family.documentation) for family in families}
-    assert {family for family in scraped if family[0].startswith("gateway_")} <= described

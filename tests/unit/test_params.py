@@ -10,24 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.api.params import parse_wait_seconds
-from service.api.schemas import flatten, prefers_csv, render_csv
+from service.api.schemas import flatten, render_csv
 
 
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [
         (["wait=10"], 10),
-        (["wait=1"], 1),
-        (["wait=60"], 60),
         (["WAIT = 7"], 7),
         (['wait="7"'], 7),
-        (["wait=007"], 7),
-        (["\twait=5 "], 5),
         (["wait=5; reason=tea"], 5),
         ([",, wait=5 ,"], 5),
         # The first one counts.
         (["wait=5, wait=10"], 5),
-        (["handling=lenient; wait=3, wait=5"], 5),
         (["respond-async", "wait=5", "wait=10"], 5),
         (["wait=soon", "wait=10"], 0),
         # Without a value, and beyond the cap, it is the longest.
@@ -47,12 +42,6 @@ def test_wait_of_the_prefer_header(headers: list[str], seconds: int) -> None:
 @given(st.lists(st.text(alphabet=st.sampled_from('wait=5,;"\\ \tx')), max_size=4))
 def test_any_prefer_header_is_accepted(headers: list[str]) -> None:
     assert 0 <= parse_wait_seconds(headers) <= 60
-
-
-@given(st.text())
-def test_any_accept_header_is_accepted(accept: str) -> None:
-    if prefers_csv(accept):
-        assert "text/" in accept.lower()
 
 
 def test_csv_format() -> None:

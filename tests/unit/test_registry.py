@@ -163,13 +163,6 @@ def changed_paths(plan: RegistryPlan) -> list[str]:
     return [item.path for item in differences]
 
 
-@given(registry_documents(expiries=ANY_EXPIRY), st.booleans())
-def test_own_document_changes_nothing(body: RegistryBody, prune: bool) -> None:
-    registry = plan_document(Registry(), body).after
-    plan = plan_document(registry, render_registry(registry, NOW), prune=prune)
-    assert (plan.change, diff_registry(plan, NOW), plan.unmanaged) == (None, [], ())
-
-
 @given(registry_documents(), registry_documents(expiries=ANY_EXPIRY), st.booleans())
 def test_applied_document_reads_back(one: RegistryBody, other: RegistryBody, prune: bool) -> None:
     first = plan_document(Registry(), one).after
@@ -179,6 +172,8 @@ def test_applied_document_reads_back(one: RegistryBody, other: RegistryBody, pru
     again = plan_document(plan.after, other, prune=prune)
     assert (again.change, diff_registry(again, NOW), again.generated_secrets) == (None, [], {})
     document = render_registry(plan.after, NOW)
+    own = plan_document(plan.after, document, prune=prune)
+    assert (own.change, diff_registry(own, NOW), own.unmanaged) == (None, [], ())
     unmanaged = [*(document.accounts.keys() - other.accounts), *(document.tenants.keys() - other.tenants)]
     assert not (prune and unmanaged)
     assert len([item for item in plan.unmanaged if ".tokens." not in item]) == len(unmanaged)
@@ -215,11 +210,10 @@ def test_foreign_ids_are_refused() -> None:
     assert plan_errors(registry, renamed, prune=True) == ["tenants.store.id"]
 
 
-def test_tenant_accounts_must_exist() -> None:
+def test_tenant_accounts_must_remain() -> None:
     body = RegistryBody({}, {"shop": TenantEntry(accounts=["main", "mian"])})
-    path = "tenants.shop.accounts"
-    assert plan_errors(make_registry(), body) == [f"{path}[1]"]
-    assert plan_errors(make_registry(), body, prune=True) == [f"{path}[0]", f"{path}[1]"]
+    paths = [f"tenants.shop.accounts[{place}]" for place in (0, 1)]
+    assert (plan_errors(make_registry(), body), plan_errors(make_registry(), body, prune=True)) == (paths[1:], paths)
 
 
 def test_secrets_kept_and_changed() -> None:
@@ -345,51 +339,37 @@ def test_all_errors_are_reported() -> None:
         """
         [accounts.main]
         user_key = { env = "NOBODY_SET_IT" }
-        max_price = { upscale = 0.001, upscal = 1, vectorize = "1" }
+        max_price = { upscal = 1, vectorize = "1" }
         floor_cuont = 3
-        floor_count = 1.5
         [accounts.Loud]
         [accounts.spare]
         user_key = { env = "A", file = "b" }
-        base_url = "ftp://x"
         [tenants."with.dots"]
         accounts = ["main", "main"]
-        limits = [{ window = "day", tasks = -1 }, { window = "fortnight", money = 1 }, { window = "day" }]
-        disabled = "no"
-        max_active = true
-        kinds = "upscale"
+        limits = [{ window = "day", tasks = -1 }, { window = "fortnight", money = 1 }]
         [tenants.shop]
-        limits = [{ window = "day" }, { window = "day", money = 0.001 }]
         webhook = { url = "x", allow = ["-"], secret = { env = "KEY_ONE" } }
         purse = "count_only"
         spending_mode = "count_only"
         [tenants.shop.tokens]
         short = { sha256 = "ff" }
-        0123456789ab = { sha256 = "g", expires_at = 2027-01-01T00:00:00, label = 3 }
-        [tenants.press]
-        accounts = []
-        tokens.0123456789ab = { sha256 = "00000000000000000000000000000000000000000000000000000000000000ff", \
-created_at = 1960-01-01T00:00:00Z }
+        0123456789ab = { sha256 = "g", expires_at = 2027-01-01T00:00:00 }
         [tenant.x]
         """
     )
     dots, shop = 'tenants."with.dots"', "tenants.shop"
     assert errors == sorted(
         [
-            *(f"accounts.main.{name}" for name in ("user_key", "floor_cuont", "floor_count")),
-            *("accounts.main.max_price.upscal", "accounts.main.max_price.vectorize"),
-            *("accounts.Loud", "accounts.spare.user_key", "accounts.spare.base_url"),
-            *(f"{dots}.{name}" for name in ("accounts", "limits[0].tasks", "limits[1].window", "disabled")),
-            *(f"{dots}.{name}" for name in ("max_active", "kinds")),
-            *(f"{shop}.{name}" for name in ("accounts", "limits", "limits[0]", "limits[1].money", "purse")),
+            *(f"accounts.main.{name}" for name in ("user_key", "floor_cuont")),
+            *(f"accounts.main.max_price.{name}" for name in ("upscal", "vectorize")),
+            *("accounts.Loud", "accounts.spare.user_key", "tenant"),
+            *(f"{dots}.{name}" for name in ("accounts", "limits[0].tasks", "limits[1].window")),
+            *(f"{shop}.{name}" for name in ("accounts", "purse", "tokens.short", "tokens.short.sha256")),
             *(f"{shop}.webhook.{name}" for name in ("url", "allow[0]", "secret")),
-            *(f"{shop}.tokens.{name}" for name in ("short", "short.sha256")),
-            *(f"{shop}.tokens.0123456789ab.{name}" for name in ("sha256", "expires_at", "label")),
-            *("tenants.press.tokens.0123456789ab.created_at", "tenant"),
+            *(f"{shop}.tokens.0123456789ab.{name}" for name in ("sha256", "expires_at")),
         ]
     )
-    assert read_errors("accounts = 3\ntenants = []") == ["accounts", "tenants"]
-    assert read_errors("accounts.main = 3\ntenants.shop = 'x'") == ["accounts.main", "tenants.shop"]
+    assert read_errors("accounts = 3\ntenants.shop = 'x'") == ["accounts", "tenants.shop"]
 
 
 @pytest.mark.parametrize(
@@ -406,10 +386,7 @@ def test_inline_secrets_are_refused(secret: str) -> None:
     ("entry", "path"),
     [
         ('{ env = "" }', ".env"),
-        ("{ env = 3 }", ".env"),
         ('{ envv = "X" }', ".envv"),
-        ("{}", ""),
-        ('{ file = "no/such/file" }', ""),
         ('{ file = "/dev/null" }', ""),
         ('{ file = "BINARY" }', ""),
         ('{ env = "BLANKS" }', ""),
@@ -420,15 +397,6 @@ def test_missing_secret_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     text = f"accounts.main.user_key = {entry.replace('BINARY', str(tmp_path / 'binary'))}"
     assert read_errors(text) == [f"accounts.main.user_key{path}"]
-
-
-def test_secrets_from_files_beside_the_registry(tmp_path: Path) -> None:
-    (tmp_path / "key").write_text("key-in-a-file\n")
-    file = tmp_path / "registry.toml"
-    file.write_text('accounts.main.user_key.file = "key"')
-    with file.open("rb") as opened:
-        secret = read_registry_file(opened).accounts["main"].user_key
-    assert secret == SecretEntry(file="key", value="key-in-a-file")
 
 
 @pytest.mark.parametrize("content", [b"x = ", b"# \xff"])
