@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import itertools
 import threading
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -22,7 +22,6 @@ from service.api.uploads import (
     MAX_FIELDS,
     MAX_FORM_BYTES,
     MAX_NAME_CHARS,
-    MULTIPART,
     URLENCODED,
     Upload,
     UploadMemory,
@@ -32,11 +31,9 @@ from service.api.uploads import RESERVATION_STEP_BYTES as STEP
 from service.domain.errors import (
     GatewayError,
     ImageTooLarge,
-    InvalidImage,
     InvalidOptions,
     MalformedRequest,
     Overloaded,
-    Unauthenticated,
     UnsupportedCoding,
     UnsupportedMediaType,
 )
@@ -113,28 +110,19 @@ async def test_any_chunking_gives_the_same_upload(
     assert sorted(upload.fields) == [("prompt", text), ("scale", "")]
 
 
-@pytest.mark.parametrize("padding", [b" x", b" --", b"x", b" " * 2_000, b" \n", b"\x0b"])
-@pytest.mark.parametrize("size", [3, 10_000])
-async def test_invalid_padding_is_malformed(padding: bytes, size: int) -> None:
+@pytest.mark.parametrize("padding", [b" --", b"x", b" " * 2_000, b"\x0b"])
+async def test_invalid_padding_is_malformed(padding: bytes) -> None:
     for paddings in ((padding, b"", b""), (b"", padding, b"")):
         body = encode_form(encode_field("scale", "2"), IMAGE, paddings=paddings)
         with pytest.raises(MalformedRequest):
-            await read_upload(body, cuts=range(0, len(body), size))
+            await read_upload(body, cuts=range(0, len(body), 3))
 
 
-@pytest.mark.parametrize(
-    "disposition",
-    [
-        'name="image"; filename=""',
-        "name=\"image\"; filename*=utf-8''%E5%9B%BE.png",
-        'name="image"',
-        'filename="a.png"; name=image',
-        'name="image"; filename="\xcd\xbc.png"',  # in GBK
-    ],
-)
-async def test_any_file_name_marks_a_file(disposition: str) -> None:
-    part = encode_part(disposition, PNG, "image/png").replace("\xcd\xbc".encode(), "图".encode("gbk"))
-    assert (await read_upload(encode_form(part))).image.data == PNG
+async def test_any_file_name_marks_a_file() -> None:
+    names = ('filename=""', "filename*=utf-8''%E5%9B%BE.png", 'filename="\xcd\xbc.png"')  # the last one in GBK
+    for disposition in ('name="image"', *(f'name="image"; {name}' for name in names)):
+        part = encode_part(disposition, PNG, "image/png").replace("\xcd\xbc".encode(), "图".encode("gbk"))
+        assert (await read_upload(encode_form(part))).image.data == PNG
 
 
 def make_form_with_overhead(size: int) -> bytes:
@@ -158,24 +146,13 @@ async def test_limits_of_a_form_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("body", "error", "field"),
     [
-        (encode_form(encode_field("scale", "2")), InvalidOptions, "image"),
-        (encode_form(IMAGE, IMAGE), InvalidOptions, "image"),
-        (encode_form(encode_file("picture", PNG)), InvalidOptions, "picture"),
         (encode_form(IMAGE, encode_part("name=\"prompt\"; filename*=utf-8''a", b"x")), InvalidOptions, "prompt"),
         (encode_form(encode_field("prompt", "x" * (MAX_FIELD_BYTES + 1)), IMAGE), InvalidOptions, "prompt"),
-        (encode_form(encode_field("prompt", b"\xff"), IMAGE), InvalidOptions, "prompt"),
-        (encode_form(IMAGE, is_closed=False), MalformedRequest, None),
         (encode_form(IMAGE)[:-8], MalformedRequest, None),
         (b"x" + encode_form(IMAGE), MalformedRequest, None),
-        (encode_form(encode_field("prompt", "").replace(b"prompt", b"\xff"), IMAGE), MalformedRequest, None),
-        (encode_form(encode_field("", "x"), IMAGE), MalformedRequest, None),
         (encode_form(encode_field("x" * (MAX_NAME_CHARS + 1), "x"), IMAGE), MalformedRequest, None),
         (encode_form(*[encode_field("f", "")] * (MAX_FIELDS + 1), IMAGE), MalformedRequest, None),
-        (encode_form(encode_field("x", "").replace(b": ", b""), IMAGE), MalformedRequest, None),
         (make_form_with_overhead(FORM_OVERHEAD_BYTES + 1), MalformedRequest, None),
-        (encode_form(encode_file("image", b"")), InvalidImage, None),
-        (encode_form(encode_file("image", PNG[:-3])), InvalidImage, None),
-        (encode_form(encode_field("image", "aGVsbG8=")), UnsupportedMediaType, None),
         (encode_form(encode_file("image", b"x" * (MAX_BYTES + 1))), ImageTooLarge, None),
         (encode_form(encode_file("image", make_png(100, 101))), ImageTooLarge, None),
     ],
@@ -205,26 +182,17 @@ async def test_large_images_are_inspected_in_a_thread(monkeypatch: pytest.Monkey
     ("content_type", "value", "expected"),
     [
         ("application/json", b'{"order": "4711"}', '{"order": "4711"}'),
-        ("image/png", "猫".encode(), "猫"),
         ("text/plain; charset=GBK", "猫".encode("gbk"), "猫"),
         ('text/plain; charset="gb18030"', "猫𠀀".encode("gb18030"), "猫𠀀"),
-        ("text/plain; charset=Shift_JIS", "猫".encode("shift_jis"), "猫"),
         ("application/json; charset=utf-16", "猫".encode("utf-16"), "猫"),
         ("text/plain; charset=ISO-8859-1", b"caf\xe9", "café"),
-        ("text/plain; charset=windows-1252", b"5 \x80", "5 €"),
         ("text/plain; charset=", b"cat", "cat"),
-        # Old Java and C# clients send these.
-        ("text/plain\r\nContent-Transfer-Encoding: 8bit", "猫".encode(), "猫"),
+        # Old Java and C# clients send this.
         ("text/plain\r\nContent-Transfer-Encoding: binary", "猫".encode(), "猫"),
-        ("text/plain; charset=klingon", b"cat", None),
         ("text/plain; charset=unicode_escape", b"cat", None),
         ("text/plain; charset=hex", b"00", None),
-        ("text/plain; charset=../../x", b"cat", None),
-        ('text/plain; charset="\xe9"', b"cat", None),
         ("text/plain; charset=us-ascii", b"caf\xe9", None),
-        ("text/plain; charset=utf-16", b"odd", None),
         ("text/plain\r\nContent-Transfer-Encoding: base64", b"Y2F0", None),
-        ("text/plain\r\nContent-Transfer-Encoding: Quoted-Printable", b"=E7=8C=AB", None),
     ],
 )
 async def test_fields_are_decoded_by_their_charset(content_type: str, value: bytes, expected: str | None) -> None:
@@ -240,13 +208,9 @@ async def test_fields_are_decoded_by_their_charset(content_type: str, value: byt
 @pytest.mark.parametrize(
     ("headers", "error"),
     [
-        ({"content-encoding": "gzip"}, UnsupportedCoding),
         ({"content-encoding": "identity, br"}, UnsupportedCoding),
-        ({"content-type": MULTIPART}, UnsupportedMediaType),
         ({"content-type": "multipart/mixed; boundary=x"}, UnsupportedMediaType),
-        ({"content-type": URLENCODED}, UnsupportedMediaType),
         ({"content-length": str(MAX_BYTES + FORM_OVERHEAD_BYTES + 1)}, ImageTooLarge),
-        ({"content-length": "abc"}, MalformedRequest),
         ({"content-length": "²"}, MalformedRequest),
         ({"content-length": "9" * 20}, MalformedRequest),
     ],
@@ -272,16 +236,13 @@ async def test_small_form_in_both_encodings(cuts: list[int]) -> None:
     ("body", "content_type", "error"),
     [
         (b"a=%ff", URLENCODED, MalformedRequest),
-        (b"a=\xff", URLENCODED, MalformedRequest),
         (b"&".join([b"a=b"] * MAX_FIELDS), URLENCODED, None),
         (b"&".join([b"a=b"] * (MAX_FIELDS + 1)), URLENCODED, MalformedRequest),
         (b"a=" + b"x" * (MAX_FORM_BYTES - 2), URLENCODED, None),
         (b"a=" + b"x" * (MAX_FORM_BYTES - 1), URLENCODED, MalformedRequest),
         (encode_form(*[encode_field("f", "x" * 40_000)] * 2), CONTENT_TYPE, MalformedRequest),
-        (encode_form(encode_field("a", "b"), is_closed=False), CONTENT_TYPE, MalformedRequest),
         (encode_form(IMAGE), CONTENT_TYPE, InvalidOptions),
         (b"{}", "application/json", UnsupportedMediaType),
-        (b"a=b", "", UnsupportedMediaType),
     ],
 )
 async def test_limits_of_a_small_form(body: bytes, content_type: str, error: type[GatewayError] | None) -> None:
@@ -296,25 +257,6 @@ async def test_identity_is_no_content_encoding() -> None:
     scope: Any = make_scope(content_type=URLENCODED)
     scope["headers"] += [(b"content-encoding", coding) for coding in (b"Identity, identity", b"")]
     assert await make_reader().read_form(scope, make_receive(make_body_messages([b"a=b"]))) == [("a", "b")]
-    scope = make_scope(content_type=URLENCODED)
-    scope["headers"] += [(b"content-encoding", coding) for coding in (b"identity", b"gzip")]
-    with pytest.raises(UnsupportedCoding):
-        await make_reader().read_form(scope, fail_to_receive)
-
-
-async def test_field_can_refuse_the_rest_of_the_body() -> None:
-    body = encode_form(encode_field("user_key", "k"), IMAGE)
-    fields: list[tuple[str, str]] = []
-
-    def refuse(name: str, value: str) -> None:
-        fields.append((name, value))
-        raise Unauthenticated("no")
-
-    receive = make_receive(make_body_messages([body[: body.index(PNG)]])[:-1], stay_open=True)
-    with pytest.raises(Unauthenticated):
-        async with make_reader().receive(make_scope(), receive, part="image", on_field=refuse):
-            pass
-    assert fields == [("user_key", "k")]
 
 
 class LoopClock:
@@ -362,13 +304,11 @@ TIME_LIMITS = {"idle_seconds": 10, "total_seconds": 60, "grace_seconds": 5, "min
 @pytest.mark.parametrize(
     ("body", "is_announced", "pauses", "in_time"),
     [
-        (SMALL, True, [9.9], True),
         (SMALL, True, [10.1], False),  # idle
         (SMALL, True, [5.4] * 10, True),
         (SMALL, True, [5.5] * 10, False),  # in total, with the pause before the end
         (SMALL, False, [1.0] * 10, False),  # too slow, and not known to be small
         (LARGE, True, [4.9] * 10, True),
-        (LARGE, False, [4.9] * 10, True),
         (LARGE, True, [4.98] * 10, False),  # too slow for the tenth part
         (LARGE, True, [5.1], False),  # nothing within the grace period
         (LARGE, True, [0.1] * 600, False),  # in total
@@ -463,34 +403,17 @@ async def test_fault_while_releasing_does_not_fail_an_accepted_submission(monkey
     assert [event["event"] for event in events] == ["upload.cleanup_error"]
 
 
-async def test_reservation_grows_in_steps_up_to_the_length() -> None:
-    memory = UploadMemory(10 * STEP, wait_seconds=60)
-    with memory.allocate(2 * STEP + 7) as allocation:
-        for received, reserved in ((1, STEP), (STEP, STEP), (STEP + 1, 2 * STEP), (2 * STEP + 1, 2 * STEP + 7)):
-            await memory.reserve(allocation, received)
-            assert memory.reserved_bytes == allocation.reserved_bytes == reserved
-        memory.shrink(allocation, STEP)
-        assert memory.reserved_bytes == allocation.reserved_bytes == STEP
-    assert memory.reserved_bytes == 0
-
-
 class UploadQueue:
     """Uploads that share ten steps of memory; sizes are in steps."""
 
     def __init__(self) -> None:
         self.memory = UploadMemory(10 * STEP, wait_seconds=60)
-        self.held: dict[str, float] = {}
-        self._sizes: dict[str, asyncio.Queue[int]] = {}
+        self.held = ""
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def begin(self, name: str, length: int, received: int | None = None) -> None:
         """Begin an upload of this length, of which some or all has arrived."""
-        self._sizes[name] = asyncio.Queue()
-        self._tasks[name] = asyncio.create_task(self._upload(name, length))
-        await self.receive(name, length if received is None else received)
-
-    async def receive(self, name: str, size: int) -> None:
-        self._sizes[name].put_nowait(size)
+        self._tasks[name] = asyncio.create_task(self._upload(name, length, received or length))
         await run_until_idle()
 
     async def end(self, name: str) -> None:
@@ -498,14 +421,14 @@ class UploadQueue:
         await asyncio.wait([self._tasks[name]])
         await run_until_idle()
 
-    async def _upload(self, name: str, length: int) -> None:
+    async def _upload(self, name: str, length: int, received: int) -> None:
         with self.memory.allocate(length * STEP) as allocation:
+            await self.memory.reserve(allocation, received * STEP)
+            self.held += name
             try:
-                while True:
-                    await self.memory.reserve(allocation, await self._sizes[name].get() * STEP)
-                    self.held[name] = allocation.reserved_bytes / STEP
+                await asyncio.get_running_loop().create_future()
             finally:
-                self.held.pop(name, None)
+                self.held = self.held.replace(name, "")
 
 
 @pytest.fixture
@@ -515,56 +438,38 @@ async def queue() -> AsyncIterator[UploadQueue]:
     yield uploads
     for name in list(uploads._tasks):
         await uploads.end(name)
-    assert (uploads.held, uploads.memory.reserved_bytes, uploads.memory._active) == ({}, 0, set())
-    await uploads.begin("last", 10)
-    assert uploads.held == {"last": 10}
-    await uploads.end("last")
+    assert (uploads.held, uploads.memory.reserved_bytes, uploads.memory._active) == ("", 0, set())
 
 
 async def test_reservation_after_which_none_could_complete_is_delayed(queue: UploadQueue) -> None:
-    for name in ("first", "second", "third", "fourth"):
+    for name in "abcd":
         await queue.begin(name, 8, received=1)
-    assert queue.held == {"first": 1, "second": 1, "third": 1}
-    await queue.receive("first", 8)
-    assert queue.held == {"first": 8, "second": 1, "third": 1}
-    await queue.end("first")
-    assert queue.held == {"second": 1, "third": 1, "fourth": 1}
+    assert queue.held == "abc"
+    await queue.end("a")
+    assert queue.held == "bcd"
 
 
 async def test_uploads_that_can_complete_in_one_order_only_share_the_memory(queue: UploadQueue) -> None:
-    for name, length, received in (("a", 4, 2), ("b", 5, 1), ("c", 6, 1), ("d", 9, 3), ("last", 8, 1)):
+    for name, length, received in (("a", 4, 2), ("b", 5, 1), ("c", 6, 1), ("d", 9, 3), ("e", 8, 1)):
         await queue.begin(name, length, received)
-    assert queue.held == {"a": 2, "b": 1, "c": 1, "d": 3, "last": 1}
+    assert queue.held == "abcde"
 
 
-@pytest.mark.parametrize(("ended", "held"), [("first", {"large": 8, "small": 1}), ("large", {"first": 7, "small": 1})])
-async def test_newcomer_does_not_overtake(queue: UploadQueue, ended: str, held: Mapping[str, int]) -> None:
-    await queue.begin("first", 7)
-    await queue.begin("large", 8)
-    await queue.begin("small", 1)
-    assert queue.held == {"first": 7}
+@pytest.mark.parametrize(("ended", "held"), [("a", "bc"), ("b", "ac")])
+async def test_newcomer_does_not_overtake(queue: UploadQueue, ended: str, held: str) -> None:
+    for name, length in (("a", 7), ("b", 8), ("c", 1)):
+        await queue.begin(name, length)
+    assert queue.held == "a"
     await queue.end(ended)
     assert queue.held == held
 
 
-async def test_begun_upload_precedes_waiting_ones(queue: UploadQueue) -> None:
-    await queue.begin("begun", 4, received=1)
-    await queue.begin("large", 10)
-    await queue.receive("begun", 4)
-    assert queue.held == {"begun": 4}
-    await queue.end("begun")
-    assert queue.held == {"large": 10}
-
-
 async def test_oversized_upload_runs_alone(queue: UploadQueue) -> None:
-    await queue.begin("small", 1)
-    await queue.begin("huge", 90)
-    await queue.begin("next", 1)
-    assert queue.held == {"small": 1}
-    await queue.end("small")
-    assert queue.held == {"huge": 10}
-    await queue.end("huge")
-    assert queue.held == {"next": 1}
+    for name, length in (("a", 1), ("b", 90), ("c", 1)):
+        await queue.begin(name, length)
+    for name in "abc":
+        assert queue.held == name
+        await queue.end(name)
 
 
 async def test_shrunk_upload_lets_another_continue() -> None:
@@ -577,26 +482,6 @@ async def test_shrunk_upload_lets_another_continue() -> None:
         memory.shrink(chunked, STEP)
         await waiting
         assert (chunked.reserved_bytes, other.reserved_bytes) == (STEP, 9 * STEP)
-
-
-@pytest.mark.parametrize("granted_first", [True, False])
-async def test_grant_to_a_cancelled_upload_is_returned(granted_first: bool) -> None:
-    memory = UploadMemory(10, wait_seconds=60)
-
-    async def take() -> None:
-        with memory.allocate(10) as allocation:
-            await memory.reserve(allocation, 10)
-            pytest.fail("it was cancelled")
-
-    with memory.allocate(10) as first:
-        await memory.reserve(first, 10)
-        waiting = asyncio.create_task(take())
-        await run_until_idle()
-        if not granted_first:
-            waiting.cancel()
-    waiting.cancel()
-    await asyncio.wait([waiting])
-    assert memory.reserved_bytes == 0
 
 
 PLANS = st.tuples(
