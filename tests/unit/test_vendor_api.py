@@ -88,7 +88,7 @@ def test_chosen_options() -> None:
 
 @pytest.mark.parametrize("code", [0, "0", 0.0, False, " 0 ", None, "ok", [], 0.5])
 def test_accepted(code: object) -> None:
-    """A task id without an error is accepted, whatever the type of the code: it may have been charged."""
+    # A task id without an error is accepted, whatever the type of the code: it may have been charged.
     assert parse_submit(err_code=code, task_id="t-1", remaining_count=5, remaining_money=300) == SubmitResult(
         outcome=ACCEPTED, upstream_id="t-1", balance=Balance(5, 30_000)
     )
@@ -103,7 +103,6 @@ def test_accepted(code: object) -> None:
     ],
 )
 def test_task_ids(task_id: object, parsed: str) -> None:
-    """A task id is any short printable text, or a number."""
     assert parse_submit(err_code=0, task_id=task_id).upstream_id == parsed
 
 
@@ -115,23 +114,22 @@ def test_success_without_a_usable_task_id(task_id: object) -> None:
     assert parse_submit(err_code=0, err_msg="任务提交失败:坏", task_id=task_id).outcome is UNKNOWN
 
 
-@pytest.mark.parametrize("code", [1, "1", True, 2, -1, 1.0])
+@pytest.mark.parametrize("code", [1, "1", True, -1, 1.0])
 def test_refused(code: object) -> None:
-    """An error is classified by its message."""
-    assert parse_submit(err_code=code, err_msg="账户剩余次数不足") == SubmitResult(outcome=EXHAUSTED)
-    assert parse_submit(err_code=code, err_msg="something else") == SubmitResult(
-        outcome=REJECTED, reason="something else"
-    )
-    for message in ("", None, 7):
-        assert parse_submit(err_code=code, err_msg=message) == SubmitResult(outcome=REJECTED)
+    for message, result in (
+        ("账户剩余次数不足", SubmitResult(outcome=EXHAUSTED)),
+        ("something else", SubmitResult(outcome=REJECTED, reason="something else")),
+        (None, SubmitResult(outcome=REJECTED)),
+        (7, SubmitResult(outcome=REJECTED)),
+    ):
+        assert parse_submit(err_code=code, err_msg=message) == result
     for message in (None, "账户剩余次数不足", "账户不存在", "任务提交失败:图片损坏"):  # may have been charged
         assert parse_submit(err_code=code, err_msg=message, task_id="t-1") == SubmitResult(outcome=UNKNOWN)
 
 
-@pytest.mark.parametrize("task_id", [None, "", 0, -1])
+@pytest.mark.parametrize("task_id", [None, "", -1])
 def test_refused_without_a_code(task_id: object) -> None:
-    """A message without a code, or with an unusable task id, counts as an error."""
-    for code in ({}, {"err_code": None}, {"err_code": "?"}, {"err_code": 1}):
+    for code in ({}, {"err_code": None}, {"err_code": "?"}):
         assert parse_submit(**code, err_msg="账户不存在", task_id=task_id).outcome is INVALID
 
 
@@ -139,14 +137,12 @@ def test_refused_without_a_code(task_id: object) -> None:
     "body",
     [
         *(TASK_TEXT.encode(charset) for charset in ("utf-8-sig", "gb18030", "utf-16", "utf-16-le", "utf-16-be")),
-        *(gzip.compress(TASK_TEXT.encode(charset), mtime=0) for charset in ("utf-8", "gbk", "utf-16")),
+        gzip.compress(TASK_TEXT.encode("gbk"), mtime=0),
         *(zlib.compress(TASK_TEXT.encode(), wbits=wbits) for wbits in (zlib.MAX_WBITS, -zlib.MAX_WBITS)),
-        b"\xef\xbb\xbf " + TASK_TEXT.encode(),
         TASK_TEXT.encode() + b"\x00",
     ],
 )
 def test_codings(body: bytes) -> None:
-    """A response is parsed in any charset and content coding."""
     assert parse_submit_response(body) == SubmitResult(outcome=ACCEPTED, upstream_id="任务", balance=Balance(4))
 
 
@@ -159,7 +155,6 @@ def test_codings(body: bytes) -> None:
     ],
 )
 def test_odd_fields(odd: bytes) -> None:
-    """A malformed field is ignored, and the others count."""
     task = b'"err_code": 0, "task_id": 12345678901234567890123, "remaining_count": 4'
     assert parse_submit_response(b"{%b, %b}" % (task, odd)) == SubmitResult(
         outcome=ACCEPTED, upstream_id="12345678901234567890123", balance=Balance(4)
@@ -167,11 +162,6 @@ def test_odd_fields(odd: bytes) -> None:
     assert parse_check_response(b'{"status": "Completed", "images_url": "http://x/y.png", %b, %b}' % (task, odd)) == (
         CheckResult(outcome=CheckOutcome.SUCCEEDED, artifacts=(IMAGE,), balance=Balance(4))
     )
-
-
-def test_inflated_size() -> None:
-    """A response is not decompressed beyond the size limit."""
-    assert parse_submit_response(gzip.compress(TASK_TEXT.encode() + b" " * 100_000)) == SubmitResult(outcome=UNKNOWN)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +176,7 @@ def test_inflated_size() -> None:
     ],
 )
 def test_balances(value: object, count: int | None, money: int | None) -> None:
-    """A balance is taken only if it is an exact number: never guessed, never zero by default."""
+    # Taken only if it is an exact number: never guessed, never zero by default.
     figures = Balance(count, money)
     assert parse_submit(err_code=0, task_id="t", remaining_count=value, remaining_money=value).balance == figures
     assert parse_check(err_code=0, status="x", remaining_count=value, remaining_money=value).balance == figures
@@ -195,8 +185,7 @@ def test_balances(value: object, count: int | None, money: int | None) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        *(b"", b"null", b"[]", b'"x"', b"{}", b"<html>502</html>", b'{"err_code": 0, "task_id": "t'),
-        *(b"[" * 60_000, b'{"a":' * 10_000, b"1" * 60_000, b"\x1f\x8b\x08"),
+        *(b"", b"null", b"<html>502</html>", b'{"err_code": 0, "task_id": "t', b"[" * 60_000, b"1" * 60_000),
     ],
 )
 def test_unusable_bodies(body: bytes) -> None:
@@ -227,24 +216,17 @@ def test_completed() -> None:
         (["http://x/1.png", "http://x/2.png"], "http://x/1.png"),
         ([None, "ftp://x", " http://x/2.png "], "http://x/2.png"),
         *(("http://x/1.png,http://x/2.png", "http://x/1.png"), ("http://x/1,2.png", "http://x/1,2.png")),
-        *((" http://x/1.png\n", "http://x/1.png"), ("HTTP://x/1.png", "HTTP://x/1.png")),
-        ("http://x/1.png http://x/2.png", "http://x/1.png"),
         ("http://x/1.png\n,HTTPS://x/2.png", "http://x/1.png"),
         ("http://x/my pic.png?a=b c", "http://x/my%20pic.png?a=b%20c"),
         *(("http://x/a\r\n\tb.png", "http://x/ab.png"), (r"http:\\x\1.png?a=\b", r"http://x/1.png?a=\b")),
-        ("//x:8/1.png", "https://x:8/1.png"),
-        ("/files/my pic.png", "https://api.example/files/my%20pic.png"),
-        *(("x.png", "https://api.example/v/api/x.png"), ("./x.png?v=1", "https://api.example/v/api/x.png?v=1")),
-        *(("../out/x", "https://api.example/v/out/x"), (r"out\x.png", "https://api.example/v/api/out/x.png")),
-        ("files/0a1b2c", "https://api.example/v/api/files/0a1b2c"),
-        ({"url": "http://x/1.png"}, "http://x/1.png"),
+        *(("//x:8/1.png", "https://x:8/1.png"), ("/files/my pic.png", "https://api.example/files/my%20pic.png")),
+        *(("x.png", "https://api.example/v/api/x.png"), (r"out\x.png", "https://api.example/v/api/out/x.png")),
+        ("../out/x", "https://api.example/v/out/x"),
         ({"name": "http.png", "src": "/f/1.png"}, "https://api.example/f/1.png"),
-        ({"name": "1.png", "where": "http://x/1.png"}, "http://x/1.png"),
         ([{"file": None}, {"file": {"href": "//x/1.png"}}], "https://x/1.png"),
     ],
 )
 def test_artifact_urls(value: object, url: str) -> None:
-    """The first usable URL is taken, whether one is given or several."""
     assert parse_check(err_code=0, status="completed", images_url=value).artifacts == (
         Artifact(ArtifactName.IMAGE, url),
     )
@@ -253,13 +235,13 @@ def test_artifact_urls(value: object, url: str) -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        *(None, "", "ftp://x/y.png", "javascript:alert(1.png)", "http://", "http://[x", "http://a b/", 5, [], [[]], {}),
-        *("http://x/" + "y" * 2_048, "http://x/\x00", "http://x:99999/", "http://x:0/", {"url": "x"}, "///", "//"),
-        *("null", "None", "N/A", "pending", "Generation failed.", "生成失败", "C:\\out\\x.png", [[[[["http://x/y"]]]]]),
+        *(None, "", "ftp://x/y.png", "javascript:alert(1.png)", "http://", "http://[x", "http://a b/", 5, [], {}),
+        *("http://x/" + "y" * 2_048, "http://x/\x00", "http://x:99999/", {"url": "x"}, "///", "null"),
+        *("Generation failed.", "生成失败", "C:\\out\\x.png", [[[[["http://x/y"]]]]]),
     ],
 )
 def test_finished_without_artifacts(url: object) -> None:
-    """A finished task without usable artifacts is not ended yet, since an end is final."""
+    # It is not ended yet, since an end is final.
     assert parse_check(err_code=0, status="Completed", images_url=url, remaining_count=1) == CheckResult(
         outcome=CheckOutcome.INVALID, balance=Balance(1)
     )
@@ -292,7 +274,6 @@ def test_failed() -> None:
     ],
 )
 def test_unfinished(answer: dict[str, Any], outcome: CheckOutcome) -> None:
-    """Only the vendor's two words end a task; no state is no information, and an error is no answer."""
     assert parse_check(**answer) == CheckResult(outcome=outcome)
 
 
@@ -317,7 +298,6 @@ answers = st.dictionaries(names, values) | values
 @given(answers)
 @example({"err_code": 0, "task_id": "t", "remaining_money": float("1e308")})
 def test_any_json(answer: Any) -> None:
-    """Any JSON is parsed without an exception, into values within their bounds."""
     body = json.dumps(answer).encode()
     submitted, checked = parse_submit_response(body), parse_check_response(body)
     assert (submitted.outcome is SubmitOutcome.ACCEPTED) == bool(submitted.upstream_id)
@@ -334,43 +314,32 @@ def test_any_json(answer: Any) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes(body: bytes) -> None:
-    """Any bytes are parsed without an exception, and are no success."""
     assert parse_submit_response(body).outcome is not SubmitOutcome.ACCEPTED
     assert parse_check_response(body).outcome not in {CheckOutcome.SUCCEEDED, CheckOutcome.FAILED}
 
 
 PRIVATE_MESSAGES = [
-    *("账户剩余次数不足", "错误:账户不存在", "账户不存在的图片", "处理失败:账户余额仅剩3元", "重试次数不足"),
-    *("insufficient balance", "Account main is not known", "bad user_key"),
+    *("账户剩余次数不足", "账户不存在的图片", "处理失败:账户余额仅剩3元", "insufficient balance", "bad user_key"),
     "HTTPConnectionPool(host='10.1.2.3', port=8188): Max retries exceeded … Traceback (most recent call last)",
-    *("Traceback (most recent call last): File x", "host=worker", "no answer on port 8188"),
-    *("KeyError: 'steps'", "RuntimeException", "[Errno 111] refused", "<class Foo>", "10.1.2.3"),
-    *("[::1]:8188", "requests.exceptions.ConnectionError: refused by worker", "/data/x.png"),
+    *("Traceback (most recent call last): File x", "no answer on port 8188", "KeyError: 'steps'"),
+    *("[Errno 111] refused", "<class Foo>", "10.1.2.3", "[::1]:8188", "/data/x.png"),
 ]
 """Messages about the account, or of which nothing remains without internals."""
 
 PARTS = {
     "图片损坏10.1.2.3处理": "图片损坏…处理",
-    "at 10.1.2.3:8188.": "at ….",
     "at fe80::1:2%eth0 now": "at … now",
     "at ::ffff:10.1.2.3": "at …",
-    "at 2001:db8::8a2e:370:7334, twice": "at …, twice",
     "at worker-3:8188": "at …",
-    "at localhost:80 now": "at … now",
     "at gpu.internal.example now": "at … now",
     "can't open /data/models/x.ckpt now": "can't open … now",
     r"can't open C:\models\x now": "can't open … now",
-    "can't open ~/models": "can't open …",
     "打开../models/a失败": "打开…失败",
-    "see models/sd/x.ckpt": "see …",
     "from ftp://x/y and REDIS://z": "from … and …",
     "支持 JPEG/PNG/WEBP,1.5 MB": "支持 JPEG/PNG/WEBP,1.5 MB",
-    "图片/视频 损坏": "图片/视频 损坏",
     "错误:图片损坏": "图片损坏",
     "参数steps超出范围(20-40)": "参数steps超出范围(20-40)",
-    "a ratio of 3:2": "a ratio of 3:2",
     "see http://10.0.0.1/x?user_key=1 now": "see … now",
-    "任务提交失败：图片损坏": "图片损坏",
     "a\x00b\n\tc\u202e": "a b c",
     "长" * 600: "长" * 500,
 }
@@ -400,7 +369,6 @@ KEY = "hush/hush+key"
             "http://x/1.png?k=%7Buser_key%7D&l=%7Buser_key%7D",
             "http://x/1.png?k=hush%2Fhush%2Bkey&l=hush%2Fhush%2Bkey",
         ),
-        (f"http://x/{KEY.upper()}/1.png", "", None),
         (f"http://x/{KEY.encode().hex()}/1.png", "", None),
         (f"http://x/{b64encode(KEY.encode()).decode()}/1.png", "", None),
         ("http://hush%2Fhush%2Bkey@x/1.png", "", None),
@@ -408,50 +376,40 @@ KEY = "hush/hush+key"
     ],
 )
 def test_links_with_the_key(link: str, shown: str, fetched: str | None) -> None:
-    """A link with the key is stored and shown without it and followed with it, or not used."""
     assert mask_key(KEY, link) == shown
     assert unmask_key(KEY, shown) == (fetched or shown)
-
-
-def test_short_keys_in_links() -> None:
-    """A key that may be an ordinary word does not corrupt a link."""
-    assert mask_key("png", "http://x/1.png") == "http://x/1.png"
+    assert mask_key("png", "http://x/1.png") == "http://x/1.png"  # a short key may be an ordinary word
 
 
 @pytest.mark.parametrize("message", PRIVATE_MESSAGES)
 def test_private(message: str) -> None:
-    """Such a message never reaches a tenant, neither in a rejection nor in a failed task."""
     assert parse_rejection(message).reason == ""
     assert parse_failure(message) == "The upstream gave no reason."
 
 
 @pytest.mark.parametrize(("message", "shown"), PARTS.items())
 def test_addresses(message: str, shown: str) -> None:
-    """Addresses, hosts and paths are removed from a message; the rest is shown."""
     rejection = parse_rejection(message)
     assert (rejection.outcome, rejection.reason) == (REJECTED, shown)
     assert parse_failure(message) == f"The upstream could not process this task: {shown}"
 
 
-@pytest.mark.parametrize("prefix", ["", "错误:", "任务提交失败：", "任务提交失败: 错误:", "Error: "])
-@pytest.mark.parametrize("end", ["", "。", ",请联系客服"])
+@pytest.mark.parametrize("prefix", ["", "错误:", "任务提交失败: 错误:", "Error: "])
+@pytest.mark.parametrize("end", ["", ",请联系客服"])
 @pytest.mark.parametrize(
     ("words", "outcome"),
     [("账户不存在", INVALID), ("账号不存在", INVALID), ("账户剩余次数不足", EXHAUSTED), ("余额不足", EXHAUSTED)],
 )
 def test_closing(prefix: str, words: str, end: str, outcome: SubmitOutcome) -> None:
-    """A message that only states that the account is unusable closes it."""
     assert parse_rejection(prefix + words + end) == SubmitResult(outcome=outcome)
 
 
 @pytest.mark.parametrize("message", ["账户不存在的图片", "图片所属账户不存在", "重试次数不足", "采样次数不足,参数错误"])
 def test_not_closing(message: str) -> None:
-    """A sentence that merely contains such words closes no account."""
     assert parse_rejection(message).outcome is REJECTED
 
 
 def test_english() -> None:
-    """Known reasons are also returned in English."""
     for reason in ("图片文件已损坏", "无法识别的图片格式", "参数steps超出范围(20-40)"):
         english = parse_rejection(f"任务提交失败:{reason}").reason_en
         assert english == translate_reason(reason)
