@@ -165,15 +165,15 @@ def test_values_under_secret_names_are_redacted_in_nested_texts(name: str, value
         assert "canary" not in Redactor().redact_text(text)
 
 
-@pytest.mark.parametrize("secret", [generate_token(), generate_secret()], ids=["token", "webhook secret"])
-def test_generated_secrets_are_redacted_everywhere(secret: str) -> None:
+def test_generated_secrets_are_redacted_everywhere() -> None:
     log = LogSetup()
-    text = f"x{secret}x '{secret}', which"
-    try:
-        raise KeyError(text) from ValueError(text)
-    except KeyError as error:
-        log.logger.exception(text, value=text, nested=[{"x": (text, {text})}], names={text: 1}, error=error)
-    assert secret.partition("_")[2] not in log.output
+    for secret in (generate_token(), generate_secret()):
+        text = f"x{secret}x '{secret}', which"
+        try:
+            raise KeyError(text) from ValueError(text)
+        except KeyError as error:
+            log.logger.exception(text, value=text, nested=[{"x": (text, {text})}], names={text: 1}, error=error)
+        assert secret.partition("_")[2] not in log.output
 
 
 def test_other_values_are_logged() -> None:
@@ -205,11 +205,6 @@ def test_texts_stay_readable(text: str, expected: str) -> None:
     assert Redactor().redact_text(text) == expected
 
 
-PLAIN_WORDS = st.text("abc xyz.,-/", max_size=8)
-SECRETS = [SECRET, ODD_SECRET, *(f"{number:04}-another-secret" for number in range(20))]
-TOKENS = [generate_token(), generate_token()]
-
-
 def list_encodings(secret: str) -> list[str]:
     """Return encodings of a secret; all but four characters at each end must disappear."""
     plain = secret.encode()
@@ -220,50 +215,17 @@ def list_encodings(secret: str) -> list[str]:
     ]
 
 
-def structures_with(secrets: st.SearchStrategy[str]) -> st.SearchStrategy[Any]:
-    """Generate structures that contain encoded secrets."""
-    leaf: st.SearchStrategy[Any] = PLAIN_WORDS | st.integers() | st.none() | secrets | secrets.map(ValueError)
-    return st.recursive(
-        leaf,
-        lambda inner: (
-            st.lists(inner, max_size=3)
-            | st.tuples(inner, inner)
-            | st.dictionaries(secrets | PLAIN_WORDS, inner, max_size=3)
-            | st.lists(inner, max_size=3).map(repr)
-            | st.dictionaries(PLAIN_WORDS, inner.map(str), max_size=3).map(json.dumps)
-        ),
-        max_leaves=8,
-    )
-
-
-ENCODED_SECRETS = st.builds(
-    lambda before, secret, after: f"{before}<{secret}>{after}",
-    PLAIN_WORDS,
-    st.sampled_from([*SECRETS[:5], *TOKENS]).map(list_encodings).flatmap(st.sampled_from),
-    PLAIN_WORDS,
-)
-
-
-@given(structures_with(ENCODED_SECRETS))
-def test_secrets_are_redacted_in_every_encoding(value: Any) -> None:
-    event = Redactor(SECRETS)(None, "info", {"event": "x", "value": value})
-    written = json.dumps(event, ensure_ascii=False) + "".join(iter_texts(event))
-    for secret in (*SECRETS, *TOKENS):
-        assert [item for item in list_encodings(secret) if item[4:-4] in written] == []
-
-
-def iter_texts(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [*value, *(text for item in value.values() for text in iter_texts(item))]
-    if isinstance(value, list):
-        return [text for item in value for text in iter_texts(item)]
-    return [value] if isinstance(value, str) else []
-
-
-@pytest.mark.parametrize("secret", [SECRET, ODD_SECRET])
-def test_each_encoding_is_redacted(secret: str) -> None:
-    redacted = Redactor([secret]).redact_text(" | ".join(list_encodings(secret)))
-    assert [item for item in list_encodings(secret) if item[4:-4] in redacted] == []
+@pytest.mark.parametrize("secret", [SECRET, ODD_SECRET, generate_token()])
+def test_secrets_are_redacted_in_every_encoding(secret: str) -> None:
+    others = [f"{number:04}-another-secret" for number in range(20)]
+    for item in list_encodings(secret):
+        value = {
+            item: [f"a<{item}>b", (item, {"inner": ValueError(item)})],
+            "text": json.dumps({"inner": repr([item])}),
+        }
+        event = Redactor([*others, secret])(None, "info", {"event": "x", "value": value})
+        assert item[4:-4] not in json.dumps(event, ensure_ascii=False)
+        assert item[4:-4] not in str(event)
 
 
 @given(st.recursive(st.text() | st.floats() | st.binary() | st.integers(), lambda it: st.lists(it) | st.tuples(it)))
