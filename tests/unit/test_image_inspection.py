@@ -17,7 +17,6 @@ from PIL import Image
 
 from service.domain.errors import InvalidImage, UnsupportedMediaType
 from service.domain.media import (
-    EXTENSIONS,
     JPEG,
     MAX_SEGMENTS,
     OCTET_STREAM,
@@ -27,10 +26,8 @@ from service.domain.media import (
     WEBP,
     ImageInfo,
     inspect_image,
-    is_allowed_type,
     sniff_type,
 )
-from service.domain.tasks import ArtifactName
 
 ENCODINGS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "png": ("PNG", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), {}),
@@ -204,21 +201,13 @@ def animated(*chunks: tuple[bytes, bytes]) -> bytes:
     return webp(vp8x(8, 8, 2), (b"ANIM", b"\0" * 6), *chunks)
 
 
-def frame(marker: int = 0xC0, bits: int = 8, width: int = 7, components: bytes = b"\x01\x11\x00") -> bytes:
+def frame(bits: int = 8, width: int = 7, components: bytes = b"\x01\x11\x00") -> bytes:
     content = struct.pack(">BHHB", bits, 5, width, len(components) // 3) + components
-    return TABLE + bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
-
-
-def scan(content: bytes) -> bytes:
-    return b"\xff\xda" + struct.pack(">H", len(content) + 2) + content + b"scan"
+    return TABLE + b"\xff\xc0" + struct.pack(">H", len(content) + 2) + content
 
 
 def jpeg(*segments: bytes) -> bytes:
     return b"\xff\xd8" + b"".join(segments) + b"\xff\xd9"
-
-
-def png_header(depth: int, colour: int, *methods: int) -> tuple[bytes, bytes]:
-    return b"IHDR", struct.pack(">II5B", 3, 3, depth, colour, *(methods or (0, 0, 0)))
 
 
 def fctl(width: int, height: int, left: int, top: int) -> tuple[bytes, bytes]:
@@ -226,45 +215,29 @@ def fctl(width: int, height: int, left: int, top: int) -> tuple[bytes, bytes]:
 
 
 UNREADABLE = {
-    "a depth that the colours do not have": png(png_header(3, 2), PIXELS, END),
-    "no such interlacing": png(png_header(8, 2, 0, 0, 2), PIXELS, END),
     "a size beyond PNG": png(header(2**31, 1), PIXELS, END),
     "two headers": png(header(3, 3), header(2, 2), PIXELS, END),
     "a frame beside the image": png(header(3, 3), fctl(3, 3, 1, 0), PIXELS, END),
     "pixels of no sense": png(header(3, 3), (b"IDAT", b"1234"), END),
     "only empty pixels": png(header(3, 3), (b"IDAT", b""), END),
-    "no chunk": png(header(3, 3), PIXELS, (b"\0\0\0\0", b""), END),
     "two frames": jpeg(frame(), frame(width=700), SCAN),
     "a frame in twelve bits": jpeg(frame(bits=12), SCAN),
-    "two components": jpeg(frame(components=b"\x01\x11\x00\x02\x11\x00"), SCAN),
     "a table that is missing": jpeg(frame(components=b"\x01\x11\x01"), SCAN),
     "a frame that is too wide": jpeg(frame(width=65_501), SCAN),
-    "too large an unit": jpeg(
-        frame(components=b"\x01\x44\x00\x02\x11\x00\x03\x11\x00"), scan(b"\x03\x01\x00\x02\x00\x03\x00\x00\x3f\x00")
-    ),
-    "a scan of another component": jpeg(frame(), scan(b"\x01\x02\x00\x00\x3f\x00")),
-    "a scan with a code that can't be": jpeg(frame(), scan(b"\x01\x01\x04\x00\x3f\x00")),
-    "a scan without a header": jpeg(frame(), scan(b"")),
-    "a scan that is not progressive": jpeg(frame(0xC2), SCAN),
+    "a scan of another component": jpeg(frame(), SCAN.replace(b"\x01\x01", b"\x01\x02")),
     "two heights": jpeg(frame(), SCAN, b"\xff\xdc\x00\x04\x01\x00"),
     "a canvas larger than the picture": webp(vp8x(9, 9), vp8l(8, 9)),
     "a second picture that is larger": webp(vp8x(8, 9), vp8l(8, 9), vp8l(800, 900)),
     "a canvas of too many pixels": webp(vp8x(2**24, 2**9), vp8l(1, 1)),
-    "a longer canvas": webp((b"VP8X", b"\0" * 12), vp8l(1, 1)),
-    "lossless pixels of no version": webp((b"VP8L", b"\x2f\0\0\0\x20\0")),
     "pixels that are no key frame": webp((b"VP8 ", b"\x11\0\0\x9d\x01\x2a\5\0\5\0")),
-    "pixels that end too early": webp((b"VP8 ", b"\x50\1\0\x9d\x01\x2a\5\0\5\0")),
     "a frame beside the canvas": animated(anmf(2, 0, 7, 8, vp8l(7, 8))),
     "a frame of other pixels": animated(anmf(0, 0, 8, 8, vp8l(80, 80))),
     "an animation without frames": animated(),
-    "frames of no animation": webp(vp8x(8, 8), (b"ANIM", b"\0" * 6), anmf(0, 0, 8, 8, vp8l(8, 8))),
     "a wrong checksum": png(header(3, 3), PIXELS, END, checksum=1),
     "pixels before the header": png(PIXELS, header(3, 3), END, END),
     "no pixels": png(header(3, 3), END, END),
-    "a frame without pixels of its own": jpeg(FRAME),
     "pixels before their frame": jpeg(SCAN),
     "no height": jpeg(FRAME.replace(b"\x00\x05\x00\x07", b"\x00\x00\x00\x07"), SCAN),
-    "a short frame": jpeg(b"\xff\xc0\x00\x04\x08\x00", TABLE, SCAN),
     "a canvas without pixels": webp((b"VP8X", b"\0" * 10), (b"EXIF", b"1234")),
     "metadata first": webp((b"EXIF", b"1234"), VP8L),
     "a chunk beyond the end": webp((b"VP8X", b"\0" * 10), VP8L).replace(b"VP8L\x06", b"VP8L\x08"),
@@ -279,7 +252,6 @@ def test_broken_images_are_refused(data: bytes) -> None:
 
 ODD = {
     "png animation": (png(header(3, 3), fctl(2, 2, 1, 1), (b"IDAT", b""), PIXELS, (b"IDAT", b"more"), END), (3, 3)),
-    "lossless jpeg": (jpeg(frame(0xC3), scan(b"\x01\x01\x00\x01\x00\x00")), (7, 5)),
     "stray bytes": (
         jpeg(b"\xff\xff\x00rubbish", FRAME, b"\xff\xff", SCAN, b"\xff\x00\xff\xd0\xff\x37\xff"),
         (7, 5),
@@ -300,14 +272,7 @@ def test_odd_images_are_accepted(data: bytes, size: tuple[int, int]) -> None:
     assert inspect_size(data) == size
 
 
-OTHER_FORMATS = {
-    "AVIF": encode(make_noise("RGB", 16, 16, 1), "AVIF"),
-    "HEIC": b"\0\0\0\x18ftypheic" + b"\0" * 12,
-    "WAV": b"RIFF\0\0\0\0WAVE",
-}
-
-
-@pytest.mark.parametrize("data", OTHER_FORMATS.values(), ids=OTHER_FORMATS)
+@pytest.mark.parametrize("data", [b"\0\0\0\x18ftypheic" + b"\0" * 12, b"RIFF\0\0\0\0WAVE"], ids=["HEIC", "WAV"])
 def test_other_formats_are_unsupported(data: bytes) -> None:
     with pytest.raises(UnsupportedMediaType):
         inspect_image(data)
@@ -364,7 +329,6 @@ SVG_HEADS = [
 ]
 OTHER_HEADS = [
     *(b"", b"<html><svg/></html>", b"<!DOCTYPE html><svg/>", b"<!-- <svg> -->", b"<svgx>", b"x<svg>", b"RIFF....WAVE"),
-    b"<?xml version='1.0'?><html xmlns='http://www.w3.org/1999/xhtml'><svg/></html>",
     # Backtracking in one of these would take for ever.
     *(text * (SNIFF_BYTES // len(text)) for text in (b"<!---->", b"<?a?>", b" ", b"<!DOCTYPE svg>", b"<!--")),
     b"<!DOCTYPE svg [" * 4_000,
@@ -376,8 +340,3 @@ def test_type_of_an_artifact_by_its_first_bytes() -> None:
         assert sniff_type(encode(make_noise("L", 4, 4, 1), form)) == media_type
     assert [head for head in SVG_HEADS if sniff_type(head) != SVG] == []
     assert [head for head in OTHER_HEADS if sniff_type(head) != OCTET_STREAM] == []
-
-
-def test_types_allowed_per_artifact() -> None:
-    allowed = {name.value: {kind for kind in EXTENSIONS if is_allowed_type(name, kind)} for name in ArtifactName}
-    assert allowed == {"image": {PNG, JPEG, WEBP}, "grid": {PNG, JPEG, WEBP}, "vector": {SVG}}

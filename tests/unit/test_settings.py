@@ -90,13 +90,8 @@ def test_values_from_files(tmp_path: Path) -> None:
         }
     )
     assert (settings.admin_token, settings.port, settings.ops_port) == ("from-a-file", 8080, 8081)
-    assert find_invalid(
-        HOST_FILE=paths["missing"],
-        PORT="1",
-        PORT_FILE=paths["token"],
-        KEY_PREFIX_FILE=paths["bytes"],
-        MODELS_FILE=paths["large"],
-    ) == ["HOST", "PORT", "KEY_PREFIX", "MODELS"]
+    wrong = {"HOST": "missing", "PORT": "token", "KEY_PREFIX": "bytes", "MODELS": "large"}
+    assert find_invalid(PORT="1", **{f"{name}_FILE": paths[file] for name, file in wrong.items()}) == list(wrong)
 
 
 @pytest.mark.parametrize(

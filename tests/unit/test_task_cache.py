@@ -53,16 +53,6 @@ def test_replacement(cache: TaskCache, known: Task, new: Task, replaces: bool) -
     assert latest.task is (new if replaces else known)
 
 
-def test_finished_task_is_verified_once_per_interval(cache: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache.put(ENDED, CREATED_AT)
-    assert not cache.claim_verification("r1")
-    monkeypatch.setattr(caches, "FINISHED_TTL_SECONDS", -1)
-    cache.put(make_task(reservation="r2"), CREATED_AT)
-    assert [cache.claim_verification(name) for name in ("r1", "r2", "r3")] == [True, False, False]
-    monkeypatch.undo()
-    assert not cache.claim_verification("r1")
-
-
 def test_lifetimes(cache: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
     cached = cache.put(RUNNING, CREATED_AT + 4_000)
     assert 4 <= cached.age_seconds < 60
@@ -91,15 +81,12 @@ async def test_waiter_gets_the_newest_version(cache: TaskCache) -> None:
 
 
 async def test_end_of_the_same_version_wakes_waiters(cache: TaskCache) -> None:
-    """The store may have lost the task and count its versions from 1 again."""
+    # The store may have lost the task and count its versions from 1 again.
     cache.put(RUNNING, CREATED_AT)
     with cache.subscribe("r1") as watcher:
         wait = await start_waiting(watcher, 2)
-        ended = make_task(state=State.SUCCEEDED, version=2)
-        cache.on_published(ended, CREATED_AT + 1)
-        result = await wait
-    assert result
-    assert result.task is ended
+        cache.on_published(make_task(state=State.SUCCEEDED, version=2), CREATED_AT + 1)
+        assert await wait is cache.latest("r1")
 
 
 @pytest.mark.parametrize("notify", [TaskCache.on_published, TaskCache.on_recorded])

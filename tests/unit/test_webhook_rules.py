@@ -14,7 +14,7 @@ from standardwebhooks.webhooks import WebhookVerificationError
 
 from service.domain import tenants, webhooks
 from service.domain.errors import InvalidOptions
-from service.domain.tenants import Webhook, WebhookSecrets
+from service.domain.tenants import Webhook
 
 HOOK = Webhook("https://hooks.test/ended?key=1", ("other.test", "10.0.0.0/8", "127.0.0.0/8", "::1/128"))
 KEYS = st.binary(min_size=24, max_size=64)
@@ -53,13 +53,6 @@ def test_invalid_secret_is_not_repeated(text: str) -> None:
         webhooks.parse_secret(text)
     assert refused.value.errors[0].field == "webhook.secret"
     assert len(text) <= 10 or text not in str(refused.value)
-
-
-def test_previous_secret_signs_until_its_end() -> None:
-    signing = WebhookSecrets(b"new", b"old", previous_expires_at=100)
-    assert signing.active_secrets(99) == (b"new", b"old")
-    assert signing.active_secrets(100) == (b"new",)
-    assert WebhookSecrets(b"new").active_secrets(0) == (b"new",)
 
 
 @given(st.integers(1, 10), st.floats(0, 1))
