@@ -1,4 +1,4 @@
-"""Access log and request metrics."""
+"""Access log, metrics and span of requests."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from prometheus_client import CollectorRegistry
 
 from service.api import asgi
 from service.api.asgi import RequestMiddleware
-from service.api.errors import ClientDisconnected, exception_handlers
+from service.api.errors import OUTCOME, ClientDisconnected, exception_handlers
 from service.domain.errors import NotFound, UpstreamFault
 from service.telemetry.metrics import Metrics, Port
 from tests.support.network import serve_app
+from tests.support.traces import SPAN, TRACE, SpanRecorder
 from tests.unit.asgi_client import App, call_app, make_http_scope, make_receive, open_raw_connection
+
+ADMIN_TOKEN = "the-token-of-the-operators"
 
 
 @get("/things/{thing:str}")
@@ -34,6 +37,8 @@ async def thing(request: Request[Any, Any, Any], thing: FromPath[str]) -> Respon
     }
     if error := errors.get(thing):
         raise error
+    if thing in {"transfer-aborted", "client-too-slow"}:
+        request.scope["state"][OUTCOME] = thing
     return Response("")
 
 
@@ -47,10 +52,11 @@ async def torn() -> Stream:
 
 
 class ObservedApp:
-    """An application behind the middleware, with its log events and metrics."""
+    """An application behind the middleware, with its log events, metrics and spans."""
 
-    def __init__(self, app: App | None = None) -> None:
+    def __init__(self, app: App | None = None, recorder: SpanRecorder | None = None) -> None:
         self.events: list[dict[str, Any]] = []
+        self.recorder = recorder or SpanRecorder(secrets=[ADMIN_TOKEN])
         logger = structlog.wrap_logger(
             None, processors=[self._collect], wrapper_class=structlog.make_filtering_bound_logger("INFO")
         )
@@ -59,7 +65,7 @@ class ObservedApp:
         inner: Any = app or Litestar(
             [thing, torn], exception_handlers=handlers, openapi_config=None, logging_config=None
         )
-        self.app: App = RequestMiddleware(inner, Metrics(self.registry), logger, Port.TENANTS)
+        self.app: App = RequestMiddleware(inner, Metrics(self.registry), logger, Port.TENANTS, self.recorder.tracer)
 
     def _collect(self, _logger: object, method: str, event: Any) -> Any:
         self.events.append({"level": method, **structlog.contextvars.merge_contextvars(None, method, event)})
@@ -75,39 +81,68 @@ class ObservedApp:
         return self.registry.get_sample_value("gateway_http_requests_total", labels)
 
 
+CRASH = "/things/{thing}", 500, "internal-error", "internal-error"
+
+
 @pytest.mark.parametrize(
-    ("method", "path", "route", "tenant", "status", "outcome"),
+    ("method", "path", "route", "status", "outcome", "error"),
     [
-        ("GET", "/things/one?key=hunter2", "/things/{thing}", "demo", 200, "answered"),
-        ("GET", "/things/missing", "/things/{thing}", "demo", 404, "not-found"),
-        ("GET", "/things/crash", "/things/{thing}", "demo", 500, "internal-error"),
-        ("GET", "/things/unmapped", "/things/{thing}", "demo", 500, "internal-error"),
-        ("GET", "/things/framework", "/things/{thing}", "demo", 500, "internal-error"),
-        ("GET", "/things/forbidden", "/things/{thing}", "demo", 403, "forbidden"),
-        ("GET", "/nowhere", "unmatched", None, 404, "not-found"),
-        ("DELETE", "/torn", "unmatched", None, 405, "method-not-allowed"),
-        ("GET", "/things/left", "/things/{thing}", "demo", 499, "client-disconnected"),
+        ("GET", "/things/one?key=hunter2", "/things/{thing}", 200, "answered", None),
+        ("GET", "/things/missing", "/things/{thing}", 404, "not-found", None),
+        *(("GET", f"/things/{crash}", *CRASH) for crash in ("crash", "unmapped", "framework")),
+        ("GET", "/things/forbidden", "/things/{thing}", 403, "forbidden", None),
+        ("GET", "/nowhere", "unmatched", 404, "not-found", None),
+        ("DELETE", "/torn", "unmatched", 405, "method-not-allowed", None),
+        ("GET", "/things/left", "/things/{thing}", 499, "client-disconnected", None),
+        ("GET", "/things/transfer-aborted", "/things/{thing}", 200, "transfer-aborted", "transfer-aborted"),
+        ("GET", "/things/client-too-slow", "/things/{thing}", 200, "client-too-slow", None),
     ],
 )
-async def test_every_request_is_counted_and_logged_once(
-    method: str, path: str, route: str, tenant: str | None, status: int, outcome: str
+async def test_every_request_is_counted_logged_and_recorded_once(
+    method: str, path: str, route: str, status: int, outcome: str, error: str | None
 ) -> None:
     observed = ObservedApp()
-    response = await call_app(observed.app, method, path)
-    event = observed.access_event
+    response = await call_app(observed.app, method, path, headers={"Authorization": "Bearer hunter2"})
+    event, span = observed.access_event, observed.recorder.span
+    tenant = None if route == "unmatched" else "demo"
     fields = ("method", "path", "route", "tenant", "status", "outcome")
     expected = [method, path.partition("?")[0], route, tenant, status, outcome]
     assert [event[field] for field in fields] == expected
     if response:
         assert (response.status, response.headers["x-request-id"]) == (status, event["request_id"])
         assert b"hunter2" not in response.body
-    assert "hunter2" not in str(event)
+    assert "hunter2" not in str((event, span))
     causes = [event for event in observed.events if event["event"] == "request.error"]
     assert len(causes) == (status == 500)
     assert all("hunter2" in str(cause["exc_info"]) for cause in causes)
     assert observed.count_requests(method, route, status) == 1
     in_progress = observed.registry.get_sample_value("gateway_http_requests_in_progress", {"port": "tenants"})
     assert in_progress == 0
+    names = ("http.response.status_code", "gateway.outcome", "gateway.tenant", "error.type")
+    assert [span.attributes.get(name) for name in names] == [status if response else None, outcome, tenant, error]
+    assert (span.is_error, span.status_message, span.event_count) == (error is not None, "", 0)
+    assert (span.name, span.kind) == (method if tenant is None else f"{method} {route}", "server")
+    assert event["trace_id"] == span.trace_id
+
+
+async def test_texts_of_clients_are_cut_and_no_span_names() -> None:
+    observed = ObservedApp()
+    await call_app(observed.app, "GET", "/" + "x" * 480 + ADMIN_TOKEN)
+    await call_app(observed.app, "BREW", "/things/one")
+    unmatched, unknown = observed.recorder.spans
+    assert len(unmatched.attributes["url.path"]) <= 500
+    assert ADMIN_TOKEN[:19] not in str(unmatched)
+    assert unknown.name.split()[0] == "HTTP"
+    assert unknown.attributes["http.request.method"] == "_OTHER"
+
+
+async def test_sampling_follows_the_parent() -> None:
+    for share, sampled in ((0.0, "01"), (1.0, "00")):
+        observed = ObservedApp(recorder=SpanRecorder(share=share))
+        await call_app(observed.app, headers={"traceparent": f"00-{TRACE}-{SPAN}-{sampled}"})
+        assert observed.access_event["trace_id"] == TRACE
+        parents = [(span.trace_id, span.parent_id) for span in observed.recorder.spans]
+        assert parents == ([(TRACE, SPAN)] if sampled == "01" else [])
 
 
 async def test_requests_do_not_share_state() -> None:
