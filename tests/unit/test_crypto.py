@@ -72,6 +72,7 @@ def test_task_ids_are_distinct_and_decode(one: TaskReference, other: TaskReferen
 def test_every_character_of_a_task_id_counts() -> None:
     # Even where the alphabet has unused bits.
     for place, letter in enumerate(TASK_ID):
+        assert_no_task_id(TASK_ID[:place])
         for other in (BASE64_URL + "é=\n").replace(letter, ""):
             assert_no_task_id(TASK_ID[:place] + other + TASK_ID[place + 1 :])
 
@@ -94,12 +95,9 @@ def test_other_texts_and_contents_are_no_task_id(text: str, content: bytes) -> N
 def test_other_spellings_of_a_task_id() -> None:
     body = TASK_ID.removeprefix(TASK_ID_PREFIX)
     encrypted = base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))
-    spellings = {body.replace("-", "+").replace("_", "/"), encrypted.hex(), base64.b32encode(encrypted).decode()}
-    for text in (body, TASK_ID_PREFIX.upper() + body, *(TASK_ID_PREFIX + spelling for spelling in spellings - {body})):
-        assert_no_task_id(text)
-    for cut in (1, 2, 30, len(TASK_ID)):
-        assert_no_task_id(TASK_ID[cut:])
-        assert_no_task_id(TASK_ID[:-cut])
+    assert_no_task_id(body)
+    for spelling in ({body.replace("-", "+").replace("_", "/")} - {body}) | {encrypted.hex()}:
+        assert_no_task_id(TASK_ID_PREFIX + spelling)
 
 
 @given(st.text(), st.data())

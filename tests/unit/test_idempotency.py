@@ -84,16 +84,10 @@ def test_invalid_headers(values: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("options", "digest"),
-    [
-        (UpscaleOptions(), "09e8c4af3f7f3caf448b93c62a820980"),
-        (FULL, "4a6bec023910d623965edd03e62f875f"),
-        (VectorizeOptions(), "70c1850d94d7e118fdb9a29f253795c8"),
-        (FaceEnhanceOptions(), "cf76a1caa575cc600105c5f516f39284"),
-        (SeamlessOptions(fit=0.3), "3df4794c9c702ba132ec8082de7094ce"),
-    ],
+    [(UpscaleOptions(), "09e8c4af3f7f3caf448b93c62a820980"), (FULL, "4a6bec023910d623965edd03e62f875f")],
 )
 def test_digests_are_stable(options: Options, digest: str) -> None:
-    """A changed digest would break replays over an upgrade."""
+    # A changed digest would break replays over an upgrade.
     assert digest_submission(KEY, options, METADATA, DIGEST) == Idempotency("d77da8028f3c5a13752873cb9c7581d5", digest)
 
 

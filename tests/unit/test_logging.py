@@ -7,7 +7,6 @@ import io
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -20,6 +19,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from prometheus_client import CollectorRegistry
 from structlog.typing import FilteringBoundLogger
 
+from service.api.admin_schemas import AccountEntry, SecretEntry
 from service.api.asgi import RequestMiddleware
 from service.domain.tasks import Kind
 from service.domain.tenants import generate_token
@@ -115,16 +115,6 @@ def test_library_warnings_are_logged(library: str) -> None:
     assert "lost %d" in log.output
 
 
-class Secretive(msgspec.Struct):
-    user_key: bytes
-    name: str
-
-
-@dataclass
-class Settings:
-    admin_token: str
-
-
 class Opaque:
     def __repr__(self) -> str:
         return f"<Opaque {SECRET}>"
@@ -139,8 +129,7 @@ VALUE = "Zq9vKx7Lm3Tp"
         {"Authorization": f"Bearer {VALUE}"},
         [{"deep": ({"webhook_secret": VALUE},)}],
         {"headers": [("prompt", VALUE), [b"cookie", VALUE], {"name": "user_key", "value": VALUE}]},
-        Secretive(VALUE.encode(), "x"),
-        Settings(VALUE),
+        AccountEntry(user_key=SecretEntry(value=VALUE)),
         f"authorization: Bearer {VALUE}",
         f"POST http://upstream/api?user_key={VALUE}&x=1",
         f"redis://user:{VALUE}@host:6379/0",
@@ -215,7 +204,7 @@ def list_encodings(secret: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("secret", [SECRET, ODD_SECRET, generate_token()])
+@pytest.mark.parametrize("secret", [SECRET, ODD_SECRET, generate_token()], ids=["plain", "odd", "token"])
 def test_secrets_are_redacted_in_every_encoding(secret: str) -> None:
     others = [f"{number:04}-another-secret" for number in range(20)]
     for item in list_encodings(secret):

@@ -157,6 +157,7 @@ WEAK_KEYS = [bytes(32), b"s" * 32, bytes(range(150, 158)) * 4, b"correct horse b
         *(("UPSTREAM_URL", f"http://{host}") for host in ("images.example/api", "8.8.8.8", "[2606:4700::1111]:80")),
         ("REDIS_URL", "redis://:hush@8.8.8.8"),
         ("REDIS_URL", "rediss://8.8.8.8"),
+        ("REDIS_URL", "redis://8.8.8.8"),  # both TLS and a password are missing
     ],
 )
 def test_production_refuses_weak_settings(tmp_path: Path, name: str, text: str) -> None:
@@ -165,16 +166,10 @@ def test_production_refuses_weak_settings(tmp_path: Path, name: str, text: str) 
         {f"GATEWAY_{name}": text},
         {f"GATEWAY_{name}": "", f"GATEWAY_{name}_FILE": str(tmp_path / "value")},
     ):
-        (error,) = find_errors(PRODUCTION | given_as)
-        assert error.startswith(f"GATEWAY_{name} ")
-        assert not any(secret in error for secret in (text, "hush", text.partition(",")[2] or text))
+        errors = find_errors(PRODUCTION | given_as)
+        assert [error.split()[0] for error in errors] == [f"GATEWAY_{name}"] * (2 if "redis://8" in text else 1)
+        assert not any(secret in str(errors) for secret in (text, "hush", text.partition(",")[2] or text))
         assert find_errors(PRODUCTION | given_as | {"GATEWAY_ENV": "development"}) == ()
-
-
-@pytest.mark.parametrize("url", ["redis://8.8.8.8", "redis+sentinel://10.0.0.1,8.8.8.8/main"])
-def test_public_store_needs_tls_and_a_password(url: str) -> None:
-    errors = find_errors(PRODUCTION | {"GATEWAY_REDIS_URL": url})
-    assert [error.split()[0] for error in errors] == ["GATEWAY_REDIS_URL"] * 2
 
 
 @pytest.mark.parametrize(
