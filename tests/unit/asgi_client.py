@@ -62,20 +62,15 @@ def make_receive(messages: Iterable[Message], *, stay_open: bool = False) -> Any
 
 
 async def call_app(
-    app: App,
-    method: str = "GET",
-    path: str = "/",
-    *,
-    headers: Mapping[str, str] | None = None,
-    messages: Iterable[Message] = ({"type": "http.request", "body": b"", "more_body": False},),
+    app: App, method: str = "GET", path: str = "/", headers: Mapping[str, str] | None = None
 ) -> AsgiResponse | None:
-    """Send one request; return None without a response."""
+    """Send one request without a body; return None without a response."""
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
         sent.append(message)
 
-    await app(make_http_scope(method, path, headers), make_receive(messages), send)
+    await app(make_http_scope(method, path, headers), make_receive(make_body_messages([])), send)
     if not sent:
         return None
     start, *rest = sent

@@ -187,13 +187,6 @@ def test_applied_document_reads_back(one: RegistryBody, other: RegistryBody, pru
     assert all(plan.after.tenants[name].id == plan.before.tenants[name].id for name in kept)
 
 
-def test_new_ids_follow_all_given_ones() -> None:
-    later = int(NOW * 1000) + 50
-    accounts = {"main": AccountEntry(id=later, user_key=KEY), "new": AccountEntry(user_key=KEY)}
-    after = plan_document(Registry(), RegistryBody(accounts, {"one": TenantEntry(accounts=[])})).after
-    assert [after.accounts["new"].id, after.tenants["one"].id, after.next_id] == [later + 1, later + 2, later + 3]
-
-
 def test_foreign_ids_are_refused() -> None:
     registry = make_registry(shop=TenantEntry(id=8, accounts=["main"]), gone=TenantEntry(id=9, accounts=[]))
     kept = RegistryBody({"main": AccountEntry()}, {"shop": TenantEntry(accounts=["main"])})

@@ -375,63 +375,44 @@ async def test_fault_while_releasing_does_not_fail_an_accepted_submission(monkey
     assert [event["event"] for event in events] == ["upload.cleanup_error"]
 
 
-class UploadQueue:
-    """Uploads that share ten steps of memory; sizes are in steps."""
+@pytest.mark.parametrize(
+    ("uploads", "held", "ended", "then"),
+    [
+        ([(name, 8, 1) for name in "abcd"], "abc", "a", "bcd"),  # of four none could complete
+        ([("a", 4, 2), ("b", 5, 1), ("c", 6, 1), ("d", 9, 3), ("e", 8, 1)], "abcde", "a", "bcde"),  # in one order only
+        ([("a", 7, 7), ("b", 8, 8), ("c", 1, 1)], "a", "a", "bc"),  # a newcomer does not overtake
+        ([("a", 7, 7), ("b", 8, 8), ("c", 1, 1)], "a", "b", "ac"),
+        ([("a", 1, 1), ("b", 90, 90), ("c", 1, 1)], "a", "a", "b"),  # an oversized one runs alone
+    ],
+)
+async def test_order_of_uploads(uploads: Sequence[tuple[str, int, int]], held: str, ended: str, then: str) -> None:
+    # Name, length and received bytes of each, in steps of a memory of ten.
+    memory, holders, tasks = UploadMemory(10 * STEP, wait_seconds=60), "", dict[str, asyncio.Task[None]]()
 
-    def __init__(self) -> None:
-        self.memory = UploadMemory(10 * STEP, wait_seconds=60)
-        self.held = ""
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-
-    async def begin(self, name: str, length: int, received: int) -> None:
-        self._tasks[name] = asyncio.create_task(self._upload(name, length, received))
-        await run_until_idle()
-
-    async def end(self, name: str) -> None:
-        self._tasks[name].cancel()
-        await asyncio.wait([self._tasks[name]])
-        await run_until_idle()
-
-    async def _upload(self, name: str, length: int, received: int) -> None:
-        with self.memory.allocate(length * STEP) as allocation:
-            await self.memory.reserve(allocation, received * STEP)
-            self.held += name
+    async def upload(name: str, length: int, received: int) -> None:
+        nonlocal holders
+        with memory.allocate(length * STEP) as allocation:
+            await memory.reserve(allocation, received * STEP)
+            holders += name
             try:
                 await asyncio.get_running_loop().create_future()
             finally:
-                self.held = self.held.replace(name, "")
+                holders = holders.replace(name, "")
 
+    async def end(*names: str) -> None:
+        for name in names:
+            tasks[name].cancel()
+        await asyncio.wait([tasks[name] for name in names])
+        await run_until_idle()
 
-@pytest.fixture
-async def queue() -> AsyncIterator[UploadQueue]:
-    uploads = UploadQueue()
-    yield uploads
-    for name in list(uploads._tasks):
-        await uploads.end(name)
-    assert (uploads.held, uploads.memory.reserved_bytes) == ("", 0)
-
-
-async def test_reservation_after_which_none_could_complete_is_delayed(queue: UploadQueue) -> None:
-    for name in "abcd":
-        await queue.begin(name, 8, 1)
-    assert queue.held == "abc"
-    await queue.end("a")
-    assert queue.held == "bcd"
-
-
-async def test_uploads_that_can_complete_in_one_order_only_share_the_memory(queue: UploadQueue) -> None:
-    for name, length, received in (("a", 4, 2), ("b", 5, 1), ("c", 6, 1), ("d", 9, 3), ("e", 8, 1)):
-        await queue.begin(name, length, received)
-    assert queue.held == "abcde"
-
-
-@pytest.mark.parametrize(("ended", "held"), [("a", "bc"), ("b", "ac")])
-async def test_newcomer_does_not_overtake(queue: UploadQueue, ended: str, held: str) -> None:
-    for name, length in (("a", 7), ("b", 8), ("c", 1)):
-        await queue.begin(name, length, length)
-    assert queue.held == "a"
-    await queue.end(ended)
-    assert queue.held == held
+    for name, length, received in uploads:
+        tasks[name] = asyncio.create_task(upload(name, length, received))
+        await run_until_idle()
+    assert holders == held
+    await end(ended)
+    assert holders == then
+    await end(*(tasks.keys() - {ended}))
+    assert (holders, memory.reserved_bytes) == ("", 0)
 
 
 PLANS = st.tuples(
