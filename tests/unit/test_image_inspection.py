@@ -272,19 +272,9 @@ def test_other_formats_are_unsupported(data: bytes) -> None:
         inspect_image(data)
 
 
-@pytest.mark.parametrize(
-    ("start", "piece", "end", "others"),
-    [
-        (b"\xff\xd8" + FRAME + SCAN, b"\xff\xfe\x00\x02", b"\xff\xd9", 4),
-        (webp(vp8x(1, 1)), b"ABCD\0\0\0\0", VP8L[0] + b"\6\0\0\0" + VP8L[1], 2),
-    ],
-    ids=["jpeg", "webp"],
-)
-def test_segment_limit(start: bytes, piece: bytes, end: bytes, others: int) -> None:
+def test_segment_limit() -> None:
     for pieces, is_accepted in ((MAX_SEGMENTS, True), (MAX_SEGMENTS + 1, False)):
-        data = start + piece * (pieces - others) + end
-        if data.startswith(b"RIFF"):
-            data = data[:4] + struct.pack("<I", len(data) - 8) + data[8:]
+        data = b"\xff\xd8" + FRAME + SCAN + b"\xff\xfe\x00\x02" * (pieces - 4) + b"\xff\xd9"
         assert (inspect_size(data) is not None) is is_accepted
 
 

@@ -114,15 +114,6 @@ def test_least_recently_read_is_evicted(cache: TaskCache, monkeypatch: pytest.Mo
     assert [name for name in "abcde" if cache.latest(name)] == ["b", "e"]
 
 
-def test_duration_is_learned_once(cache: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    learned: list[Task] = []
-    monkeypatch.setattr(cache.durations, "record_end", learned.append)
-    cache.on_recorded(ENDED, CREATED_AT)
-    cache.on_published(RUNNING, CREATED_AT)
-    cache.on_published(ENDED, CREATED_AT)
-    assert learned == [ENDED]
-
-
 @pytest.mark.parametrize(
     ("durations", "ages", "expected"),
     [

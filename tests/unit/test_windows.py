@@ -1,58 +1,19 @@
-"""Calendar windows in UTC, the clock of the ledger, and the timer of waits for the upstream."""
+"""The clock of the ledger, and the timer of waits for the upstream."""
 
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.domain.errors import RateLimit
 from service.domain.ledger import (
     LedgerClock,
-    TenantState,
-    WindowCounter,
-    compute_rate_limits,
-    compute_remaining,
-    window_bounds,
 )
-from service.domain.tenants import Limit, TenantPolicy, Window
 from service.telemetry import logging
 from service.telemetry.logging import WaitTimer, upstream_wait
 
 START, MINUTE = 1_790_000_000_000, 60_000
-
-
-def parse_ms(text: str) -> int:
-    return int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() * 1000)
-
-
-@pytest.mark.parametrize(
-    ("window", "start", "end"),
-    [
-        (Window.MINUTE, "2028-02-29T23:59:00", "2028-03-01T00:00:00"),
-        (Window.HOUR, "2028-02-29T23:00:00", "2028-03-01T00:00:00"),
-        (Window.DAY, "2028-02-29T00:00:00", "2028-03-01T00:00:00"),
-        (Window.MONTH, "2028-02-01T00:00:00", "2028-03-01T00:00:00"),
-    ],
-)
-def test_window_bounds(window: Window, start: str, end: str) -> None:
-    now = parse_ms("2028-02-29T23:59:59.999")
-    assert window_bounds(window, now) == (parse_ms(start), parse_ms(end))
-    assert window_bounds(Window.TOTAL, now) == (0, None)
-
-
-def test_rate_limits() -> None:
-    now = parse_ms("2026-05-01T12:00:29.500")
-    minute = WindowCounter(window_start=parse_ms("2026-05-01T12:00:00"), tasks=2, tasks_reserved=1)
-    limits = (Limit(Window.MINUTE, tasks=5), Limit(Window.DAY, money_fen=100), Limit(Window.TOTAL, tasks=9))
-    assert compute_rate_limits(TenantPolicy(limits=limits), TenantState(windows={Window.MINUTE: minute}), now) == (
-        RateLimit("minute-tasks", 5, 2, 60, 31),
-        RateLimit("total-tasks", 9, 9, None, None),
-    )
-    assert compute_remaining(3, 4, 1) == 0
 
 
 def test_clock_slows_down_after_a_step_back() -> None:
