@@ -82,20 +82,6 @@ async def test_swallowed_cancellation_is_repeated() -> None:
     assert (task.cancelled(), lost) == (True, 2)
 
 
-def make_container(role: str) -> Container:
-    """Make a container whose adapters are never called."""
-    names = ("ledger", "tasks", "deliveries", "upstream", "registry", "task_cache", "fetch_artifact", "post_webhook")
-    adapters: Any = dict.fromkeys(names)
-    settings = Settings.load(ENVIRONMENT | {"GATEWAY_REDIS_URL": "redis://localhost", "GATEWAY_ROLE": role})
-    return Container(settings, Metrics(CollectorRegistry()), TaskSupervisor(), **adapters)
-
-
-@pytest.mark.parametrize(("role", "works"), [("api", False), ("worker", True), ("all", True)])
-async def test_jobs_by_role(role: str, works: bool) -> None:
-    services = make_container(role)
-    assert {job in services.jobs for job in (services.task_poller.run, services.webhook_dispatcher.run)} == {works}
-
-
 async def test_failed_jobs_are_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(container, "JOB_RESTART_SECONDS", 0)
     begun, third = [], asyncio.Event()
@@ -108,7 +94,10 @@ async def test_failed_jobs_are_restarted(monkeypatch: pytest.MonkeyPatch) -> Non
             third.set()
             await asyncio.Event().wait()
 
-    services = make_container("api")
+    names = ("ledger", "tasks", "deliveries", "upstream", "registry", "task_cache", "fetch_artifact", "post_webhook")
+    adapters: Any = dict.fromkeys(names)  # which are never called
+    settings = Settings.load(ENVIRONMENT | {"GATEWAY_REDIS_URL": "redis://localhost"})
+    services = Container(settings, Metrics(CollectorRegistry()), TaskSupervisor(), **adapters)
     services.jobs = [job]
     async with services.run_jobs(), asyncio.timeout(60):
         await third.wait()

@@ -12,7 +12,6 @@ import pytest
 from service.api.errors import _PROBLEM_TYPES, to_problem
 from service.clients.http import local_error_reason
 from service.domain import errors
-from service.domain.errors import Violation
 from tests.support.network import exhaust_descriptors
 
 
@@ -28,20 +27,6 @@ def leaf_errors(cls: type[errors.GatewayError]) -> Iterator[type[errors.GatewayE
 @pytest.mark.parametrize("cls", list(leaf_errors(errors.GatewayError)), ids=lambda cls: cls.__name__)
 def test_every_error_is_in_the_table(cls: type[errors.GatewayError]) -> None:
     assert any(base in _PROBLEM_TYPES for base in cls.__mro__)
-
-
-@pytest.mark.parametrize(
-    ("policies", "code"),
-    [
-        (["max-active"], "too-many-active-tasks"),
-        (["minute-tasks", "minute-money"], "rate-limited"),
-        (["minute-tasks", "max-active"], "quota-exceeded"),
-        (["total-money"], "quota-exceeded"),
-    ],
-)
-def test_denial_code_by_policy(policies: list[str], code: str) -> None:
-    error = errors.QuotaDenied("Later.", violations=[Violation(policy, 950, None) for policy in policies])
-    assert to_problem(error).type.code == code
 
 
 @pytest.mark.parametrize(("seconds", "header"), [(0.2, "1"), (2.0, "2"), (-3.5, "0")])

@@ -89,17 +89,12 @@ def test_type_and_size_agree_with_pillow_and_no_prefix_is_accepted(data: bytes, 
     assert [size for size in range(len(data)) if inspect_size(data[:size])] == []
 
 
-STARTS = st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x40\0\0\0WEBP", b"RIFF"])
-
-
-@given(images(), STARTS, st.binary(), st.data())
-def test_other_bytes_raise_only_image_errors(data: bytes, start: bytes, rest: bytes, draw: st.DataObject) -> None:
-    inspect_size(start + rest)
-    mutated = bytearray(data)
-    for _ in range(draw.draw(st.integers(1, 4))):
-        at = draw.draw(st.integers(0, len(data) - 1))
-        mutated[at : at + draw.draw(st.integers(0, 3))] = draw.draw(st.binary(max_size=3))
-    inspect_size(bytes(mutated))
+@given(images(), st.binary(), st.data())
+def test_other_bytes_raise_only_image_errors(data: bytes, rest: bytes, draw: st.DataObject) -> None:
+    for start in (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x40\0\0\0WEBP"):
+        inspect_size(start + rest)
+    at = draw.draw(st.integers(0, len(data) - 1))
+    inspect_size(data[:at] + draw.draw(st.binary(max_size=3)) + data[at + draw.draw(st.integers(0, 3)) :])
 
 
 def decode_sizes(data: bytes) -> list[tuple[int, int] | None]:

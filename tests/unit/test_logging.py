@@ -99,8 +99,8 @@ def test_library_warnings_are_logged(library: str) -> None:
     own = io.StringIO()
     logging.getLogger("uvicorn.error").addHandler(logging.StreamHandler(own))
     log = LogSetup()
-    chatter, early = logging.getLogger(library), structlog.get_logger("early")
-    early.debug("quiet")
+    chatter = logging.getLogger(library)
+    log.logger.debug("quiet")
     chatter.info("GET http://upstream/?user_key=abcdef")
     assert log.output == ""
     try:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import threading
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -431,9 +431,8 @@ async def test_every_interleaving_completes_within_the_memory(
     total = 10 * STEP
     memory = UploadMemory(total, wait_seconds=600)
     reserved: dict[int, int] = {}
-    completed: set[int] = set()
 
-    async def upload(name: int, length: int, parts: Sequence[float], delay: int) -> None:
+    async def upload(name: int, length: int, parts: Sequence[float], delay: int, _: object) -> None:
         for _ in range(delay):
             await asyncio.sleep(0)
         with memory.allocate(length) as allocation:
@@ -444,21 +443,17 @@ async def test_every_interleaving_completes_within_the_memory(
                     assert min(size, total) <= allocation.reserved_bytes
                     assert sum(reserved.values()) <= total
                     await asyncio.sleep(0)
-                completed.add(name)
             finally:
                 reserved.pop(name, None)
 
-    async def cancel_later(task: asyncio.Task[None], turns: int) -> None:
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
-        for name, (length, parts, delay, cancelled_after) in enumerate(plans):
-            task = group.create_task(upload(name, length, parts, delay))
-            if cancelled_after is not None:
-                group.create_task(cancel_later(task, cancelled_after))
-    assert completed >= {name for name, plan in enumerate(plans) if plan[-1] is None}
+    tasks = [asyncio.create_task(upload(name, *plan)) for name, plan in enumerate(plans)]
+    for turn in range(21):
+        for task, plan in zip(tasks, plans, strict=True):
+            if plan[-1] == turn:
+                task.cancel()
+        await asyncio.sleep(0)
+    async with asyncio.timeout(60):
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    for result, plan in zip(results, plans, strict=True):
+        assert result is None or (plan[-1] is not None and isinstance(result, asyncio.CancelledError)), result
     assert memory.reserved_bytes == 0

@@ -7,9 +7,7 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.domain.ledger import (
-    LedgerClock,
-)
+from service.domain.ledger import LedgerClock
 from service.telemetry import logging
 from service.telemetry.logging import WaitTimer, upstream_wait
 
@@ -17,7 +15,7 @@ START, MINUTE = 1_790_000_000_000, 60_000
 
 
 def test_clock_slows_down_after_a_step_back() -> None:
-    """Nine tenths of the speed, until both clocks agree."""
+    # Nine tenths of the speed, until both clocks agree.
     clock = LedgerClock(START, 0).advance(START - 20 * MINUTE)
     assert clock.last_ms == START
     ahead = clock.advance(START - 10 * MINUTE)
