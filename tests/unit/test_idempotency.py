@@ -8,13 +8,7 @@ from hypothesis import strategies as st
 
 from service.domain.errors import IdempotencyKeyInvalid
 from service.domain.ledger import MAX_IDEMPOTENCY_KEY_CHARS, Idempotency, digest_submission, parse_idempotency_key
-from service.domain.tasks import (
-    FaceEnhanceOptions,
-    Options,
-    SeamlessOptions,
-    UpscaleOptions,
-    VectorizeOptions,
-)
+from service.domain.tasks import FaceEnhanceOptions, Options, SeamlessOptions, UpscaleOptions, VectorizeOptions
 
 KEY = "8e03978e-40d5-43dd-bc93-6894a57f9324"
 DIGEST = bytes(range(32))

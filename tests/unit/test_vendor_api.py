@@ -322,12 +322,8 @@ PARTS = {
 """Messages, and what tenants see of them."""
 
 
-def parse_rejection(message: str) -> SubmitResult:
-    return parse_submit_response(json.dumps({"err_code": 1, "err_msg": message}).encode())
-
-
 def parse_failure(message: str) -> str:
-    check = parse_check_response(json.dumps({"err_code": 0, "status": "Failed", "err_msg": message}).encode())
+    check = parse_check(err_code=0, status="Failed", err_msg=message)
     assert check.error
     return check.error.detail
 
@@ -352,13 +348,13 @@ def test_links_with_the_key(link: str, shown: str, fetched: str) -> None:
 
 @pytest.mark.parametrize("message", PRIVATE_MESSAGES)
 def test_private(message: str) -> None:
-    assert parse_rejection(message).reason == ""
+    assert parse_submit(err_code=1, err_msg=message).reason == ""
     assert parse_failure(message) == "The upstream gave no reason."
 
 
 @pytest.mark.parametrize(("message", "shown"), PARTS.items())
 def test_addresses(message: str, shown: str) -> None:
-    rejection = parse_rejection(message)
+    rejection = parse_submit(err_code=1, err_msg=message)
     assert (rejection.outcome, rejection.reason) == (REJECTED, shown)
     assert parse_failure(message) == f"The upstream could not process this task: {shown}"
 
@@ -370,13 +366,13 @@ def test_addresses(message: str, shown: str) -> None:
     [("账户不存在", INVALID), ("账号不存在", INVALID), ("账户剩余次数不足", EXHAUSTED), ("余额不足", EXHAUSTED)],
 )
 def test_closing(prefix: str, words: str, end: str, outcome: SubmitOutcome) -> None:
-    assert parse_rejection(prefix + words + end) == SubmitResult(outcome=outcome)
-    assert parse_rejection(f"{prefix}图片所属{words}的图片").outcome is REJECTED
+    assert parse_submit(err_code=1, err_msg=prefix + words + end) == SubmitResult(outcome=outcome)
+    assert parse_submit(err_code=1, err_msg=f"{prefix}图片所属{words}的图片").outcome is REJECTED
 
 
 def test_english() -> None:
     for reason in ("图片文件已损坏", "参数steps超出范围(20-40)"):
-        english = parse_rejection(f"任务提交失败:{reason}").reason_en
+        english = parse_submit(err_code=1, err_msg=f"任务提交失败:{reason}").reason_en
         assert english
         assert english.isascii()
-    assert parse_rejection("任务提交失败:天气不好").reason_en is None
+    assert parse_submit(err_code=1, err_msg="任务提交失败:天气不好").reason_en is None
