@@ -376,28 +376,38 @@ async def test_fault_while_releasing_does_not_fail_an_accepted_submission(monkey
 
 
 @pytest.mark.parametrize(
-    ("uploads", "held", "ended", "then"),
+    ("received", "held", "ended", "then"),
     [
-        ([(name, 8, 1) for name in "abcd"], "abc", "a", "bcd"),  # of four none could complete
-        ([("a", 4, 2), ("b", 5, 1), ("c", 6, 1), ("d", 9, 3), ("e", 8, 1)], "abcde", "a", "bcde"),  # in one order only
-        ([("a", 7, 7), ("b", 8, 8), ("c", 1, 1)], "a", "a", "bc"),  # a newcomer does not overtake
-        ([("a", 7, 7), ("b", 8, 8), ("c", 1, 1)], "a", "b", "ac"),
-        ([("a", 1, 1), ("b", 90, 90), ("c", 1, 1)], "a", "a", "b"),  # an oversized one runs alone
+        ([(name, 8, 1) for name in "abcd"], {"a": 1, "b": 1, "c": 1}, "a", {"b": 1, "c": 1, "d": 1}),
+        # These can complete in one order only.
+        (
+            [("a", 4, 2), ("b", 5, 1), ("c", 6, 1), ("d", 9, 3), ("e", 8, 1)],
+            {"a": 2, "b": 1, "c": 1, "d": 3, "e": 1},
+            "a",
+            {"b": 1, "c": 1, "d": 3, "e": 1},
+        ),
+        # A newcomer does not overtake, a begun upload does; an oversized one runs alone.
+        ([("a", 7, 7), ("b", 8, 8), ("c", 1, 1)], {"a": 7}, "a", {"b": 8, "c": 1}),
+        ([("a", 7, 7), ("b", 8, 8), ("c", 1, 1)], {"a": 7}, "b", {"a": 7, "c": 1}),
+        ([("a", 4, 1), ("b", 10, 10), ("a", 4, 4)], {"a": 4}, "a", {"b": 10}),
+        ([("a", 1, 1), ("b", 90, 90), ("c", 1, 1)], {"a": 1}, "a", {"b": 10}),
     ],
 )
-async def test_order_of_uploads(uploads: Sequence[tuple[str, int, int]], held: str, ended: str, then: str) -> None:
+async def test_order_of_uploads(
+    received: Sequence[tuple[str, int, int]], held: dict[str, int], ended: str, then: dict[str, int]
+) -> None:
     # Name, length and received bytes of each, in steps of a memory of ten.
-    memory, holders, tasks = UploadMemory(10 * STEP, wait_seconds=60), "", dict[str, asyncio.Task[None]]()
+    memory, holders = UploadMemory(10 * STEP, wait_seconds=60), dict[str, int]()
+    sizes, tasks = dict[str, asyncio.Queue[int]](), dict[str, asyncio.Task[None]]()
 
-    async def upload(name: str, length: int, received: int) -> None:
-        nonlocal holders
+    async def upload(name: str, length: int) -> None:
         with memory.allocate(length * STEP) as allocation:
-            await memory.reserve(allocation, received * STEP)
-            holders += name
             try:
-                await asyncio.get_running_loop().create_future()
+                while True:
+                    await memory.reserve(allocation, await sizes[name].get() * STEP)
+                    holders[name] = allocation.reserved_bytes // STEP
             finally:
-                holders = holders.replace(name, "")
+                holders.pop(name, None)
 
     async def end(*names: str) -> None:
         for name in names:
@@ -405,14 +415,28 @@ async def test_order_of_uploads(uploads: Sequence[tuple[str, int, int]], held: s
         await asyncio.wait([tasks[name] for name in names])
         await run_until_idle()
 
-    for name, length, received in uploads:
-        tasks[name] = asyncio.create_task(upload(name, length, received))
+    for name, length, size in received:
+        if name not in tasks:
+            sizes[name] = asyncio.Queue()
+            tasks[name] = asyncio.create_task(upload(name, length))
+        sizes[name].put_nowait(size)
         await run_until_idle()
     assert holders == held
     await end(ended)
     assert holders == then
     await end(*(tasks.keys() - {ended}))
-    assert (holders, memory.reserved_bytes) == ("", 0)
+    assert (holders, memory.reserved_bytes) == ({}, 0)
+
+
+async def test_shrunk_upload_lets_another_continue() -> None:
+    memory = UploadMemory(10 * STEP, wait_seconds=60)
+    with memory.allocate(10 * STEP) as chunked, memory.allocate(9 * STEP) as other:
+        await memory.reserve(chunked, STEP + 5)
+        waiting = asyncio.create_task(memory.reserve(other, 9 * STEP))
+        await run_until_idle()
+        memory.shrink(chunked, STEP)
+        await waiting
+        assert (chunked.reserved_bytes, other.reserved_bytes) == (STEP, 9 * STEP)
 
 
 PLANS = st.tuples(
