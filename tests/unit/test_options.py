@@ -57,8 +57,6 @@ def test_model_catalogue() -> None:
     catalogue = Catalogue(models={"general": "通用模型", "anime": "动漫模型"}, styles={"general": "通用风格"})
     for given_as in ("anime", "动漫模型"):
         assert parse_options(Kind.UPSCALE, [("model", given_as)], catalogue) == UpscaleOptions(model="anime")
-    assert catalogue.vendor_word("model", "anime") == "动漫模型"
-    assert catalogue.vendor_word("style", "gone") == "gone"
 
 
 def test_metadata() -> None:

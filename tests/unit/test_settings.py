@@ -107,7 +107,6 @@ def test_values_from_files(tmp_path: Path) -> None:
         ("LEASE_SECONDS", ["60"]),
         ("MODELS", ["anime=动漫"]),
         ("STYLES", ["general=a,general=b", "general"]),
-        ("TRACES_SHARE", ["1.1"]),
     ],
 )
 def test_invalid_values(name: str, texts: list[str]) -> None:

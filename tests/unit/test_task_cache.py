@@ -53,17 +53,6 @@ def test_replacement(cache: TaskCache, known: Task, new: Task, replaces: bool) -
     assert latest.task is (new if replaces else known)
 
 
-def test_lifetimes(cache: TaskCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    cached = cache.put(RUNNING, CREATED_AT + 4_000)
-    assert 4 <= cached.age_seconds < 60
-    assert cache.get_fresh("r1")
-    monkeypatch.setattr(caches, "RUNNING_TTL_SECONDS", -1)
-    assert cache.get_fresh("r1") is None
-    assert cache.latest("r1")
-    cache.put(ENDED, CREATED_AT)
-    assert cache.get_fresh("r1")
-
-
 async def test_waiter_gets_the_newest_version(cache: TaskCache) -> None:
     cache.put(QUEUED, CREATED_AT)
     with cache.subscribe("r1") as watcher:

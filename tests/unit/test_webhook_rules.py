@@ -37,10 +37,7 @@ def test_signature_verifies(secrets: list[bytes], body: bytes) -> None:
             Verifier(key).verify(content, headers | changes, json_parse=False)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "whsec_", "whsec_c2hvcnQ=", base64.b64encode(b"k" * 32).decode(), "whsec_" + "A" * 88, "whsec_" + "é" * 44],
-)
+@pytest.mark.parametrize("text", ["", "a" * 44, "whsec_c2hvcnQ=", "whsec_" + "A" * 88, "whsec_" + "é" * 44])
 def test_invalid_secret_is_not_repeated(text: str) -> None:
     with pytest.raises(InvalidOptions) as refused:
         webhooks.parse_secret(text)
