@@ -115,7 +115,7 @@ async def test_headers_of_a_task(gateway: RunningGateway) -> None:
 
 
 async def test_altered_and_foreign_ids_and_cursors(gateway: RunningGateway) -> None:
-    """Every altered character is covered by unit/test_task_ids."""
+    """Every altered character is covered by unit/test_crypto."""
     tasks = [(await gateway.submit()).json()["id"] for _ in range(2)]
     etag = (await gateway.call("GET", f"/v1/tasks/{tasks[0]}")).headers["etag"]
     cursor = (await gateway.call("GET", "/v1/tasks?limit=1")).json()["next_cursor"]
