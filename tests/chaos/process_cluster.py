@@ -2,9 +2,6 @@
 
 Once set, the ledger's clock stands still until it is advanced: the time to the end of a window is known exactly, and
 nothing is checked meanwhile.
-
-HTTP clients queue for connections and take more time than the gateways: here every concurrent request has an open
-connection of its own, and all are sent before the first response is read.
 """
 
 from __future__ import annotations
@@ -14,26 +11,15 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from http import HTTPStatus
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import httpx2
-from redis import Redis
 
-from service.domain.ledger import TenantState
-from service.storage.connections import connect
-from service.storage.ledger import RedisLedger
-from service.storage.redis import Keys, RedisScripts
-from service.storage.registry import RedisRegistry
-from service.usecases.ports import TenantSnapshot
-from tests.model.ledger import roll_windows
 from tests.process.gateway import HTTP, TIMEOUT_SECONDS, GatewayProcess, start_gateway, wait_until
-from tests.process.sandbox import ADMIN_TOKEN, SandboxProcess, advance_clock, run_sandbox
+from tests.process.sandbox import ADMIN_TOKEN, SandboxProcess, advance_clock, read_clock, run_sandbox
 from tests.support.images import make_png
-from tests.support.server_time import install_server_time
-from tests.support.tasks import make_retention
 from tests.support.valkey import Valkey, run_valkey
 
 DAY_SECONDS = 86_400
@@ -43,31 +29,9 @@ _SUBMIT_ROUNDS = 5
 
 async def send_concurrently(requests: Sequence[httpx2.Request]) -> list[httpx2.Response]:
     """Send all requests at once; return the responses in the same order."""
-    async with asyncio.timeout(TIMEOUT_SECONDS):
-        streams = await asyncio.gather(
-            *(asyncio.open_connection(request.url.host, request.url.port) for request in requests)
-        )
-        for (_, writer), request in zip(streams, requests, strict=True):
-            writer.write(_encode_request(request))
-        try:
-            return await asyncio.gather(*(_read_response(reader) for reader, _ in streams))
-        finally:
-            for _, writer in streams:
-                writer.close()
-
-
-def _encode_request(request: httpx2.Request) -> bytes:
-    """Encode a request with `Connection: close`, so that the response ends with the connection."""
-    lines = [b"%s %s HTTP/1.1" % (request.method.encode(), request.url.raw_path)]
-    lines += [b"%s: %s" % pair for pair in request.headers.raw if pair[0].lower() != b"connection"]
-    return b"\r\n".join([*lines, b"Connection: close", b"", request.read()])
-
-
-async def _read_response(reader: asyncio.StreamReader) -> httpx2.Response:
-    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
-    first, *lines = head.split(b"\r\n")
-    headers = [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
-    return httpx2.Response(HTTPStatus(int(first.split()[1])), headers=headers, content=body)
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx2.AsyncClient(timeout=TIMEOUT_SECONDS, trust_env=False, limits=limits) as client:
+        return await asyncio.gather(*(client.send(request) for request in requests))
 
 
 def call_admin(gateway: GatewayProcess, method: str, path: str, **more: Any) -> Any:
@@ -75,11 +39,6 @@ def call_admin(gateway: GatewayProcess, method: str, path: str, **more: Any) -> 
     answer = HTTP.request(method, f"{gateway.ops_url}/admin/v1{path}", headers=headers, **more)
     assert answer.is_success, answer.text
     return answer.json()
-
-
-def _is_ledger_unavailable(response: httpx2.Response) -> bool:
-    is_error = response.status_code == httpx2.codes.SERVICE_UNAVAILABLE
-    return is_error and bool(response.json()["code"] == "ledger-unavailable")
 
 
 @dataclass(frozen=True)
@@ -100,31 +59,20 @@ class ProcessCluster:
         call_admin(first, "PUT", f"/accounts/{name}", json={"user_key": name, "max_price": max_price})
         call_admin(first, "PUT", f"/tenants/{name}", json={"accounts": [name], **policy})
         shop = TenantClient(self, name, call_admin(first, "POST", f"/tenants/{name}/tokens")["token"])
-        wait_until(lambda: all(map(shop.is_known_to, self.gateways)), "the news of a tenant")
+
+        def is_known() -> bool:
+            return all(shop.get(gateway, "/v1/quota").status_code == 200 for gateway in self.gateways)
+
+        wait_until(is_known, "the news of a tenant")
         return shop
 
     def set_clock_to_noon(self) -> None:
         """Set the ledger's clock to noon of the next day."""
-        day = asyncio.run(self._load_counters("demo")).now // 1000 // DAY_SECONDS
-        with Redis(unix_socket_path=str(self.store.socket_path)) as client:
-            client.set(Keys(self.prefix).clock + ":server", int((day + 1.5) * DAY_SECONDS) * 1000)
+        seconds = read_clock(self.store, self.prefix)
+        self.advance_clock((seconds // DAY_SECONDS + 1.5) * DAY_SECONDS - seconds)
 
     def advance_clock(self, seconds: float) -> None:
         advance_clock(self.store, self.prefix, seconds)
-
-    def read_counters(self, tenant: str) -> TenantState:
-        result = asyncio.run(self._load_counters(tenant))
-        roll_windows(result.state, result.now)
-        return result.state
-
-    async def _load_counters(self, tenant: str) -> TenantSnapshot:
-        connections, keys = connect(self.store.url, timeout=TIMEOUT_SECONDS), Keys(self.prefix)
-        scripts = RedisScripts(connections.commands)
-        try:
-            registry = await RedisRegistry(scripts, keys).load()
-            return await RedisLedger(scripts, keys, make_retention()).tenant_snapshot(registry.tenants[tenant].id)
-        finally:
-            await connections.aclose()
 
 
 @dataclass(frozen=True)
@@ -135,61 +83,55 @@ class TenantClient:
     name: str
     token: str
 
-    def is_known_to(self, gateway: GatewayProcess) -> bool:
-        """Return whether a gateway has loaded the tenant."""
-        return HTTP.get(f"{gateway.url}/v1/quota", headers=self._headers).status_code == 200
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"}
+
+    def get(self, gateway: GatewayProcess, path: str) -> httpx2.Response:
+        return HTTP.get(gateway.url + path, headers=self.headers)
 
     def submit(self, times: int) -> list[httpx2.Response]:
         """Submit a small image so many times at once, to the gateways in turn.
 
         A busy machine causes responses `ledger-unavailable`, after which nothing was sent: these submits are repeated.
         """
-        files = {"image": ("a.png", make_png(), "image/png")}
-        requests = [
-            httpx2.Request("POST", f"{gateway.url}/v1/tasks/face-enhance", headers=self._headers, files=files)
-            for gateway in self.cluster.gateways
-        ]
-        pending, responses = list(islice(cycle(requests), times)), list[httpx2.Response]()
+        responses: list[httpx2.Response] = []
         for _ in range(_SUBMIT_ROUNDS):
-            received = asyncio.run(send_concurrently(pending))
-            responses += [response for response in received if not _is_ledger_unavailable(response)]
-            pending = list(islice(cycle(requests), times - len(responses)))
-            if not pending:
+            gateways = islice(cycle(self.cluster.gateways), times - len(responses))
+            received = asyncio.run(send_concurrently([self._build_submission(gateway) for gateway in gateways]))
+            responses += [item for item in received if item.status_code != httpx2.codes.SERVICE_UNAVAILABLE]
+            if len(responses) == times:
                 return responses
-        raise AssertionError(f"{len(pending)} submits got ledger-unavailable each time")
+        raise AssertionError(f"of {times} submits only {len(responses)} got another response than 503")
+
+    def _build_submission(self, gateway: GatewayProcess) -> httpx2.Request:
+        files = {"image": ("a.png", make_png(), "image/png")}
+        return httpx2.Request("POST", f"{gateway.url}/v1/tasks/face-enhance", headers=self.headers, files=files)
 
     def count_submits(self) -> int:
         """Return how many of its submits have reached the upstream."""
         received = HTTP.get(f"{self.cluster.upstream.url}/_control/requests").json()
         return sum(item["operation"] == "submit" and item["user_key"] == self.name for item in received)
 
-    def read_balance(self) -> dict[str, int]:
-        """Return its account's balance at the upstream."""
-        body: dict[str, dict[str, int]] = HTTP.get(f"{self.cluster.upstream.url}/_control/accounts").json()
-        return body[self.name]
+    def read_policies(self) -> dict[str, dict[str, Any]]:
+        """Return the counters of its limits by the name of the policy."""
+        answer = self.get(self.cluster.gateways[-1], "/v1/quota").json()
+        return {item["policy"]: item for item in answer["policies"]}
 
-    def read_counters(self) -> TenantState:
-        return self.cluster.read_counters(self.name)
+    def finish_tasks(self) -> dict[str, dict[str, Any]]:
+        """Advance the clock until all its tasks, whose number is limited, have ended; return the counters."""
 
-    def finish_tasks(self) -> TenantState:
-        """Advance the clock until all its tasks have ended; returns the counters."""
-
-        def ended() -> bool:
+        def have_ended() -> bool:
             self.cluster.advance_clock(_CHECK_SECONDS)
-            return self.read_counters().active_tasks == 0
+            return self.read_policies()["max-active"]["used"] == 0
 
-        wait_until(ended, "the end of all tasks")
-        return self.read_counters()
-
-    @property
-    def _headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.token}"}
+        wait_until(have_ended, "the end of all tasks")
+        return self.read_policies()
 
 
 @contextmanager
 def run_cluster(folder: Path, size: int) -> Iterator[ProcessCluster]:
     """Start several gateways at once."""
-    install_server_time()
     with ExitStack() as opened:
         store, upstream = opened.enter_context(run_valkey()), opened.enter_context(run_sandbox())
         shared = upstream.gateway_settings(store)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,14 +13,13 @@ import pytest
 import uvloop
 from httpx2 import Response
 from redis import Redis
-from redis.exceptions import ConnectionError as RedisConnectionError
 from structlog.testing import capture_logs
 
 from service import container
 from service.domain.ledger import Reservation, ReservationState
-from service.domain.tenants import Window
 from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
-from tests.behaviour.idempotent_requests import expect_created, expect_refused, expect_replayed, submit_with_key
+from tests.behaviour.idempotent_requests import UNREACHABLE_LIMITS, expect_created, read_counts
+from tests.behaviour.task_readers import wait_until
 from tests.support.resetting_proxy import ResettingProxy, run_resetting_proxy
 from tests.support.valkey import Valkey, run_cluster, run_single, run_valkey
 
@@ -42,6 +40,7 @@ async def gateway(store: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     """Yield a gateway on that server with a short Redis timeout."""
     monkeypatch.setattr(container, "REDIS_TIMEOUT_SECONDS", 0.3)
     async with run_real_gateway(store) as running:
+        await running.put_tenant(**UNREACHABLE_LIMITS)
         yield running
 
 
@@ -51,37 +50,19 @@ def open_client(store: Valkey) -> Iterator[Any]:
         yield client
 
 
-async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
+async def wait_for_counts(gateway: RunningGateway, *expected: int) -> None:
+    """Wait until the store can be read and has these used, held and active tasks of `shop`."""
     async with asyncio.timeout(120):
-        while not await condition():
+        while not (await gateway.call("GET", "/v1/quota")).is_success or await read_counts(gateway) != expected:
             await asyncio.sleep(0.01)
-
-
-async def read_counters(gateway: RunningGateway) -> tuple[int, int, int]:
-    """Return the used, held and active tasks of `shop` in total."""
-    tenant = gateway.services.registry.current.tenants["shop"]
-    state = (await gateway.services.quota.ledger.tenant_snapshot(tenant.id)).state
-    total = state.windows.get(Window.TOTAL)
-    return (total.tasks, total.tasks_reserved, state.active_tasks) if total else (0, 0, state.active_tasks)
-
-
-async def wait_for_counters(gateway: RunningGateway, used: int, held: int) -> None:
-    async def is_reached() -> bool:
-        return (await read_counters(gateway))[:2] == (used, held)
-
-    await wait_until(is_reached)
 
 
 async def submit_in_background(gateway: RunningGateway, seconds: float) -> asyncio.Task[Response]:
     """Submit to an upstream that takes so long to answer; return once it has received the submit."""
-    before = await gateway.upstream.count_submits()
+    before = len(await gateway.upstream.control.list_requests())
     await gateway.upstream.delay_next_response(seconds)
-    submitting = asyncio.create_task(submit_with_key(gateway))
-
-    async def is_received() -> bool:
-        return await gateway.upstream.count_submits() > before
-
-    await wait_until(is_received)
+    submitting = asyncio.create_task(gateway.submit())
+    await gateway.upstream.control.wait_for_requests(lambda requests: len(requests) > before)
     return submitting
 
 
@@ -94,13 +75,13 @@ async def test_outage_while_reserving(gateway: RunningGateway, store: Valkey) ->
     store.resume()
     with open_client(store) as client:
 
-        async def is_given_up() -> bool:
+        def is_given_up() -> bool:
             packed = [client.get(key) for key in client.scan_iter(match="*:reservation:*")]
             states = [msgspec.msgpack.decode(item, type=Reservation).state for item in packed]
             return states == [ReservationState.NOT_SENT]
 
         await wait_until(is_given_up)
-        assert await read_counters(gateway) == (0, 0, 0)
+        assert await read_counts(gateway) == (0, 0, 0)
         client.config_set("min-replicas-to-write", 1)
         refused = await gateway.submit()
         assert (refused.status_code, refused.json()["code"]) == (503, "ledger-unavailable")
@@ -115,70 +96,23 @@ async def test_outage_while_settling(gateway: RunningGateway, store: Valkey) -> 
     store.suspend()
     task = expect_created(await submitting)
     store.resume()
-    await wait_for_counters(gateway, 1, 0)
+    await wait_for_counts(gateway, 1, 0, 1)
     assert (await gateway.wait_for_task(task["id"]))["state"] == "succeeded"
-    assert await read_counters(gateway) == (1, 0, 0)
+    assert await read_counts(gateway) == (1, 0, 0)
     assert await gateway.upstream.count_submits() == 1
-
-
-async def test_copies_during_an_outage_while_settling(gateway: RunningGateway, store: Valkey) -> None:
-    """An acceptance during an outage is in flight afterwards until it is settled, then replayed."""
-    submitting = await submit_in_background(gateway, 0.5)
-    with open_client(store) as client:
-        client.config_set("min-replicas-to-write", 1)
-        task = expect_created(await submitting)
-        expect_refused(await submit_with_key(gateway), 503, "ledger-unavailable")
-        # Rejecting only keys of checks, it reserves but does not settle.
-        client.execute_command("ACL", "SETUSER", "default", "resetkeys", "~{gw}:[^p]*")
-        client.config_set("min-replicas-to-write", 0)
-        for _ in range(3):
-            expect_refused(await submit_with_key(gateway), 409, "idempotency-in-flight")
-        client.execute_command("ACL", "SETUSER", "default", "allkeys")
-    async with asyncio.timeout(120):
-        while (again := await submit_with_key(gateway)).status_code != 201:
-            expect_refused(again, 409, "idempotency-in-flight")
-            await asyncio.sleep(0.01)
-    expect_replayed(again, task)
-    assert await gateway.upstream.count_submits() == 1
-    assert await read_counters(gateway) == (1, 0, 1)
-
-
-async def test_client_disconnects(gateway: RunningGateway) -> None:
-    """A submission whose client disconnects is sent, settled and listed."""
-    submitting = await submit_in_background(gateway, 0.3)
-    submitting.cancel()
-    await asyncio.gather(submitting, return_exceptions=True)
-    await wait_for_counters(gateway, 1, 0)
-    assert len((await gateway.call("GET", "/v1/tasks")).json()["items"]) == 1
-    assert await read_counters(gateway) == (1, 0, 1)
-    assert await gateway.upstream.count_submits() == 1
-
-
-async def test_reading_during_an_outage(gateway: RunningGateway, store: Valkey) -> None:
-    """A task is read from the upstream by its id alone, once per interval for all readers."""
-    task = (await gateway.submit()).json()
-    await gateway.upstream.wait_until_idle()
-    store.suspend()
-    answers = await asyncio.gather(*(gateway.call("GET", task["links"]["self"]) for _ in range(5)))
-    assert {(answer.status_code, answer.json()["state"]) for answer in answers} == {(200, "succeeded")}
-    assert all(answer.json()["artifacts"] for answer in answers)
-    assert await gateway.upstream.count_checks() == 1
-    assert (await gateway.call("GET", "/v1/tasks")).status_code == 503
-    assert (await gateway.call("GET", "/readyz", token="")).status_code == 200
-    store.resume()
 
 
 async def test_all_data_lost(gateway: RunningGateway, store: Valkey) -> None:
     """A task of which only the id is left is settled again and checked; the registry is restored, limits included."""
-    await gateway.put_tenant(limits=[{"window": "total", "tasks": 1}])
+    await gateway.put_tenant(limits=[{"window": "total", "tasks": 1}], max_active=9)
     task = (await gateway.submit("seamless", {"fit": "0.4"})).json()
     with open_client(store) as client:
         client.flushall()
     result = await gateway.call("GET", task["links"]["self"])
     assert (result.status_code, result.json()["kind"]) == (200, "seamless")
-    assert await read_counters(gateway) == (1, 0, int(result.json()["state"] != "succeeded"))
+    assert await read_counts(gateway) == (1, 0, int(result.json()["state"] != "succeeded"))
     assert (await gateway.wait_for_task(task["id"]))["state"] == "succeeded"
-    assert await read_counters(gateway) == (1, 0, 0)
+    assert await read_counts(gateway) == (1, 0, 0)
     await gateway.services.registry.refresh()
     assert (await gateway.submit()).json()["code"] == "quota-exceeded"
     assert (await gateway.call_admin("GET", "/tenants/shop")).json()["limits"][0]["tasks"] == 1
@@ -187,19 +121,16 @@ async def test_all_data_lost(gateway: RunningGateway, store: Valkey) -> None:
 
 
 async def test_rolled_back_registry(gateway: RunningGateway, store: Valkey) -> None:
-    """A failover to older data does not bring back revoked tokens or deleted tenants."""
-    await gateway.put_tenant("gone")
+    """A failover to older data does not bring back revoked tokens."""
     revoked = await gateway.new_token()
     with open_client(store) as client:
         before = client.dump("{gw}:registry")
-        tokens = (await gateway.call_admin("GET", "/tenants/shop")).json()["tokens"]
-        assert (await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{tokens[-1]['id']}")).status_code == 204
-        assert (await gateway.call_admin("DELETE", "/tenants/gone")).status_code == 204
+        token = (await gateway.call_admin("GET", "/tenants/shop")).json()["tokens"][-1]
+        assert (await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{token['id']}")).status_code == 204
         client.restore("{gw}:registry", 0, before, replace=True)
     await gateway.services.registry.refresh()
     assert (await gateway.call("GET", "/v1/quota", token=revoked)).status_code == 401
     assert (await gateway.call("GET", "/v1/quota")).status_code == 200
-    assert (await gateway.call_admin("GET", "/tenants/gone")).status_code == 404
 
 
 @contextmanager
@@ -210,15 +141,6 @@ def restart_store(store: Valkey) -> Iterator[None]:
             yield
         finally:
             process.kill()
-
-
-async def is_ready(store: Valkey) -> bool:
-    """Return whether the server has loaded its data."""
-    with open_client(store) as client:
-        try:
-            return bool(client.ping())
-        except RedisConnectionError:
-            return False
 
 
 async def test_killed_while_settling() -> None:
@@ -232,30 +154,23 @@ async def test_killed_while_settling() -> None:
             expect_created(await submitting)
             assert (await gateway.submit()).json()["code"] == "ledger-unavailable"
             restarted.enter_context(restart_store(store))
-            await wait_until(lambda: is_ready(store))
-            await wait_for_counters(gateway, 2, 0)
+            await wait_for_counts(gateway, 2, 0, 2)
             assert (await gateway.submit()).json()["code"] == "quota-exceeded"
-            assert await read_counters(gateway) == (2, 0, 2)
             assert await gateway.upstream.count_submits() == 2
 
 
 async def submit_under_resets(gateway: RunningGateway, proxy: ResettingProxy) -> None:
     await gateway.upstream.set_balance(10_000, 0)
-    statuses: Counter[int] = Counter()
-    accepted: set[str] = set()
+    await gateway.put_tenant(limits=[{"window": "total", "tasks": 1_000}], max_active=1_000)
     proxy.reset_probability = RESET_SHARE
-    for _ in range(3):
-        for answer in await asyncio.gather(*(gateway.submit() for _ in range(CONCURRENT_REQUESTS))):
-            statuses[answer.status_code] += 1
-            if answer.status_code == 201:
-                accepted.add(answer.json()["id"])
-            else:
-                assert (answer.status_code, answer.json()["code"]) == (503, "ledger-unavailable")
+    answers = [answer for _ in range(3) for answer in await submit_concurrently(gateway)]
     proxy.reset_probability = 0
     assert proxy.resets > 3
-    assert statuses[503] > 0
-    assert statuses[201] == len(accepted) == await gateway.upstream.count_submits() > 0
-    await wait_for_counters(gateway, len(accepted), 0)
+    accepted = {answer.json()["id"] for answer in answers if answer.status_code == 201}
+    refused = [answer for answer in answers if answer.status_code != 201]
+    assert {(answer.status_code, answer.json()["code"]) for answer in refused} == {(503, "ledger-unavailable")}
+    assert len(answers) - len(refused) == len(accepted) == await gateway.upstream.count_submits() > 0
+    await wait_for_counts(gateway, len(accepted), 0, len(accepted))
     listed: list[str] = []
     page = "/v1/tasks?limit=100"
     while page:
@@ -265,15 +180,19 @@ async def submit_under_resets(gateway: RunningGateway, proxy: ResettingProxy) ->
     assert sorted(listed) == sorted(accepted)
 
 
+async def submit_concurrently(gateway: RunningGateway) -> list[Response]:
+    return await asyncio.gather(*(gateway.submit() for _ in range(CONCURRENT_REQUESTS)))
+
+
 def test_resets_while_submitting() -> None:
     """On uvloop no response is a 500, and everything that the upstream accepted gets a 201, once."""
 
-    async def run(proxy: ResettingProxy, store: Valkey) -> None:
-        async with run_real_gateway(store, GATEWAY_REDIS_URL=f"redis://127.0.0.1:{proxy.port}") as gateway:
+    async def run() -> None:
+        async with run_real_gateway(single.server, GATEWAY_REDIS_URL=f"redis://127.0.0.1:{proxy.port}") as gateway:
             await submit_under_resets(gateway, proxy)
 
     with run_single() as single, run_resetting_proxy(single.server.port, seed=80) as proxy:
-        uvloop.run(run(proxy, single.server))
+        uvloop.run(run())
 
 
 def test_cluster_unavailable() -> None:
@@ -286,7 +205,7 @@ def test_cluster_unavailable() -> None:
             with capture_logs() as logs:
                 async with gateway.services.run_jobs():
                     store.server.kill()
-                    refused = await asyncio.gather(*(gateway.submit() for _ in range(CONCURRENT_REQUESTS)))
+                    refused = await submit_concurrently(gateway)
                     problems = {(item.status_code, item.json()["code"]) for item in refused}
                     assert problems == {(503, "ledger-unavailable")}
                     gateway.services.task_cache.clear()
@@ -294,15 +213,12 @@ def test_cluster_unavailable() -> None:
                     read = {(item.status_code, item.json()["state"]) for item in await asyncio.gather(*reads)}
                     assert read == {(200, "succeeded")}
                     restarted.enter_context(restart_store(store.server))
-                    await wait_until(lambda: is_ready(store.server))
-
-                    async def is_logged() -> bool:
-                        return any(log["event"] == "redis.available" for log in logs)
-
-                    await wait_until(is_logged)
+                    await wait_until(lambda: "redis.available" in [log["event"] for log in logs])
                     assert (await gateway.submit()).status_code == 201
-            events = [log["event"] for log in logs if log["event"].startswith("redis.")]
-            assert events == ["redis.unavailable", "redis.available"]
+            assert [log["event"] for log in logs if log["event"].startswith("redis.")] == [
+                "redis.unavailable",
+                "redis.available",
+            ]
             assert [log for log in logs if log["log_level"] in {"error", "critical"}] == []
             assert await gateway.upstream.count_submits() == 2
 

@@ -14,6 +14,7 @@ from typing import Any
 from redis import Redis
 
 from service.devstack import SANDBOX_USER_KEY
+from service.storage.redis import Keys
 from tests.process.gateway import HTTP, TIMEOUT_SECONDS, gateway_command
 from tests.support.valkey import Valkey
 
@@ -68,10 +69,15 @@ def run_sandbox() -> Iterator[SandboxProcess]:
     assert ended == 0
 
 
-def advance_clock(store: Valkey, prefix: str, seconds: float) -> None:
-    """Advance the ledger's clock of a prefix, which stands still from then on."""
-    key = f"{{{prefix}}}:clock:server"
+def read_clock(store: Valkey, prefix: str) -> float:
+    """Return the time in seconds of the server of a prefix, which is the real one until it is set."""
     with Redis(unix_socket_path=str(store.socket_path)) as client:
-        event = client.get(key)
-        now = int(event) if isinstance(event, bytes) else int(time.time() * 1000)
-        client.set(key, now + int(seconds * 1000))
+        milliseconds: Any = client.get(f"{Keys(prefix).clock}:server")
+        return int(milliseconds) / 1000 if milliseconds else time.time()
+
+
+def advance_clock(store: Valkey, prefix: str, seconds: float) -> None:
+    """Advance the clock of a prefix, which stands still from then on."""
+    now = read_clock(store, prefix)
+    with Redis(unix_socket_path=str(store.socket_path)) as client:
+        client.set(f"{Keys(prefix).clock}:server", round((now + seconds) * 1000))
