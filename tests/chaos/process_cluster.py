@@ -123,7 +123,7 @@ class TenantClient:
 
         def have_ended() -> bool:
             self.cluster.advance_clock(_CHECK_SECONDS)
-            return self.read_policies()["max-active"]["used"] == 0
+            return bool(self.read_policies()["max-active"]["used"] == 0)
 
         wait_until(have_ended, "the end of all tasks")
         return self.read_policies()

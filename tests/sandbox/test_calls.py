@@ -14,44 +14,35 @@ from service.sandbox.store import AccountBalance
 from tests.sandbox import images
 from tests.sandbox.conftest import ACCOUNTS, UPSCALE, SandboxClient
 
-SUBMITS: dict[str, Kind] = {
-    "submit_task": "upscale",
-    "submit_vector_task": "vector",
-    "submit_face_enhance_task": "face",
-    "submit_seamless_task": "seamless",
-}
+USER_KEY_PART = b'--b\r\nContent-Disposition: form-data; name="user_key"\r\n\r\nkey\r\n--b\r\n'
+TASKS: list[tuple[str, dict[str, str], set[str]]] = [
+    ("submit_task", {}, {"images_url"}),
+    ("submit_task", {"vector_switch": "true"}, {"images_url", "vector_url"}),
+    ("submit_vector_task", {}, {"images_url", "vector_url"}),
+    ("submit_face_enhance_task", {}, {"images_url"}),
+    ("submit_seamless_task", {}, {"images_url", "grid_url"}),
+]
 
 
-@pytest.mark.parametrize(
-    ("call", "fields", "urls"),
-    [
-        ("submit_task", {}, {"images_url"}),
-        ("submit_task", {"vector_switch": "true"}, {"images_url", "vector_url"}),
-        ("submit_vector_task", {}, {"images_url", "vector_url"}),
-        ("submit_face_enhance_task", {}, {"images_url"}),
-        ("submit_seamless_task", {}, {"images_url", "grid_url"}),
-    ],
-)
-async def test_task(
-    sandbox: RunningSandbox, client: SandboxClient, call: str, fields: dict[str, str], urls: set[str]
-) -> None:
+async def test_tasks(sandbox: RunningSandbox, client: SandboxClient) -> None:
     """A submit returns id and balance; a finished task the absolute URLs of its kind's results, and the balance."""
-    response = await client.submit(call, fields)
-    submitted = response.json()
-    task_id = submitted.pop("task_id")
-    assert (response.status_code, isinstance(task_id, str)) == (200, True)
-    assert submitted == {"err_code": 0, "remaining_count": 2, "remaining_money": 10}
+    await sandbox.control.set_account("key", AccountBalance(5, 10))
+    tasks: dict[str, set[str]] = {}
+    for number, (call, fields, urls) in enumerate(TASKS, 1):
+        submitted = (await client.submit(call, fields)).json()
+        tasks[submitted.pop("task_id")] = urls
+        assert submitted == {"err_code": 0, "remaining_count": 5 - number, "remaining_money": 10}
     await sandbox.control.wait_until_idle()
-    answer = await client.check(task_id)
-    result_urls = {name: answer.pop(name) for name in list(answer) if name.endswith("_url")}
-    assert set(result_urls) == urls
-    assert all(url.startswith(f"{sandbox.url}/") for url in result_urls.values())
-    assert answer == {"err_code": 0, "status": "Completed", "remaining_count": 2, "remaining_money": 10}
+    for task_id, urls in tasks.items():
+        answer = await client.check(task_id)
+        result_urls = {name: answer.pop(name) for name in list(answer) if name.endswith("_url")}
+        assert set(result_urls) == urls
+        assert all(url.startswith(f"{sandbox.url}/") for url in result_urls.values())
+        assert answer == {"err_code": 0, "status": "Completed", "remaining_count": 0, "remaining_money": 10}
 
 
 async def test_durations(sandbox: RunningSandbox, client: SandboxClient) -> None:
     """A task takes the duration set when it was submitted; later, shorter ones overtake it."""
-    await sandbox.control.set_account("key", AccountBalance(9, 0))
     await sandbox.control.set_behaviour(Behaviour(seconds=3600))
     waiting = [await client.submit_accepted() for _ in range(4)]
     await sandbox.control.set_behaviour(Behaviour(seconds=0))
@@ -94,45 +85,37 @@ async def test_unknown_accounts_and_tasks(sandbox: RunningSandbox, client: Sandb
     assert (await client.http.post("/api/check_task_status", files=parts)).json()["status"] == "Completed"
 
 
-@pytest.mark.parametrize("call", SUBMITS)
-async def test_prepaid_uses_go_before_money(sandbox: RunningSandbox, client: SandboxClient, call: str) -> None:
+async def test_prepaid_uses_go_before_money(sandbox: RunningSandbox, client: SandboxClient) -> None:
     """Prepaid uses are charged first, then the price of the kind, then the account is refused."""
-    await sandbox.control.set_behaviour(Behaviour(prices={SUBMITS[call]: 4}))
-    await sandbox.control.set_account("key", AccountBalance(1, 7))
-    answers = [(await client.submit(call)).json() for _ in range(3)]
+    prices: dict[Kind, int] = {"upscale": 4, "vector": 3, "face": 2, "seamless": 5}
+    await sandbox.control.set_behaviour(Behaviour(prices=prices))
+    await sandbox.control.set_account("key", AccountBalance(1, 16))
+    calls = ("submit_task", "submit_task", "submit_vector_task", "submit_face_enhance_task", "submit_seamless_task")
+    answers = [(await client.submit(call)).json() for call in (*calls, calls[-1])]
     figures = [(answer.get("remaining_count"), answer.get("remaining_money")) for answer in answers]
-    assert figures == [(0, 7), (0, 3), (None, None)]
+    assert figures == [(0, 16), (0, 12), (0, 9), (0, 7), (0, 2), (None, None)]
     assert answers[-1] == {"err_code": 1, "err_msg": "账户剩余次数不足"}
-    assert (await sandbox.control.list_accounts())["key"] == AccountBalance(0, 3)
+    assert (await sandbox.control.list_accounts())["key"] == AccountBalance(0, 2)
 
 
 async def test_nothing_is_spent_twice(sandbox: RunningSandbox, client: SandboxClient) -> None:
     """Concurrent submits are accepted exactly as far as the balance goes."""
     await sandbox.control.set_account("key", AccountBalance(3, 4))
     answers = [answer.json() for answer in await asyncio.gather(*(client.submit() for _ in range(20)))]
-    accepted = [answer for answer in answers if answer["err_code"] == 0]
-    assert sorted((answer["remaining_count"], answer["remaining_money"]) for answer in accepted) == [
-        *((0, money) for money in range(5)),
-        *((count, 4) for count in (1, 2)),
-    ]
+    assert [answer["err_code"] for answer in answers].count(0) == 7
     assert (await sandbox.control.list_accounts())["key"] == AccountBalance(0, 0)
 
 
 async def test_invalid_fields(sandbox: RunningSandbox, client: SandboxClient) -> None:
     """A field out of range or missing is named in the rejection, and costs nothing."""
     for call, field, value in (
-        ("submit_task", "upscale", "0.9"),
         ("submit_task", "upscale", "8.1"),
         ("submit_task", "upscale", "nan"),
         ("submit_task", "s_noise", "1.2"),
         ("submit_task", "steps", "19"),
-        ("submit_task", "steps", "many"),
         ("submit_task", "strong_inpaint_intensity", "1.1"),
         ("submit_task", "high_fidelity", "perhaps"),
-        ("submit_task", "color_count", "17"),
-        ("submit_vector_task", "color_count", "1"),
         ("submit_vector_task", "color_count", "4.5"),
-        ("submit_seamless_task", "fit", "0.95"),
         ("submit_seamless_task", "fit", ""),
     ):
         answer = (await client.submit(call, {field: value})).json()
@@ -164,20 +147,13 @@ async def test_invalid_images(sandbox: RunningSandbox, client: SandboxClient, mo
     ("content_type", "body", "message"),
     [
         ("multipart/form-data; boundary=b", b"--b\r\nnonsense", "账户不存在"),
-        ("multipart/form-data", b"", "账户不存在"),
+        ("multipart/form-data; boundary=b", USER_KEY_PART + b"nonsense", "任务提交失败:请求格式错误或文件过大"),
         (
             "multipart/form-data; boundary=b",
-            b'--b\r\nContent-Disposition: form-data; name="user_key"\r\n\r\nkey\r\n--b\r\nnonsense',
-            "任务提交失败:请求格式错误或文件过大",
-        ),
-        (
-            "multipart/form-data; boundary=b",
-            b'--b\r\nContent-Disposition: form-data; name="user_key"\r\n\r\nkey\r\n'
-            b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n' + b"x" * 300_000 + b"\r\n--b--\r\n",
+            USER_KEY_PART + b'Content-Disposition: form-data; name="a"\r\n\r\n' + b"x" * 300_000 + b"\r\n--b--\r\n",
             "任务提交失败:请求内容过大",
         ),
         ("application/json", b'{"user_key": "key"}', "账户不存在"),
-        ("application/x-www-form-urlencoded", b"user_key=\xff", "账户不存在"),
         ("application/x-www-form-urlencoded", b"user_key=key&x=" + b"x" * 300_000, "账户不存在"),
     ],
 )
@@ -187,60 +163,32 @@ async def test_malformed_bodies(client: SandboxClient, content_type: str, body: 
     assert (response.status_code, response.json()) == (200, {"err_code": 1, "err_msg": message})
 
 
-async def test_other_routes(client: SandboxClient) -> None:
-    assert (await client.http.get("/")).status_code == 404
-    assert (await client.http.post("/api/cancel_task")).status_code == 404
-    assert (await client.http.get("/api/submit_task")).status_code == 405
-
-
-@pytest.fixture
-async def urls(sandbox: RunningSandbox, client: SandboxClient) -> dict[str, str]:
-    """Return the URLs of a PNG and of an SVG by their content type."""
+async def test_files(sandbox: RunningSandbox, client: SandboxClient) -> None:
+    """A file has type, length and ranges; nothing but results is served."""
     task_id = await client.submit_accepted("submit_vector_task")
     await sandbox.control.wait_until_idle()
     answer = await client.check(task_id)
-    return {"image/png": answer["images_url"], "image/svg+xml": answer["vector_url"]}
-
-
-async def test_files(client: SandboxClient, urls: dict[str, str]) -> None:
-    """A file has type and length, HEAD returns the same without a body, and nothing but results is served."""
-    for content_type, url in urls.items():
-        response, head = await client.http.get(url), await client.http.head(url)
-        assert response.status_code == head.status_code == 200
-        assert response.headers["content-type"] == head.headers["content-type"] == content_type
-        assert int(head.headers["content-length"]) == len(response.content) > 0
-        assert head.content == b""
-    folder, _, task_id = urls["image/png"].rpartition("/")[0], "", urls["image/png"].split("/")[-2]
-    for name in ("grid.png", "input", "../../sandbox.sqlite3", "%2e%2e/input", ""):
-        assert (await client.http.get(f"{folder}/{name}")).status_code == 404
-    # Result URLs have the host that the client used.
-    data, headers = {"user_key": "key", "task_id": task_id}, {"host": "upstream.example:81"}
-    response = await client.http.post("/api/check_task_status", data=data, headers=headers)
-    assert response.json()["images_url"] == f"http://upstream.example:81/files/{task_id}/image.png"
-
-
-async def test_ranges(client: SandboxClient, urls: dict[str, str]) -> None:
-    """A range gets 206 with its bytes and position, 416 beyond the file, and the whole file if not supported."""
-    whole = await client.http.get(urls["image/png"])
-    length = len(whole.content)
-    for text, first, end in (
-        ("0-0", 0, 1),
-        ("5-9", 5, 10),
-        ("5-", 5, length),
-        ("-7", length - 7, length),
-        ("0-999999999", 0, length),
-        ("-999999999", 0, length),
-    ):
-        response = await client.http.get(urls["image/png"], headers={"range": f"bytes={text}"})
-        assert (response.status_code, response.content) == (206, whole.content[first:end])
-        assert response.headers["content-range"] == f"bytes {first}-{end - 1}/{length}"
-    for text in ("999999999-", "9-5", "-0", "-"):
-        response = await client.http.get(urls["image/png"], headers={"range": f"bytes={text}"})
-        assert (response.status_code, response.headers["content-range"]) == (416, f"bytes */{length}")
+    assert (await client.http.get(answer["vector_url"])).headers["content-type"] == "image/svg+xml"
+    url = answer["images_url"]
+    response, head = await client.http.get(url), await client.http.head(url)
+    whole, length = response.content, len(response.content)
+    assert response.headers["content-type"] == head.headers["content-type"] == "image/png"
+    assert (int(head.headers["content-length"]), head.content) == (length, b"")
+    for text, first, end in (("5-9", 5, 10), ("5-", 5, length), ("-7", length - 7, length), ("0-999999999", 0, length)):
+        part = await client.http.get(url, headers={"range": f"bytes={text}"})
+        assert (part.status_code, part.content) == (206, whole[first:end])
+        assert part.headers["content-range"] == f"bytes {first}-{end - 1}/{length}"
     for status, headers in (
-        (200, {"range": "lines=1-2"}),
+        (416, {"range": "bytes=999999999-"}),
+        (416, {"range": "bytes=9-5"}),
         (200, {"range": "bytes=0-1,4-5"}),
         (200, {"range": "bytes=0-1", "if-range": '"old"'}),
-        (206, {"range": "bytes=0-1", "if-range": whole.headers["etag"]}),
+        (206, {"range": "bytes=0-1", "if-range": response.headers["etag"]}),
     ):
-        assert (await client.http.get(urls["image/png"], headers=headers)).status_code == status
+        assert (await client.http.get(url, headers=headers)).status_code == status
+    for name in ("grid.png", "input", "../../sandbox.sqlite3", "%2e%2e/input", ""):
+        assert (await client.http.get(f"{url.rpartition('/')[0]}/{name}")).status_code == 404
+    # Result URLs have the host that the client used.
+    data, headers = {"user_key": "key", "task_id": task_id}, {"host": "upstream.example:81"}
+    answer = (await client.http.post("/api/check_task_status", data=data, headers=headers)).json()
+    assert answer["images_url"] == f"http://upstream.example:81/files/{task_id}/image.png"
