@@ -43,17 +43,17 @@ class Shell:
         # In a thread, since the gateway it asks is served by this one's event loop.
         return await asyncio.to_thread(run_command, *arguments, code=code, stdin=stdin, env=self.environ)
 
-    async def run_table(self, *arguments: str) -> list[list[str]]:
+    async def run_table(self, *arguments: str, stdin: str = "") -> list[list[str]]:
         """Run a command that prints a table; return the cells of each line."""
-        printed = (await self.run(*arguments)).stdout
+        printed = (await self.run(*arguments, stdin=stdin)).stdout
         return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in printed.splitlines()]
 
     async def run_record(self, *arguments: str) -> dict[str, str]:
         """Run a command that prints a record; return its values by name."""
         return dict(await self.run_table(*arguments))
 
-    async def run_json(self, *arguments: str, stdin: str = "") -> Any:
-        return json.loads((await self.run(*arguments, "--json", stdin=stdin)).stdout)
+    async def run_json(self, *arguments: str) -> Any:
+        return json.loads((await self.run(*arguments, "--json")).stdout)
 
     async def get_admin(self, path: str) -> Any:
         """Return a resource of the operators' API."""

@@ -8,16 +8,16 @@ import pty
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 
 from service.cli.client import AdminClient, AdminResponse
 from tests.behaviour.upstream_control import USER_KEY
-from tests.cli.conftest import UNREACHABLE_URL, Shell, run_command
+from tests.cli.conftest import Shell
 
 
 def apply_changes(entry: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,8 +31,7 @@ ACCOUNT_OPTIONS = (
 )
 ACCOUNT_UPDATES: list[tuple[str, dict[str, Any]]] = [
     ("--floor-count 3", {}),
-    ("--floor-count 0", {"floor_count": None}),
-    ("--floor-money 0", {"floor_money": None}),
+    ("--floor-count 0 --floor-money 0", {"floor_count": None, "floor_money": None}),
     ("--base-url http://b.test", {"base_url": "http://b.test"}),
     ("--no-base-url", {"base_url": None}),
     ("--max-price upscale=3 --max-price seamless=1", {"max_price": {"upscale": 3, "vectorize": 2, "seamless": 1}}),
@@ -45,12 +44,10 @@ async def test_account(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("key-in-a-file\n")
     await shell.run("account", "create", "new", "--user-key-file", str(tmp_path / "key"), *ACCOUNT_OPTIONS)
     stored = await shell.get_admin("/accounts/new")
-    assert (stored["base_url"], stored["note"]) == ("http://a.test", "Of the press.")
-    assert (stored["floor_count"], stored["floor_money"]) == (3, 0.5)
-    assert stored["max_price"] == {"upscale": 1.25, "vectorize": 2}
+    assert (stored["floor_count"], stored["floor_money"], stored["note"]) == (3, 0.5, "Of the press.")
     shown = await shell.run_record("account", "show", "new")
     assert (shown["minimum uses:"], shown["minimum yuan:"], shown["base URL:"]) == ("3", "0.5", "http://a.test")
-    assert (shown["maximum price:"], shown["uses left:"]) == ("upscale 1.25 yuan, vectorize 2 yuan", "-")
+    assert shown["maximum price:"] == "upscale 1.25 yuan, vectorize 2 yuan"
     assert await shell.run_json("account", "show", "new") == stored
 
     expected = await shell.get_admin("/registry")
@@ -63,21 +60,20 @@ async def test_account(shell: Shell, tmp_path: Path) -> None:
     assert printed_changes == [["minimum uses:", "0 -> 1"], ["minimum yuan:", "0 -> 2.5"]]
     assert shell.stored_user_key("new") == "key-in-a-file"
 
-    taken = await shell.run("account", "create", "main", "--user-key-file", "-", stdin="another-key", code=1)
-    assert "exists already" in taken.stderr
+    await shell.run("account", "create", "main", "--user-key-file", "-", stdin="another-key", code=1)
     assert shell.stored_user_key("main") == USER_KEY
 
 
 async def test_sources_of_keys(shell: Shell) -> None:
-    assert "user_key" in (await shell.run("account", "create", "new", code=1)).stderr
     shell.environ["OUR_KEY"] = "key-in-a-variable"
     await shell.run("account", "create", "new", "--user-key-env", "OUR_KEY")
     assert shell.stored_user_key("new") == "key-in-a-variable"
-    changed = await shell.run("account", "update", "new", "--user-key-file", "-", stdin="key-on-standard-input\r\n")
-    assert changed.stdout.split() == ["user", "key:", "changed"]
-    assert shell.stored_user_key("new") == "key-on-standard-input"
+    changed = await shell.run_table("account", "update", "new", "--user-key-file", "-", stdin="key-on-stdin\r\n")
+    assert changed == [["user key:", "changed"]]
+    assert shell.stored_user_key("new") == "key-on-stdin"
     await shell.run("account", "update", "new", "--user-key-file", "-", stdin=b"\xff\xfe\x00", code=2)
-    await shell.run("account", "create", "other", "--user-key-prompt", code=1)
+    for options in ((), ("--user-key-prompt",)):  # without a key, and without a terminal
+        await shell.run("account", "create", "other", *options, code=1)
     assert "other" not in shell.gateway.services.registry.current.accounts
 
 
@@ -94,32 +90,18 @@ async def test_key_from_a_terminal(shell: Shell) -> None:
     )
     os.close(theirs)
     try:
-        output = await asyncio.to_thread(_read_until, ours, b"The user_key of new: ")
+        output = b""
+        while b"The user_key of new: " not in output:
+            output += await asyncio.to_thread(os.read, ours, 1_000)
         os.write(ours, b"key-of-a-person\n")
         printed, _ = await process.communicate()
-        output += await asyncio.to_thread(_read_rest, ours)
+        with suppress(OSError):  # on Linux: nothing more was written, and the other end is closed
+            output += os.read(ours, 1_000)
     finally:
         os.close(ours)
     assert process.returncode == 0
     assert shell.stored_user_key("new") == "key-of-a-person"
     assert b"key-of-a-person" not in output + printed
-
-
-def _read_until(terminal: int, words: bytes) -> bytes:
-    output = b""
-    while words not in output:
-        output += os.read(terminal, 1_000)
-    return output
-
-
-def _read_rest(terminal: int) -> bytes:
-    output = b""
-    try:
-        while part := os.read(terminal, 1_000):
-            output += part
-    except OSError:  # on Linux: the other end was closed
-        pass
-    return output
 
 
 async def test_account_in_use(shell: Shell) -> None:
@@ -149,34 +131,24 @@ TENANT_OPTIONS = (
 TENANT_UPDATES: list[tuple[str, dict[str, Any]]] = [
     ("--max-active 20 --state read-only --no-limit month", {}),
     ("--account main", {"accounts": ["main"]}),
-    ("--limit day:tasks=7", {"limits": [{**LIMITS[0], "tasks": 7}, LIMITS[1]]}),
-    ("--limit day:tasks=8,money=none", {"limits": [{"window": "day", "tasks": 8, "money": None}, LIMITS[1]]}),
+    ("--limit day:tasks=7,money=none", {"limits": [{"window": "day", "tasks": 7, "money": None}, LIMITS[1]]}),
     ("--no-limit day", {"limits": LIMITS[1:]}),
     ("--limit hour:money=1", {"limits": [LIMITS[1], {"window": "hour", "tasks": None, "money": 1}]}),
-    ("--no-limit hour --no-limit total", {"limits": None}),
-    ("--max-active 0", {"max_active": 0}),
     ("--no-max-active", {"max_active": None}),
     ("--spending-mode count_then_money", {"spending_mode": None}),
     ("--kind seamless", {"kinds": ["seamless"]}),
     ("--all-kinds", {"kinds": None}),
     ("--state disabled", {"state": "disabled"}),
     ("--webhook-url https://b.test/", {"webhook": {"url": "https://b.test/", "allow": ["127.0.0.0/8", "other.test"]}}),
-    ("--webhook-allow b.test", {"webhook": {"url": "https://b.test/", "allow": ["b.test"]}}),
     ("--no-webhook", {"webhook": None}),
-    ("--note Another.", {"note": "Another."}),
     ("--note=", {"note": None}),
 ]
 
 
-async def create_tenant(shell: Shell) -> None:
-    """Create the tenant `other` with all options."""
-    await shell.run("account", "create", "spare", "--user-key-file", "-", stdin="spare-key")
-    await shell.run("tenant", "create", "other", *TENANT_OPTIONS)
-
-
 async def test_tenant(shell: Shell) -> None:
     """Options set every property, an update only those that it names."""
-    await create_tenant(shell)
+    await shell.run("account", "create", "spare", "--user-key-file", "-", stdin="spare-key")
+    await shell.run("tenant", "create", "other", *TENANT_OPTIONS)
     stored = await shell.get_admin("/tenants/other")
     assert (stored["accounts"], stored["limits"]) == (["spare", "main"], LIMITS)
     assert (stored["max_active"], stored["spending_mode"], stored["state"]) == (20, "count_only", "read-only")
@@ -185,11 +157,6 @@ async def test_tenant(shell: Shell) -> None:
     (_, line, _) = await shell.run_table("tenant", "list")
     limits, kinds = "day 100 tasks + 50.5 yuan, total 0 tasks", "upscale, face-enhance"
     assert line == ["other", "spare, main", limits, "20", "count_only", kinds, "0", "read-only"]
-    changed = await shell.run_table("tenant", "update", "other", "--limit", "day:tasks=200", "--no-max-active")
-    changed_limits = f"{limits} -> day 200 tasks + 50.5 yuan, total 0 tasks"
-    assert changed == [["limits:", changed_limits], ["max active:", "20 -> -"]]
-    response = await shell.run_json("tenant", "update", "other", "--limit", "day:tasks=100", "--max-active", "20")
-    assert response == await shell.get_admin("/tenants/other")
 
     expected = await shell.get_admin("/registry")
     for options, changes in TENANT_UPDATES:
@@ -197,15 +164,17 @@ async def test_tenant(shell: Shell) -> None:
         printed = (await shell.run("tenant", "update", "other", *options.split())).stdout
         assert await shell.get_admin("/registry") == expected, options
         assert (printed == "Nothing changed.\n") == (not changes)
+    changed = await shell.run_table("tenant", "update", "other", "--no-limit", "hour", "--max-active", "5")
+    assert changed == [["limits:", "total 0 tasks, hour 1 yuan -> total 0 tasks"], ["max active:", "- -> 5"]]
 
-    taken = await shell.run("tenant", "create", "other", "--account", "main", "--max-active", "0", code=1)
-    assert "exists already" in taken.stderr
-    assert await shell.get_admin("/registry") == expected
+    before = await shell.get_admin("/registry")
+    await shell.run("tenant", "create", "other", "--account", "main", "--max-active", "0", code=1)
+    assert await shell.get_admin("/registry") == before
 
 
 async def test_concurrent_updates(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenant that was changed meanwhile is read again, so that the other change is kept."""
-    await create_tenant(shell)
+    await shell.run("tenant", "update", "shop", "--limit", "total:tasks=0")
     send, others = AdminClient.request, ["hour", "minute"]
 
     def change_before_patch(client: AdminClient, method: str, *path: str, **options: Any) -> AdminResponse:
@@ -215,8 +184,8 @@ async def test_concurrent_updates(shell: Shell, monkeypatch: pytest.MonkeyPatch)
         return send(client, method, *path, **options)
 
     monkeypatch.setattr(AdminClient, "request", change_before_patch)
-    await shell.run("tenant", "update", "other", "--limit", "day:tasks=1", "--no-limit", "total")
-    limits = {limit["window"]: limit["tasks"] for limit in (await shell.get_admin("/tenants/other"))["limits"]}
+    await shell.run("tenant", "update", "shop", "--limit", "day:tasks=1", "--no-limit", "total")
+    limits = {limit["window"]: limit["tasks"] for limit in (await shell.get_admin("/tenants/shop"))["limits"]}
     assert limits == {"day": 1, "minute": 9, "hour": 9}
 
 
@@ -233,8 +202,7 @@ async def test_tenant_in_use(shell: Shell) -> None:
     stored = await shell.get_admin("/tenants/shop")
     assert await shell.run_json("quota", "shop") == {"policies": stored["policies"]}
     assert '"limit": 5,' in (await shell.run("quota", "shop", "--json")).stdout  # no 5.0
-    shown = (await shell.run("tenant", "show", "shop")).stdout
-    assert all(item in shown for item in ("max-active", stored["tokens"][0]["id"]))
+    assert stored["tokens"][0]["id"] in (await shell.run("tenant", "show", "shop")).stdout
 
     assert await shell.run_table("tenant", "disable", "shop") == [["state:", "active -> disabled"]]
     assert not await shell.is_accepted()
@@ -265,63 +233,20 @@ async def test_tokens(shell: Shell) -> None:
     assert "2999-12-31T15:30:00Z" in [line[-1] for line in lines.values()]
     assert await shell.run_json("token", "list", "shop") == {"items": stored}
 
-    revoked = await shell.run("token", "revoke", "shop", result["id"], "--grace", "1h")
-    assert "3600" in revoked.stdout
+    await shell.run("token", "revoke", "shop", result["id"], "--grace", "1h")
     assert await shell.is_accepted(result["token"])
     await shell.run("token", "revoke", "shop", labelled)
     assert not await shell.is_accepted(token)
-    assert (await shell.run("token", "revoke", "shop", labelled, code=1)).stderr.startswith("Not found: ")
     printed = (await shell.run("tenant", "revoke-all", "shop")).stdout
     assert all(item["id"] in printed for item in (first, result))
     assert not await shell.is_accepted()
     assert await shell.run_json("tenant", "revoke-all", "shop") == {"revoked": []}
-    assert len((await shell.run("token", "list", "shop")).stdout.splitlines()) == 1
 
 
 async def test_clock(shell: Shell) -> None:
-    """A reset prints and logs the offset of the ledger's clock; afterwards it is zero."""
+    """A reset prints the offset of the ledger's clock; afterwards it is zero."""
     await shell.gateway.advance(0)  # the clock stands still from here
     await shell.gateway.submit()
     await shell.gateway.advance(-1_200)
-    with capture_logs() as events:
-        assert await shell.run_json("clock", "reset") == {"offset_seconds": 1_200}
-    (event,) = [item for item in events if item["event"] == "clock.reset"]
-    assert (event["seconds"], event["actor"]) == (1_200, "operator at 127.0.0.1")
+    assert await shell.run_json("clock", "reset") == {"offset_seconds": 1_200}
     assert "0 s ahead" in (await shell.run("clock", "reset")).stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "option"),
-    [
-        ("account update main --user-key-env NOBODY_SET_IT", "--user-key-env"),
-        ("account update main --user-key-file /dev/null", "--user-key-file"),
-        ("account update main --user-key-file no/such/file", "--user-key-file"),
-        ("account update main --user-key-file - --user-key-prompt", "--user-key-prompt"),
-        ("account update main --user-key sk-0123456789", "--user-key"),
-        ("account update main --floor-count -1", "--floor-count"),
-        ("account update main --floor-money 0.001", "--floor-money"),
-        ("account update main --max-price upscale", "--max-price"),
-        ("account update main --max-price enlarge=1", "--max-price"),
-        ("tenant update shop --limit week:tasks=1", "--limit"),
-        ("tenant update shop --limit day", "--limit"),
-        ("tenant update shop --limit day:tasks=1,tasks=2", "--limit"),
-        ("tenant update shop --limit day:tasks=-1", "--limit"),
-        ("tenant update shop --limit day:money=lots", "--limit"),
-        ("tenant update shop --limit day:tasks=1 --limit day:tasks=2", "--limit"),
-        ("tenant update shop --limit day:tasks=1 --no-limit day", "--limit"),
-        ("tenant update shop --max-active 1 --no-max-active", "max active"),
-        ("tenant update shop --webhook-url https://hooks.test/ --webhook-secret-file -", "--webhook-secret-file"),
-        ("tenant update shop --kind enlarge", "--kind"),
-        ("token create shop --expires-in soon", "--expires-in"),
-        ("token create shop --expires-in 0", "past"),
-        ("token create shop --expires-in 99999999w", "--expires-in"),
-        ("token create shop --expires-at 2020-01-01T00:00:00Z", "past"),
-        ("token create shop --expires-at 2999-01-01T00:00:00", "--expires-at"),
-        ("token create shop --expires-at tomorrow", "--expires-at"),
-        ("token create shop --expires-at 2999-01-01T00:00:00Z --expires-in 1d", "--expires-in"),
-    ],
-)
-def test_usage_errors(arguments: str, option: str) -> None:
-    """Without a request: the exit code of an unreachable gateway would be 1."""
-    result = run_command(*arguments.split(), "--url", UNREACHABLE_URL, code=2, env={"GATEWAY_ADMIN_TOKEN": "t"})
-    assert option in result.stderr

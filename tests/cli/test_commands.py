@@ -1,41 +1,40 @@
-"""The list of commands, their help, and the form of their output."""
+"""All commands: names, help, usage errors, how they find a gateway and authenticate, and the form of their output."""
 
 from __future__ import annotations
 
-import json
+import asyncio
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta, timezone
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 
 import click
 import pytest
+from click.testing import Result
 
 from service.cli import main
 from service.cli.common import LazyCommand
 from service.cli.formatting import format_record, format_table, format_value
-from tests.cli.conftest import run_command
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN
+from tests.cli.conftest import UNREACHABLE_URL, Shell, run_command
 
+ENVIRONMENT = {"GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN}
 _ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(r"^ *```sh\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 
 def test_help_is_fast() -> None:
-    """As processes: help imports no HTTP client, and that of a group only what its options need."""
-    heavy = ["cv2", "httpx2", "litestar", "msgspec", "numpy", "service.settings", "uvicorn"]
+    """As a process: help imports nothing heavy."""
+    heavy = {"cv2", "httpx2", "litestar", "msgspec", "numpy", "service.settings", "uvicorn"}
     script = (
-        "import json, sys; from click.testing import CliRunner; from service.cli import main\n"
-        "result = CliRunner().invoke(main, sys.argv[1:], catch_exceptions=False)\n"
-        f"print(json.dumps([result.output, [each for each in {heavy} if each in sys.modules]]))"
+        "import sys; from click.testing import CliRunner; from service.cli import main\n"
+        f"assert 'account' in CliRunner().invoke(main, ['--help']).output; assert not {heavy} & set(sys.modules)"
     )
-    for arguments, imported in (["--help"], []), (["account", "--help"], ["httpx2", "msgspec", "service.settings"]):
-        done = subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
-        output, modules = json.loads(done.stdout)
-        assert "account" in output
-        assert modules == imported
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_outdated_documents(tmp_path: Path) -> None:
@@ -45,27 +44,53 @@ def test_outdated_documents(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["gateway.yaml"]
 
 
-def help_lines(*arguments: str) -> list[str]:
-    return run_command(*arguments, "--help").output.splitlines()
+def test_former_names() -> None:
+    """They work, but are not listed; the former `set` names its replacements, whatever its options."""
+    for group, old_name, new_name in (((), "reseal", "rotate-keys"), (("webhook",), "rotate", "rotate-secret")):
+        old, new = (run_command(*group, name, "--help").output.splitlines() for name in (old_name, new_name))
+        assert old[1:] == new[1:]
+        assert f"  {old_name} " not in run_command(*group, "--help").output
+    removed = run_command("tenant", "set", "shop", "--account", "main", "--purse", "count_only", code=2).stderr
+    assert all(f"gateway tenant {command} NAME" in removed for command in ("create", "update"))
 
 
 @pytest.mark.parametrize(
-    ("group", "old_name", "new_name"), [((), "reseal", "rotate-keys"), (("webhook",), "rotate", "rotate-secret")]
+    ("arguments", "option"),
+    [
+        ("account update main --user-key-env NOBODY_SET_IT", "--user-key-env"),
+        ("account update main --user-key-file /dev/null", "--user-key-file"),
+        ("account update main --user-key-file - --user-key-prompt", "--user-key-prompt"),
+        ("account update main --user-key sk-0123456789", "--user-key"),
+        ("account update main --floor-money 0.001", "--floor-money"),
+        ("account update main --max-price enlarge=1", "--max-price"),
+        ("tenant update shop --limit week:tasks=1", "--limit"),
+        ("tenant update shop --limit day", "--limit"),
+        ("tenant update shop --limit day:tasks=1,tasks=2", "--limit"),
+        ("tenant update shop --limit day:money=lots", "--limit"),
+        ("tenant update shop --limit day:tasks=1 --no-limit day", "--limit"),
+        ("tenant update shop --max-active 1 --no-max-active", "max active"),
+        ("tenant update shop --webhook-url https://hooks.test/ --webhook-secret-file -", "--webhook-secret-file"),
+        ("token create shop --expires-in 0", "past"),
+        ("token create shop --expires-in 99999999w", "--expires-in"),
+        ("token create shop --expires-at 2999-01-01T00:00:00", "--expires-at"),
+        ("token create shop --expires-at 2999-01-01T00:00:00Z --expires-in 1d", "--expires-in"),
+        ("usage --csv --json", "--csv"),
+        ("refund --reason x", "ID"),
+        ("refund a --submission b --reason x", "ID"),
+        ("refund a", "--reason"),
+        ("check-config --conect", "--conect"),
+    ],
 )
-def test_former_names(group: tuple[str, ...], old_name: str, new_name: str) -> None:
-    """They work, but are not listed."""
-    assert help_lines(*group, old_name)[1:] == help_lines(*group, new_name)[1:]
-    listed = {line.split()[0] for line in help_lines(*group) if line.startswith("  ")}
-    assert new_name in listed
-    assert old_name not in listed
+def test_usage_errors(arguments: str, option: str) -> None:
+    """Without a request: the exit code of an unreachable gateway would be 1."""
+    result = run_command(*arguments.split(), code=2, env=ENVIRONMENT | {"GATEWAY_OPS_PORT": "1"})
+    assert option in result.stderr
 
 
-@pytest.mark.parametrize("group", ["account", "tenant"])
-def test_removed_set(group: str) -> None:
-    """The former `set` names its replacements, whatever its options."""
-    result = run_command(group, "set", "shop", "--account", "main", "--purse", "count_only", code=2)
-    assert all(f"gateway {group} {command} NAME" in result.stderr for command in ("create", "update"))
-    assert not any(line.startswith("  set ") for line in help_lines(group))
+@pytest.mark.parametrize("arguments", ["--dry-rnu -", "no/such/file", "", "- --dry-run"])
+def test_usage_errors_of_apply(arguments: str) -> None:
+    """They exit with 1, and so does an unreachable gateway, since 2 means a difference."""
+    assert run_command("apply", *arguments.split(), code=1, env=ENVIRONMENT | {"GATEWAY_OPS_PORT": "1"}).stderr
 
 
 def find_commands(text: str) -> Iterator[list[str]]:
@@ -93,12 +118,11 @@ def test_documented_commands(name: str) -> None:
     for words in commands:
         command = find_command(words)
         known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        assert not command.hidden, words
         assert {word for word in words if word.startswith("--")} <= known | {"--help"}, words
 
 
-def test_tables() -> None:
-    """Text is left-aligned and numbers are right-aligned, also after Chinese characters."""
+def test_output() -> None:
+    """Text is left-aligned and numbers are right-aligned, also after Chinese characters; values fill one line."""
     rows = [("main", 5, "生产服务", "x"), ("a-longer-name", 1_000, "web", "y"), ("b", None, None, "z")]
     assert format_table(("name", "uses", "label", "end"), rows).splitlines() == [
         "NAME           USES  LABEL     END",
@@ -106,26 +130,123 @@ def test_tables() -> None:
         "a-longer-name  1000  web       y",
         "b                 -  -         z",
     ]
-    assert format_table(("name", "state"), []) == "NAME  STATE"
     assert format_record(("name", "main"), ("balance at", None)) == "name:        main\nbalance at:  -"
+    values = [[], 0.5, True, ["a", "b"], datetime(2030, 1, 31, 12, tzinfo=UTC), "two\nlines\t\x1b[31m red\u202e"]
+    assert [format_value(value) for value in values] == [
+        *("-", "0.5", "yes", "a, b", "2030-01-31T12:00:00Z", "two lines [31m red"),
+    ]
+
+
+@asynccontextmanager
+async def run_raw_server(answer: bytes) -> AsyncIterator[str]:
+    """Answer every connection with these bytes and close it; yield the URL."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def run_against(answer: bytes, *arguments: str) -> Result:
+    """Run a command that must fail against a server with this answer, and report it in one line with the URL."""
+    async with run_raw_server(answer) as url:
+        result = await asyncio.to_thread(run_command, *arguments, "--url", url, code=1, env=ENVIRONMENT)
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("gateway: ")
+    assert url in line
+    assert line.isprintable()
+    return result
+
+
+def http_response(status: str, body: bytes, media_type: str = "text/html") -> bytes:
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {media_type}\r\nContent-Length: {len(body)}\r\nLocation: /elsewhere\r\n"
+    return head.encode() + b"Connection: close\r\n\r\n" + body
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"),
+    ("answer", "may_be_made"),
     [
-        (None, "-"),
-        ("", "-"),
-        ([], "-"),
-        (0, "0"),
-        (0.5, "0.5"),
-        (True, "yes"),
-        (False, "no"),
-        (["a", "b"], "a, b"),
-        (datetime(2030, 1, 31, 12, tzinfo=UTC), "2030-01-31T12:00:00Z"),
-        (datetime(2030, 1, 31, 12, 0, 0, 999_999, timezone(timedelta(hours=8))), "2030-01-31T04:00:00Z"),
-        ("two\nlines\t\x1b[31m red\u202e", "two lines [31m red"),
+        (b"", True),
+        (http_response("200 OK", b"{}")[:-1], True),
+        (b"220 mail.example ESMTP\r\n", True),
+        (http_response("200 OK", b"<html>"), False),
+        (http_response("307 Temporary Redirect", b""), False),
+        (http_response("502 Bad Gateway", b"bad gateway\x1b[31m"), False),
+        (http_response("400 Bad Request", b'{"error": "no"}', "application/json"), False),
     ],
 )
-def test_values(value: object, shown: str) -> None:
-    """A value is printed on one line without control characters."""
-    assert format_value(value) == shown
+async def test_unexpected_responses(answer: bytes, may_be_made: bool) -> None:
+    """A change without a response is reported as possibly made."""
+    hint = "may have been made"
+    for output in ((), ("--json",)):
+        assert hint not in (await run_against(answer, "account", "list", *output)).stderr
+    assert (hint in (await run_against(answer, "token", "create", "shop")).stderr) == may_be_made
+
+
+async def test_response_of_another_version() -> None:
+    await run_against(http_response("200 OK", b'{"items": 5}', "application/json"), "account", "list")
+
+
+def test_no_gateway() -> None:
+    """One line names the address."""
+    for url, reason in (
+        (UNREACHABLE_URL, "can't connect to"),
+        ("ftp://host", "is no address"),
+        ("http://h\n", "is no"),
+    ):
+        (line,) = run_command("token", "create", "shop", "--url", url, code=1, env=ENVIRONMENT).stderr.splitlines()
+        assert reason in line
+
+
+async def test_address(shell: Shell) -> None:
+    """The option wins over the environment; proxies never receive the token."""
+    proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), UNREACHABLE_URL)
+    shell.environ |= proxies | {"GATEWAY_OPS_HOST": "0.0.0.0"}  # all addresses: reached on localhost
+    await shell.run("account", "list")
+    await shell.run("account", "list", "--url", "")
+    shell.environ["GATEWAY_OPS_PORT"] = "1"
+    await shell.run("account", "list", code=1)
+    await shell.run("account", "list", "--url", f"{shell.gateway.ops_url}/")
+    shell.environ["GATEWAY_OPS_PORT"] = "0"
+    assert "--url" in (await shell.run("account", "list", code=1)).stderr
+
+
+async def test_token(shell: Shell, tmp_path: Path) -> None:
+    """The token comes from the settings, a file, or what a gateway in development generated."""
+    shell.environ["GATEWAY_ADMIN_TOKEN"] = shell.gateway.token
+    assert (await shell.run("account", "list", code=1)).stderr.startswith("Authentication required: ")
+    del shell.environ["GATEWAY_ADMIN_TOKEN"]
+    shell.environ["GATEWAY_DATA_DIR"] = str(tmp_path)
+    file = tmp_path / "admin.token"
+    for damage in (None, b"", b"\xff", "ü".encode()):
+        if damage is not None:
+            file.write_bytes(damage)
+        (line,) = (await shell.run("account", "list", code=1)).stderr.splitlines()
+        assert "GATEWAY_ADMIN_TOKEN" in line
+    file.write_text(f"{ADMIN_TOKEN}\n")
+    await shell.run("account", "list")
+    shell.environ |= {"GATEWAY_ADMIN_TOKEN_FILE": str(file), "GATEWAY_DATA_DIR": str(tmp_path / "none")}
+    await shell.run("account", "list")
+
+
+async def test_all_field_errors(shell: Shell) -> None:
+    twice = ("--account", "main", "--account", "main", "--kind", "upscale", "--kind", "upscale")
+    refused = await shell.run("tenant", "create", "other", *twice, code=1)
+    assert [line.split(":")[0] for line in refused.stderr.splitlines()] == ["Invalid options", "  accounts", "  kinds"]
+
+
+async def test_odd_names(shell: Shell) -> None:
+    """Reserved characters in a name are escaped in the URL, and no name leads to another resource."""
+    for name in ("main?x", "main#x", "%6Dain", "商店"):
+        assert name in (await shell.run("account", "show", name, code=1)).stderr
+    before = await shell.get_admin("/registry")
+    (token,) = before["tenants"]["shop"]["tokens"]
+    for name in ("", ".", "..", "../accounts/main", f"shop/tokens/{token}"):
+        refused = await shell.run("tenant", "delete", name, code=1)
+        assert refused.stderr.startswith("gateway: ")  # no request: servers normalize such a path even if quoted
+    assert await shell.get_admin("/registry") == before
