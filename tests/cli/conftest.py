@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -74,9 +75,15 @@ def admin_environment(ops_url: str) -> dict[str, str]:
     return {"GATEWAY_OPS_PORT": str(urlsplit(ops_url).port), "GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN}
 
 
-@pytest.fixture
-async def shell(valkey: Valkey) -> AsyncIterator[Shell]:
+@asynccontextmanager
+async def run_shell(valkey: Valkey, **settings: str) -> AsyncIterator[Shell]:
     # What the gateway logs would else be mixed into what the command prints: they share a process here.
     with structlog.testing.capture_logs():
-        async with run_real_gateway(valkey) as gateway:
+        async with run_real_gateway(valkey, None, **settings) as gateway:
             yield Shell(gateway, admin_environment(gateway.ops_url))
+
+
+@pytest.fixture
+async def shell(valkey: Valkey) -> AsyncIterator[Shell]:
+    async with run_shell(valkey) as running:
+        yield running

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-import ssl
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from redis import Redis
 from service.crypto import generate_secret_key
 from service.storage.redis import DATA_VERSION
 from tests.cli.conftest import run_command
+from tests.contract.scripted_server import Connection, never_reply, run_server
 from tests.support.network import create_certificate
 from tests.support.valkey import RunningStore, run_cluster, run_valkey, run_with_sentinel
 
@@ -37,23 +37,6 @@ def check_config(environ: Mapping[str, str], *options: str, code: int = 0) -> Re
 async def connect(environ: Mapping[str, str], *, code: int = 0) -> Result:
     """Run it with `--connect`, in a thread beside the servers of this event loop."""
     return await asyncio.to_thread(check_config, environ, "--connect", code=code)
-
-
-@asynccontextmanager
-async def run_server(*, tls: ssl.SSLContext | None = None, answer: bytes = b"") -> AsyncIterator[tuple[int, bytearray]]:
-    """Serve a fixed answer to each command; yield the port and the bytes received."""
-    received = bytearray()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while line := await reader.readline():
-            received.extend(line)
-            if line.startswith(b"*"):
-                writer.write(answer)
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
-    async with server:
-        yield server.sockets[0].getsockname()[1], received
 
 
 def test_defaults(tmp_path: Path) -> None:
@@ -103,11 +86,9 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_connect() -> None:
     """A durable store passes without a warning; nothing is sent to the upstream."""
     with run_valkey("--appendonly", "yes", "--maxmemory-policy", "noeviction") as store:
-        async with run_server() as (port, received):
-            environ = {"GATEWAY_REDIS_URL": store.url, "GATEWAY_UPSTREAM_URL": f"http://127.0.0.1:{port}/base"}
-            result = await connect(environ)
-    assert result.stderr == ""
-    assert received == b""
+        async with run_server(never_reply) as peer:
+            result = await connect({"GATEWAY_REDIS_URL": store.url, "GATEWAY_UPSTREAM_URL": f"{peer.url}/base"})
+    assert (result.stderr, peer.connections, peer.requests) == ("", 1, [])
 
 
 def test_stores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,9 +128,14 @@ def test_topologies(run_store: Callable[[], AbstractContextManager[RunningStore]
 
 
 async def test_old_store() -> None:
-    info = b"redis_version:6.0.16\r\nrole:master\r\n"
-    async with run_server(answer=b"$%d\r\n%s\r\n" % (len(info), info)) as (port, _):
-        result = await connect({"GATEWAY_REDIS_URL": f"redis://127.0.0.1:{port}"}, code=1)
+    async def serve(connection: Connection) -> None:
+        info = b"redis_version:6.0.16\r\nrole:master\r\n"
+        while line := await connection.reader.readline():
+            if line.startswith(b"*"):
+                await connection.send(b"$%d\r\n%s\r\n" % (len(info), info))
+
+    async with run_server(serve) as peer:
+        result = await connect({"GATEWAY_REDIS_URL": peer.url.replace("http", "redis")}, code=1)
     assert "6.0.16" in result.stderr
 
 
@@ -171,9 +157,7 @@ def test_unreachable(name: str, url: str, why: str) -> None:
 
 
 async def test_untrusted_certificates(tmp_path: Path) -> None:
-    async with run_server(tls=create_certificate(tmp_path)[1]) as (port, _):
-        place = f"127.0.0.1:{port}"
-        environ = {"GATEWAY_REDIS_URL": f"rediss://{place}", "GATEWAY_UPSTREAM_URL": f"https://{place}"}
-        result = await connect(environ, code=1)
-    lines = result.stderr.splitlines()
+    async with run_server(never_reply, tls=create_certificate(tmp_path)[1]) as peer:
+        environ = {"GATEWAY_REDIS_URL": peer.url.replace("https", "rediss"), "GATEWAY_UPSTREAM_URL": peer.url}
+        lines = (await connect(environ, code=1)).stderr.splitlines()
     assert {line.split()[1] for line in lines if "its certificate is not trusted" in line} == set(environ)

@@ -6,21 +6,16 @@ import asyncio
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
 
-import click
 import pytest
 from click.testing import Result
 
-from service.cli import main
-from service.cli.common import LazyCommand
 from service.cli.formatting import format_record, format_table, format_value
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN
 from tests.cli.conftest import UNREACHABLE_URL, Shell, run_command
+from tests.contract.scripted_server import http_response, reply_and_close, run_server
 
 ENVIRONMENT = {"GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN}
 _ROOT = Path(__file__).parents[2]
@@ -93,32 +88,16 @@ def test_usage_errors_of_apply(arguments: str) -> None:
     assert run_command("apply", *arguments.split(), code=1, env=ENVIRONMENT | {"GATEWAY_OPS_PORT": "1"}).stderr
 
 
-def find_commands(text: str) -> Iterator[list[str]]:
-    """Yield the words after `gateway`, which begin with a command, in blocks and in inline code."""
-    blocks = "".join(_BLOCK.findall(text)).replace("\\\n", "")
-    yield from map(str.split, re.findall(r"^ *gateway ([a-z][^#|>&;\n]+)", blocks, re.MULTILINE))
-    yield from map(str.split, re.findall(r"`gateway ([a-z][^`]+)`", _BLOCK.sub("", text)))
-
-
-def find_command(words: list[str]) -> click.Command:
-    command: click.Command = main
-    while isinstance(command, click.Group) and words:  # without words the document names a group
-        assert words[0] in command.commands, words
-        command = command.commands[words.pop(0)]
-        if isinstance(command, LazyCommand):
-            command = getattr(import_module(command._module), command._attribute)
-    return command
-
-
 @pytest.mark.parametrize("name", ["README.md", "deploy/OPERATIONS.md", "deploy/RUNBOOK.md"])
 def test_documented_commands(name: str) -> None:
-    """The commands in the documents exist, with their options."""
-    commands = list(find_commands((_ROOT / name).read_text()))
+    """The commands in blocks and in inline code of the documents exist, with their options."""
+    text = (_ROOT / name).read_text()
+    blocks = "".join(_BLOCK.findall(text)).replace("\\\n", "")
+    commands = re.findall(r"^ *gateway ([a-z][^#|>&;\n]+)", blocks, re.MULTILINE)
+    commands += re.findall(r"`gateway ([a-z][^`]+)`", _BLOCK.sub("", text))
     assert commands
-    for words in commands:
-        command = find_command(words)
-        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        assert {word for word in words if word.startswith("--")} <= known | {"--help"}, words
+    for command in commands:
+        run_command(*command.split(), "--help")
 
 
 def test_output() -> None:
@@ -137,47 +116,26 @@ def test_output() -> None:
     ]
 
 
-@asynccontextmanager
-async def run_raw_server(answer: bytes) -> AsyncIterator[str]:
-    """Answer every connection with these bytes and close it; yield the URL."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(answer)
-        await writer.drain()
-        writer.close()
-
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-
-
 async def run_against(answer: bytes, *arguments: str) -> Result:
     """Run a command that must fail against a server with this answer, and report it in one line with the URL."""
-    async with run_raw_server(answer) as url:
-        result = await asyncio.to_thread(run_command, *arguments, "--url", url, code=1, env=ENVIRONMENT)
-    assert result.stdout == ""
+    async with run_server(reply_and_close(answer)) as peer:
+        result = await asyncio.to_thread(run_command, *arguments, "--url", peer.url, code=1, env=ENVIRONMENT)
     (line,) = result.stderr.splitlines()
-    assert line.startswith("gateway: ")
-    assert url in line
-    assert line.isprintable()
+    assert (result.stdout, line.startswith("gateway: "), line.isprintable()) == ("", True, True)
+    assert peer.url in line
     return result
-
-
-def http_response(status: str, body: bytes, media_type: str = "text/html") -> bytes:
-    head = f"HTTP/1.1 {status}\r\nContent-Type: {media_type}\r\nContent-Length: {len(body)}\r\nLocation: /elsewhere\r\n"
-    return head.encode() + b"Connection: close\r\n\r\n" + body
 
 
 @pytest.mark.parametrize(
     ("answer", "may_be_made"),
     [
         (b"", True),
-        (http_response("200 OK", b"{}")[:-1], True),
+        (http_response(b"{}")[:-1], True),
         (b"220 mail.example ESMTP\r\n", True),
-        (http_response("200 OK", b"<html>"), False),
-        (http_response("307 Temporary Redirect", b""), False),
-        (http_response("502 Bad Gateway", b"bad gateway\x1b[31m"), False),
-        (http_response("400 Bad Request", b'{"error": "no"}', "application/json"), False),
+        (http_response(b"<html>"), False),
+        (http_response(b"", 307, Location="/elsewhere"), False),
+        (http_response(b"bad gateway\x1b[31m", 502), False),
+        (http_response(b'{"error": "no"}', 400, Content_Type="application/json"), False),
     ],
 )
 async def test_unexpected_responses(answer: bytes, may_be_made: bool) -> None:
@@ -189,7 +147,7 @@ async def test_unexpected_responses(answer: bytes, may_be_made: bool) -> None:
 
 
 async def test_response_of_another_version() -> None:
-    await run_against(http_response("200 OK", b'{"items": 5}', "application/json"), "account", "list")
+    await run_against(http_response(b'{"items": 5}', Content_Type="application/json"), "account", "list")
 
 
 def test_no_gateway() -> None:

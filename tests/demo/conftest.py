@@ -1,10 +1,8 @@
 """A scripted gateway for the demo, and valid results of every kind."""
 
-import asyncio
 import io
 import json
-import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -74,11 +72,9 @@ class ScriptedGateway:
     """Further fields of every task."""
     costs: dict[str, Any] = field(default_factory=dict)
     retry_after: str | None = "0"
-    hanging_path: str | None = None
     paths: list[str] = field(default_factory=list)
-    read_at: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """When each kind was read, beginning with its submission."""
-    path_requested: asyncio.Event = field(default_factory=asyncio.Event)
+    reads: Counter[str] = field(default_factory=Counter)
+    """How often each kind was read, beginning with its submission."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         assert (b"authorization", f"Bearer {TOKEN}".encode()) in scope["headers"]
@@ -86,10 +82,6 @@ class ScriptedGateway:
             pass
         path: str = scope["path"]
         self.paths.append(path)
-        self.path_requested.set()
-        if path == self.hanging_path:
-            await receive()  # until the client leaves
-            return
         status, headers, body = self._respond(path.removeprefix("/v1/"))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -109,20 +101,14 @@ class ScriptedGateway:
 
     def _read_task(self, kind: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         states = self.states[kind]
-        state = states[min(len(self.read_at[kind]), len(states) - 1)]
-        self.read_at[kind].append(time.monotonic())
+        state = states[min(self.reads[kind], len(states) - 1)]
+        self.reads[kind] += 1
         links = [{"name": name, "href": f"/v1/tasks/task_{kind}/artifacts/{name}"} for name in self.results[kind]]
         task = {"id": f"task_{kind}", "state": state, "artifacts": links if state == "succeeded" else []}
         if state in {"succeeded", "failed"}:
             task["cost"] = self.costs.get(kind, {"count": 1, "money": 0, "basis": "observed"})
         headers = [] if self.retry_after is None else [(b"retry-after", self.retry_after.encode())]
         return 200, headers, json.dumps(task | self.fields).encode()
-
-    async def wait_for_paths(self, *paths: str) -> None:
-        async with asyncio.timeout(120):
-            while not set(paths) <= set(self.paths):
-                self.path_requested.clear()
-                await self.path_requested.wait()
 
 
 @pytest.fixture

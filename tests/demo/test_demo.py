@@ -16,7 +16,8 @@ from service.cli import main
 from service.demo.client import Cost, GatewayError, open_client
 from service.demo.run import JOBS, DemoOptions, format_cost, run_demo
 from tests.behaviour.gateway_fixture import run_real_gateway
-from tests.demo.conftest import TOKEN, ScriptedGateway, good_results, make_problem
+from tests.behaviour.task_readers import wait_until
+from tests.demo.conftest import SVG, TOKEN, ScriptedGateway, make_problem
 from tests.support.valkey import Valkey
 
 ALL = "upscale, vectorize, face-enhance, seamless"
@@ -43,11 +44,10 @@ async def test_real_gateway(valkey: Valkey, tmp_path: Path) -> None:
             "seamless-grid.png",
         }
         requests = [item for item in await gateway.upstream.control.list_requests() if item.operation == "submit"]
-        submitted = {request.path.rpartition("/")[2]: request for request in requests}
-        assert len(submitted) == len(requests) == 4
-        assert submitted["submit_task"].fields["upscale"] == "2.0"
-        assert submitted["submit_vector_task"].fields["color_count"] == "5"
-        assert submitted["submit_seamless_task"].fields["fit"] == "0.5"
+        fields = {request.path.rpartition("/")[2]: request.fields for request in requests}
+        assert len(fields) == len(requests) == 4
+        options = (fields["submit_task"]["upscale"], fields["submit_vector_task"]["color_count"])
+        assert options == ("2.0", "5")
 
         await gateway.put_tenant(limits=[{"window": "day", "tasks": 0}])
         code, lines = await run_and_capture(gateway.url, tmp_path, token=gateway.token)
@@ -75,14 +75,8 @@ async def test_report(gateway: ScriptedGateway, tmp_path: Path) -> None:
         "seamless      succeeded      0.0  ?       seamless-image.png      256 x 256  edges meet (seam 0.0, was 3.7)",
         "                                          seamless-grid.webp      512 x 512  larger than the tile",
     ]
-    results = good_results()
-    assert {file.name: file.read_bytes() for file in (tmp_path / "results").iterdir()} == {
-        "upscale-image.png": results["upscale"]["image"][1],
-        "vectorize-vector.svg": results["vectorize"]["vector"][1],
-        "face-enhance-image.jpg": results["face-enhance"]["image"][1],
-        "seamless-image.png": results["seamless"]["image"][1],
-        "seamless-grid.webp": results["seamless"]["grid"][1],
-    }
+    assert (tmp_path / "results" / "vectorize-vector.svg").read_bytes() == SVG
+    assert len(list((tmp_path / "results").iterdir())) == 5
 
 
 async def test_terminal(gateway: ScriptedGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,12 +92,7 @@ async def test_terminal(gateway: ScriptedGateway, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [
-        ({"title": "Rejected", "detail": "too\nsmall", "status": 502}, "Rejected: too small"),
-        ("图片过小", "图片过小"),
-        (None, "no reason is given"),
-        ({"code": 7}, "no reason is given"),
-    ],
+    [({"title": "Rejected", "detail": "too\nsmall"}, "Rejected: too small"), (None, "no reason is given")],
 )
 async def test_failed_task(gateway: ScriptedGateway, tmp_path: Path, error: object, reason: str) -> None:
     """A failed task is shown with its reason beside the other results; exit code 1."""
@@ -128,44 +117,30 @@ async def test_wrong_results(gateway: ScriptedGateway, tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in lines[-3:]] == ["upscale", "vectorize", "face-enhance"]
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:1/", "127.0.0.1:8080", "http://a:b", "ftp://127.0.0.1"])
-async def test_no_gateway(tmp_path: Path, address: str) -> None:
+async def test_no_gateway(gateway: ScriptedGateway, tmp_path: Path) -> None:
     """One line names the address; where nothing answers, it states how to start a gateway."""
-    code, (line,) = await run_and_capture(address, tmp_path)
-    assert (code, address.rstrip("/") in line, "make run" in line) == (1, True, address.endswith("/"))
-
-
-async def test_not_a_gateway(gateway: ScriptedGateway, tmp_path: Path) -> None:
+    for address in ("http://127.0.0.1:1", "http://a:b", "ftp://127.0.0.1"):
+        code, (line,) = await run_and_capture(address, tmp_path)
+        assert (code, address in line, "make run" in line) == (1, True, address.endswith(":1"))
     gateway.replies["quota"] = (404, b"<html>")
     code, (line,) = await run_and_capture(gateway.url, tmp_path)
     assert (code, line.startswith("HTTP 404")) == (1, True)
 
 
-async def test_broken_connections(gateway: ScriptedGateway, tmp_path: Path) -> None:
-    """A task that can no longer be read keeps its last state; a broken connection is no absent gateway."""
+async def test_unreadable_tasks(gateway: ScriptedGateway, tmp_path: Path) -> None:
+    """A task that can no longer be read keeps its last state."""
     gateway.replies |= {f"task_{job.kind}": (503, make_problem("Overloaded", "Come back later.")) for job in JOBS}
     code, lines = await run_and_capture(gateway.url, tmp_path)
     assert code == 1
     assert "seamless      queued      0.0  ?" in lines
     assert lines[-1] == f"{ALL}: Overloaded: Come back later."
 
-    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.close()
 
-    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        code, (line,) = await run_and_capture(url, tmp_path)
-    assert (code, line.startswith("The connection to the gateway broke: ")) == (1, True)
-
-
-async def test_timeouts(gateway: ScriptedGateway, tmp_path: Path) -> None:
-    """A timeout names the task that the gateway continues, if the submission was answered."""
+async def test_timeout(gateway: ScriptedGateway, tmp_path: Path) -> None:
+    """A timeout names the task that the gateway continues."""
     gateway.states["vectorize"] = ["running"]
-    gateway.hanging_path = "/v1/tasks/upscale"
     code, lines = await run_and_capture(gateway.url, tmp_path, timeout_seconds=1.5)
-    assert code == 1
-    assert "upscale: not done after 1.5 s" in lines
-    assert "vectorize: not done after 1.5 s; the gateway continues task_vectorize" in lines
+    assert (code, lines[-1]) == (1, "vectorize: not done after 1.5 s; the gateway continues task_vectorize")
 
 
 async def test_unusable_folder(gateway: ScriptedGateway, tmp_path: Path) -> None:
@@ -181,8 +156,8 @@ async def test_interrupted(gateway: ScriptedGateway, tmp_path: Path) -> None:
     output = io.StringIO()
     running = asyncio.create_task(run_and_capture(gateway.url, tmp_path, output=output))
     continued = ("task_upscale", "task_face-enhance", "task_seamless")
-    paths = (f"/v1/tasks/{task_id}" for task_id in continued)
-    await gateway.wait_for_paths(*paths, "/v1/tasks/task_vectorize/artifacts/vector")
+    expected = {f"/v1/tasks/{task_id}" for task_id in continued} | {"/v1/tasks/task_vectorize/artifacts/vector"}
+    await wait_until(lambda: expected <= set(gateway.paths))
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
@@ -195,23 +170,13 @@ def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.exit_code, result.stderr) == (1, "gateway: the demo needs PIL: install imaging-gateway[local]\n")
 
 
-@pytest.mark.parametrize(
-    ("retry_after", "least", "most"),
-    [
-        ("3", 3, 3),
-        ("0", 0.1, 0.1),
-        (None, 1, 1),
-        ("soon", 1, 1),
-        (formatdate(time.time() + 86_400, usegmt=True), 80_000, 86_400),
-        (formatdate(0, usegmt=True), 0.1, 0.1),
-    ],
-    ids=["seconds", "none", "absent", "unreadable", "a date to come", "a date gone by"],
-)
-async def test_pause(gateway: ScriptedGateway, retry_after: str | None, least: float, most: float) -> None:
+async def test_pause(gateway: ScriptedGateway) -> None:
     """The pause before the next poll follows `Retry-After`, in seconds or as a date, and is never zero."""
-    gateway.retry_after = retry_after
+    tomorrow = formatdate(time.time() + 86_400, usegmt=True)
+    cases = (("3", 3, 3), ("0", 0.1, 0.1), (None, 1, 1), ("soon", 1, 1), (tomorrow, 80_000, 86_400))
     async with open_client(gateway.url, TOKEN, 5) as client:
-        assert least <= (await client.get_task("task_upscale")).pause_seconds <= most
+        for gateway.retry_after, least, most in cases:
+            assert least <= (await client.get_task("task_upscale")).pause_seconds <= most
 
 
 async def test_hostile_responses(gateway: ScriptedGateway) -> None:
@@ -232,15 +197,6 @@ async def test_hostile_responses(gateway: ScriptedGateway) -> None:
                 await client.get_task("task_1")
 
 
-@pytest.mark.parametrize(
-    ("cost", "text"),
-    [
-        (Cost(count=2, money=None, basis="observed"), "2 uses"),
-        (Cost(count=1, money=2, basis="observed"), "1 use + ¥2.00"),
-        (Cost(count=0, money=0, basis="observed"), "nothing"),
-        (Cost(count=1, money=0, basis="estimated"), "~1 use"),
-        (None, "?"),
-    ],
-)
-def test_cost(cost: Cost | None, text: str) -> None:
-    assert format_cost(cost) == text
+def test_cost() -> None:
+    assert format_cost(Cost(count=2, money=2, basis="observed")) == "2 uses + ¥2.00"
+    assert format_cost(Cost(count=0, money=0, basis="observed")) == "nothing"

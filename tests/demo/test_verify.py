@@ -2,15 +2,11 @@
 
 from importlib import resources
 
-import cv2
-import numpy as np
 import pytest
-from cv2.data import haarcascades
 from PIL import Image
 
 from service.demo.run import JOBS
 from service.demo.verify import (
-    MAX_SEAM,
     CheckResult,
     UnreadableError,
     open_image,
@@ -37,19 +33,14 @@ def make_svg(attributes: str, inner: str = "") -> bytes:
     [
         ("upscale", {"image": SENT["upscale"]}, "image"),
         ("upscale", {"image": flat_image(720, 240)}, "image"),
-        ("upscale", {}, "image"),
         ("upscale", {"image": b"<html></html>"}, "image"),
-        ("upscale", {"image": b"OK"}, "image"),
-        ("upscale", {"image": SVG}, "image"),
         ("vectorize", {"vector": flat_image(9, 9)}, "vector"),
         ("vectorize", {"vector": make_svg("", '<path d=" "/>')}, "vector"),
         ("vectorize", {"vector": SVG[:-6]}, "vector"),
         ("face-enhance", {"image": SENT["face-enhance"]}, "image"),
         ("face-enhance", {"image": flat_image(240, 100)}, "image"),
-        ("face-enhance", {"image": flat_image(100, 240)}, "image"),
         ("seamless", {"image": SENT["seamless"], "grid": flat_image(512, 512)}, "image"),
         ("seamless", {"image": flat_image(64, 64), "grid": flat_image(128, 64)}, "grid"),
-        ("seamless", {"image": flat_image(64, 64), "grid": flat_image(64, 128)}, "grid"),
         ("seamless", {"image": flat_image(64, 64)}, "grid"),
     ],
 )
@@ -58,13 +49,11 @@ def test_invalid_results(kind: str, files: dict[str, bytes], invalid: str) -> No
     assert [result.name for result in results if not result.is_valid] == [invalid]
 
 
-def test_accepted() -> None:
-    """A result beyond the promised ones passes if it can be decoded; a single path is counted in the singular."""
+def test_result_beyond_the_promised() -> None:
+    """It passes if it can be decoded."""
     files = {"image": flat_image(720, 480), "vector": SVG}
     extra = CheckResult("vector", (320, 320), "readable", is_valid=True)
     assert verify_results("upscale", SENT["upscale"], files)[1] == extra
-    (finding,) = verify_results("vectorize", SENT["vectorize"], {"vector": make_svg("", '<path d="M0 0"/>')})
-    assert (finding.text, finding.size, finding.is_valid) == ("1 path", None, True)
 
 
 def test_unreadable() -> None:
@@ -76,20 +65,14 @@ def test_unreadable() -> None:
         read_image(bomb)
 
 
-@pytest.mark.parametrize(
-    ("attributes", "size"),
-    [
-        ('width="320" height="200"', (320, 200)),
+def test_size_of_drawings() -> None:
+    """The size is width and height in pixels, otherwise that of the view box, otherwise unknown."""
+    for attributes, size in (
         ('width="319.6px" height="200px"', (320, 200)),
         ('width="100%" height="100%" viewBox="0 0 64 32"', (64, 32)),
-        ('viewBox="0,0,64,32"', (64, 32)),
         ('width="1.2.3" height="4"', None),
-        ("", None),
-    ],
-)
-def test_size_of_drawings(attributes: str, size: tuple[int, int] | None) -> None:
-    """The size is width and height in pixels, otherwise that of the view box, otherwise unknown."""
-    assert read_image(make_svg(attributes)).size == size
+    ):
+        assert read_image(make_svg(attributes)).size == size
 
 
 def test_seams() -> None:
@@ -109,11 +92,3 @@ def test_shipped_images() -> None:
         assert len(job.read_image()) < 120_000
         (line,) = [line for line in lines if line.startswith(f"| `{job.image_name}`")]
         assert (f"`{job.kind}`" in line, "CC0" in line or "public domain" in line) == (True, True)
-    cascade = cv2.CascadeClassifier(haarcascades + "haarcascade_frontalface_default.xml")
-    grey = np.asarray(open_image(SENT["face-enhance"]).convert("L"))
-    assert len(cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=5)) == 1
-    logo = open_image(SENT["vectorize"]).convert("RGB")
-    counts = sorted((count for count, _ in logo.getcolors() or []), reverse=True)
-    assert sum(counts[:5]) / (logo.width * logo.height) > 0.98
-    assert seam_strength(open_image(SENT["seamless"])) > 2 * MAX_SEAM
-    assert len(open_image(SENT["upscale"]).getcolors(maxcolors=1 << 24) or []) > 10_000

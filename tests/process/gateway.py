@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
@@ -111,10 +112,10 @@ class GatewayProcess:
         with Path(fields.pop("image").removeprefix("@")).open("rb") as image:
             return HTTP.post(words[-1], headers=dict([header]), data=fields, files={"image": image})
 
-    def call(self, method: str, path: str, **more: object) -> httpx2.Response:
+    def call(self, method: str, path: str, **more: Any) -> httpx2.Response:
         """Send a request as the demo tenant."""
-        headers = {"Authorization": f"Bearer {self.token}"}
-        return HTTP.request(method, self.url + path, headers=headers, **more)  # type: ignore[arg-type]
+        headers = {"Authorization": f"Bearer {self.token}"} | more.pop("headers", {})
+        return HTTP.request(method, self.url + path, headers=headers, **more)
 
     def wait_finished(self, path: str) -> dict[str, object]:
         """Wait until a task has ended; returns it."""
