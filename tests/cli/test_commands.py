@@ -192,12 +192,6 @@ async def test_token(shell: Shell, tmp_path: Path) -> None:
     await shell.run("account", "list")
 
 
-async def test_all_field_errors(shell: Shell) -> None:
-    twice = ("--account", "main", "--account", "main", "--kind", "upscale", "--kind", "upscale")
-    refused = await shell.run("tenant", "create", "other", *twice, code=1)
-    assert [line.split(":")[0] for line in refused.stderr.splitlines()] == ["Invalid options", "  accounts", "  kinds"]
-
-
 async def test_odd_names(shell: Shell) -> None:
     """Reserved characters in a name are escaped in the URL, and no name leads to another resource."""
     for name in ("main?x", "main#x", "%6Dain", "商店"):

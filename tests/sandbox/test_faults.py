@@ -66,18 +66,8 @@ async def test_request_records(sandbox: RunningSandbox, client: SandboxClient) -
     assert early.outcome == "pending"
     await client.check("1")
     submit, check = (await client.http.get("/_control/requests")).json()
-    assert submit.pop("received_at") <= check.pop("received_at")
-    assert submit.pop("image_bytes") > 0
-    assert submit == {
-        "operation": "submit",
-        "path": "/api/submit_seamless_task",
-        "user_key": "key",
-        "task_id": task_id,
-        "outcome": "accepted",
-        "detail": "",
-        "reply": "json",
-        "fields": {"fit": "0.3"},
-    }
+    assert (submit["operation"], submit["path"], submit["user_key"]) == ("submit", "/api/submit_seamless_task", "key")
+    assert (submit["task_id"], submit["outcome"], submit["fields"]) == (task_id, "accepted", {"fit": "0.3"})
     assert (check["outcome"], check["detail"]) == ("refused", "任务未找到或状态未知")
 
 

@@ -1,10 +1,8 @@
-"""The sandbox as a server: start, end, several in one process, restarts and bounded storage."""
+"""The sandbox as a server: its end, restarts and bounded storage."""
 
 from __future__ import annotations
 
 import asyncio
-import signal
-import sys
 import tempfile
 import threading
 from collections.abc import AsyncIterator
@@ -20,15 +18,6 @@ from service.sandbox.store import AccountBalance
 from tests.sandbox.conftest import SandboxClient, open_client
 
 CONFIG = SandboxConfig(accounts={"key": AccountBalance(3, 10)}, seconds=0)
-PROGRAM = """
-import asyncio, pathlib, sys
-from service.sandbox.app import SandboxConfig, serve
-from service.sandbox.store import AccountBalance
-config = SandboxConfig(folder=pathlib.Path(sys.argv[1]), accounts={"key": AccountBalance(3, 10)}, seconds=0)
-asyncio.run(serve(config, "127.0.0.1", 0, on_ready=lambda url: print(url, flush=True)))
-# The image libraries take most of a second to import: not before the first image.
-print({"cv2", "numpy", "PIL", "vtracer", "litestar"} & set(sys.modules))
-"""
 
 
 @asynccontextmanager
@@ -36,15 +25,6 @@ async def run_sandbox(folder: Path, seconds: float = 0) -> AsyncIterator[tuple[R
     config = SandboxConfig(folder=folder, accounts=CONFIG.accounts, seconds=seconds)
     async with open_sandbox(config) as sandbox, open_client(sandbox.url) as client:
         yield sandbox, client
-
-
-async def start_process(folder: Path) -> tuple[asyncio.subprocess.Process, str]:
-    """Start a sandbox as a process; return it with its URL."""
-    pipe = asyncio.subprocess.PIPE
-    command = (sys.executable, "-W", "error", "-c", PROGRAM, str(folder))
-    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
-    assert process.stdout is not None
-    return process, (await process.stdout.readline()).decode().strip()
 
 
 async def test_closing_cuts_hanging_requests() -> None:
@@ -60,34 +40,6 @@ async def test_closing_cuts_hanging_requests() -> None:
         outcomes = await asyncio.gather(*submits, return_exceptions=True)
     assert sum(isinstance(outcome, BaseException) for outcome in outcomes) == 2
     assert threading.active_count() == threads
-
-
-@pytest.mark.parametrize(("host", "named"), [("0.0.0.0", "127.0.0.1"), ("::1", "[::1]")])
-async def test_url_can_be_called(host: str, named: str) -> None:
-    """The printed URL is callable, whatever address is listened on."""
-    async with open_sandbox(CONFIG, host) as sandbox, open_client(sandbox.url) as client:
-        assert sandbox.url.startswith(f"http://{named}:")
-        assert (await client.check("1"))["err_code"] == 1
-
-
-async def test_serving_ends_with_a_signal(tmp_path: Path) -> None:
-    process, url = await start_process(tmp_path)
-    assert url.startswith("http://127.0.0.1:")
-    process.send_signal(signal.SIGINT)
-    assert await process.communicate() == (b"set()\n", b"")
-    assert process.returncode == 0
-
-
-async def test_killed_process_loses_no_accepted_task(tmp_path: Path) -> None:
-    process, url = await start_process(tmp_path)
-    async with open_client(url) as client:
-        task_id = await client.submit_accepted("submit_vector_task")
-        process.kill()
-        await process.communicate()
-    async with run_sandbox(tmp_path) as (sandbox, client):
-        await sandbox.control.wait_until_idle()
-        answer = await client.check(task_id)
-        assert (answer["status"], answer["remaining_count"]) == ("Completed", 2)
 
 
 async def test_restart(tmp_path: Path) -> None:
