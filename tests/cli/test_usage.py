@@ -12,7 +12,7 @@ from tests.cli.conftest import Shell
 
 
 async def create_usage(shell: Shell) -> tuple[dict[str, Any], str]:
-    """Create a finished task and a submission of unknown outcome, at noon so that all of it is of one day."""
+    """Create a finished task and a submission of unknown outcome."""
     gateway = shell.gateway
     task = await gateway.wait_for_task((await gateway.submit()).json()["id"])
     await gateway.upstream.lose_next_response()

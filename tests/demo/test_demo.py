@@ -1,26 +1,142 @@
-"""The demo as a whole and its client, against a real gateway, and against a scripted one for what that does not do."""
+"""The demo against a real gateway and a scripted one, and its checks of results against the promise of their kind."""
 
 import asyncio
 import io
+import json
 import re
 import sys
 import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from email.utils import formatdate
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image, ImageFilter
 
 from service.cli import main
 from service.demo.client import Cost, GatewayError, open_client
 from service.demo.run import JOBS, DemoOptions, format_cost, run_demo
+from service.demo.verify import CheckResult, UnreadableError, open_image, read_image, seam_strength, verify_results
 from tests.behaviour.gateway_fixture import run_real_gateway
 from tests.behaviour.task_readers import wait_until
-from tests.demo.conftest import SVG, TOKEN, ScriptedGateway, make_problem
+from tests.support.network import serve_app
 from tests.support.valkey import Valkey
 
+IMAGES = resources.files("service.demo") / "images"
+SENT = {job.kind: job.read_image() for job in JOBS}
 ALL = "upscale, vectorize, face-enhance, seamless"
+TOKEN = "gw_demo"
+SVG = (
+    b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="320" height="320">'
+    b'<path d="M0 0L9 9Z"/><path d="M5 5L9 0Z"/></svg>'
+)
+Body = tuple[str, bytes]
+
+
+def good_results() -> dict[str, dict[str, Body]]:
+    """Return content types and bodies by kind and name, for the caller to change."""
+    return {kind: dict(results) for kind, results in _make_results().items()}
+
+
+@cache
+def _make_results() -> dict[str, dict[str, Body]]:
+    images = {job.kind: Image.open(io.BytesIO(job.read_image())).convert("RGB") for job in JOBS}
+    photo = images["upscale"]
+    tile = tile_mirrored(images["seamless"].resize((128, 128)))
+    return {
+        "upscale": {"image": encode_image(photo.resize((photo.width * 2, photo.height * 2)), "PNG")},
+        "vectorize": {"vector": ("image/svg+xml; charset=utf-8", SVG)},
+        "face-enhance": {"image": encode_image(images["face-enhance"].filter(ImageFilter.MedianFilter(3)), "JPEG")},
+        "seamless": {"image": encode_image(tile, "PNG"), "grid": encode_image(tile_mirrored(tile), "WEBP")},
+    }
+
+
+def tile_mirrored(image: Image.Image) -> Image.Image:
+    """Tile the image with its reflections, so that opposite edges match."""
+    tiled = Image.new(image.mode, (image.width * 2, image.height * 2))
+    flipped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for x, part in ((0, image), (image.width, flipped)):
+        tiled.paste(part, (x, 0))
+        tiled.paste(part.transpose(Image.Transpose.FLIP_TOP_BOTTOM), (x, image.height))
+    return tiled
+
+
+def encode_image(image: Image.Image, form: str) -> Body:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return f"image/{form.lower()}", buffer.getvalue()
+
+
+@dataclass
+class ScriptedGateway:
+    """An ASGI app with a task for each kind: `/v1/tasks/task_KIND`."""
+
+    url: str = ""
+    states: dict[str, list[str]] = field(
+        default_factory=lambda: defaultdict(lambda: ["queued", "running", "succeeded"])
+    )
+    """The states returned by successive reads, beginning with the submission; the last one repeats."""
+    results: dict[str, dict[str, Body]] = field(default_factory=good_results)
+    replies: dict[str, tuple[int, object]] = field(default_factory=dict)
+    """Status and document in place of the ordinary response, by the end of the path."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Further fields of every task."""
+    costs: dict[str, Any] = field(default_factory=dict)
+    retry_after: str | None = "0"
+    paths: list[str] = field(default_factory=list)
+    reads: Counter[str] = field(default_factory=Counter)
+    """How often each kind was read, beginning with its submission."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        assert (b"authorization", f"Bearer {TOKEN}".encode()) in scope["headers"]
+        while (await receive()).get("more_body"):
+            pass
+        path: str = scope["path"]
+        self.paths.append(path)
+        status, headers, body = self._respond(path.removeprefix("/v1/"))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _respond(self, path: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        for end, (status, document) in self.replies.items():
+            if path.endswith(end):
+                return status, [], document if isinstance(document, bytes) else json.dumps(document).encode()
+        match path.split("/"):
+            case "tasks", task_id, "artifacts", name:
+                content_type, body = self.results[task_id.removeprefix("task_")][name]
+                return 200, [(b"content-type", content_type.encode())], body
+            case "tasks", target:
+                return self._read_task(target.removeprefix("task_"))
+            case _:
+                return 200, [], b"{}"
+
+    def _read_task(self, kind: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        states = self.states[kind]
+        state = states[min(self.reads[kind], len(states) - 1)]
+        self.reads[kind] += 1
+        links = [{"name": name, "href": f"/v1/tasks/task_{kind}/artifacts/{name}"} for name in self.results[kind]]
+        task = {"id": f"task_{kind}", "state": state, "artifacts": links if state == "succeeded" else []}
+        if state in {"succeeded", "failed"}:
+            task["cost"] = self.costs.get(kind, {"count": 1, "money": 0, "basis": "observed"})
+        headers = [] if self.retry_after is None else [(b"retry-after", self.retry_after.encode())]
+        return 200, headers, json.dumps(task | self.fields).encode()
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[ScriptedGateway]:
+    gateway = ScriptedGateway()
+    async with serve_app(gateway) as gateway.url:
+        yield gateway
+
+
+def make_problem(title: str, detail: str) -> dict[str, object]:
+    return {"type": "urn:x", "title": title, "detail": detail, "code": "x"}
 
 
 async def run_and_capture(url: str, folder: Path, **changes: Any) -> tuple[int, list[str]]:
@@ -200,3 +316,77 @@ async def test_hostile_responses(gateway: ScriptedGateway) -> None:
 def test_cost() -> None:
     assert format_cost(Cost(count=2, money=2, basis="observed")) == "2 uses + ¥2.00"
     assert format_cost(Cost(count=0, money=0, basis="observed")) == "nothing"
+
+
+def flat_image(width: int, height: int, grey: int = 90) -> bytes:
+    return encode_image(Image.new("L", (width, height), grey), "PNG")[1]
+
+
+def make_svg(attributes: str, inner: str = "") -> bytes:
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {attributes}>{inner}</svg>'.encode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "invalid"),
+    [
+        ("upscale", {"image": SENT["upscale"]}, "image"),
+        ("upscale", {"image": flat_image(720, 240)}, "image"),
+        ("upscale", {"image": b"<html></html>"}, "image"),
+        ("vectorize", {"vector": flat_image(9, 9)}, "vector"),
+        ("vectorize", {"vector": make_svg("", '<path d=" "/>')}, "vector"),
+        ("vectorize", {"vector": SVG[:-6]}, "vector"),
+        ("face-enhance", {"image": SENT["face-enhance"]}, "image"),
+        ("face-enhance", {"image": flat_image(240, 100)}, "image"),
+        ("seamless", {"image": SENT["seamless"], "grid": flat_image(512, 512)}, "image"),
+        ("seamless", {"image": flat_image(64, 64), "grid": flat_image(128, 64)}, "grid"),
+        ("seamless", {"image": flat_image(64, 64)}, "grid"),
+    ],
+)
+def test_invalid_results(kind: str, files: dict[str, bytes], invalid: str) -> None:
+    results = verify_results(kind, SENT[kind], files)
+    assert [result.name for result in results if not result.is_valid] == [invalid]
+
+
+def test_result_beyond_the_promised() -> None:
+    """It passes if it can be decoded."""
+    files = {"image": flat_image(720, 480), "vector": SVG}
+    extra = CheckResult("vector", (320, 320), "readable", is_valid=True)
+    assert verify_results("upscale", SENT["upscale"], files)[1] == extra
+
+
+def test_unreadable() -> None:
+    """A truncated image is invalid although its header is complete, and so is an SVG that declares entities."""
+    with pytest.raises(UnreadableError):
+        open_image(SENT["upscale"][:-2000])
+    bomb = b'<!DOCTYPE svg [<!ENTITY a "aaaa">]><svg xmlns="http://www.w3.org/2000/svg">&a;</svg>'
+    with pytest.raises(UnreadableError, match="entities"):
+        read_image(bomb)
+
+
+def test_size_of_drawings() -> None:
+    """The size is width and height in pixels, otherwise that of the view box, otherwise unknown."""
+    for attributes, size in (
+        ('width="319.6px" height="200px"', (320, 200)),
+        ('width="100%" height="100%" viewBox="0 0 64 32"', (64, 32)),
+        ('width="1.2.3" height="4"', None),
+    ):
+        assert read_image(make_svg(attributes)).size == size
+
+
+def test_seams() -> None:
+    """The seam is that of the worse direction, and zero if the edges match."""
+    ramp = Image.linear_gradient("L")
+    assert seam_strength(ramp) > 100
+    assert seam_strength(ramp.transpose(Image.Transpose.ROTATE_90)) > 100
+    assert seam_strength(tile_mirrored(ramp)) == 0
+    assert seam_strength(Image.new("L", (1, 8), 90)) == 0
+
+
+def test_shipped_images() -> None:
+    """Each image is small, suits its kind, and has its origin and licence documented; nothing else is shipped."""
+    assert {item.name for item in IMAGES.iterdir()} == {job.image_name for job in JOBS} | {"IMAGES.md"}
+    lines = (IMAGES / "IMAGES.md").read_text(encoding="utf-8").splitlines()
+    for job in JOBS:
+        assert len(job.read_image()) < 120_000
+        (line,) = [line for line in lines if line.startswith(f"| `{job.image_name}`")]
+        assert (f"`{job.kind}`" in line, "CC0" in line or "public domain" in line) == (True, True)
