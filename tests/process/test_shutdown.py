@@ -62,7 +62,7 @@ def read_usage(gateway: GatewayProcess) -> tuple[int, int, int]:
 def test_requests_are_finished(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
     """On SIGTERM a gateway accepts nothing new, turns unready, ends waits and streams, and finishes its requests."""
     upstream.set_faults(seconds=3_600)
-    with run_gateway(tmp_path, **upstream.gateway_settings(valkey)) as gateway, ThreadPoolExecutor() as threads:
+    with run_gateway(tmp_path, **upstream.gateway_settings(valkey)) as gateway, ThreadPoolExecutor(7) as threads:
         links = gateway.run_curl_example().json()["links"]
         before = upstream.count_requests("submit")
         waiting = [threads.submit(gateway.call, "GET", links["self"], headers={"Prefer": "wait=60"}) for _ in range(3)]
