@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import combinations
 from typing import Any
 
 import pytest
@@ -26,7 +25,6 @@ from tests.deploy.queries import (
 )
 
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
-COLUMNS = 24
 UNITS = {unit for name, unit in vars(units).items() if not name.startswith("_")}
 
 parametrize_dashboard = pytest.mark.parametrize("dashboard", DASHBOARDS.values(), ids=DASHBOARDS)
@@ -63,28 +61,14 @@ def test_variables(dashboard: dict[str, Any]) -> None:
 
 @parametrize_dashboard
 def test_panels(dashboard: dict[str, Any]) -> None:
-    """Each panel has a unique title and id, a description, a known unit and thresholds, and the chosen source."""
-    shown = panels(dashboard)
-    assert len({panel["title"] for panel in shown}) == len(shown)
-    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
-    for panel in shown:
+    """Each panel has a description, a known unit and the chosen source."""
+    for panel in panels(dashboard):
         assert panel["title"]
         assert panel["description"]
-        defaults = panel["fieldConfig"]["defaults"]
-        assert defaults["unit"] in UNITS or defaults["unit"].startswith("prefix:")
-        assert defaults["thresholds"]["steps"][0]["value"] is None
-        assert [item["datasource"] for item in (panel, *panel["targets"])] == [SOURCE] * (1 + len(panel["targets"]))
-
-
-@parametrize_dashboard
-def test_layout(dashboard: dict[str, Any]) -> None:
-    """Panels fill all columns without overlap."""
-    places = [item["gridPos"] for item in dashboard["panels"]]
-    for one, other in combinations(places, 2):
-        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
-        assert beside or one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
-    for top in {item["y"] for item in places}:
-        assert sum(item["w"] for item in places if item["y"] == top) == COLUMNS
+        unit = panel["fieldConfig"]["defaults"]["unit"]
+        assert unit in UNITS or unit.startswith("prefix:")
+        assert all(item["datasource"] == SOURCE for item in (panel, *panel["targets"]))
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
 @parametrize_dashboard
@@ -93,12 +77,6 @@ def test_import(dashboard: dict[str, Any]) -> None:
     register_default_plugins()
     assert json.loads(json.dumps(Dashboard.from_json(dashboard), cls=JSONEncoder)) == dashboard
     assert not dashboard.keys() & {"id", "version"}
-
-
-def test_uids_are_stable() -> None:
-    """Bookmarks depend on the uids."""
-    uids = {dashboard["uid"] for dashboard in DASHBOARDS.values()}
-    assert uids == {"gateway-service", "gateway-tenants", "gateway-upstream", "gateway-tasks"}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda item: item.sli)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
-import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -18,7 +16,6 @@ from deploy.grafana.__main__ import main as write_dashboards
 from deploy.helm.__main__ import main as write_chart
 from deploy.reference import main as write_reference
 from service import __version__
-from service.cli import main
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -68,25 +65,12 @@ def test_health_check(monkeypatch: pytest.MonkeyPatch) -> None:
     assert healthcheck.main() == 1
 
 
-def test_sandbox_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the extra, `gateway sandbox` names it and the missing modules."""
-    for name in ("cv2", "vtracer"):
-        monkeypatch.setitem(sys.modules, name, None)
-    result = CliRunner().invoke(main, ["sandbox", "--port", "0"])
-    assert result.exit_code == 1
-    assert all(word in result.output for word in ("cv2", "vtracer", "imaging-gateway[local]"))
-
-
 def test_version() -> None:
-    """The version of the code is that of the package, and the newest of the changelog, whose versions descend."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    assert project["tool"]["hatch"]["version"] == {"path": "service/__init__.py"}
-    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
-    released = headings[1:] if headings[0] == "[Unreleased]" else headings
-    assert released[0].startswith(f"[{__version__}] ")
-    matches = [re.fullmatch(r"\[(\d+)\.(\d+)\.(\d+)\] - \d{4}-\d\d-\d\d", heading) for heading in released]
-    versions = [tuple(map(int, match.groups())) for match in matches if match]
-    assert len(versions) == len(released)
+    """The version is the newest of the changelog, whose versions descend."""
+    headings = re.findall(r"^## \[(.*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    released = [heading for heading in headings if heading != "Unreleased]"]
+    assert released[0].startswith(f"{__version__}] - ")
+    versions = [tuple(map(int, heading.partition("]")[0].split("."))) for heading in released]
     assert versions == sorted(set(versions), reverse=True)
 
 

@@ -170,6 +170,73 @@ def test_egress(name: str, redis: list[int]) -> None:
     private = {"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "fc00::/7"}
     extra = 'networkPolicy.extraEgress=[{"ports":[{"port":9000}]}]'
     for role, webhooks in (("api", []), ("worker", [[443]])):
-        dns, store, *internet, _ = rules = policy_rules("egress", role, extra, name=name)
+        rules = policy_rules("egress", role, extra, name=name)
         assert [rule_ports(item) for item in rules] == [[53], redis, [443], *webhooks, [9000]]
-        assert {port["protocol"] for port in dns["ports"]} == {"TCP", "UDP"}
+        assert {port["protocol"] for port in rules[0]["ports"]} == {"TCP", "UDP"}
+        for rule in rules[2:-1]:
+            assert private <= {network for peer in rule["to"] for network in peer["ipBlock"]["except"]}
+
+
+def test_monitoring() -> None:
+    """Rules and dashboards are included unchanged but for their links; Prometheus scrapes the operators' port."""
+    resources = render_release("production", 'fullnameOverride="other"')
+    rules = {item["metadata"]["name"]: item["spec"] for item in resources_of_kind(resources, "PrometheusRule")}
+    assert rules.keys() == {f"other-{file.stem}" for file in RULE_FILES}
+    for file in RULE_FILES:
+        text = file.read_text("utf-8").replace("https://grafana.example", "https://graphs.example")
+        text = text.replace(
+            "https://imaging-gateway.example/RUNBOOK.md", "https://wiki.example/imaging-gateway/runbook"
+        )
+        assert rules[f"other-{file.stem}"]["groups"] == yaml.safe_load(text)["groups"]
+    maps = resources_of_kind(resources, "ConfigMap")
+    maps = [item for item in maps if "grafana_dashboard" in item["metadata"]["labels"]]
+    dashboards = {name: json.loads(text) for item in maps for name, text in item["data"].items()}
+    assert dashboards == {f"imaging-gateway-{name}.json": dashboard for name, dashboard in DASHBOARDS.items()}
+    (monitor,) = [item["spec"] for item in resources_of_kind(resources, "ServiceMonitor")]
+    services = {item["metadata"]["name"]: item for item in resources_of_kind(resources, "Service")}
+    labels = services["other-operators"]["metadata"]["labels"]
+    assert matches_selector(monitor["selector"]["matchLabels"], labels)
+    assert not matches_selector(monitor["selector"]["matchLabels"], services["other"]["metadata"]["labels"])
+    assert labels[monitor["jobLabel"]] == "imaging-gateway"  # which the rules select
+    assert [(item["port"], item["path"]) for item in monitor["endpoints"]] == [("operators", "/metrics")]
+
+
+def registry_job(*settings: str) -> tuple[Any, Any]:
+    """Return the pod of the Job that applies the registry, and its container."""
+    pod = get_resource(render_release("production", *settings), "Job", "-registry")["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    return pod, container
+
+
+def test_registry_job(tmp_path: Path) -> None:
+    """The Job calls the operators' Service with a mounted file, and with no secret but their token and the file's."""
+    pod, container = registry_job()
+    service = get_resource(render_release("production"), "Service", "-operators")
+    (port,) = service["spec"]["ports"]
+    assert f"--url=http://{service['metadata']['name']}:{port['port']}" in container["args"]
+    environment = pod_environment(pod, tmp_path, "")
+    settings = Settings.load({name: text for name, text in environment.items() if name.startswith("GATEWAY_")})
+    assert settings.admin_token
+    assert (settings.redis_url, settings.secret_keys) == (None, ())
+    assert [item["name"] for item in container["env"] if "valueFrom" in item] == ["MAIN_USER_KEY"]
+    (mount,) = [item for item in container["volumeMounts"] if item["name"] == "registry"]
+    (volume,) = [item for item in pod["spec"]["volumes"] if item["name"] == "registry"]
+    (item,) = volume["configMap"]["items"]
+    assert container["args"][:2] == ["apply", f"{mount['mountPath']}/{item['path']}"]
+    config_map = get_resource(render_release("production"), "ConfigMap", "-registry")
+    assert volume["configMap"]["name"] == config_map["metadata"]["name"]
+    assert item["key"] in config_map["data"]
+    theirs, _ = registry_job('registry.toml=""', 'registry.existingConfigMap="theirs"')
+    assert "theirs" in [volume.get("configMap", {}).get("name") for volume in theirs["spec"]["volumes"]]
+
+
+async def test_registry_command(shell: Shell, tmp_path: Path) -> None:
+    """The Job's command applies the file, and a second run changes nothing."""
+    file = tmp_path / "registry.toml"
+    file.write_text(get_resource(render_release("production"), "ConfigMap", "-registry")["data"]["registry.toml"])
+    shell.environ["MAIN_USER_KEY"] = "key-of-main"
+    command, _, _, *options = registry_job()[1]["args"]
+    assert "--prune" in options
+    assert "--prune" not in registry_job("registry.prune=false")[1]["args"]
+    assert "Applied" in (await shell.run(command, str(file), *options)).stdout
+    assert "nothing to change" in (await shell.run(command, str(file), *options)).stdout
