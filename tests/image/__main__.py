@@ -1,4 +1,7 @@
-"""Build the image, check it from outside, then run the smoke test in namespaces."""
+"""Build the production image, check it from outside, then run the main job with it in namespaces (`make image-check`).
+
+It needs no container engine and no image registry: debootstrap makes the base image on the machine.
+"""
 
 from __future__ import annotations
 

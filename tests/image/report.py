@@ -1,14 +1,17 @@
-"""One line per check, like the Makefile's other steps, and commands that must succeed."""
+"""One line per check, like the Makefile's other steps, and the programs that are checked."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import click
+import httpx2
 
 TIMEOUT_SECONDS = 30.0
 
@@ -48,3 +51,65 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         expect(time.monotonic() < deadline, f"{what} was not reached within {TIMEOUT_SECONDS:g} s")
         time.sleep(0.02)
+
+
+def is_ready(url: str) -> bool:
+    with suppress(httpx2.TransportError):
+        return httpx2.get(f"{url}/readyz", trust_env=False).status_code == 200
+    return False
+
+
+@dataclass(frozen=True)
+class Program:
+    """How to run commands: the words before each, their whole environment and their folder."""
+
+    words: Sequence[str]
+    environ: Mapping[str, str]
+    folder: Path
+
+    def execute(self, *words: str, stdin: str = "") -> tuple[int, str]:
+        """Run a command; returns the exit code and all output."""
+        done = subprocess.run(
+            [*self.words, *words],
+            cwd=self.folder,
+            env=self.environ,
+            input=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+        return done.returncode, done.stdout
+
+    def check_output(self, *words: str, stdin: str = "") -> str:
+        """Run a command that must succeed; returns its output."""
+        code, output = self.execute(*words, stdin=stdin)
+        expect(code == 0, f"{output}`{' '.join(words[:3])}` ended with exit code {code}")
+        return output
+
+    def expect_failure(self, *words: str, code: int, names: Sequence[str]) -> None:
+        """Require that a command fails with this exit code and an error that has these names."""
+        result, output = self.execute(*words)
+        is_clear = "Traceback" not in output and all(name in output for name in names)
+        expect(result == code and is_clear, f"{output}`{' '.join(words)}` ended with {result} or without the names")
+
+    @contextmanager
+    def start(self, *words: str, log: Path, ops_url: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Start a gateway, which is killed at the end, and wait until it is ready."""
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*self.words, *words],
+                cwd=self.folder,
+                env=self.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        try:
+            wait_until(lambda: process.poll() is not None or is_ready(ops_url), "readiness")
+            expect(process.poll() is None, f"{log.read_text()}it ended with exit code {process.returncode}")
+            yield process
+        finally:
+            process.kill()
+            process.wait()
