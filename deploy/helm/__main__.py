@@ -1,4 +1,4 @@
-"""Render the chart's examples, or check that the files are up to date."""
+"""Render the chart with two of its examples, or check that the files are up to date."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _omit_copies(resource: Resource) -> Resource:
 @click.option("--folder", type=click.Path(path_type=Path), default=FOLDER, help="Where the files are.")
 @click.option("--check", is_flag=True, help="Write nothing; fail if anything would be written.")
 def main(*, folder: Path, check: bool) -> None:
-    """Render the chart with each of its examples, to review changes of the result."""
+    """Render the chart with the examples `default` and `production`, to review changes of the result."""
     expected = render_all()
     if not check:
         write_examples(folder, expected)
