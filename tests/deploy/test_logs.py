@@ -30,8 +30,8 @@ def logged_events() -> Mapping[str, Event]:
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
                 for name, event in _call_events(call, call.func):
-                    before = results.get(name, Event(frozenset(), frozenset()))
-                    results[name] = Event(*(one | other for one, other in zip(before, event, strict=True)))
+                    levels, fields, is_open = results.get(name, Event(frozenset(), frozenset()))
+                    results[name] = Event(levels | event.levels, fields | event.fields, is_open or event.is_open)
     return results
 
 

@@ -44,7 +44,7 @@ class Prometheus:
 
     def query_value(self, query: str) -> float | None:
         """Return the single current value of a query, or None."""
-        result = self._query_at(time.time(), query)
+        result = self._get("query", query=query)["result"]
         assert len(result) <= 1, result
         return float(result[0]["value"][1]) if result else None
 
@@ -65,8 +65,8 @@ class Prometheus:
     def wait_for_scrape(self) -> None:
         """Wait until all targets have been scraped from now on."""
         since = time.time()
-        last = "min(timestamp(gateway_build_info)) and on () count(up == 1) == "
-        wait_until(lambda: (self.query_value(f"{last}{self.targets}") or 0) > since, "a scrape of all targets")
+        query = f"min(timestamp(gateway_build_info)) and on () count(up == 1) == {self.targets}"
+        wait_until(lambda: (self.query_value(query) or 0) > since, "a scrape of all targets")
 
     def wait_for_rules(self) -> None:
         """Wait until everything is scraped and every rule is evaluated on that; this is the final evaluation."""
@@ -78,9 +78,6 @@ class Prometheus:
     def _is_evaluated(self, since: float) -> bool:
         groups = self._get("rules")["groups"]
         return all(datetime.fromisoformat(group["lastEvaluation"]).timestamp() > since for group in groups)
-
-    def _query_at(self, moment: float, query: str) -> Sequence[Sample]:
-        return cast("list[Sample]", self._get("query", query=query, time=moment)["result"])
 
     def _get(self, path: str, **query: Any) -> Any:
         answer = self.http.get(f"{self.url}/api/v1/{path}", params=query).json()
@@ -148,7 +145,8 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredSys
         workload.send_refused(gateway)
         workload.inject_upstream_faults(gateway)
         workload.spend_outside(gateway)
-        workload.deliver_webhooks(gateway)
+        for name in workload.RECEIVER_STATUSES:
+            gateway.run_task(name)
         workload.interrupt_store(gateway, lambda: prometheus.query_value("max(gateway_redis_up)") == 0)
         workload.abandon_request(gateway)
         workload.outlast_deadlines(gateway)

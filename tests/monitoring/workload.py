@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -30,9 +30,13 @@ from tests.support.images import make_png
 from tests.support.network import reserve_port
 from tests.support.valkey import Valkey, run_valkey
 
-UNAVAILABLE_STATUSES = 502, 503
-"""The statuses of an artifact that cannot be fetched."""
 LEASE_SECONDS = 180
+CHECK_FAULTS: Mapping[str, Mapping[str, Any]] = {
+    "no_response": {"reply": "page", "status": 502},
+    "not_found": {"wrong": {"status": "null"}},
+    "invalid": {"wrong": {"images_url": "missing", "vector_url": "missing", "grid_url": "missing"}},
+}
+"""Faults in checks of tasks, by the resulting outcome."""
 WINDOWS = ("minute", "hour", "day", "month", "total")
 DENYING_POLICIES: Mapping[str, Mapping[str, Any]] = {
     **{f"{window}-tasks": {"limits": [{"window": window, "tasks": 1}]} for window in WINDOWS},
@@ -43,18 +47,6 @@ DENYING_POLICIES: Mapping[str, Mapping[str, Any]] = {
 """A tenant for each reason to deny, of the same name; one task at the highest price uses up its limit."""
 RECEIVER_STATUSES = {"accepting": 204, "busy": 500, "gone": 410}
 """Tenants, with the status that their webhook receivers return."""
-CHECK_FAULTS: Mapping[str, Mapping[str, Any]] = {
-    "no_response": {"reply": "page", "status": 502},
-    "not_found": {"wrong": {"status": "null"}},
-    "invalid": {"wrong": {"images_url": "missing", "vector_url": "missing", "grid_url": "missing"}},
-}
-"""Faults in checks of tasks, by the resulting outcome."""
-FILE_FAULTS: Sequence[Mapping[str, Any]] = (
-    {"reply": "page", "status": 404},
-    {"reply": "page", "status": 500},
-    {"reply": "cut"},
-)
-"""Faults in artifacts."""
 _ACCOUNT = {"max-active": "main", "balance": "empty"}
 
 
@@ -105,12 +97,6 @@ class MonitoredGateway:
         samples = (sample for family in families for sample in family.samples if sample.name == name)
         return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
-    def count_webhook_attempts(self) -> int:
-        return self.worker.log_path.read_text().count("webhook.attempted")
-
-    def has_more_attempts(self, count: int) -> bool:
-        return self.count_webhook_attempts() > count
-
     def call_admin(self, method: str, path: str, **more: Any) -> Any:
         headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
         answer = self.http.request(method, f"{self.api.ops_url}/admin/v1{path}", headers=headers, **more)
@@ -137,41 +123,37 @@ class MonitoredGateway:
         headers = {"Authorization": f"Bearer {self.tokens.get(tenant, 'unknown')}"} | dict(more.pop("headers", {}))
         return self.http.request(method, self.api.url + path, headers=headers, **more)
 
-    def submit(
-        self, tenant: str, kind: str = "face-enhance", headers: Mapping[str, str] | None = None
-    ) -> httpx2.Response:
+    def submit(self, tenant: str, kind: str = "face-enhance", **more: Any) -> httpx2.Response:
         files = {"image": ("a.png", make_png(), "image/png")}
-        return self.call(tenant, "POST", f"/v1/tasks/{kind}", files=files, headers=headers or {})
+        return self.call(tenant, "POST", f"/v1/tasks/{kind}", files=files, **more)
 
-    def submit_accepted(self, tenant: str, kind: str = "face-enhance") -> str:
-        """Submit; returns the path of the task."""
+    def submit_expecting(self, status: int, tenant: str = "steady", kind: str = "face-enhance") -> str:
+        """Submit, which must have this status; returns the path of the task, if any."""
         answer = self.submit(tenant, kind)
-        assert answer.status_code == 201, answer.text
-        return str(answer.json()["links"]["self"])
+        assert answer.status_code == status, answer.text
+        return str(answer.json()["links"]["self"]) if answer.is_success else ""
 
-    def start_task(self, tenant: str, *, seconds: float = 60) -> str:
-        """Start a task that takes so long, as all following ones do; returns its path."""
-        self.upstream.set_faults(seconds=seconds)
-        return self.submit_accepted(tenant)
-
-    def run_task(self, tenant: str, kind: str = "face-enhance") -> dict[str, Any]:
-        """Run a task to its end, waiting with `Prefer: wait`."""
-        path, result = self.submit_accepted(tenant, kind), {}
+    def run_task(self, tenant: str = "steady", kind: str = "face-enhance", state: str = "succeeded") -> str:
+        """Run a task to its end, waiting with `Prefer: wait`; returns its path."""
+        path = self.submit_expecting(201, tenant, kind)
 
         def has_ended() -> bool:
-            result.update(self.call(tenant, "GET", path, headers={"Prefer": "wait=5"}).json())
-            return result.get("state") in {"succeeded", "failed"}
+            current = self.call(tenant, "GET", path, headers={"Prefer": "wait=5"}).json()["state"]
+            assert current in {"queued", "running", state}
+            return bool(current == state)
 
         wait_until(has_ended, "the end of a task")
-        return result
+        return path
 
-    def run_kinds(self, tenant: str) -> list[dict[str, Any]]:
-        """Run a task of each kind, one at a time, so that each cost can be observed."""
-        return [self.run_task(tenant, kind) for kind in Kind]
+    @contextmanager
+    def faults(self, *faults: dict[str, Any], seconds: float = 0) -> Iterator[None]:
+        """Let the upstream have faults, once unless they say otherwise, and tasks take their time."""
+        self.upstream.set_faults(*({"times": 1, **fault} for fault in faults), seconds=seconds)
+        yield
+        self.upstream.set_faults()
 
-    def advance_clock(self, seconds: float) -> None:
-        """Advance the ledger's clock, which stands still from then on."""
-        advance_clock(self.store, self.prefix, seconds)
+    def wait_for_sample(self, name: str, **labels: str) -> None:
+        wait_until(lambda: self.sum_samples(name, **labels) > 0, f"{name} {labels}")
 
     @contextmanager
     def stop_store(self) -> Iterator[None]:
@@ -241,165 +223,129 @@ def create_tenants(gateway: MonitoredGateway) -> None:
 
 def run_tasks(gateway: MonitoredGateway) -> None:
     """Run every kind of task to its end, followed in every way."""
-    with ThreadPoolExecutor() as threads:
-        (task, *_), _ = threads.map(gateway.run_kinds, ("steady", "money"))
-    for path in ("", "?limit=5", f"/{task['id']}", f"/{task['id']}/artifacts/image"):
-        assert gateway.call("steady", "GET", f"/v1/tasks{path}").status_code == 200, path
-    for path in ("/v1/usage", "/v1/quota"):
-        assert gateway.call("steady", "GET", path).status_code == 200
-    for kind in ("task", "vector_task", "face_enhance_task", "seamless_task"):
-        form = {"user_key": gateway.tokens["steady"]}, {"input_image": ("a.png", make_png(), "image/png")}
-        old = gateway.http.post(f"{gateway.api.url}/api/submit_{kind}", data=form[0], files=form[1]).json()
-        check = {"user_key": gateway.tokens["steady"], "task_id": old["task_id"]}
+    for kind in Kind:  # one at a time, so that each cost can be observed
+        gateway.run_task("money", kind)
+    task, *_ = [gateway.run_task("steady", kind) for kind in Kind]
+    for path in ("/v1/tasks", "/v1/tasks?limit=5", task, f"{task}/artifacts/image", "/v1/usage", "/v1/quota"):
+        assert gateway.call("steady", "GET", path).status_code == 200, path
+    identity = {"user_key": gateway.tokens["steady"]}
+    for name in ("task", "vector_task", "face_enhance_task", "seamless_task"):
+        image = {"input_image": ("a.png", make_png(), "image/png")}
+        old = gateway.http.post(f"{gateway.api.url}/api/submit_{name}", data=identity, files=image).json()
+        check = {**identity, "task_id": old["task_id"]}
         assert gateway.http.post(f"{gateway.api.url}/api/check_task_status", data=check).json()["err_code"] == 0
-    refund = gateway.call_admin("POST", "/refunds", json={"task": task["id"], "reason": "It came out blank."})
-    assert refund["refund"]
+    refund = {"task": task.rpartition("/")[2], "reason": "It came out blank."}
+    assert gateway.call_admin("POST", "/refunds", json=refund)["refund"]
     key = {"Idempotency-Key": '"once-and-no-more-than-once"'}
-    ids = {gateway.submit("steady", headers=key).json()["id"] for _ in range(2)}
-    assert len(ids) == 1
-    with ThreadPoolExecutor() as threads:
-        running = gateway.start_task("steady", seconds=1.5)
+    assert len({gateway.submit("steady", headers=key).json()["id"] for _ in range(2)}) == 1
+    with ThreadPoolExecutor() as threads, gateway.faults(seconds=1.5):
+        running = gateway.submit_expecting(201)
         followed = threads.submit(gateway.call, "steady", "GET", f"{running}/events")
         waited = threads.submit(gateway.call, "steady", "GET", running, headers={"Prefer": "wait=10"})
         assert waited.result().json()["state"] == "succeeded"
         assert "succeeded" in followed.result().text
-    gateway.upstream.set_faults()
 
 
 def send_refused(gateway: MonitoredGateway) -> None:
-    """Send requests that are denied or invalid."""
+    """Send requests that are denied or invalid. At the turn of a minute the limit of minutes starts again."""
     for name in DENYING_POLICIES:
-        if name == "max-active":
-            gateway.upstream.set_faults(seconds=2)
-        gateway.submit(name)
-        wait_until(partial(_is_denied, gateway, name), f"a refusal by {name}")
-        gateway.upstream.set_faults()
-    expected = {
-        ("unknown-token", "GET", "/v1/quota"): 401,
-        ("steady", "GET", "/v1/nothing"): 404,
-        ("steady", "DELETE", "/v1/quota"): 405,
-        ("steady", "POST", "/v1/tasks/upscale"): 415,
-    }
-    results = {item: gateway.call(*item).status_code for item in expected}
-    assert results == expected, results
+        with gateway.faults(seconds=2 if name == "max-active" else 0):
+            wait_until(partial(_is_denied, gateway, name), "a refusal")
+    for tenant, method, path, status in (
+        ("unknown-token", "GET", "/v1/quota", 401),
+        ("steady", "GET", "/v1/nothing", 404),
+        ("steady", "DELETE", "/v1/quota", 405),
+        ("steady", "POST", "/v1/tasks/upscale", 415),
+    ):
+        assert gateway.call(tenant, method, path).status_code == status
     assert gateway.http.get(f"{gateway.api.ops_url}/admin/v1/accounts").status_code == 401
 
 
 def inject_upstream_faults(gateway: MonitoredGateway) -> None:
     """Run tasks while the vendor's submits, checks and artifacts fail."""
-    _with_fault(gateway, {"on": "submit", "fail": "it could not be done"}, lambda: _expect_state(gateway, "failed"))
-    _with_fault(gateway, {"on": "submit", "reject": "too dark"}, lambda: _expect_status(gateway, "steady", [502]))
-    _with_fault(gateway, {"on": "submit", "reply": "reset"}, lambda: _expect_status(gateway, "steady", [504]))
-    for status in (301, 429):
-        refused = {"on": "submit", "reply": "page", "status": status, "when": "before"}
-        _with_fault(gateway, refused, lambda: _expect_status(gateway, "steady", [503]))
-    for tenant, status in (("unknown", 503), ("two-accounts", 201)):
+    with gateway.faults({"on": "submit", "fail": "it could not be done"}):
+        gateway.run_task(state="failed")
+    for fault, tenant, status in (
+        ({"reject": "too dark"}, "steady", 502),
+        ({"reply": "reset"}, "steady", 504),
+        ({"reply": "page", "status": 301, "when": "before"}, "steady", 503),
+        ({"reply": "page", "status": 429, "when": "before"}, "steady", 503),
+        ({"refuse": "账户不存在"}, "unknown", 503),
+        ({"refuse": "账户不存在"}, "two-accounts", 201),
+    ):
         gateway.call_admin("POST", "/accounts/unknown/reopen")
-        _with_fault(
-            gateway, {"on": "submit", "refuse": "账户不存在"}, partial(_expect_status, gateway, tenant, [status])
-        )
-    nothing = {"remaining_count": "missing", "remaining_money": "missing"}
-    _with_fault(gateway, {"times": None, "wrong": nothing}, lambda: _expect_state(gateway, "succeeded", "blind"))
-    for answer, fault in CHECK_FAULTS.items():
-        _with_fault(gateway, {"on": "check", "times": None, **fault}, partial(_wait_for_check, gateway, answer))
-    result = f"/v1/tasks/{gateway.run_task('steady')['id']}/artifacts/image"
-    for fault in FILE_FAULTS:
-        _with_fault(gateway, {"on": "file", **fault}, lambda: _expect_unavailable(gateway, result))
+        with gateway.faults({"on": "submit", **fault}):
+            gateway.submit_expecting(status, tenant)
+    with gateway.faults({"times": None, "wrong": {"remaining_count": "missing", "remaining_money": "missing"}}):
+        gateway.run_task("blind")
+    for outcome, failure in CHECK_FAULTS.items():
+        with gateway.faults({"on": "check", "times": None, **failure}):
+            gateway.submit_expecting(201)
+            gateway.wait_for_sample("gateway_poll_checks_total", outcome=outcome)
+    artifact = f"{gateway.run_task()}/artifacts/image"
+    for broken in ({"reply": "page", "status": 404}, {"reply": "page", "status": 500}, {"reply": "cut"}):
+        with gateway.faults({"on": "file", **broken}), suppress(httpx2.RemoteProtocolError):
+            assert gateway.call("steady", "GET", artifact).status_code in {502, 503}
     for _ in range(BREAKER_THRESHOLD + 1):
-        _expect_status(gateway, "away", [503])
+        gateway.submit_expecting(503, "away")
 
 
 def spend_outside(gateway: MonitoredGateway) -> None:
     """Spend prepaid uses and money outside the gateway."""
-    gateway.run_task("leaky")
-    gateway.set_balance("leaky", 15, 50)
-    gateway.run_task("leaky")
-    gateway.set_balance("leaky", 14, 40)
-    gateway.run_task("leaky")
+    for count, money in ((20, 50), (15, 50), (14, 40)):
+        gateway.set_balance("leaky", count, money)
+        gateway.run_task("leaky")
     unexplained = gateway.call_admin("GET", "/accounts/leaky")["unexplained"]
     assert unexplained["count"] > 0, unexplained
     assert unexplained["money"] > 0, unexplained
 
 
-def deliver_webhooks(gateway: MonitoredGateway) -> None:
-    """Send webhooks to a receiver that accepts, one that fails and one that is gone."""
-    for name in RECEIVER_STATUSES:
-        gateway.run_task(name)
-
-
 def interrupt_store(gateway: MonitoredGateway, is_noticed: Callable[[], bool]) -> None:
     """Let the store reject writes, then stop it until the metrics show that."""
-    task = gateway.start_task("steady")
-    with Redis(unix_socket_path=str(gateway.store.socket_path)) as client:
-        client.config_set("min-replicas-to-write", 1)
-        _expect_status(gateway, "steady", [503])
-        client.config_set("min-replicas-to-write", 0)
-    with gateway.stop_store():
-        assert gateway.call("steady", "GET", task).status_code == 200
-        _expect_status(gateway, "steady", [503])
-        wait_until(is_noticed, "word of a store that is away")
-    wait_until(lambda: gateway.call("steady", "GET", "/v1/tasks").status_code == 200, "the return of the store")
-    gateway.upstream.set_faults()
+    with gateway.faults(seconds=60):
+        task = gateway.submit_expecting(201)
+        with Redis(unix_socket_path=str(gateway.store.socket_path)) as client:
+            client.config_set("min-replicas-to-write", 1)
+            gateway.submit_expecting(503)
+            client.config_set("min-replicas-to-write", 0)
+        with gateway.stop_store():
+            assert gateway.call("steady", "GET", task).status_code == 200
+            gateway.submit_expecting(503)
+            wait_until(is_noticed, "word of a store that is away")
+        wait_until(lambda: gateway.call("steady", "GET", "/v1/tasks").status_code == 200, "the return of the store")
 
 
 def abandon_request(gateway: MonitoredGateway) -> None:
     """Disconnect a client that waits for the end of a task."""
-    url, path = httpx2.URL(gateway.api.url), gateway.start_task("steady")
-    request = f"GET {path} HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {gateway.tokens['steady']}\r\n"
-    with socket.create_connection((url.host, url.port)) as client:
-        client.sendall(f"{request}Prefer: wait=60\r\n\r\n".encode())
-        wait_until(lambda: gateway.sum_samples("gateway_waiting_clients") > 0, "a client that waits")
-    wait_until(lambda: gateway.sum_samples("gateway_http_requests_total", status="499") > 0, "word that it left")
-    gateway.upstream.set_faults()
+    url = httpx2.URL(gateway.api.url)
+    with gateway.faults(seconds=60), socket.create_connection((url.host, url.port)) as client:
+        path, token = gateway.submit_expecting(201), gateway.tokens["steady"]
+        head = f"GET {path} HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {token}\r\nPrefer: wait=60\r\n\r\n"
+        client.sendall(head.encode())
+        gateway.wait_for_sample("gateway_waiting_clients")
+    gateway.wait_for_sample("gateway_http_requests_total", status="499")
 
 
 def outlast_deadlines(gateway: MonitoredGateway) -> None:
     """Advance the clock until a submission has outlasted its lease, and the failing receiver its last retry."""
     before = gateway.upstream.count_requests("submit")
-    gateway.upstream.set_faults({"on": "submit", "times": 1, "latency": 8, "reply": "reset"})
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor() as threads, gateway.faults({"on": "submit", "latency": 8, "reply": "reset"}):
         submitting = threads.submit(gateway.submit, "steady")
         wait_until(lambda: gateway.upstream.count_requests("submit") > before, "the submit")
-        gateway.advance_clock(LEASE_SECONDS)
-        wait_until(lambda: gateway.sum_samples("gateway_reservations_expired_total") > 0, "the end of a lease")
+        advance_clock(gateway.store, gateway.prefix, LEASE_SECONDS)
+        gateway.wait_for_sample("gateway_reservations_expired_total")
         while not gateway.sum_samples("gateway_webhook_attempts_total", state="failed"):
-            attempts = gateway.count_webhook_attempts()
-            gateway.advance_clock(2 * max(RETRY_SECONDS))
-            wait_until(partial(gateway.has_more_attempts, attempts), "another attempt")
+            attempts = gateway.sum_samples("gateway_webhook_attempts_total")
+            advance_clock(gateway.store, gateway.prefix, 2 * max(RETRY_SECONDS))
+            wait_until(partial(_has_more_attempts, gateway, attempts), "another attempt")
         failed = gateway.call_admin("GET", "/webhooks/failed")["items"]
         gateway.call_admin("POST", f"/webhooks/{failed[0]['id']}/redeliver")
         assert submitting.result().status_code == 504
 
 
 def _is_denied(gateway: MonitoredGateway, tenant: str) -> bool:
-    """Submit, and return whether it was denied. At the turn of a minute the limit of minutes starts again."""
     return gateway.submit(tenant).status_code in {402, 429}
 
 
-def _with_fault(gateway: MonitoredGateway, fault: Mapping[str, Any], act: Callable[[], None]) -> None:
-    gateway.upstream.set_faults({"times": 1, **fault})
-    act()
-    gateway.upstream.set_faults()
-
-
-def _wait_for_check(gateway: MonitoredGateway, answer: str) -> None:
-    """Run a task until a check has this outcome."""
-    gateway.submit_accepted("steady")
-    wait_until(
-        lambda: gateway.sum_samples("gateway_poll_checks_total", outcome=answer) > 0, f"a check that is {answer}"
-    )
-
-
-def _expect_state(gateway: MonitoredGateway, state: str, tenant: str = "steady") -> None:
-    assert gateway.run_task(tenant)["state"] == state
-
-
-def _expect_status(gateway: MonitoredGateway, tenant: str, statuses: Sequence[int]) -> None:
-    answer = gateway.submit(tenant)
-    assert answer.status_code in statuses, answer.text
-
-
-def _expect_unavailable(gateway: MonitoredGateway, path: str) -> None:
-    """Require an error response or a connection that is cut."""
-    with suppress(httpx2.RemoteProtocolError):
-        assert gateway.call("steady", "GET", path).status_code in UNAVAILABLE_STATUSES
+def _has_more_attempts(gateway: MonitoredGateway, count: float) -> bool:
+    return gateway.sum_samples("gateway_webhook_attempts_total") > count
