@@ -37,12 +37,8 @@ TARGET_LABELS = frozenset({"job", "instance", "namespace", "pod"})
 _OPERATORS = {"MatchOp.Equal": "=", "MatchOp.NotEqual": "!=", "MatchOp.Re": "=~", "MatchOp.NotRe": "!~"}
 
 
-class Matcher(NamedTuple):
-    """A condition on a label."""
-
-    label: str
-    operator: str
-    value: str
+Matcher = tuple[str, str, str]
+"""A condition on a label: label, operator and value."""
 
 
 class Selector(NamedTuple):
@@ -103,7 +99,7 @@ def list_selectors(query: str) -> Sequence[Selector]:
 
     def enter(part: Any) -> None:
         if isinstance(part, VectorSelector):
-            matchers = [Matcher(item.name, _OPERATORS[str(item.op)], item.value) for item in part.matchers.matchers]
+            matchers = [(item.name, _OPERATORS[str(item.op)], item.value) for item in part.matchers.matchers]
             results.append(Selector(part.name or "", tuple(matchers), tuple(reversed(around))))
         elif isinstance(part, AggregateExpr):
             around.append(str(part.op))

@@ -7,10 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models import units
-from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from deploy.grafana.objectives import OBJECTIVES
 from tests.deploy.queries import (
@@ -24,17 +21,14 @@ from tests.deploy.queries import (
     query_variables,
 )
 
-SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 UNITS = {unit for name, unit in vars(units).items() if not name.startswith("_")}
-
-parametrize_dashboard = pytest.mark.parametrize("dashboard", DASHBOARDS.values(), ids=DASHBOARDS)
 
 
 def test_queries() -> None:
     """Every selector has the chosen namespace, and series are aggregated as their kind requires."""
     for query in panel_queries():
         for selector in list_selectors(query.text):
-            assert "namespace" in {matcher.label for matcher in selector.matchers}, query.location
+            assert "namespace" in {label for label, _, _ in selector.matchers}, query.location
             if selector.name.endswith(("_total", "_bucket", "_sum", "_count")):
                 assert selector.enclosing[0] in {"rate", "increase"}, query.location
             if selector.name in ledger_series():  # all processes export it alike
@@ -47,36 +41,23 @@ def test_every_metric_is_on_a_dashboard() -> None:
     assert metric_families() - {re.sub("_(total|bucket|sum|count)$", "", name) for name in used} == set()
 
 
-@parametrize_dashboard
+@pytest.mark.parametrize("dashboard", DASHBOARDS.values(), ids=DASHBOARDS)
 def test_variables(dashboard: dict[str, Any]) -> None:
     """All variables are used, and the choice `All` also matches series without the label."""
     defined = {item["name"] for item in dashboard["templating"]["list"]}
     assert set(re.findall(r"\$\{?([a-z]\w*)", json.dumps({**dashboard, "templating": None}))) == defined
     for variable in query_variables(dashboard):
-        assert variable["datasource"] == SOURCE
         assert variable["includeAll"]
         assert variable["current"]["value"] in ("$__all", ["$__all"])
         assert re.fullmatch(variable["allValue"], "") is not None
 
 
-@parametrize_dashboard
-def test_panels(dashboard: dict[str, Any]) -> None:
-    """Each panel has a description, a known unit and the chosen source."""
-    for panel in panels(dashboard):
-        assert panel["title"]
-        assert panel["description"]
-        unit = panel["fieldConfig"]["defaults"]["unit"]
-        assert unit in UNITS or unit.startswith("prefix:")
-        assert all(item["datasource"] == SOURCE for item in (panel, *panel["targets"]))
-    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
-
-
-@parametrize_dashboard
-def test_import(dashboard: dict[str, Any]) -> None:
-    """Grafana's schema has all fields, and there is no numeric id, which could be another dashboard's."""
-    register_default_plugins()
-    assert json.loads(json.dumps(Dashboard.from_json(dashboard), cls=JSONEncoder)) == dashboard
-    assert not dashboard.keys() & {"id", "version"}
+def test_units() -> None:
+    """Grafana knows every unit: for others it shows the plain number."""
+    for dashboard in DASHBOARDS.values():
+        for panel in panels(dashboard):
+            unit = panel["fieldConfig"]["defaults"]["unit"]
+            assert unit in UNITS or unit.startswith("prefix:"), panel["title"]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda item: item.sli)

@@ -1,11 +1,11 @@
-"""The image and the version, checked without a build; `make image-check` and `make release-check` build both."""
+"""The health check, the version, and the checks of generated files."""
 
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import click
 import pytest
@@ -18,27 +18,6 @@ from deploy.reference import main as write_reference
 from service import __version__
 
 ROOT = Path(__file__).parents[2]
-DOCKERFILE = (ROOT / "Dockerfile").read_text()
-
-
-def test_build() -> None:
-    """Uv has one version, the base image is an argument, and a change of the code keeps the layer of the packages."""
-    makefile = (ROOT / "Makefile").read_text()
-    assert re.findall(r"^ARG UV_VERSION=(\S+)$", DOCKERFILE, re.MULTILINE) == re.findall(
-        r"^UV_VERSION := (\S+)$", makefile, re.MULTILINE
-    )
-    assert re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE) == ["${PYTHON_IMAGE}"] * 2
-    steps = [DOCKERFILE.index(step) for step in ("COPY pyproject.toml uv.lock", "--no-install-project", "COPY service")]
-    assert steps == sorted(steps)
-
-
-def test_build_context() -> None:
-    """The build context contains exactly what the Dockerfile copies."""
-    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
-    assert lines[0] == "*"
-    copied = re.findall(r"^COPY (?:--\S+ )*(.+) \S+$", DOCKERFILE, re.MULTILINE)
-    sources = {source for words in copied for source in words.split() if source != "/app"}
-    assert {line.strip("!/") for line in lines if line.startswith("!")} == sources
 
 
 def test_health_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,15 +32,11 @@ def test_health_check(monkeypatch: pytest.MonkeyPatch) -> None:
             """Suppress the request log."""
 
     statuses = [500, 200]
-    with ThreadingHTTPServer(("127.0.0.1", 0), Operators) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Operators) as server, ThreadPoolExecutor() as threads:
         monkeypatch.setenv("GATEWAY_OPS_PORT", str(server.server_port))
-        serving = Thread(target=server.serve_forever)
-        serving.start()
-        try:
-            assert [healthcheck.main(), healthcheck.main()] == [0, 1]
-        finally:
-            server.shutdown()
-            serving.join()
+        threads.submit(server.serve_forever, 0.01)
+        assert [healthcheck.main(), healthcheck.main()] == [0, 1]
+        server.shutdown()
     assert healthcheck.main() == 1
 
 

@@ -13,7 +13,6 @@ import re
 import secrets
 import signal
 import socket
-import stat
 import struct
 import subprocess
 import sys
@@ -46,7 +45,6 @@ _SECRETS = Path("/run/secrets")
 """The folder of a container's secrets."""
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
-_DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9)}
 
 
 class SmokeTestInput(Struct):
@@ -71,11 +69,7 @@ def _mount_rootfs(tree: Path, root: Path, secrets: Mapping[str, str], user: int,
     run_command(["mount", "--bind", str(tree), str(root)])
     run_command(["mount", "--options", "remount,bind,ro,nosuid,nodev", str(root)])
     _mount_scratch(root / "tmp", "mode=1777,noexec,nosuid,nodev,size=256m")
-    _mount_scratch(root / "dev", "mode=755,noexec,nosuid,size=64k")
-    for name, (major, minor) in _DEVICES.items():
-        device = root / "dev" / name
-        os.mknod(device, stat.S_IFCHR, os.makedev(major, minor))
-        device.chmod(0o666)
+    run_command(["mount", "--bind", "/dev", str(root / "dev")])
     _mount_scratch(root / "run", "mode=755,noexec,nosuid,nodev,size=1m")
     folder = root / _SECRETS.relative_to("/")
     folder.mkdir()
@@ -140,8 +134,7 @@ def main() -> None:
             command = (*config.entrypoint, *config.cmd)
             gateway = opened.enter_context(container.start(*command, log=log, ops_url=_OPERATORS))
             expect(container.execute(*words[1:])[0] == 0, f"{log.read_text()}the health check fails")
-        with step("image: does the main job") as figures:
-            figures.append(f"{len(JOBS)} images")
+        with step("image: does the main job"):
             _run_main_job(container, log, folder / "results")
         with step("image: leaves nothing behind"):
             left = [path.name for path in (root / "tmp").iterdir()]

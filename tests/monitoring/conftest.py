@@ -58,9 +58,9 @@ class Prometheus:
         times = {"start": self.started_at, "end": self.evaluated_at}
         return cast("list[Mapping[str, str]]", self._get("series", **times, **{"match[]": selector}))
 
-    def rules(self) -> Sequence[Mapping[str, Any]]:
-        """Return all rules with their last evaluation."""
-        return [rule for group in self._get("rules")["groups"] for rule in group["rules"]]
+    def rule_groups(self) -> Sequence[Mapping[str, Any]]:
+        """Return the groups of all rules with their last evaluation."""
+        return cast("list[Mapping[str, Any]]", self._get("rules")["groups"])
 
     def wait_for_scrape(self) -> None:
         """Wait until all targets have been scraped from now on."""
@@ -76,8 +76,8 @@ class Prometheus:
         self.evaluated_at = time.time()
 
     def _is_evaluated(self, since: float) -> bool:
-        groups = self._get("rules")["groups"]
-        return all(datetime.fromisoformat(group["lastEvaluation"]).timestamp() > since for group in groups)
+        ends = [datetime.fromisoformat(group["lastEvaluation"]).timestamp() for group in self.rule_groups()]
+        return min(ends) > since
 
     def _get(self, path: str, **query: Any) -> Any:
         answer = self.http.get(f"{self.url}/api/v1/{path}", params=query).json()

@@ -13,7 +13,6 @@ from tests.deploy.queries import (
     DASHBOARDS,
     RULES,
     TARGET_LABELS,
-    Matcher,
     PanelQuery,
     Selector,
     fill_variables,
@@ -38,16 +37,13 @@ def split_or(query: str) -> Iterator[str]:
 
 def split_alternatives(selector: Selector) -> Iterator[Selector]:
     """Yield a selector once for each label value that it names."""
-    if not any(matcher.operator in {"=", "=~"} for matcher in selector.matchers):
+    matchers = selector.matchers
+    if not any(operator in {"=", "=~"} for _, operator, _ in matchers):
         yield selector
-    for place, (label, operator, value) in enumerate(selector.matchers):
+    for place, (label, operator, value) in enumerate(matchers):
         for alternative in expand_alternatives(value) if operator in {"=", "=~"} else ():
-            matchers = [
-                *selector.matchers[:place],
-                Matcher(label, operator, alternative),
-                *selector.matchers[place + 1 :],
-            ]
-            yield Selector(selector.name, tuple(matchers))
+            chosen = (label, operator, alternative)
+            yield Selector(selector.name, (*matchers[:place], chosen, *matchers[place + 1 :]))
 
 
 def expand_alternatives(pattern: str) -> list[str]:
@@ -83,8 +79,8 @@ def test_selectors(monitored: MonitoredSystem) -> None:
     }
     for rule in RULES:
         if "record" in rule:
-            matchers = [Matcher(label, "=", value) for label, value in rule.get("labels", {}).items()]
-            selectors.add(str(Selector(rule["record"], tuple(matchers))))
+            matchers = tuple((label, "=", value) for label, value in rule.get("labels", {}).items())
+            selectors.add(str(Selector(rule["record"], matchers)))
     assert [selector for selector in sorted(selectors) if not monitored.prometheus.list_series(selector)] == []
 
 
@@ -99,6 +95,6 @@ def test_variables(monitored: MonitoredSystem, dashboard: Mapping[str, Any]) -> 
 
 def test_rules_are_evaluated(monitored: MonitoredSystem) -> None:
     """No rule has failed on the metrics of two replicas, and none is missing."""
-    rules = monitored.prometheus.rules()
+    rules = [rule for group in monitored.prometheus.rule_groups() for rule in group["rules"]]
     assert {item["name"]: item["lastError"] for item in rules if item["health"] != "ok"} == {}
     assert len(rules) == len(RULES)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.settings import FILE_SUFFIX, SETTINGS, Role, Settings
+from service.settings import Role, Settings
 from tests.deploy.kubernetes.release import (
     REDIS_URLS,
     RELEASES,
@@ -16,7 +16,6 @@ from tests.deploy.kubernetes.release import (
     pod_environment,
     pod_templates,
     render_release,
-    resources_of_kind,
 )
 
 
@@ -47,25 +46,10 @@ def test_restricted(name: str) -> None:
                 "capabilities": {"drop": ["ALL"]},
                 "readOnlyRootFilesystem": True,
             }
+        # Secrets can be read by the group: it is fsGroup, since their files belong to root.
+        assert context["fsGroup"] == context["runAsGroup"]
         kinds = {kind for volume in spec["volumes"] for kind in volume.keys() - {"name"}}
         assert kinds <= {"projected", "emptyDir", "configMap"}
-
-
-@pytest.mark.parametrize("name", RELEASES)
-def test_environment(name: str) -> None:
-    """Every GATEWAY variable is a setting, given once; secrets are files of existing Secrets."""
-    known = {setting.name for setting in SETTINGS if not setting.is_secret}
-    known |= {setting.name + FILE_SUFFIX for setting in SETTINGS}
-    resources = render_release(name)
-    assert resources_of_kind(resources, "Secret") == []
-    for _, pod in pod_templates(resources):
-        names = [item["name"] for item in pod["spec"]["containers"][0]["env"]]
-        assert len(set(names)) == len(names)
-        assert {item for item in names if item.startswith("GATEWAY_")} <= known
-        (volume,) = [item for item in pod["spec"]["volumes"] if item["name"] == "secrets"]
-        # Group-readable: the group is fsGroup, since the files belong to root.
-        assert volume["projected"]["defaultMode"] == 0o440
-        assert pod["spec"]["securityContext"]["fsGroup"] == pod["spec"]["securityContext"]["runAsGroup"]
 
 
 @pytest.mark.parametrize("name", RELEASES)

@@ -55,7 +55,6 @@ def test_errors(setting: str, place: str) -> None:
     "policy",
     [
         {"upstream": {"ports": [443, 8443]}},
-        {"upstream": {"ports": [9000], "to": []}},
         {"extraEgress": [{"ports": [{"port": 8443}]}]},
         {"enabled": False},
     ],
