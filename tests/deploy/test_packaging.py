@@ -41,7 +41,9 @@ def test_health_check(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_version() -> None:
-    """The version is the newest of the changelog, whose versions descend."""
+    """The version is that of the chart, and the newest of the changelog, whose versions descend."""
+    chart = (ROOT / "deploy" / "helm" / "imaging-gateway" / "Chart.yaml").read_text("utf-8")
+    assert re.findall(r'^appVersion: "?([\d.]+)', chart, re.MULTILINE) == [__version__]
     headings = re.findall(r"^## \[(.*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
     released = [heading for heading in headings if heading != "Unreleased]"]
     assert released[0].startswith(f"{__version__}] - ")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -87,18 +87,11 @@ def _expect_files(config: Config, base: Path, root: Path) -> None:
 
 def _scan_tree(root: Path) -> Mapping[Path, FileState]:
     results = {}
-    for path in _walk(root):
+    for path in root.rglob("*"):
         state = path.lstat()
         changes = (0, 0) if stat.S_ISDIR(state.st_mode) else (state.st_size, int(state.st_mtime))
         results[path.relative_to(root)] = (state.st_mode, state.st_uid, state.st_gid, *changes)
     return results
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for path in folder.iterdir():
-        yield path
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path)
 
 
 def _may_write(state: FileState, user: int, group: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,10 @@ from pathlib import Path
 
 import click
 import httpx2
+from msgspec import json
+
+from service.demo.run import JOBS
+from service.devstack import SANDBOX_USER_KEY
 
 TIMEOUT_SECONDS = 30.0
 
@@ -112,3 +117,19 @@ class Program:
         finally:
             process.kill()
             process.wait()
+
+
+def run_main_job(gateway: Program, url: str, results: Path) -> None:
+    """Create an account, a tenant and a token with a `gateway`, and run the checkout's demo with them.
+
+    The demo checks the images with a library that production does not have.
+    """
+    gateway.check_output("account", "create", "main", "--user-key-file", "-", stdin=SANDBOX_USER_KEY)
+    gateway.check_output("tenant", "create", "shop", "--account", "main", "--limit", f"total:tasks={len(JOBS)}")
+    token = json.decode(gateway.check_output("token", "create", "shop", "--json"))["token"]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
+    demo = Program([sys.executable, "-m", "service", "demo"], own, Path.cwd())
+    demo.check_output("--url", url, "--token", token, "--folder", str(results))
+    policies = json.decode(gateway.check_output("quota", "shop", "--json"))["policies"]
+    left = [policy["remaining"] for policy in policies if policy["unit"] == "tasks"]
+    expect(left == [0], f"of a limit of {len(JOBS)} tasks, {left} are left")

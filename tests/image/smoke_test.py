@@ -26,10 +26,8 @@ import httpx2
 from msgspec import Struct, json
 
 from service import __version__
-from service.demo.run import JOBS
-from service.devstack import SANDBOX_USER_KEY
 from tests.image.buildah import Config
-from tests.image.report import TIMEOUT_SECONDS, CheckFailed, Program, expect, run_command, step
+from tests.image.report import TIMEOUT_SECONDS, CheckFailed, Program, expect, run_command, run_main_job, step
 from tests.process.sandbox import run_sandbox
 from tests.support.network import reserve_port
 from tests.support.valkey import run_valkey
@@ -135,7 +133,7 @@ def main() -> None:
             gateway = opened.enter_context(container.start(*command, log=log, ops_url=_OPERATORS))
             expect(container.execute(*words[1:])[0] == 0, f"{log.read_text()}the health check fails")
         with step("image: does the main job"):
-            _run_main_job(container, log, folder / "results")
+            run_main_job(replace(container, words=[*container.words, "gateway"]), _TENANTS, folder / "results")
         with step("image: leaves nothing behind"):
             left = [path.name for path in (root / "tmp").iterdir()]
             expect(not left, f"left in the scratch folder: {', '.join(left)}")
@@ -179,22 +177,6 @@ def _expect_bytecode(container: Program) -> None:
     compiled = [path for path in loaded if path.endswith(".py")]
     expect(loaded, "Python reports no loaded module")
     expect(not compiled, f"{len(compiled)} modules are compiled at the start, such as {compiled[:1]}")
-
-
-def _run_main_job(container: Program, log: Path, results: Path) -> None:
-    """Create an account, a tenant and a token with the image's command, and run the demo with them."""
-    container.check_output("gateway", "account", "create", "main", "--user-key-file", "-", stdin=SANDBOX_USER_KEY)
-    limit = f"total:tasks={len(JOBS)}"
-    container.check_output("gateway", "tenant", "create", "shop", "--account", "main", "--limit", limit)
-    token = json.decode(container.check_output("gateway", "token", "create", "shop", "--json"))["token"]
-    own = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
-    # The demo checks the images with a library that the image does not have.
-    demo = [sys.executable, "-m", "service", "demo", "--url", _TENANTS, "--token", token, "--folder", str(results)]
-    done = subprocess.run(demo, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    expect(done.returncode == 0, f"{log.read_text()}{done.stdout}the demo ended with exit code {done.returncode}")
-    policies = json.decode(container.check_output("gateway", "quota", "shop", "--json"))["policies"]
-    left = [policy["remaining"] for policy in policies if policy["unit"] == "tasks"]
-    expect(left == [0], f"of a limit of {len(JOBS)} tasks, {left} are left")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import httpx2
 import pytest
 import yaml
 
 from tests.deploy.queries import PROMETHEUS, RULE_FILES
 from tests.monitoring import workload
 from tests.monitoring.workload import MonitoredGateway, run_monitored_gateway
-from tests.process.gateway import TIMEOUT_SECONDS, wait_until
+from tests.process.gateway import HTTP, wait_until
 
 NAMESPACE = "imaging"
 SCRAPE_SECONDS = 1
@@ -37,7 +36,6 @@ class Prometheus:
     """A running server. `started_at` and `evaluated_at` (the final evaluation) are in seconds of the epoch."""
 
     url: str
-    http: httpx2.Client
     started_at: float
     targets: int
     evaluated_at: float = 0
@@ -80,7 +78,7 @@ class Prometheus:
         return min(ends) > since
 
     def _get(self, path: str, **query: Any) -> Any:
-        answer = self.http.get(f"{self.url}/api/v1/{path}", params=query).json()
+        answer = HTTP.get(f"{self.url}/api/v1/{path}", params=query).json()
         assert answer["status"] == "success", answer
         assert "warnings" not in answer, answer
         return answer["data"]
@@ -114,11 +112,10 @@ def run_prometheus(folder: Path, targets: list[str]) -> Iterator[Prometheus]:
         return address and address[1]
 
     try:
-        with httpx2.Client(timeout=TIMEOUT_SECONDS, trust_env=False) as http:
-            wait_until(lambda: find_address() is not None, "the address of Prometheus")
-            server = Prometheus(f"http://{find_address()}", http, time.time(), len(targets))
-            wait_until(lambda: http.get(f"{server.url}/-/ready").status_code == 200, "the start of Prometheus")
-            yield server
+        wait_until(lambda: find_address() is not None, "the address of Prometheus")
+        server = Prometheus(f"http://{find_address()}", time.time(), len(targets))
+        wait_until(lambda: HTTP.get(f"{server.url}/-/ready").status_code == 200, "the start of Prometheus")
+        yield server
     finally:
         process.kill()
         process.wait()

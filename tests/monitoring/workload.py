@@ -24,7 +24,7 @@ from redis import Redis
 from service.clients.http import BREAKER_THRESHOLD
 from service.domain.tasks import Kind
 from service.domain.webhooks import RETRY_SECONDS
-from tests.process.gateway import TIMEOUT_SECONDS, GatewayProcess, start_gateway, wait_until
+from tests.process.gateway import HTTP, GatewayProcess, start_gateway, wait_until
 from tests.process.sandbox import ADMIN_TOKEN, SandboxProcess, advance_clock, run_sandbox
 from tests.support.images import make_png
 from tests.support.network import reserve_port
@@ -77,9 +77,8 @@ class MonitoredGateway:
     prefix: str
     receiver_url: str
     unreachable_url: str
-    http: httpx2.Client
+    opened: ExitStack
     tokens: dict[str, str] = field(default_factory=dict)
-    restarted_stores: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
     def targets(self) -> list[str]:
@@ -88,7 +87,7 @@ class MonitoredGateway:
 
     def scrape_all(self) -> list[str]:
         """Scrape both processes."""
-        return [self.http.get(f"http://{target}/metrics").raise_for_status().text for target in self.targets]
+        return [HTTP.get(f"http://{target}/metrics").raise_for_status().text for target in self.targets]
 
     def sum_samples(self, name: str, **labels: str) -> float:
         """Sum the samples of a metric with these labels over both processes."""
@@ -99,7 +98,7 @@ class MonitoredGateway:
 
     def call_admin(self, method: str, path: str, **more: Any) -> Any:
         headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
-        answer = self.http.request(method, f"{self.api.ops_url}/admin/v1{path}", headers=headers, **more)
+        answer = HTTP.request(method, f"{self.api.ops_url}/admin/v1{path}", headers=headers, **more)
         assert answer.is_success, answer.text
         return answer.json()
 
@@ -111,7 +110,7 @@ class MonitoredGateway:
 
     def set_balance(self, name: str, count: int, money: int) -> None:
         body = {"count": count, "money": money}
-        self.http.put(f"{self.upstream.url}/_control/accounts/{name}", json=body).raise_for_status()
+        HTTP.put(f"{self.upstream.url}/_control/accounts/{name}", json=body).raise_for_status()
 
     def create_tenant(self, name: str, *accounts: str, **policy: Any) -> None:
         """Create a tenant on some accounts, with a token."""
@@ -121,7 +120,7 @@ class MonitoredGateway:
     def call(self, tenant: str, method: str, path: str, **more: Any) -> httpx2.Response:
         """Call the tenants' port as a tenant, or with an unknown token."""
         headers = {"Authorization": f"Bearer {self.tokens.get(tenant, 'unknown')}"} | dict(more.pop("headers", {}))
-        return self.http.request(method, self.api.url + path, headers=headers, **more)
+        return HTTP.request(method, self.api.url + path, headers=headers, **more)
 
     def submit(self, tenant: str, kind: str = "face-enhance", **more: Any) -> httpx2.Response:
         files = {"image": ("a.png", make_png(), "image/png")}
@@ -155,16 +154,6 @@ class MonitoredGateway:
     def wait_for_sample(self, name: str, **labels: str) -> None:
         wait_until(lambda: self.sum_samples(name, **labels) > 0, f"{name} {labels}")
 
-    @contextmanager
-    def stop_store(self) -> Iterator[None]:
-        """Kill the store, and restart it with its data."""
-        command = self.store.process.args
-        self.store.kill()
-        try:
-            yield
-        finally:
-            self.restarted_stores.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
-
 
 @contextmanager
 def run_monitored_gateway(folder: Path) -> Iterator[MonitoredGateway]:
@@ -186,7 +175,7 @@ def run_monitored_gateway(folder: Path) -> Iterator[MonitoredGateway]:
             prefix=shared["GATEWAY_KEY_PREFIX"],
             receiver_url=f"http://127.0.0.1:{receiver.server_port}",
             unreachable_url=f"http://127.0.0.1:{reserve_port()}",
-            http=opened.enter_context(httpx2.Client(timeout=TIMEOUT_SECONDS, trust_env=False)),
+            opened=opened,
         )
         try:
             api.wait_ready()
@@ -195,9 +184,6 @@ def run_monitored_gateway(folder: Path) -> Iterator[MonitoredGateway]:
         finally:
             receiver.shutdown()
             receiving.join()
-            for process in gateway.restarted_stores:
-                opened.callback(process.wait)
-                opened.callback(process.kill)
 
 
 def create_tenants(gateway: MonitoredGateway) -> None:
@@ -231,9 +217,9 @@ def run_tasks(gateway: MonitoredGateway) -> None:
     identity = {"user_key": gateway.tokens["steady"]}
     for name in ("task", "vector_task", "face_enhance_task", "seamless_task"):
         image = {"input_image": ("a.png", make_png(), "image/png")}
-        old = gateway.http.post(f"{gateway.api.url}/api/submit_{name}", data=identity, files=image).json()
+        old = HTTP.post(f"{gateway.api.url}/api/submit_{name}", data=identity, files=image).json()
         check = {**identity, "task_id": old["task_id"]}
-        assert gateway.http.post(f"{gateway.api.url}/api/check_task_status", data=check).json()["err_code"] == 0
+        assert HTTP.post(f"{gateway.api.url}/api/check_task_status", data=check).json()["err_code"] == 0
     refund = {"task": task.rpartition("/")[2], "reason": "It came out blank."}
     assert gateway.call_admin("POST", "/refunds", json=refund)["refund"]
     key = {"Idempotency-Key": '"once-and-no-more-than-once"'}
@@ -258,7 +244,7 @@ def send_refused(gateway: MonitoredGateway) -> None:
         ("steady", "POST", "/v1/tasks/upscale", 415),
     ):
         assert gateway.call(tenant, method, path).status_code == status
-    assert gateway.http.get(f"{gateway.api.ops_url}/admin/v1/accounts").status_code == 401
+    assert HTTP.get(f"{gateway.api.ops_url}/admin/v1/accounts").status_code == 401
 
 
 def inject_upstream_faults(gateway: MonitoredGateway) -> None:
@@ -308,10 +294,12 @@ def interrupt_store(gateway: MonitoredGateway, is_noticed: Callable[[], bool]) -
             client.config_set("min-replicas-to-write", 1)
             gateway.submit_expecting(503)
             client.config_set("min-replicas-to-write", 0)
-        with gateway.stop_store():
-            assert gateway.call("steady", "GET", task).status_code == 200
-            gateway.submit_expecting(503)
-            wait_until(is_noticed, "word of a store that is away")
+        gateway.store.kill()
+        assert gateway.call("steady", "GET", task).status_code == 200
+        gateway.submit_expecting(503)
+        wait_until(is_noticed, "word of a store that is away")
+        restarted = gateway.opened.enter_context(subprocess.Popen(gateway.store.process.args))
+        gateway.opened.callback(restarted.kill)
         wait_until(lambda: gateway.call("steady", "GET", "/v1/tasks").status_code == 200, "the return of the store")
 
 

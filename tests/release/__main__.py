@@ -15,12 +15,10 @@ from tempfile import TemporaryDirectory
 from zipfile import ZipFile
 
 import click
-import httpx2
 
 from service import __version__
 from service.crypto import generate_secret_key
-from service.devstack import SANDBOX_USER_KEY
-from tests.image.report import TIMEOUT_SECONDS, Program, expect, run_command, step, wait_until
+from tests.image.report import TIMEOUT_SECONDS, Program, expect, run_command, run_main_job, step
 from tests.process.sandbox import run_sandbox
 from tests.support.network import reserve_port
 from tests.support.valkey import run_valkey
@@ -52,7 +50,7 @@ def main(uv: Path, dist: Path) -> None:
             installed.expect_failure("sandbox", code=1, names=(_EXTRA,))
             installed.expect_failure("demo", code=1, names=())
         with step("release: does the main job"):
-            _run_main_job(installed)
+            _serve(installed)
         dist.mkdir(exist_ok=True)
         (dist / wheel.name).write_bytes(wheel.read_bytes())
     click.echo(f"{dist / wheel.name}")
@@ -90,7 +88,7 @@ def _install(wheel: Path, uv: Path, folder: Path) -> Program:
     return Program([str(venv / "bin" / "gateway")], {"PATH": os.defpath, "HOME": str(empty)}, empty)
 
 
-def _run_main_job(installed: Program) -> None:
+def _serve(installed: Program) -> None:
     """Serve with a real store and the checkout's sandbox, from the account to the result."""
     port, ops_port, log = reserve_port(), reserve_port(), installed.folder / "log"
     with run_valkey("--appendonly", "yes") as store, run_sandbox() as upstream:
@@ -107,25 +105,9 @@ def _run_main_job(installed: Program) -> None:
         program = replace(installed, environ={**installed.environ, **settings})
         program.check_output("check-config", "--connect")
         with program.start("serve", log=log, ops_url=f"http://127.0.0.1:{ops_port}") as process:
-            program.check_output("account", "create", "main", "--user-key-file", "-", stdin=SANDBOX_USER_KEY)
-            program.check_output("tenant", "create", "shop", "--account", "main")
-            token = program.check_output("token", "create", "shop").split()[-1]
-            _submit(f"http://127.0.0.1:{port}", token)
+            run_main_job(program, f"http://127.0.0.1:{port}", installed.folder / "results")
             process.terminate()
             expect(process.wait(TIMEOUT_SECONDS) == 0, f"{log.read_text()}it ended with exit code {process.returncode}")
-
-
-def _submit(url: str, token: str) -> None:
-    picture = (_ROOT / "service" / "demo" / "images" / "face.jpg").read_bytes()
-    headers = {"Authorization": f"Bearer {token}"}
-    with httpx2.Client(base_url=url, headers=headers, trust_env=False, timeout=TIMEOUT_SECONDS) as client:
-        for path in ("/docs", "/openapi.json"):
-            client.get(path).raise_for_status()
-        task = client.post("/v1/tasks/face-enhance", files={"image": picture}).raise_for_status().json()
-        link = task["links"]["self"]
-        wait_until(lambda: client.get(link).json()["state"] == "succeeded", "the end of the task")
-        result = client.get(f"{link}/artifacts/image").raise_for_status()
-        expect(result.content.startswith(b"\x89PNG"), "the result is no PNG")
 
 
 if __name__ == "__main__":

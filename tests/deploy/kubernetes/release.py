@@ -13,12 +13,7 @@ from deploy.helm.chart import EXAMPLES, Resource, render
 
 ROLES = ("api", "worker")
 RELEASES = tuple(EXAMPLES)
-REDIS_URLS: Mapping[str, str] = {
-    "default": "redis://:p%40ss@redis/3",
-    "production": "rediss://gateway:pass@redis.example:6380?ssl_ca_certs=/etc/redis-ca/ca.crt",
-    "sentinel": "redis+sentinel://gateway:pass@sentinel-0,sentinel-1,sentinel-2/main",
-    "cluster": "rediss+cluster://gateway:pass@node-0,node-1,node-2",
-}
+REDIS_URL = "rediss://gateway:pass@redis.example:6380"
 """The Redis URL in the Secret of each release."""
 
 
@@ -54,10 +49,10 @@ def matches_selector(selector: Mapping[str, str], labels: Mapping[str, str]) -> 
     return bool(selector) and selector.items() <= labels.items()
 
 
-def pod_environment(pod: Any, folder: Path, redis_url: str) -> Mapping[str, str]:
+def pod_environment(pod: Any, folder: Path) -> Mapping[str, str]:
     """Return a container's environment, with generated secrets mounted below `folder`."""
     made_up = {
-        "redis-url": redis_url,
+        "redis-url": REDIS_URL,
         "secret-keys": base64.b64encode(secrets.token_bytes(32)).decode(),
         "admin-token": secrets.token_hex(32),
     }

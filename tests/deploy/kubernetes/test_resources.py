@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from deploy.helm.chart import CHART, EXAMPLES, helm
-from service import __version__
 from service.settings import Settings
 from tests.cli.conftest import Shell, shell
 from tests.deploy.kubernetes.release import (
@@ -31,8 +30,7 @@ from tests.deploy.queries import DASHBOARDS, RULE_FILES
 
 __all__ = ["shell"]
 
-CHART_METADATA = yaml.safe_load((CHART / "Chart.yaml").read_text("utf-8"))
-OLDEST_KUBERNETES = re.sub(r"^>=(\d+\.\d+)\..*", r"\1", CHART_METADATA["kubeVersion"])
+OLDEST_KUBERNETES = re.findall(r"^kubeVersion: \W*(\d+\.\d+)", (CHART / "Chart.yaml").read_text(), re.MULTILINE)[0]
 
 
 @pytest.mark.parametrize("name", RELEASES)
@@ -43,17 +41,6 @@ def test_syntax(name: str) -> None:
         if not item["apiVersion"].startswith("monitoring.coreos.com/"):
             for version in (OLDEST_KUBERNETES, kubernetes_validate.latest_version()):
                 assert version.startswith(kubernetes_validate.validate(dict(item), version, strict=True))
-
-
-def test_image() -> None:
-    """The image has the version of the gateway; it can be pinned by digest, which overrides the tag."""
-    digest = f"sha256:{'0' * 64}"
-    for settings, image in (
-        ((), f"registry/imaging-gateway:{__version__}"),
-        ((f'image.digest="{digest}"', 'image.tag="2"'), f"registry/imaging-gateway@{digest}"),
-    ):
-        pods = pod_templates(render_release("default", *settings))
-        assert {pod["spec"]["containers"][0]["image"] for _, pod in pods} == {image}
 
 
 @pytest.mark.parametrize("name", RELEASES)
@@ -81,24 +68,11 @@ def test_selectors() -> None:
         selectors = [deployment["selector"], budget["selector"], *(item["labelSelector"] for item in spread)]
         for selector in selectors:
             assert selected(selector["matchLabels"]) == [f"photos-imaging-gateway-{role}"]
-    tenants, operators = (get_resource(resources, "Service", name)["spec"]["selector"] for name in ("", "-operators"))
-    assert selected(tenants) == ["photos-imaging-gateway-api"]
-    assert selected(operators) == [f"photos-imaging-gateway-{role}" for role in ROLES]
-
-
-def test_ports() -> None:
-    """Every referenced port exists on its pods; tenants reach only theirs."""
-    resources = render_release("production")
-    for service in resources_of_kind(resources, "Service"):
-        (port,) = service["spec"]["ports"]
-        for _, pod in pod_templates(resources):
-            if matches_selector(service["spec"]["selector"], pod["metadata"]["labels"]):
-                (container,) = pod["spec"]["containers"]
-                assert port["targetPort"] in {item["name"] for item in container["ports"]}
+    tenants, operators = (get_resource(resources, "Service", name)["spec"] for name in ("", "-operators"))
+    assert selected(tenants["selector"]) == ["photos-imaging-gateway-api"]
+    assert selected(operators["selector"]) == [f"photos-imaging-gateway-{role}" for role in ROLES]
     (path,) = get_resource(resources, "Ingress")["spec"]["rules"][0]["http"]["paths"]
     assert path["backend"]["service"] == {"name": "photos-imaging-gateway", "port": {"name": "tenants"}}
-    assert get_resource(resources, "Service")["spec"]["ports"][0]["targetPort"] == "tenants"
-    assert get_resource(resources, "Service", "-operators")["spec"]["type"] == "ClusterIP"
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -213,7 +187,7 @@ def test_registry_job(tmp_path: Path) -> None:
     service = get_resource(render_release("production"), "Service", "-operators")
     (port,) = service["spec"]["ports"]
     assert f"--url=http://{service['metadata']['name']}:{port['port']}" in container["args"]
-    environment = pod_environment(pod, tmp_path, "")
+    environment = pod_environment(pod, tmp_path)
     settings = Settings.load({name: text for name, text in environment.items() if name.startswith("GATEWAY_")})
     assert settings.admin_token
     assert (settings.redis_url, settings.secret_keys) == (None, ())

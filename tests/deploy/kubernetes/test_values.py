@@ -120,13 +120,11 @@ def test_ranges() -> None:
 
 
 def test_extras() -> None:
-    """Additional variables and volumes apply to both roles, node selectors and labels to one."""
+    """Additional variables apply to both roles, node selectors and labels to one."""
     own = {"nodeSelector": {"disk": "ssd"}, "tolerations": [{"key": "images"}], "affinity": {"nodeAffinity": {}}}
     resources = render_release(
         "default",
         'extraEnv=[{"name":"OTEL_RESOURCE_ATTRIBUTES","value":"team=images"}]',
-        'extraVolumes=[{"name":"ca","configMap":{"name":"ca"}}]',
-        'extraVolumeMounts=[{"name":"ca","mountPath":"/etc/ca"}]',
         f"worker={json.dumps(own)}",
         'worker.podLabels={"team":"images"}',
         "serviceAccount.create=false",
@@ -137,8 +135,6 @@ def test_extras() -> None:
     for pod in (api, worker):
         (container,) = pod["spec"]["containers"]
         assert {"name": "OTEL_RESOURCE_ATTRIBUTES", "value": "team=images"} in container["env"]
-        assert {"name": "ca", "mountPath": "/etc/ca"} in container["volumeMounts"]
-        assert {"name": "ca", "configMap": {"name": "ca"}} in pod["spec"]["volumes"]
         assert pod["spec"]["serviceAccountName"] == "theirs"
     assert worker["metadata"]["labels"]["team"] == "images"
     assert own.items() <= worker["spec"].items()
