@@ -114,13 +114,6 @@ def list_selectors(query: str) -> Sequence[Selector]:
     return results
 
 
-def metric_families() -> frozenset[str]:
-    """Return the names of the gateway's metrics, without the suffixes of their series."""
-    collectors: Any = list(Metrics(CollectorRegistry()).registry._collector_to_names)
-    families = (getattr(collector, "describe", collector.collect)() for collector in collectors)
-    return frozenset(family.name for several in families for family in several if family.name.startswith("gateway_"))
-
-
 @cache
 def ledger_series() -> frozenset[str]:
     """Return the names of series that all processes read from the ledger, so that summing them is wrong."""

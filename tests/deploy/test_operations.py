@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import signal
@@ -19,7 +17,6 @@ import httpx2
 import pytest
 
 from service.devstack import find_server_binary
-from service.domain.tenants import generate_token
 from service.storage.redis import DATA_VERSION
 from tests.process.sandbox import SandboxProcess, run_sandbox
 from tests.support.images import make_png
@@ -78,7 +75,6 @@ class ProcedureShell:
     upstream: SandboxProcess
     stores: tuple[int, int]
     keys: Mapping[str, str]
-    token: str = field(default_factory=generate_token)
     ports: dict[str, str] = field(default_factory=dict)
 
     def run(self, *parts: str) -> str:
@@ -110,21 +106,12 @@ class ProcedureShell:
         return printed
 
     def run_installed(self, *parts: str) -> str:
-        """Run scripts after an installation with an account and a tenant, whose token has the id in the document."""
-        (self.folder / "shop.token").write_text(self.token)
-        shop = {
-            "accounts": ["main"],
-            "limits": [{"window": "day", "tasks": 200, "money": 150}],
-            "max_active": 10,
-            "tokens": {"0123456789ab": {"sha256": hashlib.sha256(self.token.encode()).hexdigest()}},
-        }
-        main = {"user_key": {"file": "secrets/main.key", "value": _KEYS[0]}}
-        registry = json.dumps({"accounts": {"main": main}, "tenants": {"shop": shop}})
-        create = (
-            "curl -fsS -o /dev/null -X PUT -H 'Content-Type: application/json' "
-            f"""-H "Authorization: Bearer $(cat secrets/admin-token)" -d '{registry}' "$OPS/admin/v1/registry" """
-        )
-        return self.run(shell_blocks("First install")[0], *shell_blocks("Setup"), _HELPERS, "start one", create, *parts)
+        """Run scripts after the first installation, with the id of its token in place of the document's."""
+        settings, begin, _ = shell_blocks("First install")
+        installed = f"{{\n{begin}\n}} >/dev/null"
+        read_id = "TOKEN_ID=$(grep -om 1 '[0-9a-f]\\{12\\}' registry.toml)"
+        named = [part.replace("0123456789ab", "$TOKEN_ID") for part in parts]
+        return self.run(settings, *shell_blocks("Setup"), _HELPERS, installed, read_id, *named)
 
     def count_submits(self) -> list[int]:
         """Return how many submits had each key."""
@@ -207,7 +194,7 @@ def test_tenants_and_tokens(here: ProcedureShell) -> None:
     tenants = tomllib.loads((here.folder / "registry.toml").read_text())["tenants"]
     assert tenants.keys() == {"press", "shop"}
     tokens = [(token.get("label"), "expires_at" in token) for token in tenants["shop"]["tokens"].values()]
-    assert tokens == [(None, True), ("web shop, second", False)]
+    assert tokens == [("web shop", True), ("web shop, second", False)]
     assert re.findall(r"^state: +(\w+)$", printed, re.MULTILINE)[-3:] == ["exhausted", "open", "open"]
 
 

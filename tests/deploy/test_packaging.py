@@ -1,43 +1,20 @@
-"""The health check, the version, and the checks of generated files."""
+"""The version, and the checks of generated files."""
 
 from __future__ import annotations
 
 import re
-from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from deploy import healthcheck
 from deploy.grafana.__main__ import main as write_dashboards
 from deploy.helm.__main__ import main as write_chart
 from deploy.reference import main as write_reference
 from service import __version__
 
 ROOT = Path(__file__).parents[2]
-
-
-def test_health_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It fails unless the operators' port responds with 200, also if nothing listens there."""
-
-    class Operators(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(statuses.pop() if self.path == "/healthz" else 404)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            """Suppress the request log."""
-
-    statuses = [500, 200]
-    with ThreadingHTTPServer(("127.0.0.1", 0), Operators) as server, ThreadPoolExecutor() as threads:
-        monkeypatch.setenv("GATEWAY_OPS_PORT", str(server.server_port))
-        threads.submit(server.serve_forever, 0.01)
-        assert [healthcheck.main(), healthcheck.main()] == [0, 1]
-        server.shutdown()
-    assert healthcheck.main() == 1
 
 
 def test_version() -> None:

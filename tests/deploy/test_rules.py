@@ -1,4 +1,4 @@
-"""The Prometheus rules, and their cases, which promtool runs."""
+"""The Prometheus rules, their cases, which promtool runs, and the dashboards; `tests/monitoring` runs all queries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.queries import ALERTS, DASHBOARDS, DEPLOY, PROMETHEUS, RULE_FILES, RULES
+from deploy.grafana.objectives import OBJECTIVES
+from tests.deploy.queries import (
+    ALERTS,
+    DASHBOARDS,
+    DEPLOY,
+    PROMETHEUS,
+    RULE_FILES,
+    RULES,
+    ledger_series,
+    list_selectors,
+    panel_queries,
+)
 
 CASE_FILES = sorted((PROMETHEUS / "tests").glob("*.yaml"))
 RUNBOOK = "https://imaging-gateway.example/RUNBOOK.md#"
@@ -79,3 +90,23 @@ def test_example_configuration() -> None:
         ("__meta_kubernetes_pod_label_app_kubernetes_io_name", "imaging-gateway"),
         ("__meta_kubernetes_pod_container_port_name", "operators"),
     }
+
+
+def test_dashboards() -> None:
+    """Every selector has the chosen namespace, and series are aggregated as their kind requires."""
+    for query in panel_queries():
+        for selector in list_selectors(query.text):
+            assert "namespace" in {label for label, _, _ in selector.matchers}, query.location
+            if selector.name.endswith(("_total", "_bucket", "_sum", "_count")):
+                assert selector.enclosing[0] in {"rate", "increase"}, query.location
+            if selector.name in ledger_series():  # all processes export it alike
+                around = [item for item in selector.enclosing if item not in {"rate", "increase", "deriv"}]
+                assert around[0] in {"max", "min"}, query.location
+
+
+def test_burn_rate_of_the_alerts() -> None:
+    """The burn rate shown as critical is the one that an alert fires on."""
+    alerts = (PROMETHEUS / "alerts-slo.yaml").read_text("utf-8")
+    for objective in OBJECTIVES:
+        limit = f"14.4 * {1 - objective.target_ratio:.4g}"
+        assert f'ratio_rate1h{{sli="{objective.sli}"}} > {limit}\n' in alerts
