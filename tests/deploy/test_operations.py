@@ -109,7 +109,7 @@ class ProcedureShell:
         """Run scripts after the first installation, with the id of its token in place of the document's."""
         settings, begin, _ = shell_blocks("First install")
         installed = f"{{\n{begin}\n}} >/dev/null"
-        read_id = "TOKEN_ID=$(grep -om 1 '[0-9a-f]\\{12\\}' registry.toml)"
+        read_id = "TOKEN_ID=$(gateway token list shop | grep -o '^[0-9a-f]\\{12\\}')"
         named = [part.replace("0123456789ab", "$TOKEN_ID") for part in parts]
         return self.run(settings, *shell_blocks("Setup"), _HELPERS, installed, read_id, *named)
 

@@ -35,7 +35,6 @@ def test_version() -> None:
         (write_chart, "--folder", "production.yaml"),
         (write_reference, "--root", "deploy/SETTINGS.md"),
     ],
-    ids=["dashboards", "chart", "settings"],
 )
 def test_drift(tmp_path: Path, command: click.Command, option: str, name: str) -> None:
     """`make drift` fails for a file that is missing or changed, and writing all files fixes that."""

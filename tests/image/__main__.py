@@ -17,7 +17,7 @@ from msgspec import json
 
 from service import __version__
 from tests.image.buildah import Config, ImageStore, detect_debian
-from tests.image.report import expect, run_command, step
+from tests.image.report import run_command, step
 from tests.image.smoke_test import SmokeTestInput
 
 _ROOT = Path(__file__).parents[2]
@@ -60,11 +60,11 @@ def main() -> int:
 def _expect_configuration(config: Config, revision: str) -> None:
     config.parse_user()
     commands = (config.entrypoint, config.cmd, config.stop_signal)
-    expect(commands == (["gateway"], ["serve"], "SIGTERM"), f"the commands and the signal to stop are {commands}")
-    expect(config.exposed_ports.keys() == {"8080/tcp", "8081/tcp"}, f"the ports are {sorted(config.exposed_ports)}")
-    expect("GATEWAY_ENV=production" in config.env, "the environment is not production")
+    assert commands == (["gateway"], ["serve"], "SIGTERM"), f"the commands and the signal to stop are {commands}"
+    assert config.exposed_ports.keys() == {"8080/tcp", "8081/tcp"}, f"the ports are {sorted(config.exposed_ports)}"
+    assert "GATEWAY_ENV=production" in config.env, "the environment is not production"
     expected = {_LABEL + "version": __version__, _LABEL + "revision": revision}
-    expect(expected.items() <= config.labels.items(), f"the labels are {config.labels}")
+    assert expected.items() <= config.labels.items(), f"the labels are {config.labels}"
 
 
 def _expect_files(config: Config, base: Path, root: Path) -> None:
@@ -72,17 +72,17 @@ def _expect_files(config: Config, base: Path, root: Path) -> None:
     before, after = _scan_tree(base), _scan_tree(root)
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     outside = sorted(str(path) for path in changed if _APP not in (path, *path.parents))
-    expect(not outside, f"the image changes more of its base than /{_APP}: {outside[:10]}")
+    assert not outside, f"the image changes more of its base than /{_APP}: {outside[:10]}"
     user, group = config.parse_user()
     writable = sorted(str(path) for path, state in after.items() if _may_write(state, user, group))
-    expect(not writable, f"user {user} can write to {writable[:10]}")
+    assert not writable, f"user {user} can write to {writable[:10]}"
     (site,) = (root / _APP / "lib").glob("python3.*/site-packages")
     packages = {path.name.partition("-")[0].replace("_", "-").lower() for path in site.glob("*.dist-info")}
-    expect("imaging-gateway" in packages, "the gateway is not installed")
+    assert "imaging-gateway" in packages, "the gateway is not installed"
     unwanted = sorted(packages & _UNWANTED_PACKAGES)
     unwanted += [path.name for path in site.iterdir() if path.name in _UNWANTED_MODULES]
     unwanted += [str(path) for path in after if path.name in {".git", ".gateway", "uv.lock"}]
-    expect(not unwanted, f"packages and files that production does not need: {unwanted[:10]}")
+    assert not unwanted, f"packages and files that production does not need: {unwanted[:10]}"
 
 
 def _scan_tree(root: Path) -> Mapping[Path, FileState]:

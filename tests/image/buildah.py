@@ -6,6 +6,7 @@ The driver vfs and the isolation chroot are slower than others, but also work in
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from msgspec import Struct, convert, field, json
 
-from tests.image.report import CheckFailed, expect, run_command
+from tests.image.report import run_command
 
 _PYTHON = "python3,python3-venv,ca-certificates"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -42,23 +43,22 @@ class Config(Struct, rename="pascal"):
     healthcheck: Healthcheck | None = None
 
     def parse_user(self) -> tuple[int, int]:
-        """Return user and group ids. Raises CheckFailed for root and for names."""
-        uid, _, gid = self.user.partition(":")
-        expect(uid.isdecimal() and gid.isdecimal(), f"the image's user must be two numbers, not {self.user!r}")
-        expect(int(uid) and int(gid), f"the image's user must not be root: {self.user}")
-        return int(uid), int(gid)
+        """Return user and group ids. It must not be root, and no names."""
+        ids = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", self.user)
+        assert ids, f"the image's user must be two numbers and not root, not {self.user!r}"
+        return int(ids[1]), int(ids[2])
 
 
 def detect_debian() -> tuple[str, str]:
-    """Return suite and mirror of the host's Debian, which must have all tools. Raises CheckFailed."""
-    expect(os.geteuid() == 0, "this check makes a base image, namespaces and mounts: run it as root")
+    """Return suite and mirror of the host's Debian, which must have all tools."""
+    assert os.geteuid() == 0, "this check makes a base image, namespaces and mounts: run it as root"
     missing = [tool for tool in ("apt-get", "buildah", "debootstrap", "setpriv", "unshare") if not shutil.which(tool)]
-    expect(not missing, f"this check needs Debian with {', '.join(missing)}")
+    assert not missing, f"this check needs Debian with {', '.join(missing)}"
     for line in run_command(["apt-get", "indextargets", "--format", _TARGET, "Identifier: Packages"]).splitlines():
         origin, suite, component, mirror = line.split("\t")
         if (origin, component) == ("Debian", "main") and "-" not in suite:
             return suite, mirror
-    raise CheckFailed("apt knows of no Debian release: run apt-get update")
+    raise AssertionError("apt knows of no Debian release: run apt-get update")
 
 
 class ImageStore:

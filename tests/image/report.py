@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,44 +16,25 @@ from msgspec import json
 
 from service.demo.run import JOBS
 from service.devstack import SANDBOX_USER_KEY
-
-TIMEOUT_SECONDS = 30.0
-
-
-class CheckFailed(Exception):
-    """A check has failed; the message is for people."""
-
-
-def expect(condition: object, message: str) -> None:
-    """Raise CheckFailed unless the condition holds."""
-    if not condition:
-        raise CheckFailed(message)
+from tests.process.gateway import TIMEOUT_SECONDS, wait_until
 
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """Run a check and print its line at the end; CheckFailed exits with 1."""
+    """Run a check and print its line at the end; a failed assertion exits with 1."""
     try:
         yield
-    except CheckFailed as fault:
+    except AssertionError as fault:
         click.echo(f"{fault}\nFAILED  {name}")
         sys.exit(1)
     click.echo(f"ok      {name}")
 
 
 def run_command(command: Sequence[str]) -> str:
-    """Run a command; returns its output. Raises CheckFailed with all output if it fails."""
+    """Run a command; returns its output. It must succeed."""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    expect(done.returncode == 0, f"{done.stdout}{done.stderr}`{command[0]}` ended with exit code {done.returncode}")
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}`{command[0]}` ended with exit code {done.returncode}"
     return done.stdout
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for a condition. Raises CheckFailed on timeout."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not condition():
-        expect(time.monotonic() < deadline, f"{what} was not reached within {TIMEOUT_SECONDS:g} s")
-        time.sleep(0.02)
 
 
 def is_ready(url: str) -> bool:
@@ -89,14 +69,15 @@ class Program:
     def check_output(self, *words: str, stdin: str = "") -> str:
         """Run a command that must succeed; returns its output."""
         code, output = self.execute(*words, stdin=stdin)
-        expect(code == 0, f"{output}`{' '.join(words[:3])}` ended with exit code {code}")
+        assert code == 0, f"{output}`{' '.join(words[:3])}` ended with exit code {code}"
         return output
 
     def expect_failure(self, *words: str, code: int, names: Sequence[str]) -> None:
         """Require that a command fails with this exit code and an error that has these names."""
         result, output = self.execute(*words)
-        is_clear = "Traceback" not in output and all(name in output for name in names)
-        expect(result == code and is_clear, f"{output}`{' '.join(words)}` ended with {result} or without the names")
+        assert result == code, f"{output}`{' '.join(words)}` ended with {result}"
+        assert "Traceback" not in output, output
+        assert all(name in output for name in names), f"{output}`{' '.join(words)}` does not name {names}"
 
     @contextmanager
     def start(self, *words: str, log: Path, ops_url: str) -> Iterator[subprocess.Popen[bytes]]:
@@ -112,7 +93,7 @@ class Program:
             )
         try:
             wait_until(lambda: process.poll() is not None or is_ready(ops_url), "readiness")
-            expect(process.poll() is None, f"{log.read_text()}it ended with exit code {process.returncode}")
+            assert process.poll() is None, f"{log.read_text()}it ended with exit code {process.returncode}"
             yield process
         finally:
             process.kill()
@@ -132,4 +113,4 @@ def run_main_job(gateway: Program, url: str, results: Path) -> None:
     demo.check_output("--url", url, "--token", token, "--folder", str(results))
     policies = json.decode(gateway.check_output("quota", "shop", "--json"))["policies"]
     left = [policy["remaining"] for policy in policies if policy["unit"] == "tasks"]
-    expect(left == [0], f"of a limit of {len(JOBS)} tasks, {left} are left")
+    assert left == [0], f"of a limit of {len(JOBS)} tasks, {left} are left"

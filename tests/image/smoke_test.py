@@ -26,7 +26,8 @@ from msgspec import Struct, json
 
 from service import __version__
 from tests.image.buildah import Config
-from tests.image.report import TIMEOUT_SECONDS, Program, expect, run_command, run_main_job, step
+from tests.image.report import Program, run_command, run_main_job, step
+from tests.process.gateway import TIMEOUT_SECONDS
 from tests.process.sandbox import run_sandbox
 from tests.support.network import reserve_port
 from tests.support.valkey import run_valkey
@@ -121,28 +122,28 @@ def main() -> None:
         with step("image: loads bytecode only"):
             _expect_bytecode(container)
         with step("image: names missing settings and modules"):
-            expect(container.check_output("gateway", "--version").split()[-1] == __version__, "its version is another")
+            assert container.check_output("gateway", "--version").split()[-1] == __version__, "its version is another"
             bare.expect_failure("gateway", "serve", code=2, names=("GATEWAY_REDIS_URL", "GATEWAY_SECRET_KEYS"))
             bare.expect_failure("gateway", "sandbox", code=1, names=("imaging-gateway[local]",))
         with step("image: starts, and its health check reports that"):
             words = config.healthcheck.test if config.healthcheck else []
-            expect(words[:1] == ["CMD"], f"the health check must be in exec form, not {words}")
-            expect(container.execute(*words[1:])[0] == 1, "the health check does not fail without a gateway")
+            assert words[:1] == ["CMD"], f"the health check must be in exec form, not {words}"
+            assert container.execute(*words[1:])[0] == 1, "the health check does not fail without a gateway"
             command = (*config.entrypoint, *config.cmd)
             gateway = opened.enter_context(container.start(*command, log=log, ops_url=_OPERATORS))
-            expect(container.execute(*words[1:])[0] == 0, f"{log.read_text()}the health check fails")
+            assert container.execute(*words[1:])[0] == 0, f"{log.read_text()}the health check fails"
         with step("image: does the main job"):
             run_main_job(replace(container, words=[*container.words, "gateway"]), _TENANTS, folder / "results")
         with step("image: leaves nothing behind"):
             left = [path.name for path in (root / "tmp").iterdir()]
-            expect(not left, f"left in the scratch folder: {', '.join(left)}")
+            assert not left, f"left in the scratch folder: {', '.join(left)}"
         # With an idle connection, as clients and load balancers keep.
         with step("image: stops cleanly on its signal"), httpx2.Client(trust_env=False) as client:
             client.get(f"{_TENANTS}/healthz").raise_for_status()
             code = _stop(gateway, signal.Signals[config.stop_signal])
-            expect(code == 0, f"{log.read_text()}it ended with exit code {code}")
+            assert code == 0, f"{log.read_text()}it ended with exit code {code}"
             levels = {json.decode(line, type=dict[str, Any])["level"] for line in log.read_text().splitlines()}
-            expect(levels <= {"debug", "info"}, f"{log.read_text()}the log has a warning")
+            assert levels <= {"debug", "info"}, f"{log.read_text()}the log has a warning"
 
 
 def _settings(store: int, upstream: str) -> Mapping[str, str]:
@@ -160,8 +161,8 @@ def _expect_confined(container: Program, root: Path, config: Config) -> None:
     user, group = config.parse_user()
     identity = container.check_output("python", "-c", _IDENTITY_PROGRAM).split()
     expected = [str(user), str(group), "[]", "0000000000000000", "1"]
-    expect(identity == expected, f"user, group, groups, capabilities, no-new-privileges: {identity}, not {expected}")
-    expect(not os.access(root / "app", os.W_OK), "the root can be written to")
+    assert identity == expected, f"user, group, groups, capabilities, no-new-privileges: {identity}, not {expected}"
+    assert not os.access(root / "app", os.W_OK), "the root can be written to"
 
 
 def _expect_bytecode(container: Program) -> None:
@@ -169,8 +170,8 @@ def _expect_bytecode(container: Program) -> None:
     output = container.check_output("python", "-v", "-c", "import service.cli.serve")
     loaded = re.findall(r"^# code object from '?(/app/.*?)'?$", output, re.MULTILINE)
     compiled = [path for path in loaded if path.endswith(".py")]
-    expect(loaded, "Python reports no loaded module")
-    expect(not compiled, f"{len(compiled)} modules are compiled at the start, such as {compiled[:1]}")
+    assert loaded, "Python reports no loaded module"
+    assert not compiled, f"{len(compiled)} modules are compiled at the start, such as {compiled[:1]}"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import click
 
 from service import __version__
 from service.crypto import generate_secret_key
-from tests.image.report import TIMEOUT_SECONDS, Program, expect, run_command, run_main_job, step
+from tests.image.report import Program, run_command, run_main_job, step
+from tests.process.gateway import TIMEOUT_SECONDS
 from tests.process.sandbox import run_sandbox
 from tests.support.network import reserve_port
 from tests.support.valkey import run_valkey
@@ -38,12 +39,12 @@ def main(uv: Path, dist: Path) -> None:
         folder = Path(temporary)
         with step("release: wheel"):
             built = run_command([str(uv), "--quiet", "build", "--wheel", "--out-dir", str(folder / "dist"), str(_ROOT)])
-            expect(not built, built)
+            assert not built, built
             (wheel,) = (folder / "dist").glob("*.whl")
             _expect_complete(wheel)
         with step("release: installed, without extras"):
             installed = _install(wheel, uv.absolute(), folder)
-            expect(installed.check_output("--version").split()[-1] == __version__, "its version is another")
+            assert installed.check_output("--version").split()[-1] == __version__, "its version is another"
         with step("release: names missing extras and settings"):
             installed.expect_failure("serve", code=1, names=(_EXTRA, "GATEWAY_REDIS_URL"))
             installed.expect_failure("check-config", code=1, names=(_EXTRA, "GATEWAY_UPSTREAM_URL"))
@@ -64,8 +65,8 @@ def _expect_complete(wheel: Path) -> None:
         result = message_from_string(opened.read(str(metadata["METADATA"])).decode())
     files = [path for path in (_ROOT / "service").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     different = (held - {*metadata.values()}) ^ {PurePosixPath(path.relative_to(_ROOT)) for path in files}
-    expect(not different, f"files that are missing or superfluous: {', '.join(map(str, sorted(different)))}")
-    expect((result["Name"], result["Version"]) == ("imaging-gateway", __version__), "its name or version is another")
+    assert not different, f"files that are missing or superfluous: {', '.join(map(str, sorted(different)))}"
+    assert (result["Name"], result["Version"]) == ("imaging-gateway", __version__), "its name or version is another"
 
 
 def _install(wheel: Path, uv: Path, folder: Path) -> Program:
@@ -80,7 +81,7 @@ def _install(wheel: Path, uv: Path, folder: Path) -> Program:
     checked = [*command, "pip", "check", "--python", str(venv)]
     faults = subprocess.run(checked, capture_output=True, text=True, check=False).stderr
     named = [line.startswith(_EXCLUDED) for line in faults.splitlines() if line.startswith("The package ")]
-    expect(named == [True], f"{faults}of these, one is expected")
+    assert named == [True], f"{faults}of these, one is expected"
     empty.mkdir()
     return Program([str(venv / "bin" / "gateway")], {"PATH": os.defpath, "HOME": str(empty)}, empty)
 
@@ -104,7 +105,7 @@ def _serve(installed: Program) -> None:
         with program.start("serve", log=log, ops_url=f"http://127.0.0.1:{ops_port}") as process:
             run_main_job(program, f"http://127.0.0.1:{port}", installed.folder / "results")
             process.terminate()
-            expect(process.wait(TIMEOUT_SECONDS) == 0, f"{log.read_text()}it ended with exit code {process.returncode}")
+            assert process.wait(TIMEOUT_SECONDS) == 0, f"{log.read_text()}it ended with exit code {process.returncode}"
 
 
 if __name__ == "__main__":
