@@ -1,40 +1,28 @@
-"""Compare the gateway with what a team would run instead, or run single benchmarks."""
+"""Compare the whole gateway with what a team would run instead.
+
+workloads.py      the workloads by name, in their order; closed loops, large uploads, waiting clients, overload
+upkeep.py         workloads with thousands of tasks; scrapes, start, idling, memory of the store
+comparison.py     a run: CPUs, rounds, results; the servers to compare and their environment
+peers/            the vendor's stub, the references, and processes pinned to a CPU
+load.py, wrk.lua  requests, PNGs of random pixels, and the load generators
+report.py         tables, JSON, the results file and the plot
+results/          the results of a run
+"""
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 import signal
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
 from tests.bench.comparison import OTHER, Comparison, commit_ids
-from tests.bench.gateway import polling, request_overhead, scraping, waiting
-from tests.bench.ledger import ledger, memory
 from tests.bench.peers.tools import require_tools, versions
-from tests.bench.report import (
-    Benchmark,
-    add_ratios,
-    describe_run,
-    draw,
-    format_json,
-    format_results,
-    format_table,
-    format_tables,
-)
+from tests.bench.report import add_ratios, describe_run, draw, format_json, format_results, format_tables
 from tests.bench.workloads import QUICK, WORKLOADS, row_titles
 
-BENCHMARKS: Mapping[str, Benchmark] = {
-    "ledger": ledger,
-    "memory": memory,
-    "waiting": waiting,
-    "watching": polling,
-    "scraping": scraping,
-    "watched": request_overhead,
-}
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -45,8 +33,7 @@ def _parse_rows(_context: click.Context, _parameter: click.Parameter, value: str
     return names
 
 
-@click.command(help=__doc__)
-@click.argument("names", nargs=-1, type=click.Choice(list(BENCHMARKS)))
+@click.command(help="Compare the gateway with what a team would run instead.")
 @click.option("--quick", is_flag=True, help="The main rows in three minutes, printed only.")
 @click.option("--rows", callback=_parse_rows, metavar="NAME,...", help=f"Only these of {', '.join(WORKLOADS)}.")
 @click.option(
@@ -58,7 +45,6 @@ def _parse_rows(_context: click.Context, _parameter: click.Parameter, value: str
 @click.option("--seconds", type=click.IntRange(1, 60), help="How long a closed loop takes: 3, in the quick one 2.")
 @click.option("--save", is_flag=True, help=f"Write the results into {RESULTS.parent.name}/{RESULTS.name}/.")
 def main(
-    names: tuple[str, ...],
     *,
     quick: bool,
     rows: tuple[str, ...],
@@ -67,11 +53,6 @@ def main(
     seconds: int | None,
     save: bool,
 ) -> None:
-    if names:
-        for name in names:
-            click.echo(f"{name}: {(BENCHMARKS[name].__doc__ or '').splitlines()[0]}")
-            click.echo(format_table(asyncio.run(BENCHMARKS[name]())))
-        return
     require_tools()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that all servers are stopped
     chosen = rows or (QUICK if quick else tuple(WORKLOADS))

@@ -7,47 +7,12 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.bench.comparison import ALL, API, API_AND_WORKER, FASTAPI, LUA, OTHER, PROXY, REFERENCES, Result
 from tests.bench.workloads import CONNECTIONS, DIRECT, LARGE_ROWS, LARGE_SUBMIT, READ, SMALL_SUBMIT
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured value; `target`, if given, is its upper bound."""
-
-    name: str
-    value: float
-    unit: str
-    target: float | None = None
-
-    @property
-    def is_reached(self) -> bool | None:
-        """Whether the value is within its target; None without one."""
-        return None if self.target is None else self.value <= self.target
-
-
-Benchmark = Callable[[], Coroutine[Any, Any, Sequence[Figure]]]
-
-
-def format_table(figures: Sequence[Figure]) -> str:
-    """Format the figures as lines, with their targets."""
-    width = max(len(figure.name) for figure in figures)
-    return "\n".join(
-        f"  {figure.name:<{width}} {figure.value:>9,.1f} {figure.unit:<6} {_format_target(figure)}".rstrip()
-        for figure in figures
-    )
-
-
-def _format_target(figure: Figure) -> str:
-    if figure.target is None:
-        return ""
-    return f"target {figure.target:,.0f}: {'reached' if figure.is_reached else 'MISSED'}"
-
 
 _HEADINGS = {
     "per_second": "done/s",
@@ -64,6 +29,7 @@ _HEADINGS = {
     "health_max_ms": "health max ms",
     "ops_health_max_ms": "operators' health max ms",
     "put_tenant_p50_ms": "PUT tenant p50 ms",
+    "task_bytes": "bytes each",
     "start_ms": "start ms",
 }
 _COMPARED_FIGURES = ("per_second", "p99_ms", "late_p99_ms", "cpu_ms", "peak_mib")
@@ -221,7 +187,7 @@ _COLOURS = {
 def draw(results: Sequence[Result], title: str, path: Path) -> None:
     """Draw throughput, CPU time, latency and memory of all servers into a PNG."""
     import matplotlib as mpl  # noqa: PLC0415 - only there for the benchmark
-    from matplotlib.figure import Figure as Plot  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
     mpl.use("agg")
     measured = [
@@ -229,7 +195,7 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
     ]
     servers = list(dict.fromkeys(item.server for item in measured))
     colours = {server: _COLOURS[server.removesuffix(_OTHER)][server.endswith(_OTHER)] for server in servers}
-    figure = Plot(figsize=(15, 9), layout="constrained", dpi=100)
+    figure = Figure(figsize=(15, 9), layout="constrained", dpi=100)
     axes = figure.subplots(2, 3)
     at = {(result.row, result.server, result.connections): result.figures for result in results}
     for axis, row in zip(axes[0], _MAIN, strict=True):

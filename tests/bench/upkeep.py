@@ -1,4 +1,4 @@
-"""Workloads beside requests: thousands of running tasks, scrapes, start, idling."""
+"""Workloads beside requests: thousands of tasks, scrapes, start, idling, memory of the store."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import httpx2
 import uvloop
+from redis import Redis
 
 from tests.bench.comparison import (
     ALL,
@@ -151,12 +152,14 @@ def _seed(comparison: Comparison, candidate: Candidate, number: int) -> SeededSt
 
 
 SCRAPE, READ_SCRAPED = "scrape", "read, scraped"
-IDLE = "start and idle"
+IDLE, STORED = "start and idle", "finished tasks"
 TENANTS = 1_000
 _SCRAPES = 20
 _SCRAPE_EVERY_SECONDS = 0.5
 _START_SETTLING_SECONDS = 3
 _IDLE_SECONDS = 10
+_FIRST_TASKS, _STORED_TASKS = 250, 2_000
+_WAITING_CONNECTIONS = 250
 
 
 def scrape(comparison: Comparison) -> None:
@@ -200,6 +203,21 @@ def start_and_idle(comparison: Comparison) -> None:
                 "idle_mib": target.server.resident_mib(),
             }
             comparison.add(IDLE, candidate.name, figures, Counter())
+
+
+def store_memory(comparison: Comparison) -> None:
+    """Memory that the store needs for each finished task."""
+    for candidate in comparison.gateways(ALL):
+        with run_candidate(comparison, candidate, tasks="finished") as (env, target):
+            request = target.submit_request(make_png()).with_headers(Prefer="wait=60")
+            with Redis.from_url(env.redis_url) as store:
+                used = []
+                for number in (_FIRST_TASKS, _STORED_TASKS):  # the first cause one-time allocations
+                    answers = uvloop.run(send_all(target.url, request, number, connections=_WAITING_CONNECTIONS))
+                    used.append(store.info("memory")["used_memory"])
+            ended = sum(b'"succeeded"' in body for body in answers.bodies)
+            errors = +(answers.errors() + Counter({"no end": _STORED_TASKS - ended}))
+            comparison.add(STORED, candidate.name, {"task_bytes": (used[1] - used[0]) / _STORED_TASKS}, errors)
 
 
 class _Scraper(threading.Thread):

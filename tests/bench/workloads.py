@@ -268,6 +268,7 @@ WORKLOADS: Mapping[str, tuple[Workload, tuple[str, ...]]] = {
     "beside-running": (upkeep.beside_running, (upkeep.READ_BESIDE, upkeep.SUBMIT_BESIDE)),
     "scrape": (upkeep.scrape, (upkeep.SCRAPE, upkeep.READ_SCRAPED)),
     "idle": (upkeep.start_and_idle, (upkeep.IDLE,)),
+    "memory": (upkeep.store_memory, (upkeep.STORED,)),
 }
 """By name: the function, and the headings of its measurements."""
 QUICK = ("read", "submit-small", "submit-large")
