@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
-from service.clients.artifacts import ArtifactClient, FetchTimeouts
-from service.clients.egress import Resolver, resolve_host
+from service.clients.artifacts import ArtifactClient
 from service.domain.tasks import Artifact, ArtifactName
 from service.domain.tenants import Account
 from service.usecases.ports import ArtifactStream, RangeRequest
@@ -62,9 +60,7 @@ def send_and_hold(*pieces: bytes, disconnected: asyncio.Event | None = None) -> 
     """Send the pieces, then nothing until the client disconnects, which sets `disconnected`."""
 
     async def serve(connection: Connection) -> None:
-        await read_request(connection)
-        for piece in pieces:
-            await connection.send(piece)
+        await send_pieces(*pieces)(connection)
         await connection.wait_closed()
         if disconnected:
             disconnected.set()
@@ -96,8 +92,7 @@ class Fetcher:
     client: ArtifactClient
     outcomes: list[StrEnum] = field(default_factory=list)
 
-    @asynccontextmanager
-    async def fetch(
+    def fetch(
         self,
         url: str,
         name: ArtifactName = ArtifactName.IMAGE,
@@ -105,21 +100,13 @@ class Fetcher:
         account: Account | None = ACCOUNT,
         requested: RangeRequest | None = None,
         recent: bool = False,
-    ) -> AsyncIterator[ArtifactStream]:
-        async with self.client.fetch(
-            account, Artifact(name, url), requested or RangeRequest(), is_recent=recent
-        ) as fetched:
-            yield fetched
+    ) -> AbstractAsyncContextManager[ArtifactStream]:
+        return self.client.fetch(account, Artifact(name, url), requested or RangeRequest(), is_recent=recent)
 
     async def fetch_all(
-        self,
-        url: str,
-        name: ArtifactName = ArtifactName.IMAGE,
-        *,
-        requested: RangeRequest | None = None,
-        recent: bool = False,
+        self, url: str, name: ArtifactName = ArtifactName.IMAGE, **options: Any
     ) -> tuple[ArtifactStream, bytes]:
-        async with self.fetch(url, name, requested=requested, recent=recent) as fetched:
+        async with self.fetch(url, name, **options) as fetched:
             return fetched, b"".join([chunk async for chunk in fetched.chunks])
 
     @property
@@ -128,28 +115,12 @@ class Fetcher:
         return outcome
 
 
-def make_fetcher(
-    upstream_url: str = "http://127.0.0.1",
-    *,
-    resolver: Resolver = resolve_host,
-    timeouts: FetchTimeouts | None = None,
-    tls: ssl.SSLContext | None = None,
-) -> Fetcher:
+def make_fetcher(upstream_url: str = "http://127.0.0.1", **options: Any) -> Fetcher:
     """Return a client whose upstream is on localhost."""
     outcomes: list[StrEnum] = []
 
-    def observe(operation: StrEnum, outcome: StrEnum, seconds: float) -> None:
-        assert operation == "fetch"
-        assert 0 <= seconds < 60
+    def observe(_operation: StrEnum, outcome: StrEnum, _seconds: float) -> None:
         outcomes.append(outcome)
 
-    client = ArtifactClient(
-        upstream_url,
-        max_bytes=MAX_BYTES,
-        on_call=observe,
-        user_keys=CIPHER,
-        tls=tls,
-        resolver=resolver,
-        timeouts=timeouts,
-    )
+    client = ArtifactClient(upstream_url, max_bytes=MAX_BYTES, on_call=observe, user_keys=CIPHER, **options)
     return Fetcher(client, outcomes)
