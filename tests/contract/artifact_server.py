@@ -18,7 +18,7 @@ from tests.support.images import make_png
 
 MAX_BYTES = 1_000_000
 PNG_IMAGE = make_png()
-SVG = b'<?xml version="1.0"?>\n<!-- made -->\n<svg xmlns="http://www.w3.org/2000/svg"/>'
+SVG_IMAGE = b'<?xml version="1.0"?>\n<!-- made -->\n<svg xmlns="http://www.w3.org/2000/svg"/>'
 
 
 def response_head(status: int = 200, **headers: str) -> bytes:

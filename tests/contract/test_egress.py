@@ -1,11 +1,11 @@
-"""Connections go only to checked addresses, whatever names resolve to."""
+"""Connections go only to checked addresses, whatever names resolve to and servers answer."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from ipaddress import ip_address
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from service.clients.artifacts import MAX_REDIRECTS, FetchOutcome
 from service.clients.egress import (
     AddressRefused,
     AllowAddress,
@@ -23,7 +24,12 @@ from service.clients.egress import (
     is_public,
     resolve_host,
 )
-from tests.contract.scripted_server import http_response, reply_with, run_server
+from service.domain.errors import UpstreamInvalidResponse, UpstreamUnavailable
+from service.domain.tenants import Account
+from service.usecases.ports import RangeRequest
+from tests.contract.artifact_server import PNG_IMAGE, file_response, make_fetcher, read_request, send_pieces
+from tests.contract.client import USER_KEY
+from tests.contract.scripted_server import Connection, Handler, http_response, reply_with, run_server
 from tests.support.network import create_certificate, reserve_port
 
 LOOPBACK = ip_address("127.0.0.1")
@@ -32,43 +38,34 @@ UNUSED_ADDRESS = ip_address("127.0.0.2")
 
 
 @pytest.mark.parametrize("text", ["8.8.8.8", "172.32.0.1", "2606:4700::1111", "64:ff9b::808:808"])
-def test_public(text: str) -> None:
-    """Addresses of the internet are public, also as IPv4 translated into IPv6."""
+def test_addresses_of_the_internet_are_public(text: str) -> None:
     assert is_public(ip_address(text))
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        *("0.0.0.0", "10.1.2.3", "100.64.0.1", "127.0.0.1", "127.255.255.254", "168.63.129.16", "169.254.169.254"),
-        *("172.16.0.1", "172.31.255.255", "192.0.0.192", "192.0.2.1", "192.88.99.1", "192.168.1.1", "198.18.0.1"),
-        *("198.51.100.1", "203.0.113.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "::", "::1", "::8.8.8.8"),
-        *("::ffff:8.8.8.8", "::ffff:127.0.0.1", "64:ff9b::10.0.0.1", "64:ff9b:1::1", "100::1", "2001::1"),
-        *("2001:db8::1", "2002:7f00:1::", "2002:808:808::", "3fff::1", "5f00::1", "fc00::1", "fd00:ec2::254"),
-        *("fe80::1", "fe80::1%lo", "fec0::1", "ff02::1"),
+        *("0.0.0.0", "10.1.2.3", "100.64.0.1", "127.255.255.254", "168.63.129.16", "169.254.169.254", "172.31.255.255"),
+        *("192.0.0.192", "192.0.2.1", "192.88.99.1", "192.168.1.1", "198.18.0.1", "198.51.100.1", "203.0.113.1"),
+        *("224.0.0.1", "240.0.0.1", "::", "::1", "::8.8.8.8", "::ffff:8.8.8.8", "::ffff:127.0.0.1", "fd00:ec2::254"),
+        *("64:ff9b::10.0.0.1", "64:ff9b:1::1", "100::1", "2001::1", "2001:db8::1", "2002:7f00:1::", "3fff::1"),
+        *("5f00::1", "fe80::1%lo", "fec0::1", "ff02::1"),
     ],
 )
-def test_not_public(text: str) -> None:
-    """Private, reserved and IPv4-translating addresses are not public."""
+def test_private_reserved_and_translating_addresses_are_not_public(text: str) -> None:
     assert not is_public(ip_address(text))
 
 
 async def test_names() -> None:
-    """An address in any spelling resolves to itself; an invalid name has no address."""
-    for host, address in (
-        ("127.0.0.1", "127.0.0.1"),
-        ("::1", "::1"),
-        ("127.1", "127.0.0.1"),
-        ("0x7f000001", "127.0.0.1"),
-    ):
-        assert await resolve_host(host) == [ip_address(address)]
+    for host in ("127.0.0.1", "127.1", "0x7f000001"):
+        assert await resolve_host(host) == [LOOPBACK]
+    assert await resolve_host("::1") == [ip_address("::1")]
     for host in ("", "two..dots", f"{'x' * 64}.example"):
         with pytest.raises(UnknownHost):
             await resolve_host(host)
 
 
-def make_resolver(*answers: Sequence[IpAddress]) -> Resolver:
-    """Return a resolver that gives the next of these answers each time."""
+def answer_in_turn(*answers: Sequence[IpAddress]) -> Resolver:
     left = iter(answers)
 
     async def resolver(_: str) -> Sequence[IpAddress]:
@@ -77,13 +74,13 @@ def make_resolver(*answers: Sequence[IpAddress]) -> Resolver:
     return resolver
 
 
-def allow_any(_host: str, _ip: IpAddress) -> bool:
-    return True
-
-
 @asynccontextmanager
 async def open_client(
-    resolver: Resolver, allow: AllowAddress = allow_any, *, tls: ssl.SSLContext | None = None, seconds: float = 10
+    resolver: Resolver,
+    allow: AllowAddress = lambda _host, _ip: True,
+    *,
+    tls: ssl.SSLContext | None = None,
+    seconds: float = 10,
 ) -> AsyncIterator[httpx2.AsyncClient]:
     transport = GuardedTransport(allow, tls=tls or httpx2.create_ssl_context(), resolver=resolver)
     timeout = httpx2.Timeout(10, connect=seconds)
@@ -92,12 +89,10 @@ async def open_client(
 
 
 def with_hostname(url: str) -> str:
-    """Return a server's URL with another hostname."""
     return url.replace("127.0.0.1", "Files.Example")
 
 
-async def test_resolved_once() -> None:
-    """The checked address is the one connected to, and the next request is resolved and checked again."""
+async def test_each_request_is_resolved_and_checked_once() -> None:
     requested: list[tuple[str, IpAddress]] = []
 
     def allow(host: str, ip: IpAddress) -> bool:
@@ -106,45 +101,33 @@ async def test_resolved_once() -> None:
 
     async with (
         run_server(reply_with(http_response(b"fine"))) as peer,
-        open_client(make_resolver([LOOPBACK], [UNUSED_ADDRESS]), allow) as caller,
+        open_client(answer_in_turn([LOOPBACK], [UNUSED_ADDRESS]), allow) as caller,
     ):
         assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"
         with pytest.raises(AddressRefused):
             await caller.post(with_hostname(peer.url), content=b"x")
         assert requested == [("files.example", LOOPBACK), ("files.example", UNUSED_ADDRESS)]
         assert peer.connections == 1
-        assert b"\r\nconnection: close\r\n" in peer.requests[0][0].lower()
 
 
-async def test_only_allowed_addresses() -> None:
-    """Of several addresses only the allowed ones are tried."""
-    async with (
-        run_server(reply_with(http_response(b""))) as peer,
-        open_client(make_resolver([LOOPBACK, UNUSED_ADDRESS]), lambda _host, ip: ip == UNUSED_ADDRESS) as caller,
-    ):
-        with pytest.raises(httpx2.ConnectError):
-            await caller.post(with_hostname(peer.url), content=b"x")
-        assert peer.connections == 0
-
-
-async def test_next_address() -> None:
-    """If an address refuses the connection, the next one gets the whole request with the hostname."""
-    async with (
-        run_server(reply_with(http_response(b"fine"))) as peer,
-        open_client(make_resolver([UNUSED_ADDRESS, LOOPBACK])) as caller,
-    ):
-        answer = await caller.post(f"{with_hostname(peer.url)}/a?b=c", content=b"content")
+async def test_the_next_allowed_address_gets_the_whole_request() -> None:
+    async with run_server(reply_with(http_response(b"fine"))) as peer:
+        async with open_client(answer_in_turn([UNUSED_ADDRESS, LOOPBACK])) as caller:
+            answer = await caller.post(f"{with_hostname(peer.url)}/a?b=c", content=b"content")
         ((head, body),) = peer.requests
-        assert answer.content == b"fine"
+        assert (answer.content, body) == (b"fine", b"content")
         assert head.startswith(b"POST /a?b=c HTTP/1.1\r\n")
         assert f"\r\nhost: files.example:{answer.request.url.port}\r\n".encode() in head.lower()
-        assert body == b"content"
+        async with open_client(
+            answer_in_turn([LOOPBACK, UNUSED_ADDRESS]), lambda _host, ip: ip == UNUSED_ADDRESS
+        ) as caller:
+            with pytest.raises(httpx2.ConnectError):
+                await caller.post(with_hostname(peer.url), content=b"x")
+        assert peer.connections == 1
 
 
-async def test_connect_timeout() -> None:
-    """An address that never answers leaves time for the others; resolution shares the timeout."""
-
-    async def resolver(_: str) -> Sequence[IpAddress]:
+async def test_silent_addresses_and_resolvers_share_the_connect_timeout() -> None:
+    async def resolve_never(_: str) -> Sequence[IpAddress]:
         await asyncio.Event().wait()
         return []
 
@@ -156,25 +139,130 @@ async def test_connect_timeout() -> None:
             waiting.setblocking(False)
             waiting.connect_ex(deaf.getsockname())
         async with run_server(reply_with(http_response(b"fine")), port=port) as peer:
-            async with open_client(make_resolver([UNUSED_ADDRESS, LOOPBACK]), seconds=0.4) as caller:
+            async with open_client(answer_in_turn([UNUSED_ADDRESS, LOOPBACK]), seconds=0.4) as caller:
                 assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"
-            for resolve in (make_resolver([UNUSED_ADDRESS]), resolver):
-                async with open_client(resolve, seconds=0.1) as caller:
+            for resolver in (answer_in_turn([UNUSED_ADDRESS]), resolve_never):
+                async with open_client(resolver, seconds=0.1) as caller:
                     with pytest.raises(httpx2.ConnectTimeout):
                         await caller.post(with_hostname(peer.url), content=b"x")
 
 
-async def test_certificates(tmp_path: Path) -> None:
-    """The certificate must match the hostname; one for the address is not enough."""
-    for subject, trusted in (("files.example", True), ("127.0.0.1", False)):
-        public_part, context = create_certificate(tmp_path, subject)
-        tls = ssl.create_default_context(cafile=str(public_part))
-        async with (
-            run_server(reply_with(http_response(b"fine")), tls=context) as peer,
-            open_client(make_resolver([LOOPBACK]), tls=tls) as caller,
+@pytest.mark.parametrize(("subject", "trusted"), [("files.example", True), ("127.0.0.1", False)])
+async def test_the_certificate_must_match_the_hostname(subject: str, trusted: bool, tmp_path: Path) -> None:
+    public_part, context = create_certificate(tmp_path, subject)
+    tls = ssl.create_default_context(cafile=str(public_part))
+    async with (
+        run_server(reply_with(http_response(b"fine")), tls=context) as peer,
+        open_client(answer_in_turn([LOOPBACK]), tls=tls) as caller,
+    ):
+        if trusted:
+            assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"
+        else:
+            with pytest.raises(httpx2.ConnectError, match=r"not valid for .files\.example"):
+                await caller.post(with_hostname(peer.url), content=b"x")
+
+
+def resolve_from(names: Mapping[str, str]) -> Resolver:
+    async def resolver(host: str) -> Sequence[IpAddress]:
+        if host not in names:
+            raise UnknownHost(host)
+        return [ip_address(names[host])]
+
+    return resolver
+
+
+def redirect_through(*locations: str) -> Handler:
+    """Redirect through the locations, then send the artifact."""
+    left = iter(locations)
+
+    async def serve(connection: Connection) -> None:
+        await read_request(connection)
+        location = next(left, "").format(url=connection.server.url)
+        await connection.send(http_response(b"moved", 302, Location=location) if location else file_response())
+
+    return serve
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:{port}/1.png",
+        "http://localhost:{port}/1.png",
+        "http://[::ffff:127.0.0.1]:{port}/1.png",
+        "http://2130706433:{port}/1.png",
+        "http://169.254.169.254/latest/meta-data/",
+        "http://upstream.example@127.0.0.1:{port}/1.png",
+    ],
+)
+async def test_artifacts_at_private_addresses_are_refused(url: str) -> None:
+    names = dict.fromkeys(("upstream.example", "localhost", "2130706433"), "127.0.0.1")
+    names |= {text: text for text in ("127.0.0.1", "::ffff:127.0.0.1", "169.254.169.254")}
+    caller = make_fetcher("http://upstream.example", resolver=resolve_from(names))
+    async with run_server(send_pieces(file_response())) as inside:
+        target = url.format(port=inside.url.rpartition(":")[2])
+        with pytest.raises(UpstreamInvalidResponse) as caught:
+            await caller.fetch_all(target)
+        assert "127.0.0.1" not in str(caught.value)
+        async with run_server(redirect_through(target)) as peer:
+            with pytest.raises(UpstreamInvalidResponse):
+                await caller.fetch_all(peer.url.replace("127.0.0.1", "upstream.example"))
+            assert len(peer.requests) == 1
+        assert inside.connections == 0
+    assert caller.outcomes == [FetchOutcome.INVALID] * 2
+
+
+async def test_a_private_address_is_allowed_for_the_account_whose_upstream_has_it() -> None:
+    names = dict.fromkeys(("files.internal", "other.example"), "127.0.0.1")
+    caller = make_fetcher("http://other.example", resolver=resolve_from(names))
+    own = Account(1, "own", b"", base_url="http://FILES.internal:9000/base")
+    other = Account(2, "other", b"")
+    async with run_server(send_pieces(file_response())) as peer:
+        for host, account, allowed in (
+            ("files.internal", own, True),
+            ("files.internal", other, False),
+            ("files.internal", None, False),
+            ("other.example", other, True),
+            ("other.example", own, False),
         ):
-            if trusted:
-                assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"
+            fetching = caller.fetch_all(peer.url.replace("127.0.0.1", host), account=account)
+            if allowed:
+                assert (await fetching)[1] == PNG_IMAGE
             else:
-                with pytest.raises(httpx2.ConnectError, match=r"not valid for .files\.example"):
-                    await caller.post(with_hostname(peer.url), content=b"x")
+                with pytest.raises(UpstreamInvalidResponse):
+                    await fetching
+        assert len(peer.requests) == 2
+
+
+async def test_redirects_keep_the_request() -> None:
+    async with run_server(redirect_through("/2.png", "{url}/3.png?a=b", "4.png", "/5", "/6")) as peer:
+        _, content = await make_fetcher().fetch_all(
+            f"{peer.url}/a/1.png?k=%7Buser_key%7D", requested=RangeRequest(range="bytes=0-", if_range='"v1"')
+        )
+    lines = [sent.decode().split("\r\n") for sent, _ in peer.requests]
+    paths = [f"/a/1.png?k={USER_KEY}", "/2.png", "/3.png?a=b", "/4.png", "/5", "/6"]
+    assert content == PNG_IMAGE
+    assert [line[0].split()[1] for line in lines] == paths
+    assert all('If-Range: "v1"' in line for line in lines)
+
+
+@pytest.mark.parametrize("location", ["/", "file:///etc/passwd", "//", "http://["])
+async def test_endless_and_invalid_redirects(location: str) -> None:
+    async with run_server(redirect_through(*[location] * 9)) as peer:
+        with pytest.raises((UpstreamInvalidResponse, UpstreamUnavailable)):
+            await make_fetcher().fetch_all(peer.url)
+    assert len(peer.requests) <= MAX_REDIRECTS + 1
+
+
+async def test_a_redirect_from_https_to_http_is_refused(tmp_path: Path) -> None:
+    trusted, context = create_certificate(tmp_path)
+    fetcher = make_fetcher(tls=ssl.create_default_context(cafile=str(trusted)))
+    async with run_server(send_pieces(file_response())) as plain:
+        async with run_server(redirect_through(plain.url), tls=context) as safe:
+            with pytest.raises(UpstreamInvalidResponse):
+                await fetcher.fetch_all(safe.url)
+        assert plain.connections == 0
+    async with (
+        run_server(send_pieces(file_response()), tls=context) as safe,
+        run_server(redirect_through(safe.url)) as plain,
+    ):
+        assert (await fetcher.fetch_all(plain.url))[1] == PNG_IMAGE
