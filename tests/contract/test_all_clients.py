@@ -112,11 +112,7 @@ async def drip(connection: Connection) -> None:
         await asyncio.sleep(0.01)
 
 
-async def read_nothing(_: Connection) -> None:
-    await asyncio.Event().wait()
-
-
-@pytest.mark.parametrize("serve", [never_reply, drip, read_nothing])
+@pytest.mark.parametrize("serve", [never_reply, drip])
 async def test_deadlines(serve: Handler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upstream, "CHECK_SECONDS", 0.25)
     async with run_server(serve) as peer, asyncio.timeout(30):
@@ -127,7 +123,7 @@ async def test_connection_refused() -> None:
     assert await call_all(f"http://127.0.0.1:{reserve_port()}") == NOT_SENT
 
 
-@pytest.mark.parametrize("url", ["", "x", "http://", "ftp://127.0.0.1", "http://[::1", "http://a..b", "http://x:99999"])
+@pytest.mark.parametrize("url", ["", "ftp://127.0.0.1", "http://[::1", "http://a..b", "http://x:99999"])
 async def test_unusable_urls(url: str) -> None:
     with capture_logs():  # a traceback on the console is slow
         submitted, checked, webhook, fetched = await call_all(url)
@@ -167,19 +163,13 @@ async def test_no_descriptor(host: str) -> None:
             assert await clients.call(url) == (SubmitOutcome.UNKNOWN, NO_RESPONSE, 500, UpstreamUnavailable)
 
 
-async def test_no_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with run_server(never_reply) as proxy, run_server(reply_with(http_response(b"", 404))) as peer:
+async def test_no_proxy_of_the_environment_and_no_cookies(monkeypatch: pytest.MonkeyPatch) -> None:
+    replies = reply_with(http_response(b"{}", Set_Cookie="a=b; Path=/"))
+    async with run_server(never_reply) as proxy, run_server(replies) as peer:
         for name in ("HTTP_PROXY", "ALL_PROXY"):
             monkeypatch.setenv(name, proxy.url)
-        await call_all(peer.url)
-    assert (proxy.connections, peer.connections) == (0, 4)
-
-
-async def test_no_cookies() -> None:
-    async with (
-        run_server(reply_with(http_response(b"{}", Set_Cookie="a=b; Path=/"))) as peer,
-        open_clients(peer.url) as clients,
-    ):
-        for _ in range(2):
-            await clients.call(peer.url)
+        async with open_clients(peer.url) as clients:
+            for _ in range(2):
+                await clients.call(peer.url)
+    assert (proxy.connections, len(peer.requests)) == (0, 8)
     assert not [head for head, _ in peer.requests if b"cookie" in head.lower() or b"authorization" in head.lower()]

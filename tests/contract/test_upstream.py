@@ -6,6 +6,8 @@ import asyncio
 import gzip
 import json
 import logging
+import os
+import time
 from typing import Any, NoReturn
 
 import httpx2
@@ -15,22 +17,14 @@ from structlog.testing import capture_logs
 
 from service.clients import http as http_module
 from service.clients.upstream import UpstreamClient, UpstreamOperation
-from service.domain.ledger import Balance
 from service.domain.tasks import (
     DEFAULT_CATALOGUE,
-    ArtifactName,
     FaceEnhanceOptions,
-    Kind,
-    Options,
-    SeamlessOptions,
     UpscaleOptions,
-    VectorizeOptions,
 )
 from service.domain.tenants import Account
-from service.sandbox.app import SandboxConfig, open_sandbox
-from service.sandbox.store import AccountBalance
 from service.telemetry import tracing
-from service.usecases.ports import CheckOutcome, Image, SubmitOutcome
+from service.usecases.ports import CheckOutcome, SubmitOutcome
 from tests.contract.client import ACCOUNT, CIPHER, IMAGE, LARGE, USER_KEY, open_caller
 from tests.contract.scripted_server import (
     ACCEPTED_RESPONSE,
@@ -41,11 +35,9 @@ from tests.contract.scripted_server import (
     redirect_to_self,
     reply_and_close,
     reply_with,
-    reset_after_request,
     run_server,
     vendor_response,
 )
-from tests.sandbox.images import draw_face, draw_logo, draw_scene, encode_image
 
 ACCEPTED, REJECTED, UNKNOWN = SubmitOutcome.ACCEPTED, SubmitOutcome.REJECTED, SubmitOutcome.UNKNOWN
 REDIRECTED = SubmitOutcome.REDIRECTED
@@ -68,7 +60,6 @@ async def reject_early(connection: Connection) -> None:
     ("serve", "outcome"),
     [
         pytest.param(reply_with(ACCEPTED_RESPONSE), ACCEPTED, id="complete"),
-        pytest.param(reply_with(b"HTTP/1.1 103 Hints\r\n\r\n", ACCEPTED_RESPONSE), ACCEPTED, id="after-hints"),
         pytest.param(reply_and_close(b"HTTP/1.0 200 OK\r\n\r\n" + BODY), ACCEPTED, id="without-a-length"),
         pytest.param(reply_with(CHUNKED + CHUNK + b"0\r\n\r\n"), ACCEPTED, id="chunked"),
         pytest.param(reply_and_close(CHUNKED + CHUNK), ACCEPTED, id="torn-chunks"),
@@ -87,7 +78,6 @@ async def reject_early(connection: Connection) -> None:
         pytest.param(reply_with(http_response(BODY, 500)), ACCEPTED, id="task-with-500"),
         pytest.param(reply_with(http_response(b'{"task_id": "t"}', 500)), UNKNOWN, id="task-with-500-and-no-code"),
         pytest.param(reply_with(http_response(INVALID, 500)), UNKNOWN, id="message-with-500"),
-        pytest.param(reply_with(b"HTTP/1.1 204 No\r\n\r\n"), UNKNOWN, id="no-content"),
         pytest.param(
             reply_with(b"HTTP/1.1 101 Up\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"), UNKNOWN, id="upgraded"
         ),
@@ -98,9 +88,7 @@ async def reject_early(connection: Connection) -> None:
         pytest.param(
             reply_with(http_response(gzip.compress(bytes(1 << 25)), Content_Encoding="gzip")), UNKNOWN, id="bomb"
         ),
-        pytest.param(reply_with(http_response(BODY, Content_Encoding="br")), ACCEPTED, id="not-compressed"),
         pytest.param(redirect_to_self, REDIRECTED, id="redirected"),
-        pytest.param(reply_with(http_response(b"", 301, Location="http://[")), REDIRECTED, id="redirected-nowhere"),
         pytest.param(reply_with(http_response(b"", 303, Location="/")), UNKNOWN, id="see-other"),
         pytest.param(reply_with(http_response(BODY, 301, Location="/")), ACCEPTED, id="redirected-with-a-task"),
     ],
@@ -121,7 +109,6 @@ async def test_submits(serve: Handler, outcome: SubmitOutcome) -> None:
     [
         (reply_with(vendor_response(err_code=0, status="Failed")), CheckOutcome.FAILED),
         (reply_with(http_response(b'{"err_code": 0, "status": "Failed"}', 502)), CheckOutcome.NO_RESPONSE),
-        (reply_with(http_response(b"", 404)), CheckOutcome.NO_RESPONSE),
         (reply_with(http_response(b"x" * 70_000)), CheckOutcome.NO_RESPONSE),
         (redirect_to_self, CheckOutcome.NO_RESPONSE),
     ],
@@ -134,15 +121,18 @@ async def test_checks(serve: Handler, outcome: CheckOutcome) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "outcome"),
-    [(200, BODY, ACCEPTED), (403, INVALID, SubmitOutcome.INVALID_ACCOUNT), (400, b"no", REJECTED)],
+    ("limit", "status", "body", "outcome"),
+    [
+        ("", 200, BODY, ACCEPTED),
+        ("READ_SECONDS", 200, BODY, ACCEPTED),
+        ("READ_SECONDS", 400, b"no", REJECTED),
+        ("ERROR_BODY_SECONDS", 403, INVALID, SubmitOutcome.INVALID_ACCOUNT),
+    ],
 )
-@pytest.mark.parametrize("limit", ["deadline", "READ_SECONDS", "ERROR_BODY_SECONDS"])
-async def test_bodies_without_an_end(
-    status: int, body: bytes, outcome: SubmitOutcome, limit: str, monkeypatch: pytest.MonkeyPatch
+async def test_what_has_arrived_of_a_body_counts(
+    limit: str, status: int, body: bytes, outcome: SubmitOutcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What has arrived of a body counts, whichever limit ends the wait for its rest."""
-    if limit != "deadline":
+    if limit:
         monkeypatch.setattr(http_module, limit, 0.1)
 
     async def stall(connection: Connection) -> None:
@@ -150,9 +140,24 @@ async def test_bodies_without_an_end(
         await connection.send(f"HTTP/1.1 {status} x\r\nContent-Length: 60000\r\n\r\n".encode() + body)
         await connection.wait_closed()
 
-    is_long = limit == "READ_SECONDS" or (limit == "ERROR_BODY_SECONDS" and status != 200)
     async with run_server(stall) as peer, open_caller(peer.url) as caller, asyncio.timeout(20):
-        assert (await caller.submit(seconds=60 if is_long else 0.5)).outcome is outcome
+        assert (await caller.submit(seconds=60 if limit else 0.5)).outcome is outcome
+
+
+@pytest.mark.parametrize(("read_seconds", "seconds"), [(0.1, 30), (30, 0.1)])
+async def test_what_arrived_during_a_pause_of_the_process_counts(
+    read_seconds: float, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_module, "READ_SECONDS", read_seconds)
+
+    async def reply_and_pause(connection: Connection) -> None:
+        await connection.receive()
+        os.write(connection.writer.get_extra_info("socket").fileno(), ACCEPTED_RESPONSE)
+        time.sleep(0.3)  # to the event loop the same as a stopped process
+        await connection.wait_closed()
+
+    async with run_server(reply_and_pause) as peer, open_caller(peer.url) as caller:
+        assert (await caller.submit(seconds=seconds)).outcome is ACCEPTED
 
 
 async def test_endless_body() -> None:
@@ -188,37 +193,23 @@ async def test_deadline_while_sending() -> None:
     ("where", "name"),
     [(httpx2.Response, "aclose"), (httpx2.AsyncHTTPTransport, "aclose"), (tracing, "record_status")],
 )
-async def test_faults_after_the_response(where: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure after the response, such as while closing, does not lose the task."""
-
+async def test_faults_after_the_response_do_not_lose_the_task(
+    where: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any, **__: Any) -> NoReturn:
         raise RuntimeError("a fault after the response")
-
-    async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
-        with monkeypatch.context() as patched, capture_logs():  # a traceback on the console is slow
-            patched.setattr(where, name, fail)
-            assert (await caller.submit()).outcome is ACCEPTED
-    assert len(peer.requests) == 1
-
-
-async def test_failing_observer() -> None:
-    """A failure while counting a call does not lose its result."""
-
-    def fail(*_: object) -> NoReturn:
-        raise RuntimeError("a broken observer")
 
     async with (
         run_server(reply_with(ACCEPTED_RESPONSE)) as peer,
         UpstreamClient(peer.url, CIPHER, DEFAULT_CATALOGUE, on_call=fail) as client,
     ):
-        with capture_logs():
+        with monkeypatch.context() as patched, capture_logs():  # a traceback on the console is slow
+            patched.setattr(where, name, fail)
             submitted = await client.submit(ACCOUNT, FaceEnhanceOptions(), IMAGE, timeout_seconds=10)
-            checked = await client.check(ACCOUNT, "t-1")
-    assert (submitted.outcome, checked.outcome) == (ACCEPTED, CheckOutcome.NOT_FOUND)
+    assert (submitted.outcome, len(peer.requests)) == (ACCEPTED, 1)
 
 
-async def test_requests() -> None:
-    """A submit is a form on a connection of its own; checks keep theirs."""
+async def test_submit_is_a_form_on_its_own_connection_and_checks_keep_theirs() -> None:
     replies = reply_with(vendor_response(err_code=0, task_id="t-1", status="Pending"))
     async with run_server(replies) as peer, open_caller(peer.url) as caller:
         for _ in range(2):
@@ -236,34 +227,7 @@ async def test_requests() -> None:
     assert check[1] == f"user_key={USER_KEY}&task_id=t-1".encode()
 
 
-@pytest.mark.parametrize(
-    ("options", "image", "artifacts"),
-    [
-        (UpscaleOptions(scale=1.5, prompt="a cat"), draw_scene(), {ArtifactName.IMAGE}),
-        (UpscaleOptions(scale=1, vector=True), draw_logo(), {ArtifactName.IMAGE, ArtifactName.VECTOR}),
-        (VectorizeOptions(colors=3), draw_logo(), {ArtifactName.VECTOR}),
-        (FaceEnhanceOptions(), draw_face(), {ArtifactName.IMAGE}),
-        (SeamlessOptions(fit=0.3), draw_scene(), {ArtifactName.IMAGE, ArtifactName.GRID}),
-    ],
-)
-async def test_kinds(options: Options, image: Any, artifacts: set[ArtifactName]) -> None:
-    """Each kind is accepted and charged by the sandbox, an independent reading of the vendor's document."""
-    config = SandboxConfig(accounts={USER_KEY: AccountBalance(2, 10)}, seconds=0)
-    content = encode_image(image)
-    async with open_sandbox(config) as sandbox, open_caller(sandbox.url) as caller:
-        submitted = await caller.submit(options=options, image=Image(content, b"", "image/png", 320, 240))
-        await sandbox.control.wait_until_idle()
-        check = await caller.check(submitted.upstream_id)
-        received, _ = await sandbox.control.list_requests()
-    assert submitted.balance == check.balance == Balance(1, 1000)
-    assert check.outcome is CheckOutcome.SUCCEEDED
-    assert artifacts <= {artifact.name for artifact in check.artifacts}
-    assert received.image_bytes == len(content)
-    assert options.kind is not Kind.UPSCALE or len(received.fields) == 12
-
-
-async def test_account_of_another_upstream() -> None:
-    """An account's own URL replaces the default one, with or without a trailing slash; links are relative to it."""
+async def test_links_are_relative_to_the_accounts_own_upstream() -> None:
     response = vendor_response(err_code=0, task_id="t", status="Completed", images_url="/files/1.png", grid_url="2.png")
     async with run_server(reply_with(response)) as peer, open_caller("http://127.0.0.1:1") as caller:
         account = Account(1, "other", ACCOUNT.user_key, base_url=f"{peer.url}/deep/")
@@ -273,8 +237,7 @@ async def test_account_of_another_upstream() -> None:
     assert links == [f"{peer.url}/files/1.png", f"{peer.url}/deep/api/2.png"]
 
 
-async def test_undecryptable_key() -> None:
-    """An account whose key was encrypted with a lost secret key sends nothing, and is reported apart."""
+async def test_account_whose_key_was_encrypted_with_a_lost_secret_sends_nothing() -> None:
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
         account = Account(1, "main", b"encrypted by another")
         with capture_logs() as logs:
@@ -284,8 +247,7 @@ async def test_undecryptable_key() -> None:
     assert [log["log_level"] for log in logs] == ["error", "error"]
 
 
-async def test_unusable_links_are_logged_once() -> None:
-    """A bad link is logged once per task and field, without the link."""
+async def test_unusable_links_are_logged_once_per_task_and_field() -> None:
     first = vendor_response(err_code=0, status="Completed", images_url="ftp://secret/y", vector_url={"a": 1})
     with capture_logs() as logs:
         async with run_server(reply_with(first)) as peer, open_caller(peer.url) as caller:
@@ -293,16 +255,6 @@ async def test_unusable_links_are_logged_once() -> None:
                 assert (await caller.check(upstream_id)).outcome is CheckOutcome.INVALID
     assert [log["field"] for log in logs if log["event"] == "artifact.invalid_link"] == ["images_url", "vector_url"] * 2
     assert "secret" not in str(logs)
-
-
-async def test_links_with_the_key() -> None:
-    """A link that contains the account's key is returned without it, or not at all."""
-    finished = vendor_response(
-        err_code=0, status="Completed", images_url=f"/1.png?k={USER_KEY}", grid_url=f"/{USER_KEY.encode().hex()}.png"
-    )
-    async with run_server(reply_with(finished)) as peer, open_caller(peer.url) as caller:
-        check = await caller.check()
-    assert [artifact.url for artifact in check.artifacts] == [f"{peer.url}/1.png?k=%7Buser_key%7D"]
 
 
 @pytest.mark.parametrize(
@@ -313,11 +265,17 @@ async def test_links_with_the_key() -> None:
         reply_with(http_response(json.dumps({"err_code": 1, "err_msg": f"bad key {USER_KEY.upper()}"}).encode(), 400)),
         reply_with(vendor_response(err_code=0, status="Failed", err_msg=f"bad key {USER_KEY.encode().hex()}!")),
         reply_with(ACCEPTED_RESPONSE),
-        reset_after_request,
+        reply_with(
+            vendor_response(
+                err_code=0,
+                status="Completed",
+                images_url=f"/1.png?k={USER_KEY}",
+                grid_url=f"/{USER_KEY.encode().hex()}.png",
+            )
+        ),
     ],
 )
 async def test_key_stays_secret(serve: Handler, caplog: pytest.LogCaptureFixture) -> None:
-    """The key is in no log line, even at debug level, in no result and in no repr."""
     caplog.set_level(logging.DEBUG)
     with capture_logs() as logs:
         async with run_server(serve) as peer, open_caller(peer.url) as caller:

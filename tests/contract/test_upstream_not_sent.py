@@ -6,7 +6,6 @@ import asyncio
 import errno
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,7 +29,7 @@ from tests.contract.scripted_server import (
     run_server,
     vendor_response,
 )
-from tests.support.network import exhaust_descriptors, reserve_port
+from tests.support.network import reserve_port
 
 ACCEPTED, UNKNOWN, NOT_SENT = SubmitOutcome.ACCEPTED, SubmitOutcome.UNKNOWN, SubmitOutcome.NOT_SENT
 
@@ -162,20 +161,6 @@ async def test_breaker_ignores_sent_requests() -> None:
             trying.cancel()
 
 
-async def test_no_descriptor_for_an_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first call may lack the descriptor to import a module before it connects."""
-    async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
-        for name in [name for name in sys.modules if name.startswith("anyio._backends")]:
-            monkeypatch.delitem(sys.modules, name)
-        with monkeypatch.context() as fresh:
-            fresh.setattr("anyio._core._eventloop.loaded_backends", {})
-            with exhaust_descriptors():
-                assert (await caller.submit()).outcome is NOT_SENT
-        monkeypatch.undo()
-        assert (await caller.submit()).outcome is ACCEPTED
-    assert len(peer.requests) == 1
-
-
 async def test_no_buffer_after_sending(monkeypatch: pytest.MonkeyPatch) -> None:
     """A local error once sending has begun leaves the outcome unknown."""
 
@@ -185,16 +170,3 @@ async def test_no_buffer_after_sending(monkeypatch: pytest.MonkeyPatch) -> None:
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
         monkeypatch.setattr(SocketStream, "send", send)
         assert (await caller.submit()).outcome is UNKNOWN
-
-
-async def test_no_descriptor_while_waiting() -> None:
-    """A request in progress needs no further descriptor."""
-
-    async def serve(connection: Connection) -> None:
-        with exhaust_descriptors():
-            await connection.receive()
-            await connection.send(ACCEPTED_RESPONSE)
-            await connection.wait_closed()
-
-    async with run_server(serve) as peer, open_caller(peer.url) as caller:
-        assert (await caller.submit()).outcome is ACCEPTED

@@ -38,16 +38,13 @@ async def test_request() -> None:
     assert not any(line.startswith(("cookie:", "authorization:")) for line in lines)
 
 
-async def test_redirect() -> None:
-    """A redirect is a response like others and is not followed."""
+async def test_redirect_is_not_followed() -> None:
     async with run_server(reply_with(http_response(b"stolen"))) as elsewhere:
         reply, _ = await send_webhook(reply_with(http_response(b"go on", 307, Location=elsewhere.url)))
         assert (reply.status, elsewhere.connections) == (307, 0)
 
 
-async def test_huge_response() -> None:
-    """Of an endless response only the beginning is read."""
-
+async def test_only_the_beginning_of_an_endless_response_is_read() -> None:
     async def endless(connection: Connection) -> None:
         await connection.receive()
         await connection.send(b"HTTP/1.1 500 x\r\nContent-Length: 100000000000\r\n\r\n")
@@ -59,26 +56,21 @@ async def test_huge_response() -> None:
     assert (reply.status, reply.excerpt) == (500, "no" * (MAX_BODY_BYTES // 2))
 
 
-@pytest.mark.parametrize(
-    ("status", "end", "excerpt"), [(200, "hold", None), (410, "hold", "gone"), (410, "close", "gone")]
-)
-async def test_bodies_without_an_end(
-    status: int, end: str, excerpt: str | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("status", "excerpt"), [(200, None), (410, "gone")])
+async def test_a_status_counts_even_if_the_body_never_ends(
+    status: int, excerpt: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A status counts even if the body never ends; that of a success is not read."""
     monkeypatch.setattr(webhooks, "BODY_SECONDS", 0.1)
 
     async def serve(connection: Connection) -> None:
         await connection.receive()
         await connection.send(f"HTTP/1.1 {status} x\r\nContent-Length: 100\r\n\r\ngone".encode())
-        if end == "hold":
-            await connection.wait_closed()
+        await connection.wait_closed()
 
     assert (await send_webhook(serve))[0] == WebhookResponse(status=status, excerpt=excerpt)
 
 
-async def test_loopback_is_refused() -> None:
-    """Loopback is refused unless the tenant's networks include it, even if its host is allowed."""
+async def test_loopback_is_refused_even_if_its_host_is_allowed() -> None:
     reply, peer = await send_webhook(reply_with(http_response(b"")), allow="127.0.0.1.example")
     assert reply.error
     assert peer.connections == 0
@@ -86,8 +78,6 @@ async def test_loopback_is_refused() -> None:
 
 @pytest.mark.parametrize("error", [UnknownHost("gone.test"), RuntimeError("an internal error")])
 async def test_failing_resolver(error: Exception) -> None:
-    """Any failure is one that is retried."""
-
     async def resolver(_: str) -> Sequence[IpAddress]:
         raise error
 
@@ -101,7 +91,6 @@ async def test_failing_resolver(error: Exception) -> None:
     [
         ("120", 120),
         ("9" * 400, 999_999_999),
-        ("soon", None),
         ("-1", None),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
         ("Wed, 21 Oct 2015 07:28:00 -0000", None),
@@ -109,6 +98,5 @@ async def test_failing_resolver(error: Exception) -> None:
     ],
 )
 async def test_retry_after(retry_after: str, seconds: float | None) -> None:
-    """A valid Retry-After is returned."""
     reply, _ = await send_webhook(reply_with(http_response(b"busy", 503, Retry_After=retry_after)))
     assert (reply.status, reply.retry_after_seconds, reply.excerpt) == (503, seconds, "busy")
