@@ -73,12 +73,9 @@ def vendor_response(**content: Any) -> bytes:
 
 
 ACCEPTED_RESPONSE = vendor_response(err_code=0, task_id="t-1", remaining_count=4, remaining_money=2)
-"""The response to an accepted submit."""
 
 
 def reply_with(*pieces: bytes) -> Handler:
-    """Read each request, and send the pieces as its response."""
-
     async def serve(connection: Connection) -> None:
         while await connection.receive():
             for piece in pieces:
@@ -88,8 +85,6 @@ def reply_with(*pieces: bytes) -> Handler:
 
 
 def reply_and_close(data: bytes = b"") -> Handler:
-    """Read a request, send the data, and close."""
-
     async def serve(connection: Connection) -> None:
         await connection.receive()
         await connection.send(data)
@@ -98,24 +93,20 @@ def reply_and_close(data: bytes = b"") -> Handler:
 
 
 async def reset_after_request(connection: Connection) -> None:
-    """Read a request and reset the connection."""
     await connection.receive()
     connection.reset()
 
 
 async def reset_immediately(connection: Connection) -> None:
-    """Reset the connection without reading."""
     connection.reset()
 
 
 async def redirect_to_self(connection: Connection) -> None:
-    """Redirect to the same URL."""
     await connection.receive()
     await connection.send(http_response(b"", 307, Location=f"{connection.server.url}/api/submit_task"))
 
 
 async def never_reply(connection: Connection) -> None:
-    """Read a request and never respond."""
     await connection.receive()
     await connection.wait_closed()
 

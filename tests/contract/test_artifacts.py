@@ -15,7 +15,6 @@ from service.clients.artifacts import FetchOutcome, FetchTimeouts
 from service.domain.errors import (
     GatewayError,
     Overloaded,
-    RangeNotSatisfiable,
     UpstreamInvalidResponse,
     UpstreamUnavailable,
 )
@@ -195,16 +194,6 @@ async def test_wrong_ranges(content: bytes, content_range: str) -> None:
     async with run_server(send_pieces(file_response(content, 206, Content_Range=content_range))) as peer:
         with pytest.raises(UpstreamInvalidResponse):
             await make_fetcher().fetch_all(peer.url, requested=PART)
-
-
-@pytest.mark.parametrize(("content_range", "passed_on"), [("bytes */10", "bytes */10"), ("x", None)])
-async def test_range_beyond_the_end_is_reported_with_the_size(content_range: str, passed_on: str | None) -> None:
-    caller = make_fetcher()
-    async with run_server(send_pieces(file_response(b"", 416, Content_Range=content_range))) as peer:
-        with pytest.raises(RangeNotSatisfiable) as caught:
-            await caller.fetch_all(peer.url, requested=RangeRequest(range="bytes=20-"))
-    assert caught.value.content_range == passed_on
-    assert caller.outcome == FetchOutcome.DONE
 
 
 @pytest.mark.parametrize(

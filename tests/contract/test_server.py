@@ -38,13 +38,9 @@ class Application:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.requests.append(f"{scope['method']} {scope['path']}")
         self.call_started.set()
-        headers: list[tuple[bytes, bytes]] = []
         match scope["path"]:
             case "/body":
-                status, body = 200, await self._body(receive)
-            case "/fields":
-                await self._body(receive)
-                status, body = 200, b" ".join(name for name, _ in scope["headers"])
+                status, body = 200, await self._body(receive) + b" ".join(name for name, _ in scope["headers"])
             case "/refuse":
                 status, body = 413, b"too large"
             case "/left":
@@ -52,16 +48,13 @@ class Application:
                     pass
                 self.disconnected.set()
                 return
-            case "/watched":
+            case "/large":
+                status, body = 200, bytes(20_000_000)
+            case "/held":
                 await self._body(receive)
                 leaving = asyncio.ensure_future(receive())
                 await self.release.wait()
                 leaving.cancel()
-                status, body = 200, b"watched"
-            case "/large":
-                status, body = 200, bytes(20_000_000)
-            case "/held":
-                await self.release.wait()
                 status, body = 200, b"released"
             case "/unframed":
                 await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -70,7 +63,7 @@ class Application:
                 return
             case _:
                 status, body = 200, b"ok"
-        headers.append((b"content-length", str(len(body)).encode()))
+        headers = [(b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -169,7 +162,7 @@ async def test_a_head_of_just_the_limit_is_served_and_a_larger_one_refused() -> 
 
 
 async def test_trailer_fields_are_bounded_and_no_header_fields() -> None:
-    head = build_request("/fields", "Transfer-Encoding: chunked", method="POST")
+    head = build_request("/body", "Transfer-Encoding: chunked", method="POST")
     app = Application()
     async with serve_app(app, limits=Limits(head_bytes=1_000, head_fields=10)) as url:
         received = await exchange(url, head + chunked_body(b"x", trailer=b"Admin: 1\r\n") + LAST_REQUEST)
@@ -216,14 +209,14 @@ async def test_what_is_no_valid_http_1_1_is_refused(faulty: bytes) -> None:
 async def test_a_refusal_comes_last_and_nothing_behind_it_is_a_request() -> None:
     app = Application()
     async with serve_app(app) as url, open_connection(url) as (reader, writer):
-        writer.write(build_request("/watched") + build_request("/second") + b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.write(build_request("/held") + build_request("/second") + b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n")
         await app.call_started.wait()
         writer.write(build_request("/tunnelled"))
         for _ in range(10):
             await asyncio.sleep(0)
         app.release.set()
         assert parse_statuses(await reader.read()) == [200, 200, 400]
-    assert app.requests == ["GET /watched", "GET /second"]
+    assert app.requests == ["GET /held", "GET /second"]
 
 
 async def test_the_requests_that_wait_for_the_first_are_bounded() -> None:
@@ -299,28 +292,23 @@ async def test_a_client_that_expects_100_is_refused_without_it_and_the_connectio
 
 
 async def test_connections_beyond_the_cap_replace_idle_ones_or_wait() -> None:
-    app = Application()
+    app, held = Application(), build_request("/held", "Connection: close")
     async with serve_app(app, limits=Limits(connections=2)) as url, AsyncExitStack() as stack:
-        held_reader, held = await stack.enter_async_context(open_connection(url))
-        held.write(build_request("/held", "Connection: close"))
-        await app.call_started.wait()
-        idle_reader, idle = await stack.enter_async_context(open_connection(url))
-        idle.write(build_request())
-        await idle_reader.readuntil(b"ok")
-        third_reader, third = await stack.enter_async_context(open_connection(url))
-        third.write(build_request())
-        await third_reader.readuntil(b"ok")
-        assert await idle_reader.read() == b""
-        third.write(build_request("/held", "Connection: close"))
-        fourth_reader, fourth = await stack.enter_async_context(open_connection(url))
-        fourth.write(LAST_REQUEST)
+        connections = []
+        for request in (held, build_request(), build_request()):
+            connections.append(await stack.enter_async_context(open_connection(url)))
+            connections[-1][1].write(request)
+            await (app.call_started.wait() if request is held else connections[-1][0].readuntil(b"ok"))
+        (first, _), (idle, _), (third, writer) = connections
+        assert await idle.read() == b""
+        writer.write(held)
+        last = asyncio.create_task(exchange(url, LAST_REQUEST))
         while app.requests.count("GET /held") < 2:
             await asyncio.sleep(0)
         assert "GET /last" not in app.requests
         app.release.set()
-        assert parse_statuses(await fourth_reader.read()) == [200]
-        assert parse_statuses(await held_reader.read()) == [200]
-        assert parse_statuses(await third_reader.read()) == [200]
+        for received in (await last, await first.read(), await third.read()):
+            assert parse_statuses(received) == [200]
 
 
 class ExhaustedSocket(socket.socket):
@@ -392,10 +380,8 @@ async def test_a_connection_whose_client_does_not_read_ends(field: str, monkeypa
 
 
 async def test_a_refused_body_does_not_delay_the_stop() -> None:
-    async with (
-        run_http_server(Application(), limits=IDLE_LIMITS) as (running, url),
-        open_connection(url) as (reader, writer),
-    ):
+    async with run_http_server(Application(), limits=IDLE_LIMITS) as (running, url), open_connection(url) as pair:
+        reader, writer = pair
         writer.write(build_request("/refuse", "Content-Length: 50001", method="POST") + bytes(50_000))
         await reader.readuntil(b"too large")
         stopping = asyncio.create_task(running.stop(60))

@@ -22,12 +22,10 @@ from service.usecases.ports import CheckOutcome, SubmitOutcome, SubmitResult
 from tests.contract.client import ACCOUNT, open_caller
 from tests.contract.scripted_server import (
     ACCEPTED_RESPONSE,
-    Connection,
     never_reply,
     reply_with,
     reset_after_request,
     run_server,
-    vendor_response,
 )
 from tests.support.network import reserve_port
 
@@ -46,44 +44,29 @@ def unreachable_address() -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-async def test_connect_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow connect ends at the deadline, or at its own time limit, with nothing sent."""
+async def test_slow_connect_ends_at_the_deadline_or_its_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     with unreachable_address() as url:
         async with open_caller(url) as caller, asyncio.timeout(20):
+            assert (await caller.submit(seconds=0)).outcome is NOT_SENT
             assert (await caller.submit(seconds=0.1)).outcome is NOT_SENT
             monkeypatch.setattr(http, "_TIMEOUTS", httpx2.Timeout(5, connect=0.1).as_dict())
             assert (await caller.submit(seconds=60)).outcome is NOT_SENT
 
 
-async def test_no_time_left() -> None:
-    async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
-        for seconds in (0, -1.5):
-            assert (await caller.submit(seconds=seconds)).outcome is NOT_SENT
-    assert peer.connections == 0
-
-
-async def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A submit that waits for a slot until its deadline is not sent; checks have slots of their own."""
+async def test_submit_that_waits_for_a_slot_until_its_deadline_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "MAX_REQUESTS", 1)
-
-    async def serve(connection: Connection) -> None:
-        await connection.receive()
-        if b"check_task_status" in connection.server.requests[-1][0]:
-            await connection.send(vendor_response(err_code=0, status="Pending"))
-        else:
-            await connection.wait_closed()
-
-    async with run_server(serve) as peer, open_caller(peer.url) as caller:
+    async with run_server(never_reply) as peer, open_caller(peer.url) as caller:
         first = asyncio.create_task(caller.submit(seconds=60))
         await peer.request_received.wait()
         assert (await caller.submit(seconds=0.1)).outcome is NOT_SENT
-        assert (await caller.check()).outcome is CheckOutcome.RUNNING
-        assert len(peer.requests) == 2
+        checking = asyncio.create_task(caller.check())  # has slots of its own
+        while len(peer.requests) < 2:
+            await asyncio.sleep(0)
         first.cancel()
+        checking.cancel()
 
 
-async def test_slot_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A submit that gets a slot after its deadline is not sent, although data already received would still be read."""
+async def test_submit_that_gets_a_slot_after_its_deadline_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "MAX_REQUESTS", 1)
     async with run_server(never_reply) as peer, open_caller(peer.url) as caller:
         first = asyncio.create_task(caller.submit())
@@ -96,8 +79,7 @@ async def test_slot_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peer.connections == 1
 
 
-async def test_slot_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cancelled submit, sent or not, releases its slot."""
+async def test_cancelled_submit_releases_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "MAX_REQUESTS", 1)
     async with run_server(never_reply) as peer, open_caller(peer.url) as caller:
         head, waiting = asyncio.create_task(caller.submit()), asyncio.create_task(caller.submit())
@@ -114,8 +96,7 @@ async def test_slot_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
         assert caller.observations == [(UpstreamOperation.SUBMIT, UNKNOWN)] * 3
 
 
-async def test_breaker() -> None:
-    """After consecutive connection failures neither submits nor checks are tried for a while."""
+async def test_breaker_stops_submits_and_checks_of_an_unreachable_upstream() -> None:
     port = reserve_port()
     async with open_caller(f"http://127.0.0.1:{port}") as caller:
         for _ in range(BREAKER_THRESHOLD):
@@ -131,8 +112,7 @@ async def test_breaker() -> None:
             assert (await caller.submit(account=elsewhere)).outcome is ACCEPTED
 
 
-async def test_trial_admits_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As soon as a trial is connected others are admitted, however slow its response is."""
+async def test_a_connected_trial_admits_others_before_its_response(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "FIRST_PAUSE_SECONDS", 0.0)
     port, pending = reserve_port(), list[asyncio.Task[SubmitResult]]()
     async with open_caller(f"http://127.0.0.1:{port}") as caller:
@@ -147,8 +127,7 @@ async def test_trial_admits_others(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [(await submit).outcome for submit in pending] == [UNKNOWN] * 2
 
 
-async def test_breaker_ignores_sent_requests() -> None:
-    """Unusable responses and timeouts after sending do not open the breaker."""
+async def test_lost_responses_and_short_deadlines_do_not_open_the_breaker() -> None:
     async with run_server(reset_after_request) as peer, open_caller(peer.url) as caller:
         for _ in range(2 * BREAKER_THRESHOLD):
             assert (await caller.submit()).outcome is UNKNOWN
@@ -161,9 +140,7 @@ async def test_breaker_ignores_sent_requests() -> None:
             trying.cancel()
 
 
-async def test_no_buffer_after_sending(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A local error once sending has begun leaves the outcome unknown."""
-
+async def test_local_error_after_sending_began_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     async def send(_: SocketStream, _item: bytes) -> None:
         raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
 
