@@ -1,10 +1,10 @@
-"""What every client does with servers that are broken, silent or unreachable."""
+"""What every client does with servers that are broken, silent or unreachable; responses to webhooks."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,18 +12,19 @@ import httpx2
 import pytest
 from structlog.testing import capture_logs
 
-from service.clients import upstream
+from service.clients import upstream, webhooks
 from service.clients.artifacts import FetchTimeouts
-from service.clients.webhooks import WebhookClient
+from service.clients.webhooks import MAX_BODY_BYTES, WebhookClient
 from service.domain.errors import GatewayError, Overloaded, UpstreamInvalidResponse, UpstreamUnavailable
 from service.domain.tenants import Webhook
-from service.usecases.ports import CheckOutcome, SubmitOutcome
+from service.usecases.ports import CheckOutcome, SubmitOutcome, WebhookResponse
 from tests.contract.artifact_server import Fetcher, make_fetcher
 from tests.contract.client import LARGE, Caller, open_caller
 from tests.contract.scripted_server import (
     ACCEPTED_RESPONSE,
     Connection,
     Handler,
+    ScriptedServer,
     http_response,
     never_reply,
     reply_and_close,
@@ -95,7 +96,6 @@ async def call_all(url: str, *, seconds: float = 10) -> Results:
     ],
 )
 async def test_broken_responses(serve: Handler) -> None:
-    """Each call is made once and has no response; a submit may have been charged, and is logged."""
     with capture_logs() as logs:
         async with run_server(serve) as peer:
             assert await call_all(peer.url) == LOST
@@ -135,8 +135,7 @@ async def reply_in_plain_http(connection: Connection) -> None:
     await connection.send(b"HTTP/1.1 400 Bad\r\n\r\n")
 
 
-async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is sent to a server with an untrusted certificate, or without TLS."""
+async def test_nothing_is_sent_to_untrusted_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trusted, context = create_certificate(tmp_path)
     async with run_server(reply_with(ACCEPTED_RESPONSE), tls=context) as peer:
         assert await call_all(peer.url) == NOT_SENT
@@ -151,8 +150,7 @@ async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-async def test_no_descriptor(host: str) -> None:
-    """A local lack of descriptors counts as not sent, and not against the server."""
+async def test_lack_of_descriptors_is_not_sent_and_does_not_count_against_the_server(host: str) -> None:
     async with run_server(reply_with(http_response(b"x", 500))) as peer:
         url = peer.url.replace("127.0.0.1", host)
         async with open_clients(url, host=host) as clients:
@@ -173,3 +171,63 @@ async def test_no_proxy_of_the_environment_and_no_cookies(monkeypatch: pytest.Mo
                 await clients.call(peer.url)
     assert (proxy.connections, len(peer.requests)) == (0, 8)
     assert not [head for head, _ in peer.requests if b"cookie" in head.lower() or b"authorization" in head.lower()]
+
+
+async def send_webhook(serve: Handler, *, allow: str = "127.0.0.0/8") -> tuple[WebhookResponse, ScriptedServer]:
+    async with run_server(serve) as peer:
+        url = f"{peer.url}/ended?key=1"
+        return await WebhookClient().post(url, {}, b"{}", Webhook(url, (allow,))), peer
+
+
+async def test_redirect_is_not_followed() -> None:
+    async with run_server(reply_with(http_response(b"stolen"))) as elsewhere:
+        reply, _ = await send_webhook(reply_with(http_response(b"go on", 307, Location=elsewhere.url)))
+        assert (reply.status, elsewhere.connections) == (307, 0)
+
+
+async def test_only_the_beginning_of_an_endless_response_is_read() -> None:
+    async def endless(connection: Connection) -> None:
+        await connection.receive()
+        await connection.send(b"HTTP/1.1 500 x\r\nContent-Length: 100000000000\r\n\r\n")
+        with suppress(OSError):
+            while True:
+                await connection.send(b"no" * 10_000)
+
+    reply, _ = await send_webhook(endless)
+    assert (reply.status, reply.excerpt) == (500, "no" * (MAX_BODY_BYTES // 2))
+
+
+@pytest.mark.parametrize(("status", "excerpt"), [(200, None), (410, "gone")])
+async def test_a_status_counts_even_if_the_body_never_ends(
+    status: int, excerpt: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "BODY_SECONDS", 0.1)
+
+    async def serve(connection: Connection) -> None:
+        await connection.receive()
+        await connection.send(f"HTTP/1.1 {status} x\r\nContent-Length: 100\r\n\r\ngone".encode())
+        await connection.wait_closed()
+
+    assert (await send_webhook(serve))[0] == WebhookResponse(status=status, excerpt=excerpt)
+
+
+async def test_loopback_is_refused_even_if_its_host_is_allowed() -> None:
+    reply, peer = await send_webhook(reply_with(http_response(b"")), allow="127.0.0.1.example")
+    assert reply.error
+    assert peer.connections == 0
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "seconds"),
+    [
+        ("120", 120),
+        ("9" * 400, 999_999_999),
+        ("-1", None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("Wed, 21 Oct 2015 07:28:00 -0000", None),
+        ("Mon, 01 Jan 99999999999 00:00:00 GMT", None),
+    ],
+)
+async def test_retry_after(retry_after: str, seconds: float | None) -> None:
+    reply, _ = await send_webhook(reply_with(http_response(b"busy", 503, Retry_After=retry_after)))
+    assert (reply.status, reply.retry_after_seconds, reply.excerpt) == (503, seconds, "busy")

@@ -15,6 +15,7 @@ import pytest
 
 from service import server
 from service.server import HttpServer, Limits, base_url, listen
+from tests.contract.artifact_server import chunked_body
 from tests.support.network import serve_app
 
 IDLE_LIMITS = Limits(head_seconds=60, idle_seconds=60, discard_seconds=60, discard_idle_seconds=60)
@@ -116,10 +117,6 @@ def build_request(target: str = "/", *fields: str, method: str = "GET", version:
     return "\r\n".join([f"{method} {target} HTTP/{version}", *host, *fields, "", ""]).encode()
 
 
-def chunked_body(*pieces: bytes, trailer: bytes = b"") -> bytes:
-    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n" + trailer + b"\r\n"
-
-
 def parse_statuses(received: bytes) -> list[int]:
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)]
 
@@ -163,13 +160,13 @@ async def test_a_head_of_just_the_limit_is_served_and_a_larger_one_refused() -> 
 
 async def test_trailer_fields_are_bounded_and_no_header_fields() -> None:
     head = build_request("/body", "Transfer-Encoding: chunked", method="POST")
-    app = Application()
+    app, body = Application(), chunked_body(b"x", end=False) + b"0\r\n"
     async with serve_app(app, limits=Limits(head_bytes=1_000, head_fields=10)) as url:
-        received = await exchange(url, head + chunked_body(b"x", trailer=b"Admin: 1\r\n") + LAST_REQUEST)
+        received = await exchange(url, head + body + b"Admin: 1\r\n\r\n" + LAST_REQUEST)
         assert parse_statuses(received) == [200, 200]
         assert b"admin" not in received
-        assert parse_statuses(await exchange(url, head + chunked_body(b"x", trailer=b"A: b\r\n" * 11))) == [431]
-        assert parse_statuses(await exchange(url, head, b"1\r\nx\r\n0\r\nA: ", *[b"a" * 200_000] * 10)) == [431]
+        assert parse_statuses(await exchange(url, head + body + b"A: b\r\n" * 11 + b"\r\n")) == [431]
+        assert parse_statuses(await exchange(url, head, body + b"A: ", *[b"a" * 200_000] * 10)) == [431]
     assert app.disconnected.is_set()
 
 
@@ -177,7 +174,8 @@ async def test_a_trailer_field_does_not_silence_a_connection() -> None:
     # Otherwise the requests behind it would never be answered: to the parser the connection is closed.
     head = build_request("/body", "Transfer-Encoding: chunked", method="POST")
     async with serve_app(Application(), limits=IDLE_LIMITS) as url:
-        received = await exchange(url, head + chunked_body(b"x", trailer=b"Connection: close\r\n"), LAST_REQUEST)
+        body = chunked_body(b"x", end=False) + b"0\r\nConnection: close\r\n\r\n"
+        received = await exchange(url, head + body, LAST_REQUEST)
     assert parse_statuses(received) == [400]
 
 
