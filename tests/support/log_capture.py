@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import structlog
-from structlog.typing import FilteringBoundLogger
 
 from service.telemetry.logging import configure_logging
 from service.telemetry.redaction import Redactor
@@ -18,7 +17,6 @@ class CapturedLog:
     def __init__(self) -> None:
         self.stream = io.BytesIO()
         self.redactor = Redactor()
-        self.logger: FilteringBoundLogger = structlog.get_logger()
 
     @property
     def text(self) -> str:
@@ -26,20 +24,19 @@ class CapturedLog:
 
 
 @contextmanager
-def capture_log(*, json: bool = True) -> Iterator[CapturedLog]:
+def capture_log() -> Iterator[CapturedLog]:
     """Log everything within the block at debug level, including libraries."""
-    written, manager = CapturedLog(), logging.getLogger()
-    handlers, level = list(manager.handlers), manager.level
-    levels = {name: logging.getLogger(name).level for name in logging.Logger.manager.loggerDict}
-    manager.handlers.clear()  # they would be closed
+    captured, root = CapturedLog(), logging.getLogger()
+    handlers = list(root.handlers)
+    levels = {name: logging.getLogger(name).level for name in ("root", *logging.Logger.manager.loggerDict)}
+    root.handlers.clear()  # they would be closed
     try:
-        written.logger = configure_logging(json=json, level="DEBUG", stream=written.stream, redactor=written.redactor)
-        for item in (manager, *map(logging.getLogger, levels)):
-            item.setLevel(logging.DEBUG)
-        yield written
+        configure_logging(json=True, level="DEBUG", stream=captured.stream, redactor=captured.redactor)
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.DEBUG)
+        yield captured
     finally:
-        manager.handlers[:] = handlers
-        manager.setLevel(level)
-        for name, before in levels.items():
-            logging.getLogger(name).setLevel(before)
+        root.handlers[:] = handlers
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
         structlog.reset_defaults()

@@ -58,15 +58,9 @@ async def serve_app(
 
 
 def create_certificate(folder: Path, subject: str = "127.0.0.1") -> tuple[Path, ssl.SSLContext]:
-    """Create a self-signed certificate for an IP address or a name.
-
-    Returns the file to trust and the context of the server.
-    """
-    name: x509.GeneralName
-    try:
-        name = x509.IPAddress(ipaddress.ip_address(subject))
-    except ValueError:
-        name = x509.DNSName(subject)
+    """Create a certificate for an IPv4 address or a name; returns the file to trust and the server's context."""
+    is_address = subject[0].isdigit()
+    name = x509.IPAddress(ipaddress.ip_address(subject)) if is_address else x509.DNSName(subject)
     key, now = ec.generate_private_key(ec.SECP256R1()), dt.datetime.now(dt.UTC)
     issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
     certificate = (
@@ -75,21 +69,20 @@ def create_certificate(folder: Path, subject: str = "127.0.0.1") -> tuple[Path, 
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
-    public, private = folder / "certificate.pem", folder / "key.pem"
-    public.write_bytes(certificate.public_bytes(Encoding.PEM))
-    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path = folder / "certificate.pem"
+    path.write_bytes(certificate.public_bytes(Encoding.PEM) + private)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(public, private)
-    return public, context
+    context.load_cert_chain(path)
+    return path, context
 
 
 @contextmanager
-def exhaust_descriptors(pid: int | None = None) -> Iterator[None]:
+def exhaust_descriptors(pid: int = 0) -> Iterator[None]:
     """Let a process, by default this one, run out of file descriptors within the block."""
-    process = os.getpid() if pid is None else pid
-    soft, hard = resource.prlimit(process, resource.RLIMIT_NOFILE)
-    resource.prlimit(process, resource.RLIMIT_NOFILE, (0, hard))
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (0, hard))
     try:
         yield
     finally:
-        resource.prlimit(process, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))

@@ -7,12 +7,15 @@ import random
 import socket
 import struct
 import threading
+from asyncio import StreamReader, StreamWriter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+_NO_LINGER = struct.pack("ii", 1, 0)
+
 
 class ResettingProxy:
-    """Forwards to a port of 127.0.0.1 in a thread of its own.
+    """Forwards to a port of 127.0.0.1.
 
     Each chunk, in either direction, is cut off and resets both sides with `reset_probability`.
     """
@@ -21,21 +24,19 @@ class ResettingProxy:
         self.port = 0
         self.reset_probability = 0.0
         self.resets = 0
+        self.ready = threading.Event()
         self._target = target
         self._random = random.Random(seed)
-        self._connections: set[asyncio.Task[None]] = set()
 
-    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        forwarding = asyncio.create_task(self._forward(reader, writer))
-        self._connections.add(forwarding)
-        forwarding.add_done_callback(self._connections.discard)
+    async def serve(self, stop: asyncio.Event) -> None:
+        server = await asyncio.start_server(self._forward, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        self.loop = asyncio.get_running_loop()
+        self.ready.set()
+        await stop.wait()
+        server.close()
 
-    async def close(self) -> None:
-        for connection in self._connections:
-            connection.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
-
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward(self, reader: StreamReader, writer: StreamWriter) -> None:
         try:
             inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self._target)
         except OSError:
@@ -47,41 +48,31 @@ class ResettingProxy:
             return_exceptions=True,
         )
 
-    async def _copy(
-        self, source: asyncio.StreamReader, target: asyncio.StreamWriter, back: asyncio.StreamWriter
-    ) -> None:
+    async def _copy(self, source: StreamReader, target: StreamWriter, back: StreamWriter) -> None:
         try:
             while data := await source.read(65_536):
                 if self._random.random() < self.reset_probability:
+                    self.resets += 1
                     target.write(data[: self._random.randrange(len(data) + 1)])
-                    self._reset(target, back)
+                    for side in (target, back):
+                        with suppress(OSError):
+                            side.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+                        side.transport.abort()
                     return
                 target.write(data)
         finally:
             target.close()
 
-    def _reset(self, *sides: asyncio.StreamWriter) -> None:
-        self.resets += 1
-        for side in sides:
-            with suppress(OSError):
-                linger = struct.pack("ii", 1, 0)
-                side.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            side.transport.abort()
-
 
 @contextmanager
 def run_resetting_proxy(target: int, *, seed: int) -> Iterator[ResettingProxy]:
-    proxy = ResettingProxy(target, seed)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
+    """Run a proxy in a thread of its own."""
+    proxy, stop = ResettingProxy(target, seed), asyncio.Event()
+    thread = threading.Thread(target=asyncio.run, args=(proxy.serve(stop),))
     thread.start()
-    server = asyncio.run_coroutine_threadsafe(asyncio.start_server(proxy.accept, "127.0.0.1", 0), loop).result()
-    proxy.port = server.sockets[0].getsockname()[1]
+    proxy.ready.wait()
     try:
         yield proxy
     finally:
-        loop.call_soon_threadsafe(server.close)
-        asyncio.run_coroutine_threadsafe(proxy.close(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
+        proxy.loop.call_soon_threadsafe(stop.set)
         thread.join()
-        loop.close()

@@ -33,6 +33,17 @@ _TASK = Task(
 )
 
 
+_RETENTION = Retention(
+    lease_ms=180_000,
+    check_interval_ms=2_500,
+    claim_lease_ms=30_000,
+    watched_ms=30_000,
+    lost_after_ms=1_800_000,
+    unusable_after_ms=DAY_MS,
+    keep_finished_ms=30 * DAY_MS,
+)
+
+
 def make_task(**changes: Any) -> Task:
     """Make a just accepted task, in version 1, with some changes."""
     return replace(_TASK, **changes)
@@ -46,13 +57,4 @@ def make_succeeded_task(seconds: float, **changes: Any) -> Task:
 
 def make_retention(**changes: int) -> Retention:
     """Return the default durations with some of them changed (ms)."""
-    defaults = {
-        "lease_ms": 180_000,
-        "check_interval_ms": 2_500,
-        "claim_lease_ms": 30_000,
-        "watched_ms": 30_000,
-        "lost_after_ms": 1_800_000,
-        "unusable_after_ms": DAY_MS,
-        "keep_finished_ms": 30 * DAY_MS,
-    }
-    return Retention(**(defaults | changes))
+    return replace(_RETENTION, **changes)

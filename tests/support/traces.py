@@ -104,12 +104,12 @@ class TraceCollector:
     def has_received(self, times: int) -> bool:
         return len(self.requests) >= times
 
+    def find_spans(self, name: str) -> list[RecordedSpan]:
+        return [span for span in self.spans if span.name == name]
+
     def get_span(self, name: str) -> RecordedSpan:
         (span,) = self.find_spans(name)
         return span
-
-    def find_spans(self, name: str) -> list[RecordedSpan]:
-        return [span for span in self.spans if span.name == name]
 
 
 def wait_until(condition: Callable[[], bool], description: str) -> None:
@@ -139,14 +139,11 @@ def run_collector() -> Iterator[TraceCollector]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    collector.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield collector
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.block_on_close = False
+        collector.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        try:
+            yield collector
+        finally:
+            server.shutdown()

@@ -1,7 +1,6 @@
-"""Real Valkey servers, alone and in the topologies of Redis.
+"""Real Valkey servers, alone and in the topologies of Redis, and the plugin with the session's server `valkey`.
 
-The plugin `tests.support.valkey` gives every test the session's server as `valkey`. It keeps its data between tests:
-call `FLUSHALL` first or use separate keys.
+That server keeps its data between tests: call `FLUSHALL` first or use separate keys.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,11 +120,9 @@ def run_cluster(*options: str) -> Iterator[RunningStore]:
         yield store
 
 
-@contextmanager
-def run_sentinel(primary: int, *options: str) -> Iterator[Valkey]:
+def run_sentinel(primary: int, *options: str) -> AbstractContextManager[Valkey]:
     monitor = f"sentinel monitor main 127.0.0.1 {primary} 1\n"
-    with run_valkey("--sentinel", *options, port=reserve_port(), config=monitor) as watching:
-        yield watching
+    return run_valkey("--sentinel", *options, port=reserve_port(), config=monitor)
 
 
 @contextmanager
