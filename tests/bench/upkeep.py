@@ -159,7 +159,6 @@ _SCRAPE_EVERY_SECONDS = 0.5
 _START_SETTLING_SECONDS = 3
 _IDLE_SECONDS = 10
 _FIRST_TASKS, _STORED_TASKS = 250, 2_000
-_WAITING_CONNECTIONS = 250
 
 
 def scrape(comparison: Comparison) -> None:
@@ -211,13 +210,15 @@ def store_memory(comparison: Comparison) -> None:
         with run_candidate(comparison, candidate, tasks="finished") as (env, target):
             request = target.submit_request(make_png()).with_headers(Prefer="wait=60")
             with Redis.from_url(env.redis_url) as store:
-                used = []
-                for number in (_FIRST_TASKS, _STORED_TASKS):  # the first cause one-time allocations
-                    answers = uvloop.run(send_all(target.url, request, number, connections=_WAITING_CONNECTIONS))
-                    used.append(store.info("memory")["used_memory"])
+                uvloop.run(
+                    send_all(target.url, request, _FIRST_TASKS, connections=_FIRST_TASKS)
+                )  # one-time allocations
+                before = store.info("memory")["used_memory"]
+                answers = uvloop.run(send_all(target.url, request, _STORED_TASKS, connections=_FIRST_TASKS))
+                used = store.info("memory")["used_memory"] - before
             ended = sum(b'"succeeded"' in body for body in answers.bodies)
             errors = +(answers.errors() + Counter({"no end": _STORED_TASKS - ended}))
-            comparison.add(STORED, candidate.name, {"task_bytes": (used[1] - used[0]) / _STORED_TASKS}, errors)
+            comparison.add(STORED, candidate.name, {"task_bytes": used / _STORED_TASKS}, errors)
 
 
 class _Scraper(threading.Thread):

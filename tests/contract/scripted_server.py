@@ -7,8 +7,8 @@ import json
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -106,9 +106,18 @@ async def redirect_to_self(connection: Connection) -> None:
     await connection.send(http_response(b"", 307, Location=f"{connection.server.url}/api/submit_task"))
 
 
-async def never_reply(connection: Connection) -> None:
-    await connection.receive()
-    await connection.wait_closed()
+def reply_and_hold(data: bytes = b"") -> Handler:
+    """Read a request, send the data, and nothing more until the client disconnects."""
+
+    async def serve(connection: Connection) -> None:
+        await connection.receive()
+        await connection.send(data)
+        await connection.wait_closed()
+
+    return serve
+
+
+never_reply = reply_and_hold()
 
 
 @asynccontextmanager
@@ -139,3 +148,15 @@ async def run_server(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextmanager
+def unreachable_address(host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+    """Yield an address where connections time out: the listener's queue is full."""
+    with ExitStack() as sockets:
+        listener = sockets.enter_context(socket.create_server((host, port), backlog=0))
+        for _ in range(3):
+            client = sockets.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield f"http://{host}:{listener.getsockname()[1]}"

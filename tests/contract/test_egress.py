@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -29,7 +28,14 @@ from service.domain.tenants import Account
 from service.usecases.ports import RangeRequest
 from tests.contract.artifact_server import PNG_IMAGE, file_response, make_fetcher, read_request, send_pieces
 from tests.contract.client import USER_KEY
-from tests.contract.scripted_server import Connection, Handler, http_response, reply_with, run_server
+from tests.contract.scripted_server import (
+    Connection,
+    Handler,
+    http_response,
+    reply_with,
+    run_server,
+    unreachable_address,
+)
 from tests.support.network import create_certificate, reserve_port
 
 LOOPBACK = ip_address("127.0.0.1")
@@ -132,12 +138,7 @@ async def test_silent_addresses_and_resolvers_share_the_connect_timeout() -> Non
         return []
 
     port = reserve_port()
-    with ExitStack() as sockets:
-        deaf = sockets.enter_context(socket.create_server((str(UNUSED_ADDRESS), port), backlog=0))
-        for _ in range(3):
-            waiting = sockets.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(deaf.getsockname())
+    with unreachable_address(str(UNUSED_ADDRESS), port):
         async with run_server(reply_with(http_response(b"fine")), port=port) as peer:
             async with open_client(answer_in_turn([UNUSED_ADDRESS, LOOPBACK]), seconds=0.4) as caller:
                 assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"

@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import socket
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 import httpx2
 import pytest
@@ -26,22 +23,11 @@ from tests.contract.scripted_server import (
     reply_with,
     reset_after_request,
     run_server,
+    unreachable_address,
 )
 from tests.support.network import reserve_port
 
 ACCEPTED, UNKNOWN, NOT_SENT = SubmitOutcome.ACCEPTED, SubmitOutcome.UNKNOWN, SubmitOutcome.NOT_SENT
-
-
-@contextmanager
-def unreachable_address() -> Iterator[str]:
-    """Yield an address where connections time out: the listener's queue is full."""
-    with ExitStack() as sockets:
-        listener = sockets.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(3):
-            client = sockets.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(listener.getsockname())
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 async def test_slow_connect_ends_at_the_deadline_or_its_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
