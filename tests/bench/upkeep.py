@@ -158,7 +158,7 @@ _SCRAPES = 20
 _SCRAPE_EVERY_SECONDS = 0.5
 _START_SETTLING_SECONDS = 3
 _IDLE_SECONDS = 10
-_FIRST_TASKS, _STORED_TASKS = 250, 2_000
+_STORED_TASKS = 1_000
 
 
 def scrape(comparison: Comparison) -> None:
@@ -207,18 +207,22 @@ def start_and_idle(comparison: Comparison) -> None:
 def store_memory(comparison: Comparison) -> None:
     """Memory that the store needs for each finished task."""
     for candidate in comparison.gateways(ALL):
-        with run_candidate(comparison, candidate, tasks="finished") as (env, target):
-            request = target.submit_request(make_png()).with_headers(Prefer="wait=60")
-            with Redis.from_url(env.redis_url) as store:
-                uvloop.run(
-                    send_all(target.url, request, _FIRST_TASKS, connections=_FIRST_TASKS)
-                )  # one-time allocations
+        with comparison.environment(tasks="finished") as env:
+            env.settings["GATEWAY_POLL_SECONDS"] = "0.5"
+            with candidate.start(env) as target, Redis.from_url(env.redis_url) as store:
+                _finish_tasks(target)  # not counted: one-time allocations
                 before = store.info("memory")["used_memory"]
-                answers = uvloop.run(send_all(target.url, request, _STORED_TASKS, connections=_FIRST_TASKS))
+                ended, errors = _finish_tasks(target)
                 used = store.info("memory")["used_memory"] - before
-            ended = sum(b'"succeeded"' in body for body in answers.bodies)
-            errors = +(answers.errors() + Counter({"no end": _STORED_TASKS - ended}))
-            comparison.add(STORED, candidate.name, {"task_bytes": used / _STORED_TASKS}, errors)
+            comparison.add(STORED, candidate.name, {"task_bytes": used / max(ended, 1)}, errors)
+
+
+def _finish_tasks(target: Target) -> tuple[int, Counter[str]]:
+    """Submit tasks and wait for their ends; returns the number of ends, and errors."""
+    request = target.submit_request(make_png()).with_headers(Prefer="wait=60")
+    answers = uvloop.run(send_all(target.url, request, _STORED_TASKS, connections=_CONCURRENCY * 2))
+    ended = sum(b'"succeeded"' in body for body in answers.bodies)
+    return ended, +(answers.errors() + Counter({"no end": len(answers.succeeded()) - ended}))
 
 
 class _Scraper(threading.Thread):
