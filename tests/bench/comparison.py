@@ -250,9 +250,10 @@ class Comparison:
     quick: bool = False
     server_cpu: int = 0
     load_cpu: int = 0
+    seeded: dict[str, Any] = field(default_factory=dict)
+    """Stores with many tasks by kind of server, shared by several workloads."""
     _runs: dict[tuple[str, str, int], list[tuple[dict[str, float], Counter[str]]]] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack)
-    _seeded: dict[str, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
         cpus = sorted(os.sched_getaffinity(0))
@@ -283,11 +284,6 @@ class Comparison:
     def enter(self, context: AbstractContextManager[Any]) -> Any:
         """Open a context until the end of the run."""
         return self._stack.enter_context(context)
-
-    @property
-    def seeded(self) -> dict[str, Any]:
-        """Stores with many tasks by kind of server, shared by several workloads."""
-        return self._seeded
 
     def alternate(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
         """Yield the servers in turn, once per round."""

@@ -134,10 +134,10 @@ def _read_all_once(reader: Target, store: SeededStore) -> Counter[str]:
 
 def _seed(comparison: Comparison, candidate: Candidate, number: int) -> SeededStore:
     """Return a store with so many running tasks, created through the API of this kind of server."""
-    store: SeededStore = comparison.seeded.setdefault(candidate.data_format, None) or SeededStore(
-        comparison.enter(comparison.environment(tasks="running"))
-    )
-    comparison.seeded[candidate.data_format] = store
+    if candidate.data_format not in comparison.seeded:
+        env = comparison.enter(comparison.environment(tasks="running"))
+        comparison.seeded[candidate.data_format] = SeededStore(env)
+    store: SeededStore = comparison.seeded[candidate.data_format]
     missing = number - len(store.task_ids)
     if missing > 0:
         maker = Candidate(API, candidate.checkout, candidate.label) if candidate.checkout else candidate

@@ -236,9 +236,7 @@ async def test_unusable_links_are_logged_once_per_task_and_field() -> None:
     [
         reply_with(http_response(json.dumps({"err_code": 1, "err_msg": f"bad key {USER_KEY.upper()}"}).encode(), 400)),
         reply_with(vendor_response(err_code=0, status="Failed", err_msg=f"bad key {HEX_KEY}!")),
-        reply_with(
-            vendor_response(err_code=0, status="Completed", images_url=f"/1.png?k={USER_KEY}", grid_url=HEX_KEY)
-        ),
+        reply_with(vendor_response(err_code=0, status="Completed", images_url=f"/1?k={USER_KEY}", grid_url=HEX_KEY)),
     ],
 )
 async def test_key_stays_secret(serve: Handler, caplog: pytest.LogCaptureFixture) -> None:

@@ -47,28 +47,20 @@ return 1
 
 
 class Kind(StrEnum):
-    """The operations."""
-
     UPSCALE = "upscale"
 
 
 class State(StrEnum):
-    """The states of a task."""
-
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
 
 
 class Links(BaseModel):
-    """Related addresses."""
-
     self: str
 
 
 class Task(BaseModel):
-    """A task as callers see it."""
-
     id: str
     kind: Kind
     state: State

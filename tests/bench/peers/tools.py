@@ -20,20 +20,8 @@ _FILES = {
 }
 """Debian packages by pattern of a file."""
 _PYTHON_PACKAGES = (
-    "fastapi",
-    "granian",
-    "hiredis",
-    "httptools",
-    "httpx",
-    "httpx2",
-    "litestar",
-    "msgspec",
-    "pydantic",
-    "python-multipart",
-    "redis",
-    "starlette",
-    "uvicorn",
-    "uvloop",
+    *("fastapi", "granian", "hiredis", "httptools", "httpx", "httpx2", "litestar", "msgspec", "pydantic"),
+    *("python-multipart", "redis", "starlette", "uvicorn", "uvloop"),
 )
 
 
