@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import re
 import socket
-from collections.abc import AsyncIterator
+import weakref
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -15,7 +17,6 @@ import pytest
 
 from service import server
 from service.server import HttpServer, Limits, base_url, listen
-from tests.contract.artifact_server import chunked_body
 from tests.support.network import serve_app
 
 IDLE_LIMITS = Limits(head_seconds=60, idle_seconds=60, discard_seconds=60, discard_idle_seconds=60)
@@ -39,18 +40,30 @@ class Application:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.requests.append(f"{scope['method']} {scope['path']}")
         self.call_started.set()
+        headers: list[tuple[bytes, bytes]] = []
         match scope["path"]:
             case "/body":
-                status, body = 200, await self._body(receive) + b" ".join(name for name, _ in scope["headers"])
+                status, body = 200, await self._body(receive)
+            case "/fields":
+                await self._body(receive)
+                status, body = 200, b" ".join(name for name, _ in scope["headers"])
             case "/refuse":
                 status, body = 413, b"too large"
-            case "/large":
-                status, body = 200, bytes(20_000_000)
-            case "/held":
+            case "/left":
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                self.disconnected.set()
+                return
+            case "/watched":
                 await self._body(receive)
                 leaving = asyncio.ensure_future(receive())
                 await self.release.wait()
                 leaving.cancel()
+                status, body = 200, b"watched"
+            case "/large":
+                status, body = 200, bytes(20_000_000)
+            case "/held":
+                await self.release.wait()
                 status, body = 200, b"released"
             case "/unframed":
                 await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -59,7 +72,7 @@ class Application:
                 return
             case _:
                 status, body = 200, b"ok"
-        headers = [(b"content-length", str(len(body)).encode())]
+        headers.append((b"content-length", str(len(body)).encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -112,6 +125,10 @@ def build_request(target: str = "/", *fields: str, method: str = "GET", version:
     return "\r\n".join([f"{method} {target} HTTP/{version}", *host, *fields, "", ""]).encode()
 
 
+def chunked_body(*pieces: bytes, trailer: bytes = b"") -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n" + trailer + b"\r\n"
+
+
 def parse_statuses(received: bytes) -> list[int]:
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)]
 
@@ -119,59 +136,75 @@ def parse_statuses(received: bytes) -> list[int]:
 LAST_REQUEST = build_request("/last", "Connection: close")
 
 
-async def test_a_body_behind_an_offered_upgrade_is_a_body() -> None:
+@pytest.mark.parametrize("target", ["/body", "/refuse", "/"])
+async def test_a_body_behind_an_offered_upgrade_is_a_body(target: str) -> None:
     offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AA")
     body = build_request("/within-the-body")
-    head = build_request("/body", *offer, f"Content-Length: {len(body)}", method="POST")
+    head = build_request(target, *offer, f"Content-Length: {len(body)}", method="POST")
     for pieces in ([head + body], [head[:40], head[40:], body]):
         app = Application()
         async with serve_app(app) as url:
-            received = await exchange(url, *pieces, build_request("/", *offer), LAST_REQUEST)
-        assert app.requests == ["POST /body", "GET /", "GET /last"]
-        assert body in received
+            received = await exchange(url, *pieces, LAST_REQUEST)
+        assert app.requests == [f"POST {target}", "GET /last"]
+        assert target != "/body" or body in received
+
+
+async def test_a_request_follows_one_that_offered_an_upgrade() -> None:
+    app = Application()
+    async with serve_app(app) as url:
+        received = await exchange(url, build_request("/", "Connection: upgrade", "Upgrade: websocket") + LAST_REQUEST)
+    assert parse_statuses(received) == [200, 200]
 
 
 async def test_http_1_0_gets_no_chunks() -> None:
     async with serve_app(Application()) as url:
-        assert (await exchange(url, build_request("/unframed", version="1.0"))).endswith(b"\r\n\r\none two")
+        head, _, body = (await exchange(url, build_request("/unframed", version="1.0"))).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head
+    assert body == b"one two"
 
 
 async def test_a_head_of_just_the_limit_is_served_and_a_larger_one_refused() -> None:
     limits = Limits(head_bytes=1_000, head_fields=10)
-    room = limits.head_bytes - len("/") - len("Host: x\r\n") - len("Connection: close\r\n") - len("A: \r\n")
+    size_limit = limits.head_bytes - len("/") - len("Host: x\r\n") - len("Connection: close\r\n") - len("A: \r\n")
     async with serve_app(Application(), limits=limits) as url:
-        for fields, status in (
-            (["A: " + "a" * room], 200),
-            (["A: " + "a" * (room + 1)], 431),
-            (["A: b"] * 8, 200),
-            (["A: b"] * 9, 431),
-        ):
-            head = build_request("/", "Connection: close", *fields)
+        for size, status in ((size_limit, 200), (size_limit + 1, 431)):
+            head = build_request("/", "Connection: close", "A: " + "a" * size)
             assert parse_statuses(await exchange(url, head)) == [status]
             assert parse_statuses(await exchange(url, head[:-1], head[-1:])) == [status]
+        for size, status in ((limits.head_bytes, 200), (limits.head_bytes + 1, 431)):
+            assert parse_statuses(await exchange(url, build_request("/" + "a" * (size - 1), version="1.0"))) == [status]
+        for count, status in ((8, 200), (9, 431)):
+            fields = ["A: b"] * count
+            assert parse_statuses(await exchange(url, build_request("/", "Connection: close", *fields))) == [status]
         for before in (b"GET /", b"GET / HTTP/1.1\r\nHost: x\r\nA: ", b"GET / HTTP/1.1\r\nHost: x\r\n"):
             assert parse_statuses(await exchange(url, before, *[b"a" * 400] * 20)) == [431]  # without an end
 
 
 async def test_trailer_fields_are_bounded_and_no_header_fields() -> None:
-    head = build_request("/body", "Transfer-Encoding: chunked", method="POST")
-    app, body = Application(), chunked_body(b"x", end=False) + b"0\r\n"
+    head = build_request("/fields", "Transfer-Encoding: chunked", method="POST")
+    app = Application()
     async with serve_app(app, limits=Limits(head_bytes=1_000, head_fields=10)) as url:
-        received = await exchange(url, head + body + b"Admin: 1\r\n\r\n" + LAST_REQUEST)
+        received = await exchange(url, head + chunked_body(b"x", trailer=b"Admin: 1\r\n") + LAST_REQUEST)
         assert parse_statuses(received) == [200, 200]
         assert b"admin" not in received
-        assert parse_statuses(await exchange(url, head + body + b"A: b\r\n" * 11 + b"\r\n")) == [431]
-        assert parse_statuses(await exchange(url, head, body + b"A: ", *[b"a" * 200_000] * 10)) == [431]
+        assert parse_statuses(await exchange(url, head + chunked_body(b"x", trailer=b"A: b\r\n" * 11))) == [431]
+        assert parse_statuses(await exchange(url, head, b"1\r\nx\r\n0\r\nA: ", *[b"a" * 200_000] * 10)) == [431]
     assert app.disconnected.is_set()
 
 
 async def test_a_trailer_field_does_not_silence_a_connection() -> None:
-    # Otherwise the requests behind it would never be answered: to the parser the connection is closed.
-    head = build_request("/body", "Transfer-Encoding: chunked", method="POST")
+    """Otherwise the requests behind it would never be answered: to the parser the connection is closed."""
+    fields = ("Transfer-Encoding: chunked",)
+    body = chunked_body(b"x", trailer=b"Connection: close\r\n")
     async with serve_app(Application(), limits=IDLE_LIMITS) as url:
-        body = chunked_body(b"x", end=False) + b"0\r\nConnection: close\r\n\r\n"
-        received = await exchange(url, head + body, LAST_REQUEST)
-    assert parse_statuses(received) == [400]
+        assert parse_statuses(
+            await exchange(url, build_request("/body", *fields, method="POST") + body, LAST_REQUEST)
+        ) == [400]
+        async with open_connection(url) as (reader, writer):
+            writer.write(build_request("/refuse", *fields, method="POST"))
+            await reader.readuntil(b"too large")
+            writer.write(body + LAST_REQUEST)
+            assert await reader.read() == b""
 
 
 @pytest.mark.parametrize(
@@ -179,37 +212,52 @@ async def test_a_trailer_field_does_not_silence_a_connection() -> None:
     [
         b"GET / HTTP/1.1\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET /\r\n\r\n",
+        b"GET / HTTP/2.0\r\nHost: x\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
         build_request("/body", "Transfer-Encoding: gzip, chunked") + chunked_body(b"x"),
+        build_request("/body", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked") + chunked_body(b"x"),
+        build_request("/body", "Transfer-Encoding: identity", "Content-Length: 1") + b"x",
         build_request("/body", "Transfer-Encoding: chunked", "Content-Length: 1") + chunked_body(b"x"),
         build_request("/body", "Transfer-Encoding: chunked", version="1.0") + chunked_body(b"x"),
         build_request("/body", "Content-Length: 1", "Content-Length: 2") + b"xy",
         build_request("/body", "Content-Length: +1") + b"x",
+        build_request("/", "Spaced name: x"),
         build_request("/", "A: \x00"),
+        build_request("/\xff"),
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     ],
 )
 async def test_what_is_no_valid_http_1_1_is_refused(faulty: bytes) -> None:
     app = Application()
-    async with serve_app(app, refuse=lambda status, _, client: ([], f"{status} {client}".encode())) as url:
+    async with serve_app(app) as url:
         received = await exchange(url, faulty + LAST_REQUEST)
-    assert received.endswith(b"\r\n\r\n400 127.0.0.1")
     assert (parse_statuses(received), app.requests) == ([400], [])
     assert b"\r\nconnection: close\r\n" in received
+
+
+async def test_the_refusal_is_what_the_owner_of_the_port_makes_of_it() -> None:
+    def refuse(status: int, detail: str, client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
+        return [(b"content-type", b"text/x")], f"{status} {bool(detail)} {client}".encode()
+
+    async with serve_app(Application(), refuse=refuse) as url:
+        head, _, body = (await exchange(url, b"\x00")).partition(b"\r\n\r\n")
+    assert b"content-type: text/x" in head
+    assert body == b"400 True 127.0.0.1"
 
 
 async def test_a_refusal_comes_last_and_nothing_behind_it_is_a_request() -> None:
     app = Application()
     async with serve_app(app) as url, open_connection(url) as (reader, writer):
-        writer.write(build_request("/held") + build_request("/second") + b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.write(build_request("/watched") + build_request("/second") + b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n")
         await app.call_started.wait()
         writer.write(build_request("/tunnelled"))
         for _ in range(10):
             await asyncio.sleep(0)
         app.release.set()
         assert parse_statuses(await reader.read()) == [200, 200, 400]
-    assert app.requests == ["GET /held", "GET /second"]
+    assert app.requests == ["GET /watched", "GET /second"]
 
 
 async def test_the_requests_that_wait_for_the_first_are_bounded() -> None:
@@ -246,6 +294,14 @@ async def test_a_broken_body_is_refused_in_place_of_the_response(
     assert caplog.records == []
 
 
+async def test_the_broken_body_of_a_refused_request_gets_no_second_response() -> None:
+    async with serve_app(Application()) as url, open_connection(url) as (reader, writer):
+        writer.write(build_request("/refuse", "Transfer-Encoding: chunked", method="POST") + b"1\r\nx\r\n")
+        assert parse_statuses(await reader.readuntil(b"too large")) == [413]
+        writer.write(b"no chunk\r\n")
+        assert await reader.read() == b""
+
+
 async def test_silent_and_idle_connections_end_and_half_heads_are_refused() -> None:
     async with serve_app(Application(), limits=SHORT_LIMITS) as url, open_connection(url) as (reader, writer):
         writer.write(build_request())
@@ -254,25 +310,29 @@ async def test_silent_and_idle_connections_end_and_half_heads_are_refused() -> N
         assert parse_statuses(await exchange(url, b"GET / HTTP/1.1\r\nHo")) == [400]
         received = await exchange(url, build_request("/first") + b"GET / HTTP/1.1\r\nHo")
         assert parse_statuses(received) == [200, 400]
-        # It outlives the others.
-        writer.write(build_request("/refuse", "Content-Length: 1000000", method="POST") + b"x")
+        writer.write(
+            build_request("/refuse", "Content-Length: 1000000", method="POST") + b"x"
+        )  # it outlives the others
         assert parse_statuses(await reader.read()) == [413]  # and ends although its body does not
     async with serve_app(Application(), limits=Limits(idle_seconds=0.05)) as url:
         assert parse_statuses(await exchange(url, build_request())) == [200]
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-async def test_a_client_that_sends_all_before_it_reads_gets_the_early_response(version: str) -> None:
-    framing = ("Content-Length: 20000000", "Connection: close")
-    head = build_request("/refuse", *framing, method="POST", version=version)
+@pytest.mark.parametrize(("version", "chunked"), [("1.1", False), ("1.1", True), ("1.0", False)])
+async def test_a_client_that_sends_all_before_it_reads_gets_the_early_response(version: str, chunked: bool) -> None:
+    body = b"x" * 20_000_000
+    framing = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(body)}"
+    head = build_request("/refuse", framing, "Connection: close", method="POST", version=version)
     async with serve_app(Application(), limits=IDLE_LIMITS) as url:
-        assert parse_statuses(await exchange(url, head + bytes(20_000_000))) == [413]
+        received = await exchange(url, head + (chunked_body(body) if chunked else body))
+    assert parse_statuses(received) == [413]
 
 
 async def test_a_kept_connection_goes_on_behind_a_refused_body() -> None:
-    head = build_request("/refuse", "Transfer-Encoding: chunked", method="POST")
+    body = b"x" * 1_000_000
     async with serve_app(Application()) as url:
-        assert parse_statuses(await exchange(url, head + chunked_body(bytes(1_000_000)), LAST_REQUEST)) == [413, 200]
+        head = build_request("/refuse", f"Content-Length: {len(body)}", method="POST")
+        assert parse_statuses(await exchange(url, head + body, LAST_REQUEST)) == [413, 200]
 
 
 async def test_a_client_that_expects_100_is_refused_without_it_and_the_connection_ends() -> None:
@@ -285,23 +345,28 @@ async def test_a_client_that_expects_100_is_refused_without_it_and_the_connectio
 
 
 async def test_connections_beyond_the_cap_replace_idle_ones_or_wait() -> None:
-    app, held = Application(), build_request("/held", "Connection: close")
+    app = Application()
     async with serve_app(app, limits=Limits(connections=2)) as url, AsyncExitStack() as stack:
-        connections = []
-        for request in (held, build_request(), build_request()):
-            connections.append(await stack.enter_async_context(open_connection(url)))
-            connections[-1][1].write(request)
-            await (app.call_started.wait() if request is held else connections[-1][0].readuntil(b"ok"))
-        (first, _), (idle, _), (third, writer) = connections
-        assert await idle.read() == b""
-        writer.write(held)
-        last = asyncio.create_task(exchange(url, LAST_REQUEST))
+        held_reader, held = await stack.enter_async_context(open_connection(url))
+        held.write(build_request("/held", "Connection: close"))
+        await app.call_started.wait()
+        idle_reader, idle = await stack.enter_async_context(open_connection(url))
+        idle.write(build_request())
+        await idle_reader.readuntil(b"ok")
+        third_reader, third = await stack.enter_async_context(open_connection(url))
+        third.write(build_request())
+        await third_reader.readuntil(b"ok")
+        assert await idle_reader.read() == b""
+        third.write(build_request("/held", "Connection: close"))
+        fourth_reader, fourth = await stack.enter_async_context(open_connection(url))
+        fourth.write(LAST_REQUEST)
         while app.requests.count("GET /held") < 2:
             await asyncio.sleep(0)
         assert "GET /last" not in app.requests
         app.release.set()
-        for received in (await last, await first.read(), await third.read()):
-            assert parse_statuses(received) == [200]
+        assert parse_statuses(await fourth_reader.read()) == [200]
+        assert parse_statuses(await held_reader.read()) == [200]
+        assert parse_statuses(await third_reader.read()) == [200]
 
 
 class ExhaustedSocket(socket.socket):
@@ -351,6 +416,30 @@ async def test_a_server_that_stops_cuts_off_what_does_not_end() -> None:
     assert app.disconnected.is_set()
 
 
+async def test_a_client_that_disconnects_is_noticed_also_with_requests_behind_the_first() -> None:
+    app = Application()
+    async with serve_app(app) as url:
+        async with open_connection(url) as (_, writer):
+            writer.write(build_request("/left") + build_request())
+            await app.call_started.wait()
+        await app.disconnected.wait()
+
+
+async def test_an_ended_connection_leaves_nothing_to_the_garbage_collector() -> None:
+    async with run_http_server(Application()) as (running, url):
+        gc.disable()
+        try:
+            async with open_connection(url) as (reader, writer):
+                writer.write(build_request())
+                await reader.readuntil(b"ok")
+                connections = [weakref.ref(connection) for connection in running.connections]
+            while running.connections:
+                await asyncio.sleep(0)
+            assert [connection() for connection in connections] == [None]
+        finally:
+            gc.enable()
+
+
 @pytest.mark.parametrize("field", ["A: b", "Connection: close"])
 async def test_a_connection_whose_client_does_not_read_ends(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_USER_TIMEOUT_MS", 100)
@@ -363,13 +452,30 @@ async def test_a_connection_whose_client_does_not_read_ends(field: str, monkeypa
                 await asyncio.sleep(0)
 
 
-async def test_a_refused_body_does_not_delay_the_stop() -> None:
-    async with run_http_server(Application(), limits=IDLE_LIMITS) as (running, url), open_connection(url) as pair:
-        reader, writer = pair
+async def test_a_refused_body_neither_stays_in_memory_nor_delays_the_stop() -> None:
+    async with (
+        run_http_server(Application(), limits=IDLE_LIMITS) as (running, url),
+        open_connection(url) as (reader, writer),
+    ):
         writer.write(build_request("/refuse", "Content-Length: 50001", method="POST") + bytes(50_000))
         await reader.readuntil(b"too large")
+        assert [len(connection.cycle.body) for connection in running.connections] == [0]
         stopping = asyncio.create_task(running.stop(60))
         await asyncio.sleep(0)
         writer.write(b"x")
         assert await reader.read() == b""
         await stopping
+
+
+async def test_a_fault_in_a_refusal_does_not_end_the_deadlines() -> None:
+    failed = asyncio.Event()
+
+    def refuse(_status: int, _detail: str, _client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
+        failed.set()
+        raise RuntimeError
+
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
+    async with serve_app(Application(), limits=SHORT_LIMITS, refuse=refuse) as url, open_connection(url) as (_, writer):
+        writer.write(b"GET /")
+        await failed.wait()
+        assert await exchange(url) == b""
