@@ -14,10 +14,9 @@ from httpx2 import Response
 from service.sandbox.app import SandboxControl
 from service.sandbox.faults import DEFAULT_PRICES
 from service.sandbox.store import AccountBalance
-from tests.behaviour.audit import expect_problem
-from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
-from tests.behaviour.task_readers import wait_until
-from tests.behaviour.upstream_control import USER_KEY, SandboxUpstreamControl
+from tests.behaviour.clients import wait_until
+from tests.behaviour.gateway_fixture import USER_KEY, RunningGateway, SandboxUpstreamControl, run_real_gateway
+from tests.behaviour.requests import expect_problem
 from tests.support.valkey import Valkey
 
 KIND = "vectorize"

@@ -10,12 +10,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.devstack import ensure_demo_token
-from tests.behaviour.audit import expect_problem
-from tests.behaviour.gateway_fixture import ADMIN_TOKEN, RunningGateway
-from tests.behaviour.legacy_client import LegacyClient
-from tests.behaviour.task_readers import wait_until
-from tests.behaviour.upstream_control import USER_KEY
-from tests.behaviour.usage_requests import expect_json, run_task, submission_id_of, submit_and_lose_response
+from tests.behaviour.clients import LegacyClient, wait_until
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, USER_KEY, RunningGateway
+from tests.behaviour.requests import expect_json, expect_problem, run_task, submission_id_of, submit_and_lose_response
 
 ACCOUNT_DEFAULTS = {"floor_count": 0, "floor_money": 0, "max_price": {}, "base_url": None, "note": ""}
 ACCOUNT: dict[str, Any] = {

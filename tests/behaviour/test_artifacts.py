@@ -26,8 +26,8 @@ from service.domain.tasks import Artifact
 from service.domain.tenants import Account
 from service.storage.redis import Keys
 from service.usecases.ports import ArtifactStream, RangeRequest
-from tests.behaviour.audit import expect_problem
 from tests.behaviour.gateway_fixture import RunningGateway
+from tests.behaviour.requests import expect_problem
 from tests.contract.artifact_server import (
     PNG_IMAGE,
     chunked_body,

@@ -10,8 +10,8 @@ import pytest
 
 from service.domain import tenants
 from service.domain.tasks import MAX_METADATA_BYTES, Kind
-from tests.behaviour.audit import UNREACHABLE_POLICIES, assert_nothing_happened, expect_problem
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN, RunningGateway
+from tests.behaviour.requests import UNREACHABLE_POLICIES, assert_nothing_happened, expect_problem
 from tests.support.images import make_png
 from tests.support.valkey import Valkey
 

@@ -16,8 +16,8 @@ import pytest
 
 from service.sandbox.faults import Fault, Field, FieldDefect
 from tests.behaviour.balance_harness import PRICE_YUAN, BalanceHarness, open_balance_harness
-from tests.behaviour.task_readers import wait_until
-from tests.behaviour.upstream_control import USER_KEY
+from tests.behaviour.clients import wait_until
+from tests.behaviour.gateway_fixture import USER_KEY
 from tests.support.valkey import Valkey
 
 COST_OF_USE = {"count": 1, "money": 0}

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from service.sandbox.store import AccountBalance
-from tests.behaviour.audit import expect_problem
-from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
-from tests.behaviour.task_readers import wait_until
-from tests.behaviour.upstream_control import USER_KEY
+from tests.behaviour.clients import wait_until
+from tests.behaviour.gateway_fixture import USER_KEY, RunningGateway, run_real_gateway
+from tests.behaviour.requests import expect_problem
 from tests.contract.scripted_server import Handler, http_response, reply_with, run_server
 from tests.support.valkey import Valkey
 

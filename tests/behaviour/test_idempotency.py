@@ -14,23 +14,22 @@ from redis import Redis
 
 from service.storage.redis import Keys
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.audit import UNREACHABLE_POLICIES, assert_nothing_happened
-from tests.behaviour.gateway_fixture import RunningGateway, reject_store_calls
-from tests.behaviour.idempotent_requests import (
+from tests.behaviour.clients import LegacyClient, wait_until
+from tests.behaviour.gateway_fixture import USER_KEY, RunningGateway, reject_store_calls
+from tests.behaviour.requests import (
     KEY,
     UNREACHABLE_LIMITS,
+    UNREACHABLE_POLICIES,
+    assert_nothing_happened,
     expect_created,
     expect_refused,
     expect_replayed,
     expect_unknown,
     make_jpeg,
     read_counts,
+    recover_task,
     submit_with_key,
 )
-from tests.behaviour.legacy_client import LegacyClient
-from tests.behaviour.task_readers import wait_until
-from tests.behaviour.upstream_control import USER_KEY
-from tests.behaviour.usage_requests import recover_task
 from tests.support.valkey import Valkey
 from tests.unit.asgi_client import AsgiResponse, open_raw_connection, read_response
 from tests.unit.multipart_forms import CONTENT_TYPE, encode_file, encode_form

@@ -11,9 +11,8 @@ import pytest
 from service.sandbox.app import SandboxConfig, open_sandbox
 from service.sandbox.store import AccountBalance
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.gateway_fixture import RunningGateway
-from tests.behaviour.legacy_client import SUBMIT_FIELDS, LegacyClient, field_types
-from tests.behaviour.upstream_control import USER_KEY
+from tests.behaviour.clients import SUBMIT_FIELDS, LegacyClient, field_types
+from tests.behaviour.gateway_fixture import USER_KEY, RunningGateway
 from tests.support.images import make_png
 
 NO_ACCOUNT = "账户不存在"

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from service.sandbox.faults import Fault
-from tests.behaviour.audit import expect_problem
 from tests.behaviour.balance_harness import PRICE_YUAN, BalanceHarness, open_balance_harness
 from tests.behaviour.gateway_fixture import RunningGateway
-from tests.behaviour.usage_requests import advance_to_next_window
+from tests.behaviour.requests import advance_to_next_window, expect_problem
 from tests.support.valkey import Valkey
 
 MAX_COUNT, MAX_YUAN = 10**12, 10**10

@@ -12,12 +12,13 @@ from redis.asyncio import Redis
 from service.sandbox.faults import Fault
 from service.storage.redis import Keys
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.audit import UNREACHABLE_POLICIES, expect_problem
 from tests.behaviour.balance_harness import PRICE_YUAN, BalanceHarness, open_balance_harness
 from tests.behaviour.gateway_fixture import RunningGateway
-from tests.behaviour.usage_requests import (
+from tests.behaviour.requests import (
+    UNREACHABLE_POLICIES,
     advance_to_next_window,
     expect_json,
+    expect_problem,
     post_refund,
     read_all_usage,
     read_charged_today,

@@ -11,10 +11,8 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from service.usecases.ports import SubmitResult
-from tests.behaviour.audit import expect_problem
-from tests.behaviour.gateway_fixture import RunningGateway
-from tests.behaviour.upstream_control import USER_KEY
-from tests.behaviour.usage_requests import expect_json, run_task
+from tests.behaviour.gateway_fixture import USER_KEY, RunningGateway
+from tests.behaviour.requests import expect_json, expect_problem, run_task
 from tests.support.valkey import Valkey
 
 ACCOUNT_KEY = "a-key-of-the-registry-0123"

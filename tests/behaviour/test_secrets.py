@@ -20,9 +20,8 @@ from service.clients.http import UpstreamPool
 from service.sandbox.faults import Fault
 from service.telemetry.redaction import Redactor
 from service.usecases.reports import QuotaReports
-from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, RunningGateway, run_real_gateway
-from tests.behaviour.legacy_client import LegacyClient
-from tests.behaviour.upstream_control import USER_KEY
+from tests.behaviour.clients import LegacyClient
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, USER_KEY, RunningGateway, run_real_gateway
 from tests.behaviour.webhook_receiver import WebhookReceiver, make_secret, run_receiver
 from tests.support.log_capture import CapturedLog, capture_log
 from tests.support.traces import run_collector

@@ -11,8 +11,8 @@ import pytest
 from httpx2 import Response
 
 from service.api.errors import PROBLEMS
-from tests.behaviour.audit import expect_problem
 from tests.behaviour.gateway_fixture import RunningGateway
+from tests.behaviour.requests import expect_problem
 from tests.unit.asgi_client import open_raw_connection, read_response
 
 

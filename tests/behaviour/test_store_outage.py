@@ -13,9 +13,8 @@ from structlog.testing import capture_logs
 from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.usecases.ports import RegistryChange
-from tests.behaviour.audit import expect_problem
 from tests.behaviour.gateway_fixture import RunningGateway
-from tests.behaviour.usage_requests import read_all_usage, run_task
+from tests.behaviour.requests import expect_problem, read_all_usage, run_task
 from tests.support.valkey import Valkey
 
 KEYS = Keys("gw")

@@ -15,8 +15,8 @@ from service.domain.tasks import Kind
 from service.usecases.caches import TaskCache
 from service.usecases.reports import QuotaReports
 from service.usecases.task_status import TaskReader
+from tests.behaviour.clients import LegacyClient
 from tests.behaviour.gateway_fixture import RunningGateway
-from tests.behaviour.legacy_client import LegacyClient
 
 """Form fields, the options shown for them, and the defaults, by kind."""
 

@@ -11,8 +11,8 @@ from redis.asyncio import Redis
 
 from service.usecases import caches, ledger_snapshot
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.audit import expect_problem
 from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
+from tests.behaviour.requests import expect_problem
 from tests.behaviour.webhook_receiver import make_secret, run_receiver
 from tests.support.traces import SPAN, TRACE, TraceCollector, run_collector
 from tests.support.valkey import Valkey, run_valkey

@@ -11,9 +11,9 @@ from redis.asyncio import Redis
 
 from service.sandbox.faults import Fault
 from service.storage.redis import Keys
-from tests.behaviour.audit import expect_problem
 from tests.behaviour.balance_harness import KIND, PRICE_YUAN, BalanceHarness, open_balance_harness
-from tests.behaviour.upstream_control import USER_KEY
+from tests.behaviour.gateway_fixture import USER_KEY
+from tests.behaviour.requests import expect_problem
 from tests.support.valkey import Valkey
 
 SPARE_KEY = "upstream-key-spare"

@@ -21,9 +21,9 @@ from service.storage.redis import Keys
 from service.usecases.admin import RegistryAdmin, SavedTenant
 from service.usecases.ports import RegistryChange
 from service.usecases.registry_plan import DesiredTenant
-from tests.behaviour.audit import expect_problem
+from tests.behaviour.clients import open_event_stream, start_waiting_read, wait_until
 from tests.behaviour.gateway_fixture import ENVIRONMENT, RunningGateway, run_real_gateway
-from tests.behaviour.task_readers import open_event_stream, start_waiting_read, wait_until
+from tests.behaviour.requests import expect_problem
 from tests.support.network import serve_app
 from tests.support.valkey import Valkey
 

@@ -16,8 +16,8 @@ import pytest
 from service.api.uploads import UploadReader
 from service.app import create_app
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.audit import UNREACHABLE_POLICIES, assert_nothing_happened, expect_problem
 from tests.behaviour.gateway_fixture import MAX_BYTES, MAX_PIXELS, RunningGateway
+from tests.behaviour.requests import UNREACHABLE_POLICIES, assert_nothing_happened, expect_problem
 from tests.support.images import draw_image, encode_image, make_png
 from tests.support.network import serve_app
 from tests.support.valkey import Valkey

@@ -12,14 +12,14 @@ from redis.asyncio import Redis
 
 from service.storage.redis import Keys
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.audit import UNREACHABLE_POLICIES, expect_problem
 from tests.behaviour.balance_harness import PRICE_YUAN, open_balance_harness
-from tests.behaviour.gateway_fixture import RunningGateway
-from tests.behaviour.upstream_control import USER_KEY
-from tests.behaviour.usage_requests import (
+from tests.behaviour.gateway_fixture import USER_KEY, RunningGateway
+from tests.behaviour.requests import (
     NO_SUBMISSIONS,
+    UNREACHABLE_POLICIES,
     advance_to_next_window,
     expect_json,
+    expect_problem,
     flatten_item,
     post_refund,
     read_all_usage,

@@ -12,10 +12,9 @@ from service.api import tasks
 from service.api.uploads import Upload
 from service.usecases import task_status
 from service.usecases.ports import CheckOutcome
-from tests.behaviour.audit import expect_problem
+from tests.behaviour.clients import open_event_stream, poll_with_outcomes, start_waiting_read, wait_until
 from tests.behaviour.gateway_fixture import RunningGateway, reject_store_calls
-from tests.behaviour.idempotent_requests import KEY
-from tests.behaviour.task_readers import open_event_stream, poll_with_outcomes, start_waiting_read, wait_until
+from tests.behaviour.requests import KEY, expect_problem
 from tests.support.valkey import Valkey
 
 RUNNING, SUCCEEDED = CheckOutcome.RUNNING, CheckOutcome.SUCCEEDED

@@ -14,10 +14,10 @@ from service.container import Container, open_container
 from service.settings import Settings
 from service.storage.deliveries import LEASE_MS
 from service.storage.redis import Keys
-from tests.behaviour.audit import expect_problem
+from tests.behaviour.clients import LegacyClient
 from tests.behaviour.gateway_fixture import ENVIRONMENT, POLL_SECONDS, RunningGateway, run_real_gateway
-from tests.behaviour.legacy_client import LegacyClient
 from tests.behaviour.openapi_reader import assert_matches_schema, resolve_reference
+from tests.behaviour.requests import expect_problem
 from tests.behaviour.webhook_receiver import WebhookReceiver, make_secret, run_receiver
 from tests.support.valkey import Valkey
 

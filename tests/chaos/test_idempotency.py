@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2
 
-from tests.behaviour.idempotent_requests import (
+from tests.behaviour.requests import (
     KEY,
     UNREACHABLE_LIMITS,
     expect_created,

@@ -17,9 +17,9 @@ from structlog.testing import capture_logs
 
 from service import container
 from service.domain.ledger import Reservation, ReservationState
+from tests.behaviour.clients import wait_until
 from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
-from tests.behaviour.idempotent_requests import UNREACHABLE_LIMITS, expect_created, read_counts
-from tests.behaviour.task_readers import wait_until
+from tests.behaviour.requests import UNREACHABLE_LIMITS, expect_created, read_counts
 from tests.support.resetting_proxy import ResettingProxy, run_resetting_proxy
 from tests.support.valkey import Valkey, run_cluster, run_single, run_valkey
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from service.cli.client import AdminClient, AdminResponse
-from tests.behaviour.upstream_control import USER_KEY
+from tests.behaviour.gateway_fixture import USER_KEY
 from tests.cli.conftest import Shell
 
 

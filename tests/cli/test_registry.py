@@ -15,8 +15,7 @@ from service.container import USER_KEY_PURPOSE, WEBHOOK_SECRET_PURPOSE
 from service.crypto import Keyring
 from service.domain.tenants import WebhookSecrets
 from service.usecases.ports import RegistryChange
-from tests.behaviour.gateway_fixture import SECRET_KEY
-from tests.behaviour.upstream_control import USER_KEY
+from tests.behaviour.gateway_fixture import SECRET_KEY, USER_KEY
 from tests.cli.conftest import Shell, run_shell
 from tests.support.valkey import Valkey
 

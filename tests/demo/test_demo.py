@@ -23,8 +23,8 @@ from service.cli import main
 from service.demo.client import Cost, GatewayError, open_client
 from service.demo.run import JOBS, DemoOptions, format_cost, run_demo
 from service.demo.verify import CheckResult, UnreadableError, open_image, read_image, seam_strength, verify_results
+from tests.behaviour.clients import wait_until
 from tests.behaviour.gateway_fixture import run_real_gateway
-from tests.behaviour.task_readers import wait_until
 from tests.support.network import serve_app
 from tests.support.valkey import Valkey
 

@@ -1,4 +1,4 @@
-"""Requests for usage, windows and submissions, and their consistency."""
+"""Requests to the gateway, and assertions on its responses."""
 
 from __future__ import annotations
 
@@ -6,15 +6,126 @@ import csv
 import io
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
+from io import BytesIO
 from typing import Any
 
 from httpx2 import Response
+from redis.asyncio import Redis
 
 from service.container import TASK_ID_PURPOSE
 from service.crypto import Keyring, TaskIdCodec
 from service.domain.tasks import Kind, TaskReference
-from tests.behaviour.audit import UNREACHABLE_POLICIES, expect_problem
+from service.storage.redis import Keys
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, RunningGateway
+from tests.support.images import draw_image
+from tests.support.valkey import Valkey
+
+UNREACHABLE_POLICIES: dict[str, Any] = {
+    "limits": [
+        {"window": name, "tasks": 1_000, "money": 1_000} for name in ("minute", "hour", "day", "month", "total")
+    ],
+    "max_active": 1_000,
+}
+"""Limits that no test reaches, so that the quota reports every counter."""
+
+
+def expect_problem(response: Response, status: int, code: str) -> dict[str, Any]:
+    """Assert that a response is this problem, consistent with its headers; return the document."""
+    assert response.headers["content-type"] == "application/problem+json", response.text
+    document: dict[str, Any] = response.json()
+    assert (response.status_code, document["code"]) == (status, code), document
+    assert document["type"] == f"urn:imaging-gateway:problem:{code}"
+    assert document["status"] == status
+    assert document["instance"] == response.headers["x-request-id"]
+    assert document["title"]
+    assert document["detail"]
+    assert response.headers["cache-control"] == "no-store"
+    assert response.headers["link"] == f'</docs/problems#{code}>; rel="help"'
+    return document
+
+
+async def assert_nothing_happened(gateway: RunningGateway, valkey: Valkey) -> None:
+    """Assert that nothing is reserved, counted, stored or sent."""
+    report = (await gateway.call("GET", "/v1/quota")).json()
+    assert len(report["policies"]) == 11
+    assert {(policy["used"], policy["reserved"]) for policy in report["policies"]} == {(0, 0)}
+    assert (await gateway.call("GET", "/v1/tasks")).json() == {"items": [], "next_cursor": None}
+    assert await gateway.upstream.count_submits() == 0
+    assert await _submission_keys(valkey) == []
+
+
+async def _submission_keys(valkey: Valkey) -> list[str]:
+    """List the Redis keys that a submission writes."""
+    names = Keys("gw")
+    async with Redis.from_url(valkey.url) as client:
+        stored = sorted([key.decode() async for key in client.scan_iter(count=1_000)])
+    prefixes = names.reservation(""), names.task(""), f"{names.tenant_tasks(0)[:-1]}", names.leases, names.poll_due
+    return [key for key in stored if key.startswith(prefixes)]
+
+
+KEY = '"8e03978e-40d5-43dd-bc93-6894a57f9324"'
+UNREACHABLE_LIMITS: dict[str, Any] = {"limits": [{"window": "total", "tasks": 100}], "max_active": 100}
+"""Limits that no test reaches, so that the counters are reported."""
+
+
+def make_jpeg(comment: bytes = b"a") -> bytes:
+    """Make a valid JPEG; comments of one length change only their own bytes."""
+    buffer = BytesIO()
+    draw_image().save(buffer, "JPEG", comment=comment)
+    return buffer.getvalue()
+
+
+async def submit_with_key(
+    gateway: RunningGateway,
+    kind: str = "seamless",
+    fields: Mapping[str, str] | None = None,
+    *,
+    key: str = KEY,
+    token: str | None = None,
+    image: bytes | None = None,
+) -> Response:
+    headers = {"Idempotency-Key": key}
+    return await gateway.submit(kind, fields, token=token, image=image or make_jpeg(), headers=headers)
+
+
+def expect_created(response: Response) -> dict[str, Any]:
+    """Assert that a response is a new task; return it."""
+    assert response.status_code == 201, response.text
+    assert "idempotent-replayed" not in response.headers
+    task: dict[str, Any] = response.json()
+    return task
+
+
+def expect_replayed(response: Response, first: Mapping[str, Any]) -> dict[str, Any]:
+    """Assert that a response is a replay of `first`; return its task."""
+    assert response.status_code == 201, response.text
+    assert response.headers["idempotent-replayed"] == "true"
+    task: dict[str, Any] = response.json()
+    assert task["id"] == first["id"]
+    assert response.headers["location"] == f"/v1/tasks/{first['id']}"
+    return task
+
+
+def expect_refused(response: Response, status: int, code: str) -> dict[str, Any]:
+    """Assert that a response is this problem and no replay; return the document."""
+    assert "idempotent-replayed" not in response.headers
+    return expect_problem(response, status, code)
+
+
+def expect_unknown(response: Response, first: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Assert an unknown outcome, replayed if `first` is given; return the document."""
+    document = expect_problem(response, 504, "submission-unknown")
+    assert response.headers.get("idempotent-replayed") == ("true" if first else None)
+    assert document["submission_id"] == (first or document)["submission_id"]
+    return document
+
+
+async def read_counts(gateway: RunningGateway) -> tuple[float, float, float]:
+    """Return used, reserved and active tasks."""
+    report = (await gateway.call("GET", "/v1/quota")).json()
+    policies = {policy["policy"]: policy for policy in report["policies"]}
+    return policies["total-tasks"]["used"], policies["total-tasks"]["reserved"], policies["max-active"]["used"]
+
 
 NO_SUBMISSIONS: Mapping[str, int] = dict.fromkeys(
     ("running", "succeeded", "failed", "unknown", "refused", "not_sent"), 0
