@@ -23,12 +23,12 @@ from service.sandbox.faults import Behaviour, Fault
 from service.sandbox.store import AccountBalance
 from service.settings import Settings
 from service.storage.connections import connect
-from service.storage.redis import Keys
+from service.storage.redis import DAY_MS, Keys
 from service.telemetry.redaction import Redactor
 from service.usecases.ports import Image, SubmitOutcome, SubmitResult, Upstream
 from tests.support.images import make_png
 from tests.support.network import serve_app
-from tests.support.server_time import install_server_time, read_server_time, set_server_time
+from tests.support.server_time import install_server_time, read_server_time, set_server_time, shift_server_time
 from tests.support.valkey import Valkey
 
 USER_KEY = "upstream-key-main"
@@ -245,6 +245,10 @@ async def run_real_gateway(
         client: Any = connections.commands
         await client.flushall()
         keys = Keys(settings.key_prefix)
+
+        # Noon, since windows and reports would change at midnight; from the first advance on the clock stands still.
+        now = await read_server_time(client, keys)
+        await shift_server_time(client, keys, (DAY_MS // 2 - now % DAY_MS) // 1000)
 
         async def pass_time(seconds: float) -> None:
             await set_server_time(client, keys, await read_server_time(client, keys) + int(seconds * 1000))

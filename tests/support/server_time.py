@@ -1,7 +1,7 @@
 """Overrides the Redis server's time for the gateways of a key prefix.
 
-Once installed, scripts and commands read the time in milliseconds from a key instead, if that key exists. Run as a
-module, this is the command `gateway` with the override installed.
+Once installed, scripts and commands read the time in milliseconds from a key instead, if that key exists, or add the
+seconds in it to the time. Run as a module, this is the command `gateway` with the override installed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from service.storage.redis import Keys, parse_ledger_time, parse_server_time
 _TIME_CALL = "redis.call('TIME')"
 _TIME_OVERRIDE = f"""(function()
   local set = redis.call('GET', KEYS[1] .. ':server')
-  local time = set and {{math.floor(set / 1000), set % 1000 * 1000}} or {_TIME_CALL}
+  local time = {_TIME_CALL}
+  if set and string.sub(set, 1, 1) == '+' then
+    time[1] = time[1] + tonumber(string.sub(set, 2))
+  elseif set then
+    time = {{math.floor(set / 1000), set % 1000 * 1000}}
+  end
   return {{tonumber(time[1]), tonumber(time[2])}}
 end)()"""
 
@@ -44,6 +49,10 @@ def install_server_time() -> None:
 
 async def set_server_time(client: Any, keys: Keys, milliseconds: int) -> None:
     await client.set(keys.clock + ":server", milliseconds)
+
+
+async def shift_server_time(client: Any, keys: Keys, seconds: int) -> None:
+    await client.set(keys.clock + ":server", f"+{seconds}")
 
 
 async def read_server_time(client: Any, keys: Keys) -> int:
