@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from httpx2 import AsyncClient, Response, Timeout
@@ -74,10 +74,6 @@ class LegacyClient:
         return content
 
 
-def field_types(content: Mapping[str, Any]) -> dict[str, str]:
-    return {name: type(value).__name__ for name, value in sorted(content.items())}
-
-
 async def wait_until(condition: Callable[[], bool]) -> None:
     """Yield to the event loop until a condition holds."""
     async with asyncio.timeout(20):
@@ -107,40 +103,31 @@ class Event:
 class EventStream:
     response: Response
     lines: AsyncIterator[str]
-    comment_count: int = 0
     retry_ms: int | None = None
-    _data: dict[str, str] = field(default_factory=dict)
 
-    async def next_event(self) -> Event | None:
-        """Return the next event, or None at the end of the stream."""
+    async def next_event(self) -> Event:
+        """Return the next event; raise StopAsyncIteration at the end of the stream."""
+        data: dict[str, str] = {}
         async with asyncio.timeout(20):
-            async for line in self.lines:
+            while (line := await anext(self.lines)) or "data" not in data:
                 name, _, value = line.partition(": ")
-                if line.startswith(":"):
-                    self.comment_count += 1
-                elif name == "retry":
+                if name == "retry":
                     self.retry_ms = int(value)
-                elif line:
-                    assert name not in self._data
-                    self._data[name] = value
-                elif self._data:
-                    data, self._data = self._data, {}
-                    return Event(data["event"], data["id"], json.loads(data["data"]))
-        return None
+                elif name:
+                    data[name] = value
+        return Event(data["event"], data["id"], json.loads(data["data"]))
 
     async def wait_for_comment(self) -> None:
         """Wait for a comment; fail on an event before it."""
         async with asyncio.timeout(20):
-            async for line in self.lines:
-                if line.startswith(":"):
-                    return
+            while not (line := await anext(self.lines)).startswith(":"):
                 assert not line or line.startswith("retry")
-        raise AssertionError("the stream has ended")
 
     async def read_remaining(self) -> list[Event]:
         events = []
-        while event := await self.next_event():
-            events.append(event)
+        with suppress(StopAsyncIteration):
+            while True:
+                events.append(await self.next_event())
         return events
 
 
@@ -154,10 +141,9 @@ async def open_event_stream(
         yield EventStream(response, response.aiter_lines())
 
 
-async def poll_with_outcomes(gateway: RunningGateway, *responses: CheckOutcome) -> None:
-    """Advance one poll interval for each outcome, with which the upstream responds."""
-    for outcome in responses:
-        upstream = ScriptedUpstream()
-        upstream.queue_checks(outcome)
-        gateway.services.task_poller.upstream = upstream
-        await gateway.poll_due_tasks()
+async def poll_with_outcome(gateway: RunningGateway, outcome: CheckOutcome) -> None:
+    """Advance one poll interval; the upstream responds with this outcome."""
+    upstream = ScriptedUpstream()
+    upstream.queue_checks(outcome)
+    gateway.services.task_poller.upstream = upstream
+    await gateway.poll_due_tasks()

@@ -7,7 +7,7 @@ import base64
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from httpx2 import AsyncClient, Response
@@ -16,8 +16,6 @@ from redis import Redis
 
 from service.app import create_app, create_ops_app
 from service.container import Container, open_container
-from service.domain.tasks import Options
-from service.domain.tenants import Account
 from service.sandbox.app import SandboxConfig, SandboxControl, open_sandbox
 from service.sandbox.faults import Behaviour, Fault
 from service.sandbox.store import AccountBalance
@@ -25,84 +23,13 @@ from service.settings import Settings
 from service.storage.connections import connect
 from service.storage.redis import DAY_MS, Keys
 from service.telemetry.redaction import Redactor
-from service.usecases.ports import Image, SubmitOutcome, SubmitResult, Upstream
+from service.usecases.ports import SubmitOutcome, SubmitResult
 from tests.support.images import make_png
 from tests.support.network import serve_app
 from tests.support.server_time import install_server_time, read_server_time, set_server_time, shift_server_time
 from tests.support.valkey import Valkey
 
 USER_KEY = "upstream-key-main"
-
-
-class HeldResponses:
-    """Passes submits on to the upstream and holds its responses until they are released."""
-
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
-        self.check = upstream.check
-        self.count = 0
-        self._released = asyncio.Event()
-
-    async def submit(self, account: Account, options: Options, image: Image, *, timeout_seconds: float) -> SubmitResult:
-        result = await self.upstream.submit(account, options, image, timeout_seconds=timeout_seconds)
-        self.count += 1
-        await self._released.wait()
-        return result
-
-    def release(self) -> None:
-        self._released.set()
-
-
-class SandboxUpstreamControl:
-    def __init__(self, control: SandboxControl) -> None:
-        self.control = control
-        self._behaviour = Behaviour()
-
-    async def update_behaviour(self, **changes: Any) -> None:
-        self._behaviour = replace(self._behaviour, **changes)
-        await self.control.set_behaviour(self._behaviour)
-
-    async def set_fault(self, **fault: Any) -> None:
-        await self._set_fault(Fault(**fault))
-
-    async def _set_fault(self, fault: Fault) -> None:
-        await self.update_behaviour(faults=(fault,))  # one that was set before, and may be used up, would begin anew
-
-    async def count_submits(self) -> int:
-        return sum(request.operation == "submit" for request in await self.control.list_requests())
-
-    async def count_checks(self) -> int:
-        return sum(request.operation == "check" for request in await self.control.list_requests())
-
-    async def set_balance(self, count: int, money: int) -> None:
-        """Set the balance of the account: uses, and yuan."""
-        await self.control.set_account(USER_KEY, AccountBalance(count=count, money=money))
-
-    async def refuse_next(self, outcome: SubmitOutcome, reason: str = "") -> None:
-        """Refuse the next submit; `reason` is the vendor's for REJECTED."""
-        words = {SubmitOutcome.EXHAUSTED: "账户剩余次数不足", SubmitOutcome.INVALID_ACCOUNT: "账户不存在"}
-        refuse = words.get(outcome, f"任务提交失败:{reason}")
-        await self.set_fault(on="submit", times=1, refuse=refuse)
-
-    async def lose_next_response(self) -> None:
-        """Accept the next submit and drop its response."""
-        await self.set_fault(on="submit", times=1, reply="reset")
-
-    async def delay_next_response(self, seconds: float) -> None:
-        await self.set_fault(on="submit", times=1, latency=seconds)
-
-    async def keep_running(self) -> None:
-        await self.update_behaviour(seconds=3_600)
-
-    async def fail_next_task(self) -> None:
-        await self.set_fault(on="submit", times=1, fail="it could not be done")
-
-    async def wait_until_idle(self) -> None:
-        """Wait until all tasks have ended, unless they run without end."""
-        if not self._behaviour.seconds:
-            await self.control.wait_until_idle()
-
-
 ADMIN_TOKEN = "admin-token-of-the-tests-0123456789"
 SECRET_KEY = b"k" * 32
 POLL_SECONDS = 2.5
@@ -117,7 +44,58 @@ ENVIRONMENT = {
     "GATEWAY_POLL_SECONDS": str(POLL_SECONDS),
 }
 
-AdvanceTime = Callable[[float], Awaitable[None]]
+
+@dataclass
+class HeldResponses:
+    """How many responses of the upstream are held, and whether they are released."""
+
+    count: int = 0
+    released: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class SandboxUpstreamControl:
+    def __init__(self, control: SandboxControl) -> None:
+        self.control = control
+        self._behaviour = Behaviour()
+
+    async def update_behaviour(self, **changes: Any) -> None:
+        self._behaviour = replace(self._behaviour, **changes)
+        await self.control.set_behaviour(self._behaviour)
+
+    async def set_fault(self, **fault: Any) -> None:
+        """Set a fault in place of those before, which would begin anew."""
+        await self.update_behaviour(faults=(Fault(**fault),))
+
+    async def count_submits(self) -> int:
+        return sum(request.operation == "submit" for request in await self.control.list_requests())
+
+    async def count_checks(self) -> int:
+        return sum(request.operation == "check" for request in await self.control.list_requests())
+
+    async def set_balance(self, count: int, money: int, user_key: str = USER_KEY) -> None:
+        """Set the balance of an account: uses, and yuan."""
+        await self.control.set_account(user_key, AccountBalance(count=count, money=money))
+
+    async def refuse_next(self, outcome: SubmitOutcome, reason: str = "") -> None:
+        """Refuse the next submit; `reason` is the vendor's for REJECTED."""
+        words = {SubmitOutcome.EXHAUSTED: "账户剩余次数不足", SubmitOutcome.INVALID_ACCOUNT: "账户不存在"}
+        refuse = words.get(outcome, f"任务提交失败:{reason}")
+        await self.set_fault(on="submit", times=1, refuse=refuse)
+
+    async def lose_next_response(self) -> None:
+        """Accept the next submit and drop its response."""
+        await self.set_fault(on="submit", times=1, reply="reset")
+
+    async def keep_running(self) -> None:
+        await self.update_behaviour(seconds=3_600)
+
+    async def fail_next_task(self) -> None:
+        await self.set_fault(on="submit", times=1, fail="it could not be done")
+
+    async def wait_until_idle(self) -> None:
+        """Wait until all tasks have ended, unless they run without end."""
+        if not self._behaviour.seconds:
+            await self.control.wait_until_idle()
 
 
 @dataclass
@@ -129,7 +107,7 @@ class RunningGateway:
     http: AsyncClient
     services: Container
     upstream: SandboxUpstreamControl
-    advance_time: AdvanceTime
+    advance_time: Callable[[float], Awaitable[None]]
     token: str = ""
 
     async def advance(self, seconds: float) -> None:
@@ -163,12 +141,11 @@ class RunningGateway:
 
     async def put_tenant(self, name: str = "shop", **policy: Any) -> None:
         response = await self.call_admin("PUT", f"/tenants/{name}", json={"accounts": ["main"]} | policy)
-        assert response.status_code == 200, response.text
+        response.raise_for_status()
 
     async def new_token(self, tenant: str = "shop", **body: Any) -> str:
         response = await self.call_admin("POST", f"/tenants/{tenant}/tokens", json=body)
-        assert response.status_code == 201, response.text
-        return str(response.json()["token"])
+        return str(response.raise_for_status().json()["token"])
 
     async def poll_due_tasks(self) -> None:
         """Advance one poll interval and run all checks that are due."""
@@ -177,6 +154,10 @@ class RunningGateway:
         while await self.services.task_poller.start_due():
             pass
         await self.services.task_poller.wait_idle()
+
+    async def deliver_due_webhooks(self) -> None:
+        while await self.services.webhook_dispatcher.start_due():
+            await self.services.webhook_dispatcher.wait_idle()
 
     async def wait_for_task(self, task_id: str, *, token: str | None = None) -> dict[str, Any]:
         """Poll until a task has ended."""
@@ -190,19 +171,25 @@ class RunningGateway:
 
     @contextmanager
     def hold_responses(self) -> Iterator[HeldResponses]:
-        """Hold the upstream's responses to submits until they are released, at the latest at the end of the block."""
-        submitter = self.services.submitter
-        held = HeldResponses(submitter.upstream)
-        submitter.upstream = held
+        """Hold the upstream's responses to submits until the end of the block."""
+        upstream: Any = self.services.submitter.upstream
+        held, submit = HeldResponses(), upstream.submit
+
+        async def submit_and_hold(*args: Any, **more: Any) -> SubmitResult:
+            result: SubmitResult = await submit(*args, **more)
+            held.count += 1
+            await held.released.wait()
+            return result
+
+        upstream.submit = submit_and_hold
         try:
             yield held
         finally:
-            submitter.upstream = held.upstream
-            held.release()
+            del upstream.submit
+            held.released.set()
 
     async def create_demo_tenant(self) -> None:
-        response = await self.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY})
-        assert response.status_code == 200, response.text
+        (await self.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY})).raise_for_status()
         await self.put_tenant()
         self.token = await self.new_token()
 
@@ -250,7 +237,7 @@ async def run_real_gateway(
         now = await read_server_time(client, keys)
         await shift_server_time(client, keys, (DAY_MS // 2 - now % DAY_MS) // 1000)
 
-        async def pass_time(seconds: float) -> None:
+        async def advance_time(seconds: float) -> None:
             await set_server_time(client, keys, await read_server_time(client, keys) + int(seconds * 1000))
 
         services = await stack.enter_async_context(open_container(settings, redactor=redactor))
@@ -260,6 +247,6 @@ async def run_real_gateway(
         ops_url = await stack.enter_async_context(serve_app(ops_app, refuse=ops_app.refuse))
         http = await stack.enter_async_context(AsyncClient(timeout=30, trust_env=False))
         upstream = SandboxUpstreamControl(sandbox.control)
-        gateway = RunningGateway(url, ops_url, http, services, upstream, pass_time)
+        gateway = RunningGateway(url, ops_url, http, services, upstream, advance_time)
         await gateway.create_demo_tenant()
         yield gateway

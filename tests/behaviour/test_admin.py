@@ -7,12 +7,18 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 
 from service.devstack import ensure_demo_token
-from tests.behaviour.clients import LegacyClient, wait_until
+from tests.behaviour.clients import LegacyClient
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN, USER_KEY, RunningGateway
-from tests.behaviour.requests import expect_json, expect_problem, run_task, submission_id_of, submit_and_lose_response
+from tests.behaviour.requests import (
+    expect_invalid,
+    expect_json,
+    expect_problem,
+    run_task,
+    submission_id_of,
+    submit_and_lose_response,
+)
 
 ACCOUNT_DEFAULTS = {"floor_count": 0, "floor_money": 0, "max_price": {}, "base_url": None, "note": ""}
 ACCOUNT: dict[str, Any] = {
@@ -43,7 +49,6 @@ TENANT: dict[str, Any] = {
 Change = tuple[dict[str, Any], dict[str, Any]]
 """A patch, and what it changes."""
 ACCOUNT_CHANGES: list[Change] = [
-    ({}, {}),
     ({"floor_count": 7}, {"floor_count": 7}),
     ({"base_url": None, "floor_money": None}, {"base_url": None, "floor_money": 0}),
     ({"max_price": {"upscale": 3, "vectorize": None}}, {"max_price": {"upscale": 3}}),
@@ -55,7 +60,6 @@ TENANT_CHANGES: list[Change] = [
     ({"purse": "count_then_money"}, {"spending_mode": "count_then_money"}),
     ({"limits": [{"window": "hour", "tasks": 1}]}, {"limits": [{"window": "hour", "tasks": 1, "money": None}]}),
     ({"kinds": None, "max_active": None}, {"kinds": None, "max_active": None}),
-    ({"webhook": {"url": "https://new.example/"}}, {"webhook": TENANT["webhook"] | {"url": "https://new.example/"}}),
     ({"webhook": {"allow": None}}, {"webhook": TENANT["webhook"] | {"allow": []}}),
     ({"webhook": None, "note": "Another."}, {"webhook": None, "note": "Another."}),
 ]
@@ -111,18 +115,13 @@ async def test_account_shows_balance_and_state_without_its_key(gateway: RunningG
 
 
 async def test_put_replaces_accounts_and_tenants(gateway: RunningGateway) -> None:
-    for url in ("https://[::1]:8443/api/v2//", "http://upstream.example/a%20b"):
-        assert (await put_json(gateway, "/accounts/main", base_url=url))["base_url"] == url.rstrip("/")
+    url = "https://[::1]:8443/api/v2//"
+    assert (await put_json(gateway, "/accounts/main", base_url=url))["base_url"] == url.rstrip("/")
     assert ACCOUNT.items() <= (await put_json(gateway, "/accounts/main", **ACCOUNT)).items()
     assert ACCOUNT_DEFAULTS.items() <= (await put_json(gateway, "/accounts/main")).items()
-    for _ in range(2):
-        assert (await gateway.submit()).status_code == 201
-    limits = [{"window": "total", "tasks": 1, "money": None}]
-    tenant = await put_json(gateway, "/tenants/shop", **TENANT | {"limits": limits})
+    tenant = await put_json(gateway, "/tenants/shop", **TENANT)
     del tenant["webhook"]["disabled_urls"], tenant["webhook"]["secret"]
-    assert (TENANT | {"limits": limits}).items() <= tenant.items()
-    total = next(policy for policy in tenant["policies"] if policy["policy"] == "total-tasks")
-    assert (total["limit"], total["used"], total["remaining"]) == (1, 2, 0)
+    assert TENANT.items() <= tenant.items()
     assert TENANT_DEFAULTS.items() <= (await put_json(gateway, "/tenants/shop", accounts=["main"])).items()
     assert (await gateway.submit()).status_code == 201
 
@@ -134,9 +133,7 @@ async def test_lowered_floor_or_reopening_serves_the_account_again(gateway: Runn
     await put_json(gateway, "/accounts/main", floor_count=8, floor_money=300)
     assert (await gateway.submit()).status_code == 201
     expect_problem(await gateway.submit(), 402, "balance-exhausted")
-    account = await get_json(gateway, "/accounts/main")
-    assert account["state"] == "exhausted"
-    assert account["look_again_at"]
+    assert (await get_json(gateway, "/accounts/main"))["look_again_at"]
     await gateway.upstream.set_balance(count=50, money=300)
     reopened = expect_json(await gateway.call_admin("POST", "/accounts/main/reopen"))
     assert (reopened["state"], reopened["look_again_at"]) == ("open", None)
@@ -169,9 +166,7 @@ async def test_patch_changes_what_it_names(
         # The same settings as a PUT of the result gives: no default or secret was lost.
         again = await gateway.call_admin("PUT", path, json=expected)
         assert (again.headers["etag"], await read_entry()) == (response.headers["etag"], after)
-    no_objects: list[Any] = [None, [], 5, "state"]
-    for body in no_objects:
-        expect_problem(await gateway.call_admin("PATCH", path, json=body), 422, "invalid-options")
+    expect_invalid(await gateway.call_admin("PATCH", path, content=b"[]"), "body")
 
 
 async def test_patch_keeps_or_replaces_secrets(gateway: RunningGateway) -> None:
@@ -208,10 +203,13 @@ async def test_preconditions(gateway: RunningGateway, path: str, settings: dict[
 
 async def test_states_of_a_tenant(gateway: RunningGateway) -> None:
     old_client = LegacyClient(gateway.http, gateway.url, gateway.token)
-    task = (await gateway.submit()).json()
+    task = (await gateway.submit(headers={"Idempotency-Key": "k"})).json()
     unknown_key = await LegacyClient(gateway.http, gateway.url, "igw_unknown").check(task["id"])
-    await gateway.call_admin("PATCH", "/tenants/shop", json={"state": "read-only"})
-    expect_problem(await gateway.submit(), 403, "tenant-read-only")
+    await gateway.call_admin("PATCH", "/tenants/shop", json={"kinds": ["upscale"]})
+    expect_problem(await gateway.submit(), 403, "kind-not-allowed")
+    await gateway.call_admin("PATCH", "/tenants/shop", json={"kinds": None, "state": "read-only"})
+    for headers in ({}, {"Idempotency-Key": "k"}):
+        expect_problem(await gateway.submit(image=b"not read", headers=headers), 403, "tenant-read-only")
     assert (await gateway.call("GET", f"/v1/tasks/{task['id']}")).status_code == 200
     assert (await old_client.check(task["id"]))["err_code"] == 0
     assert (await old_client.submit("submit_face_enhance_task"))["err_code"] == 1
@@ -220,11 +218,7 @@ async def test_states_of_a_tenant(gateway: RunningGateway) -> None:
     for path in (f"/v1/tasks/{task['id']}", f"/v1/tasks/{task['id']}/events", "/v1/tasks", "/v1/usage"):
         expect_problem(await gateway.call("GET", path), 403, "tenant-disabled")
     assert await old_client.submit("submit_face_enhance_task") == unknown_key
-    with capture_logs() as events:
-        expect_problem(await gateway.call("GET", "/v1/quota"), 403, "tenant-disabled")
-        assert await old_client.check(task["id"]) == unknown_key
-        await wait_until(lambda: [event["event"] for event in events].count("request.ended") == 2)
-    assert {event["tenant"] for event in events if event["event"] == "request.ended"} == {"shop"}
+    assert await old_client.check(task["id"]) == unknown_key
     await gateway.call_admin("PATCH", "/tenants/shop", json={"state": "active"})
     assert (await gateway.submit()).status_code == 201
     assert await gateway.upstream.count_submits() == 2
@@ -233,7 +227,6 @@ async def test_states_of_a_tenant(gateway: RunningGateway) -> None:
 @pytest.mark.smoke
 async def test_tokens_are_shown_once_and_revoked(gateway: RunningGateway) -> None:
     made = await create_token(gateway, label="生产", expires_at="2999-12-31T23:30:00+08:00")
-    assert made.keys() == {"id", "token", "expires_at"}
     assert made["expires_at"] == "2999-12-31T15:30:00Z"
     shown = {token["id"]: token for token in (await get_json(gateway, "/tenants/shop"))["tokens"]}[made["id"]]
     assert shown.keys() == {"id", "label", "created_at", "expires_at"}
@@ -262,44 +255,21 @@ async def test_token_ends_at_its_expiry_or_grace(gateway: RunningGateway) -> Non
     await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{revoked['id']}?grace=30")
     for token in (expiring, revoked):  # a later grace never extends it
         await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{token['id']}?grace=3600")
-    now += 29.999
-    assert [await is_token_valid(gateway, token["token"]) for token in (expiring, revoked, kept)] == [True] * 3
-    now += 0.001
-    assert [await is_token_valid(gateway, token["token"]) for token in (expiring, revoked, kept)] == [
-        False,
-        False,
-        True,
-    ]
+    for seconds, is_valid in ((29.999, True), (0.001, False)):
+        now += seconds
+        assert [await is_token_valid(gateway, token["token"]) for token in (expiring, revoked)] == [is_valid] * 2
+    assert await is_token_valid(gateway, kept["token"])
     listed = {token["id"] for token in (await get_json(gateway, "/tenants/shop"))["tokens"]}
-    assert kept["id"] in listed
-    assert not {expiring["id"], revoked["id"]} & listed
-    assert {expiring["id"], revoked["id"]} < gateway.services.registry.current.tokens.keys()
+    assert listed & {kept["id"], expiring["id"], revoked["id"]} == {kept["id"]}
     await create_token(gateway)
     assert not {expiring["id"], revoked["id"]} & gateway.services.registry.current.tokens.keys()
-
-
-async def test_unknown_names_are_404(gateway: RunningGateway) -> None:
-    for name in ("unknown", "%E5%95%86%E5%BA%97", "shop%0A"):
-        for method, path in (
-            ("GET", f"/accounts/{name}"),
-            ("DELETE", f"/accounts/{name}"),
-            ("POST", f"/accounts/{name}/reopen"),
-            ("GET", f"/tenants/{name}"),
-            ("DELETE", f"/tenants/{name}?force=true"),
-            ("POST", f"/tenants/{name}/tokens"),
-            ("DELETE", f"/tenants/{name}/tokens/x"),
-            ("POST", f"/tenants/{name}/revoke-all"),
-        ):
-            expect_problem(await gateway.call_admin(method, path), 404, "not-found")
-    for path in ("/tenants/unknown", "/accounts/unknown"):
-        expect_problem(await gateway.call_admin("PATCH", path, json={}), 404, "not-found")
 
 
 @pytest.mark.smoke
 async def test_each_port_has_its_own_routes_and_tokens(gateway: RunningGateway) -> None:
     for token in (None, "Bearer", f"Bearer {gateway.token}", f"Bearer {ADMIN_TOKEN}x", f"Basic {ADMIN_TOKEN}"):
         headers = {"Authorization": token} if token else {}
-        for method, path in (("GET", "/accounts"), ("PUT", "/tenants/x"), ("DELETE", "/accounts/main?nonsense")):
+        for method, path in (("GET", "/accounts"), ("DELETE", "/accounts/main?nonsense")):
             response = await gateway.http.request(method, f"{gateway.ops_url}/admin/v1{path}", headers=headers)
             expect_problem(response, 401, "unauthenticated")
             assert response.headers["www-authenticate"].startswith("Bearer ")
@@ -325,25 +295,11 @@ async def test_operators_read_and_list_tasks_of_all_tenants(gateway: RunningGate
     assert [task["id"] for task in first["items"] + second["items"]] == [task["id"] for task in made]
     assert second["next_cursor"] is None
     assert await list_task_ids(gateway, "tenant=shop&kind=vectorize&state=succeeded") == [made[1]["id"]]
-    assert await list_task_ids(gateway, "tenant=shop&state=queued") == []
     assert await list_task_ids(gateway, "tenant=other&state=queued") == [foreign["id"]]
     foreign_cursor = await gateway.call_admin("GET", f"/tasks?tenant=other&cursor={first['next_cursor']}")
     expect_problem(foreign_cursor, 400, "malformed-request")
-    expect_problem(await gateway.call_admin("GET", "/tasks?tenant=missing"), 404, "not-found")
     lost = await submit_and_lose_response(gateway)
     expect_problem(await gateway.call_admin("GET", f"/tasks/{lost}"), 404, "not-found")
-
-
-async def test_reading_as_operator_schedules_no_check(gateway: RunningGateway) -> None:
-    await gateway.upstream.keep_running()
-    task = (await gateway.submit()).json()
-    await gateway.advance(300)  # so that it is checked less often unless a tenant reads it
-    await gateway.poll_due_tasks()
-    checks = await gateway.upstream.count_checks()
-    assert (await get_json(gateway, f"/tasks/{task['id']}"))["state"] == "running"
-    assert await list_task_ids(gateway, "tenant=shop") == [task["id"]]
-    await gateway.poll_due_tasks()
-    assert await gateway.upstream.count_checks() == checks
 
 
 async def test_demo_account_follows_the_configured_key(gateway: RunningGateway) -> None:

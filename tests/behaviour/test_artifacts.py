@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
 import re
 import resource
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 import pytest
 from httpx2 import Response
-from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from service.api import artifacts
-from service.clients import artifacts as artifact_client
-from service.clients.artifacts import ArtifactClient, FetchOutcome
+from service.clients.artifacts import ArtifactClient
 from service.domain.tasks import Artifact
 from service.domain.tenants import Account
-from service.storage.redis import Keys
 from service.usecases.ports import ArtifactStream, RangeRequest
 from tests.behaviour.gateway_fixture import RunningGateway
 from tests.behaviour.requests import expect_problem
@@ -39,7 +35,6 @@ from tests.contract.artifact_server import (
 )
 from tests.contract.scripted_server import Connection, Handler, ScriptedServer, run_server
 from tests.support.images import make_png
-from tests.support.valkey import Valkey
 
 MIB = 1 << 20
 LARGE = 96 * MIB
@@ -82,7 +77,7 @@ async def test_artifact_is_served_at_its_href(gateway: RunningGateway, href: str
 
 
 async def test_artifact_not_found(gateway: RunningGateway, href: str) -> None:
-    for name in ("vector", "grid", "IMAGE", "x", "..%2fimage"):
+    for name in ("vector", "IMAGE", "..%2fimage"):
         expect_problem(await gateway.call("GET", href.replace("/image", f"/{name}")), 404, "not-found")
     await gateway.put_tenant("other")
     unrelated = await gateway.call("GET", href, token=await gateway.new_token("other"))
@@ -91,11 +86,8 @@ async def test_artifact_not_found(gateway: RunningGateway, href: str) -> None:
     assert details[0] == details[1]
     expect_problem(await gateway.call("GET", href, token=""), 401, "unauthenticated")
     expect_problem(await gateway.call("POST", href), 405, "method-not-allowed")
-    await gateway.upstream.fail_next_task()
-    task_id = (await gateway.submit()).json()["id"]
-    expect_problem(await gateway.call("GET", f"/v1/tasks/{task_id}/artifacts/image"), 404, "not-found")
-    assert (await gateway.wait_for_task(task_id))["state"] == "failed"
-    expect_problem(await gateway.call("GET", f"/v1/tasks/{task_id}/artifacts/image"), 404, "not-found")
+    running = (await gateway.submit()).json()["id"]
+    expect_problem(await gateway.call("GET", f"/v1/tasks/{running}/artifacts/image"), 404, "not-found")
 
 
 async def test_ranges(gateway: RunningGateway, href: str) -> None:
@@ -105,19 +97,15 @@ async def test_ranges(gateway: RunningGateway, href: str) -> None:
         ({"Range": "bytes=0-9"}, 0, 9),
         ({"Range": "bytes=10-", "If_Range": tag}, 10, size - 1),
         ({"Range": "bytes=-5"}, size - 5, size - 1),
-        ({"Range": "bytes=0-99999999"}, 0, size - 1),
     ):
         part = await fetch_artifact(gateway, href, **headers)
         assert (part.status_code, part.headers["content-range"]) == (206, f"bytes {first}-{last}/{size}")
         assert part.content == whole.content[first : last + 1]
         assert {part.headers[name] == whole.headers[name] for name in SAME_IN_PARTS} == {True}
-    malformed = dict.fromkeys(("Range", "If_Range", "If_None_Match", "If_Modified_Since"), "x" * 1_000)
     for headers in (
         {"Range": "bytes=0-1,4-5"},
-        {"Range": "lines=0-1"},
-        {"Range": "bytes=-"},
         {"Range": "bytes=10-", "If_Range": '"other"'},
-        malformed,
+        dict.fromkeys(("Range", "If_Range", "If_None_Match", "If_Modified_Since"), "x" * 1_000),
     ):
         response = await fetch_artifact(gateway, href, **headers)
         assert (response.status_code, response.content) == (200, whole.content)
@@ -134,7 +122,6 @@ async def test_ranges(gateway: RunningGateway, href: str) -> None:
 async def test_failure_before_the_first_byte_is_a_problem(gateway: RunningGateway, href: str) -> None:
     for fault, status, code in (
         ({"reply": "reset"}, 502, "upstream-invalid-response"),
-        ({"reply": "page"}, 502, "upstream-invalid-response"),
         ({"reply": "page", "status": 410}, 502, "upstream-invalid-response"),
         ({"reply": "page", "status": 404}, 503, "upstream-unavailable"),
         ({"reply": "page", "status": 503}, 503, "upstream-unavailable"),
@@ -151,19 +138,6 @@ async def test_failure_before_the_first_byte_is_a_problem(gateway: RunningGatewa
         assert (await fetch_artifact(gateway, href)).status_code == status
 
 
-async def test_artifact_of_a_lost_task_and_a_deleted_account(
-    gateway: RunningGateway, href: str, valkey: Valkey
-) -> None:
-    reservation = gateway.services.task_reader.task_ids.decode(href.split("/")[3]).reservation
-    async with Redis.from_url(valkey.url) as client:
-        await client.delete(Keys("gw").task(reservation))
-    gateway.services.task_cache.clear()
-    assert (await fetch_artifact(gateway, href)).status_code == 200
-    await gateway.poll_due_tasks()
-    assert (await gateway.call_admin("DELETE", "/accounts/main?force=true")).status_code == 204
-    expect_problem(await fetch_artifact(gateway, href), 502, "upstream-invalid-response")
-
-
 @dataclass
 class ArtifactSetup:
     """A gateway whose finished task has its artifact on a scripted server."""
@@ -171,15 +145,14 @@ class ArtifactSetup:
     gateway: RunningGateway
     server: ScriptedServer
     href: str
-    outcomes: list[str] = field(default_factory=list)
 
     @asynccontextmanager
-    async def open_download(self, method: str = "GET") -> AsyncIterator[tuple[asyncio.StreamReader, bytes]]:
+    async def open_download(self) -> AsyncIterator[tuple[asyncio.StreamReader, bytes]]:
         """Open a raw connection and read the head of the response."""
         address = urlsplit(self.gateway.url)
         reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=64 * 1024)
         try:
-            request = f"{method} {self.href} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self.gateway.token}\r\n\r\n"
+            request = f"GET {self.href} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self.gateway.token}\r\n\r\n"
             writer.write(request.encode())
             yield reader, await reader.readuntil(b"\r\n\r\n")
         finally:
@@ -193,12 +166,7 @@ OpenSetup = Callable[[Handler], AbstractAsyncContextManager[ArtifactSetup]]
 def open_setup(gateway: RunningGateway, href: str) -> OpenSetup:
     @asynccontextmanager
     async def open_with(serve: Handler) -> AsyncIterator[ArtifactSetup]:
-        outcomes: list[str] = []
-        client = ArtifactClient(
-            "http://127.0.0.1",
-            max_bytes=LARGE,
-            on_call=lambda _operation, outcome, _seconds: outcomes.append(outcome),
-        )
+        client = ArtifactClient("http://127.0.0.1", max_bytes=LARGE, on_call=lambda *_: None)
         async with asyncio.timeout(60), run_server(serve) as server:
 
             def fetch(
@@ -207,7 +175,7 @@ def open_setup(gateway: RunningGateway, href: str) -> OpenSetup:
                 return client.fetch(account, Artifact(artifact.name, f"{server.url}/1.png"), requested, is_recent)
 
             gateway.services.task_reader.fetch_artifact = fetch
-            yield ArtifactSetup(gateway, server, href, outcomes)
+            yield ArtifactSetup(gateway, server, href)
 
     return open_with
 
@@ -256,15 +224,7 @@ async def test_disconnect_ends_the_fetch(open_setup: OpenSetup) -> None:
             async with setup.open_download() as (reader, _):
                 assert await reader.readexactly(len(PNG_IMAGE)) == PNG_IMAGE
             await disconnected.wait()
-    assert setup.outcomes == [FetchOutcome.CANCELLED]
     assert artifact_log_fields(logs) == (200, "client-disconnected")
-    disconnected.clear()
-    async with open_setup(send_and_hold(disconnected=disconnected)) as setup:
-        waiting = asyncio.create_task(setup.gateway.call("GET", setup.href))
-        await setup.server.request_received.wait()  # before the first byte
-        waiting.cancel()
-        await disconnected.wait()
-    assert setup.outcomes == [FetchOutcome.CANCELLED]
 
 
 async def test_stalled_client_is_disconnected(open_setup: OpenSetup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,33 +243,17 @@ async def test_stalled_client_is_disconnected(open_setup: OpenSetup, monkeypatch
     with capture_logs() as logs:
         async with open_setup(serve) as setup, setup.open_download():
             await disconnected.wait()
-    assert setup.outcomes == [FetchOutcome.CANCELLED]
     assert artifact_log_fields(logs) == (200, "client-too-slow")
 
 
-async def test_head_ends_the_fetch_after_the_headers(open_setup: OpenSetup) -> None:
-    disconnected = asyncio.Event()
-    serve = send_and_hold(response_head(Content_Length="1000", ETag='"v1"'), PNG_IMAGE, disconnected=disconnected)
-    with capture_logs() as logs:
-        async with open_setup(serve) as setup, setup.open_download("HEAD") as (_, response):
-            assert response.startswith(b"HTTP/1.1 200")
-            assert b"content-length: 1000\r\n" in response.lower()
-            await disconnected.wait()
-    assert artifact_log_fields(logs) == (200, "answered")
-
-
 async def test_truncation_is_visible_to_the_client(open_setup: OpenSetup) -> None:
-    for pieces in (
-        (response_head(Content_Length="1000"), PNG_IMAGE),
-        (response_head(Transfer_Encoding="chunked"), chunked_body(PNG_IMAGE, end=False)),
-    ):
-        with capture_logs() as logs:
-            async with open_setup(send_pieces(*pieces)) as setup, setup.open_download() as (reader, response):
-                body = await reader.read()
-                assert PNG_IMAGE in body
-                assert b"content-length: 1000" in response.lower() or not body.endswith(b"0\r\n\r\n")
-        assert setup.outcomes == [FetchOutcome.ABORTED]
-        assert artifact_log_fields(logs) == (200, "transfer-aborted")
+    serve = send_pieces(response_head(Transfer_Encoding="chunked"), chunked_body(PNG_IMAGE, end=False))
+    with capture_logs() as logs:
+        async with open_setup(serve) as setup, setup.open_download() as (reader, _):
+            body = await reader.read()
+            assert PNG_IMAGE in body
+            assert not body.endswith(b"0\r\n\r\n")
+    assert artifact_log_fields(logs) == (200, "transfer-aborted")
 
 
 async def test_unchanged_artifact_is_304(open_setup: OpenSetup) -> None:
@@ -326,31 +270,14 @@ async def test_headers_are_not_passed_on(open_setup: OpenSetup) -> None:
         Content_Disposition='attachment; filename="x.exe"',
         Set_Cookie="a=b",
         ETag='"a\tb"',
-        Link="<http://x>",
         Content_Security_Policy="default-src *",
-        Refresh="0; url=http://x",
     )
     async with open_setup(send_pieces(answer)) as setup:
         headers = {"Cookie": "a=b", "X-Forwarded-For": "10.0.0.1"}
         response = await setup.gateway.call("GET", setup.href, headers=headers)
         assert response.content == PNG_IMAGE
-        assert {"set-cookie", "etag", "link", "refresh"}.isdisjoint(response.headers)
+        assert {"set-cookie", "etag"}.isdisjoint(response.headers)
         assert "exe" not in response.headers["content-disposition"]
         assert response.headers.get_list("content-security-policy") == ["default-src 'none'; sandbox"]
         names = {line.partition(b":")[0].lower() for line in setup.server.requests[0][0].split(b"\r\n")[1:-2]}
         assert names == {b"host", b"user-agent", b"accept", b"accept-encoding", b"connection"}
-
-
-async def test_failed_fetch_leaves_no_cycle(open_setup: OpenSetup) -> None:
-    """What was read of a result that is no image is freed at once, not by a later garbage collection."""
-    answer = response_head(Content_Length="60000") + b"x" * 60_000
-    async with open_setup(send_pieces(answer)) as setup:
-        await setup.gateway.call("GET", setup.href)
-        gc.collect()
-        gc.disable()
-        try:
-            for _ in range(3):
-                expect_problem(await setup.gateway.call("GET", setup.href), 502, "upstream-invalid-response")
-            assert not [item for item in gc.get_objects() if type(item) is artifact_client._Fetch]
-        finally:
-            gc.enable()

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from service.sandbox.store import AccountBalance
 from tests.behaviour.clients import wait_until
 from tests.behaviour.gateway_fixture import USER_KEY, RunningGateway, run_real_gateway
-from tests.behaviour.requests import expect_problem
+from tests.behaviour.requests import expect_problem, read_counts
 from tests.contract.scripted_server import Handler, http_response, reply_with, run_server
 from tests.support.valkey import Valkey
 
@@ -29,17 +28,13 @@ SUBMIT_FAULTS: list[tuple[dict[str, Any], tuple[int, str | None]]] = [
     ({"reply": "reset"}, UNKNOWN),
     ({"reply": "reset", "when": "before"}, UNKNOWN),
     ({"reply": "cut"}, UNKNOWN),
-    ({"reply": "garbled"}, UNKNOWN),
     ({"reply": "page"}, UNKNOWN),
-    ({"reply": "page", "status": 303}, UNKNOWN),
     ({"reply": "page", "status": 502, "when": "before"}, UNKNOWN),
     ({"reply": "page", "status": 302, "when": "before"}, MISCONFIGURED),
     ({"reply": "page", "status": 404, "when": "before"}, REJECTED),
     ({"reply": "page", "status": 429, "when": "before"}, BUSY),
     ({"status": 500}, ACCEPTED),
-    ({"status": 400}, ACCEPTED),
     ({"reject": "图片太小"}, REJECTED),
-    ({"refuse": "系统繁忙"}, REJECTED),
     ({"reject": "图片太小", "wrong": {"err_msg": "null"}}, REJECTED),
     ({"wrong": {"err_code": "missing"}}, ACCEPTED),
     ({"wrong": {"err_code": "negative"}}, UNKNOWN),
@@ -51,14 +46,11 @@ SUBMIT_FAULTS: list[tuple[dict[str, Any], tuple[int, str | None]]] = [
 
 UNUSUAL_RESPONSES: list[tuple[bytes, tuple[int, str | None]]] = [
     (b"", UNKNOWN),
-    (b'[{"err_code": 0, "task_id": "t"}]', UNKNOWN),
     (b'{"err_code": 0, "task_id": "\xff"}', UNKNOWN),
     (b'{"err_code": 0, "x": ' + b"[" * 5_000 + b"]" * 5_000 + b"}", UNKNOWN),
     (b'{"err_code": 0, "x": "' + b"x" * 500_000 + b'"}', UNKNOWN),
-    (b'{"err_code": 0, "task_id": ""}', UNKNOWN),
     (json.dumps({"err_code": 0, "task_id": "t" * 60_000}).encode(), UNKNOWN),
     (json.dumps({"err_code": 1, "task_id": "t", "err_msg": "账户剩余次数不足"}).encode(), UNKNOWN),
-    (json.dumps({"err_code": 1, "task_id": "t", "err_msg": "任务提交失败:图片太小"}).encode(), UNKNOWN),
     (b'{"err_code": 1, "err_msg": {"a": 1}}', REJECTED),
     (json.dumps({"err_code": 1, "err_msg": f"bad key {USER_KEY} at http://10.0.0.1/x\r\nX: y"}).encode(), REJECTED),
     (b'{"err_code":0,"task_id":"a","remaining_count":{},"remaining_money":"1e999"}', ACCEPTED),
@@ -69,15 +61,11 @@ UNUSUAL_RESPONSES: list[tuple[bytes, tuple[int, str | None]]] = [
 
 CHECK_FAULTS: list[dict[str, Any]] = [
     {"reply": "reset"},
-    {"reply": "cut"},
     {"reply": "garbled"},
     {"reply": "page"},
     {"reply": "page", "status": 404},
-    {"reply": "page", "status": 301},
     {"wrong": {"status": "null"}},
-    {"wrong": {"status": "int"}},
     {"wrong": {"images_url": "missing"}},
-    {"wrong": {"images_url": "int"}},
     {"refuse": "任务未找到或状态未知"},
     {"refuse": "账户不存在"},
 ]
@@ -92,15 +80,8 @@ async def gateway(valkey: Valkey) -> AsyncIterator[RunningGateway]:
         limits = [{"window": "total", "tasks": 1_000}]
         await running_gateway.put_tenant(accounts=["main", "spare"], limits=limits, max_active=1_000)
         await running_gateway.upstream.set_balance(1_000, 1_000)
-        await running_gateway.upstream.control.set_account("spare-key", AccountBalance(count=1_000, money=0))
+        await running_gateway.upstream.set_balance(1_000, 0, "spare-key")
         yield running_gateway
-
-
-async def read_counts(gateway: RunningGateway) -> tuple[int, int, int]:
-    """Return used, reserved and active tasks."""
-    report = (await gateway.call("GET", "/v1/quota")).json()
-    policies: dict[str, dict[str, Any]] = {policy["policy"]: policy for policy in report["policies"]}
-    return policies["total-tasks"]["used"], policies["total-tasks"]["reserved"], policies["max-active"]["used"]
 
 
 async def submit_and_check(gateway: RunningGateway, expected: tuple[int, str | None], case: object) -> str:
@@ -177,17 +158,12 @@ async def test_response_after_the_lease(
     assert await gateway.upstream.count_submits() == 1
 
 
-async def test_busy_upstream_passes_on_retry_after_and_frees_the_key(gateway: RunningGateway) -> None:
-    key = {"Idempotency-Key": "once"}
+async def test_busy_upstream_passes_on_retry_after(gateway: RunningGateway) -> None:
     async with run_server(reply_with(http_response(b"busy", 429, Retry_After="37"))) as server:
         await gateway.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY, "base_url": server.url})
-        response = await gateway.submit(headers=key)
-        expect_problem(response, *BUSY)
-        assert response.headers["retry-after"] == "37"
-    body = json.dumps({"err_code": 1, "err_msg": "任务提交失败:图片太小"}, ensure_ascii=False).encode("gb18030")
-    async with run_server(reply_with(http_response(body, 422))) as server:
-        await gateway.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY, "base_url": server.url})
-        assert expect_problem(await gateway.submit(headers=key), *REJECTED)["upstream_reason"] == "图片太小"
+        response = await gateway.submit()
+    expect_problem(response, *BUSY)
+    assert response.headers["retry-after"] == "37"
     assert await read_counts(gateway) == (0, 0, 0)
 
 

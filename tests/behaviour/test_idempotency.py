@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import structlog
 from redis import Redis
 
 from service.storage.redis import Keys
 from service.usecases.ports import SubmitOutcome
 from tests.behaviour.clients import LegacyClient, wait_until
-from tests.behaviour.gateway_fixture import USER_KEY, RunningGateway, reject_store_calls
+from tests.behaviour.gateway_fixture import RunningGateway, reject_store_calls
 from tests.behaviour.requests import (
     KEY,
     UNREACHABLE_LIMITS,
     UNREACHABLE_POLICIES,
     assert_nothing_happened,
     expect_created,
-    expect_refused,
+    expect_problem,
     expect_replayed,
     expect_unknown,
     make_jpeg,
     read_counts,
     recover_task,
     submit_with_key,
+    use_unreachable_account,
 )
 from tests.support.valkey import Valkey
 from tests.unit.asgi_client import AsgiResponse, open_raw_connection, read_response
@@ -38,11 +37,10 @@ Change = Callable[[RunningGateway], Awaitable[Any]]
 
 DAY = 86_400
 OTHER_IMAGE = make_jpeg(b"b")
-SECRET = "Qx7fT2"
 
 
-async def expect_reused(gateway: RunningGateway) -> None:
-    expect_refused(await submit_with_key(gateway, image=OTHER_IMAGE), 422, "idempotency-key-reused")
+async def expect_reused(gateway: RunningGateway, key: str = KEY) -> None:
+    expect_problem(await submit_with_key(gateway, key=key, image=OTHER_IMAGE), 422, "idempotency-key-reused")
 
 
 @pytest.mark.smoke
@@ -60,24 +58,6 @@ async def test_replay_returns_the_first_response(gateway: RunningGateway) -> Non
     assert await read_counts(gateway) == (1, 0, 1)
     expect_created(await submit_with_key(gateway, key="another"))
     assert (await submit_with_key(gateway)).headers["ratelimit"] == '"total-tasks";r=98'
-
-
-@pytest.mark.parametrize("state", ["running", "succeeded", "failed"])
-async def test_replay_is_current(gateway: RunningGateway, state: str) -> None:
-    await gateway.put_tenant(**UNREACHABLE_LIMITS)
-    if state == "running":
-        await gateway.upstream.keep_running()
-    elif state == "failed":
-        await gateway.upstream.fail_next_task()
-    task = expect_created(await submit_with_key(gateway))
-    await gateway.poll_due_tasks()
-    read = await gateway.call("GET", task["links"]["self"])
-    again = await submit_with_key(gateway)
-    assert expect_replayed(again, task) == read.json()
-    assert (again.json()["state"], again.headers["etag"]) == (state, read.headers["etag"])
-    assert ("retry-after" in again.headers) == (state == "running")
-    assert await read_counts(gateway) == (1, 0, int(state == "running"))
-    assert await gateway.upstream.count_submits() == 1
 
 
 async def test_equivalent_content_is_replayed(gateway: RunningGateway) -> None:
@@ -110,20 +90,17 @@ async def test_different_content_is_refused(gateway: RunningGateway) -> None:
     for response in (
         await submit_with_key(gateway, fields=fields | {"fit": "0.6"}),
         await submit_with_key(gateway, "face-enhance", fields),
-        await submit_with_key(gateway, fields={"metadata": '{"a": "2"}'}),
         await submit_with_key(gateway),
         await submit_with_key(gateway, fields=fields, image=OTHER_IMAGE),
     ):
-        expect_refused(response, 422, "idempotency-key-reused")
-    assert len(OTHER_IMAGE) == len(make_jpeg())
+        expect_problem(response, 422, "idempotency-key-reused")
     assert await gateway.upstream.count_submits() == 1
     assert await read_counts(gateway) == (1, 0, 1)
     expect_replayed(await submit_with_key(gateway, fields=fields), task)
 
 
 async def test_equal_and_different_keys(gateway: RunningGateway) -> None:
-    keys = ['"a-key"', '"A-key"', '"a-key "', '" a-key"', r'"a, \"key\"; \\"', "k" * 255, "k" * 254]
-    keys.append('"' + r"\"" * 255 + '"')
+    keys = ['"a-key"', '"A-key"', '"a-key "', r'"a, \"key\"; \\"', "k" * 255, '"' + r"\"" * 255 + '"']
     await gateway.upstream.set_balance(100, 0)
     tasks = {key: expect_created(await submit_with_key(gateway, key=key)) for key in keys}
     for key, task in tasks.items():
@@ -134,20 +111,10 @@ async def test_equal_and_different_keys(gateway: RunningGateway) -> None:
     theirs = expect_created(await submit_with_key(gateway, key=keys[0], token=other_token))
     expect_replayed(await submit_with_key(gateway, key=keys[0], token=other_token), theirs)
     client = LegacyClient(gateway.http, gateway.url, gateway.token)  # whose protocol has no keys
-    for key in (keys[0], keys[0], '"never ended'):
+    for key in (keys[0], '"never ended'):
         response = await client.submit("submit_face_enhance_task", headers={"Idempotency-Key": key})
         assert response["err_code"] == 0
-    assert len({task["id"] for task in (*tasks.values(), theirs)}) + 3 == await gateway.upstream.count_submits() == 12
-
-
-async def test_replay_after_a_failover(gateway: RunningGateway) -> None:
-    await gateway.call_admin("PUT", "/accounts/spare", json={"user_key": USER_KEY})
-    await gateway.put_tenant(accounts=["main", "spare"], **UNREACHABLE_LIMITS)
-    await gateway.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
-    task = expect_created(await submit_with_key(gateway))
-    expect_replayed(await submit_with_key(gateway), task)
-    assert await gateway.upstream.count_submits() == 2
-    assert await read_counts(gateway) == (1, 0, 1)
+    assert len({task["id"] for task in (*tasks.values(), theirs)}) + 2 == await gateway.upstream.count_submits() == 9
 
 
 async def test_unknown_outcome_is_replayed_until_its_task_is_known(gateway: RunningGateway) -> None:
@@ -177,43 +144,29 @@ async def test_submission_in_progress_is_409(gateway: RunningGateway) -> None:
         await wait_until(lambda: held.count == 1)
         for _ in range(2):
             waiting = await submit_with_key(gateway)
-            expect_refused(waiting, 409, "idempotency-in-flight")
+            expect_problem(waiting, 409, "idempotency-in-flight")
             assert int(waiting.headers["retry-after"]) > 0
             await expect_reused(gateway)
         assert await read_counts(gateway) == (0, 1, 1)
-    task = expect_created(await first)
-    expect_replayed(await submit_with_key(gateway), task)
+    expect_replayed(await submit_with_key(gateway), expect_created(await first))
     assert await gateway.upstream.count_submits() == 1
 
 
-async def test_retry_after_a_disconnect_is_a_replay(gateway: RunningGateway) -> None:
+async def test_retry_after_a_disconnect_or_an_outage_is_a_replay(gateway: RunningGateway, valkey: Valkey) -> None:
+    await gateway.put_tenant(**UNREACHABLE_LIMITS)
     with gateway.hold_responses() as held:
         leaving = asyncio.create_task(submit_with_key(gateway))
         await wait_until(lambda: held.count == 1)
         leaving.cancel()
         await asyncio.gather(leaving, return_exceptions=True)
-        expect_refused(await submit_with_key(gateway), 409, "idempotency-in-flight")
-    async with asyncio.timeout(20):
-        while (again := await submit_with_key(gateway)).status_code == 409:
-            pass
-    (listed,) = (await gateway.call("GET", "/v1/tasks")).json()["items"]
-    assert expect_replayed(again, listed) == listed
-    assert await gateway.upstream.count_submits() == 1
-
-
-async def test_acceptance_during_an_outage_is_settled_afterwards(gateway: RunningGateway, valkey: Valkey) -> None:
-    await gateway.put_tenant(**UNREACHABLE_LIMITS)
-    with gateway.hold_responses() as held:
-        submitting = asyncio.create_task(submit_with_key(gateway))
-        await wait_until(lambda: held.count == 1)
+        expect_problem(await submit_with_key(gateway), 409, "idempotency-in-flight")
         with reject_store_calls(valkey):
-            held.release()
-            task = expect_created(await submitting)
-            expect_refused(await submit_with_key(gateway), 503, "ledger-unavailable")
+            held.released.set()
+            expect_problem(await submit_with_key(gateway), 503, "ledger-unavailable")
     async with asyncio.timeout(20):
-        while (again := await submit_with_key(gateway)).status_code == 409:
+        while not (listed := (await gateway.call("GET", "/v1/tasks")).json()["items"]):
             pass
-    assert expect_replayed(again, task)["state"] == "queued"
+    expect_replayed(await submit_with_key(gateway), listed[0])
     assert await gateway.upstream.count_submits() == 1
     assert await read_counts(gateway) == (1, 0, 1)
 
@@ -225,10 +178,6 @@ async def test_stored_key_expires_and_is_hashed(gateway: RunningGateway, valkey:
         (name,) = store.scan_iter(match=Keys("gw").idempotency(tenant.id, "*"))
         assert DAY - 60 < store.pttl(name) / 1000 <= DAY
         assert KEY.strip('"') not in name + str(store.get(name))
-        store.pexpire(name, 60_000)
-        await gateway.wait_for_task(task["id"])
-        expect_replayed(await submit_with_key(gateway), task)
-        assert 0 < store.pttl(name) <= 60_000
         store.pexpire(name, 0)
         assert expect_created(await submit_with_key(gateway, image=OTHER_IMAGE))["id"] != task["id"]
     assert await gateway.upstream.count_submits() == 2
@@ -242,18 +191,10 @@ def refuse_next(outcome: SubmitOutcome) -> Change:
     return lambda gateway: gateway.upstream.refuse_next(outcome, "因为")
 
 
-async def use_unreachable_account(gateway: RunningGateway) -> None:
-    await gateway.call_admin("PUT", "/accounts/dead", json={"user_key": USER_KEY, "base_url": "http://127.0.0.1:9"})
-    await gateway.put_tenant(accounts=["dead"])
-
-
 REFUSALS: list[tuple[Change, int, str]] = [
     (set_policy(limits=[{"window": "total", "tasks": 0}]), 429, "quota-exceeded"),
-    (set_policy(max_active=0), 429, "too-many-active-tasks"),
-    (set_policy(accounts=[]), 503, "account-misconfigured"),
     (refuse_next(SubmitOutcome.REJECTED), 502, "upstream-rejected"),
     (refuse_next(SubmitOutcome.EXHAUSTED), 402, "balance-exhausted"),
-    (refuse_next(SubmitOutcome.INVALID_ACCOUNT), 503, "account-misconfigured"),
     (use_unreachable_account, 503, "upstream-unavailable"),
 ]
 
@@ -262,24 +203,15 @@ async def test_refusals_free_the_key(gateway: RunningGateway) -> None:
     for number, (refuse, status, code) in enumerate(REFUSALS, 1):
         key = f"key-{number}"
         await refuse(gateway)
-        expect_refused(await submit_with_key(gateway, key=key, image=OTHER_IMAGE), status, code)
+        expect_problem(await submit_with_key(gateway, key=key, image=OTHER_IMAGE), status, code)
         await gateway.call_admin("POST", "/accounts/main/reopen")
         await gateway.put_tenant(**UNREACHABLE_LIMITS)
         before = await gateway.upstream.count_submits()
-        await gateway.upstream.refuse_next(SubmitOutcome.REJECTED, f"理由{number}")
-        again = expect_refused(await submit_with_key(gateway, key=key), 502, "upstream-rejected")
-        assert again["upstream_reason"] == f"理由{number}"
         task = expect_created(await submit_with_key(gateway, key=key))
         expect_replayed(await submit_with_key(gateway, key=key), task)
-        reused = await submit_with_key(gateway, key=key, image=OTHER_IMAGE)
-        expect_refused(reused, 422, "idempotency-key-reused")
-        assert await gateway.upstream.count_submits() == before + 2
+        await expect_reused(gateway, key)
+        assert await gateway.upstream.count_submits() == before + 1
         assert await read_counts(gateway) == (number, 0, number)
-
-
-async def exhaust_account(gateway: RunningGateway) -> None:
-    await gateway.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
-    expect_refused(await gateway.submit(), 402, "balance-exhausted")
 
 
 async def delete_account(gateway: RunningGateway) -> None:
@@ -290,33 +222,17 @@ async def test_replay_ignores_refusals_of_new_submissions(gateway: RunningGatewa
     task = expect_created(await submit_with_key(gateway))
     for hinder, status, code in (
         (set_policy(limits=[{"window": "total", "tasks": 1}]), 429, "quota-exceeded"),
-        (set_policy(max_active=0), 429, "too-many-active-tasks"),
         (set_policy(accounts=[]), 503, "account-misconfigured"),
-        (exhaust_account, 402, "balance-exhausted"),
+        (refuse_next(SubmitOutcome.EXHAUSTED), 402, "balance-exhausted"),
         (delete_account, 503, "account-misconfigured"),
     ):
         await gateway.put_tenant()
         await hinder(gateway)
+        expect_problem(await submit_with_key(gateway, key="another"), status, code)
         before = await gateway.upstream.count_submits()
-        expect_refused(await submit_with_key(gateway, key="another"), status, code)
         expect_replayed(await submit_with_key(gateway), task)
         await expect_reused(gateway)
         assert await gateway.upstream.count_submits() == before
-
-
-async def test_disabled_tenant_gets_no_replay(gateway: RunningGateway) -> None:
-    task = expect_created(await submit_with_key(gateway))
-    policies: list[tuple[dict[str, Any], str]] = [
-        ({"state": "read-only"}, "tenant-read-only"),
-        ({"kinds": ["upscale"]}, "kind-not-allowed"),
-    ]
-    for policy, code in policies:
-        await gateway.put_tenant(**policy)
-        for image in (make_jpeg(), b"not read"):
-            expect_refused(await submit_with_key(gateway, image=image), 403, code)
-    await gateway.put_tenant()
-    expect_replayed(await submit_with_key(gateway), task)
-    assert await gateway.upstream.count_submits() == 1
 
 
 async def send_head_only(gateway: RunningGateway, *keys: bytes) -> AsgiResponse:
@@ -330,26 +246,18 @@ async def send_head_only(gateway: RunningGateway, *keys: bytes) -> AsgiResponse:
         return await read_response(reader)
 
 
-async def test_malformed_key_is_400_before_the_body(
-    gateway: RunningGateway, valkey: Valkey, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_malformed_key_is_400_before_the_body(gateway: RunningGateway, valkey: Valkey) -> None:
     await gateway.put_tenant(**UNREACHABLE_POLICIES)
-    secret = SECRET.encode()
-    with structlog.testing.capture_logs() as events, caplog.at_level(logging.DEBUG):
-        for keys in (
-            [b'""'],
-            [b'"' + secret],
-            [b'"%s";q=1' % secret],
-            [secret + b"\xe9"],
-            [b"%s,%s" % (secret, secret)],
-            [secret + b"x" * 20_000],
-            [secret, secret],
-            [b'"%s"' % secret, b""],
-        ):
-            response = await send_head_only(gateway, *keys)
-            assert (response.status, response.json()["code"]) == (400, "idempotency-key-invalid")
-            assert "Idempotency-Key" in response.json()["detail"]
-            assert SECRET not in repr((response.headers, response.body))
-        assert (await send_head_only(gateway, b'"%s\x00"' % secret)).status == 400
-    assert SECRET not in repr(events) + caplog.text
+    for keys in (
+        [b'"Qx7fT2'],
+        [b"Qx7fT2\xe9"],
+        [b"Qx7fT2,Qx7fT2"],
+        [b"Qx7fT2" + b"x" * 20_000],
+        [b"Qx7fT2", b"Qx7fT2"],
+        [b'"Qx7fT2"', b""],
+    ):
+        response = await send_head_only(gateway, *keys)
+        assert (response.status, response.json()["code"]) == (400, "idempotency-key-invalid")
+        assert "Qx7fT2" not in repr((response.headers, response.body))
+    assert (await send_head_only(gateway, b'"Qx7fT2\x00"')).status == 400
     await assert_nothing_happened(gateway, valkey)

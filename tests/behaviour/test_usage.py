@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import csv
+import io
+from collections.abc import Mapping
 from datetime import date, timedelta
 from typing import Any
 
 import pytest
-import structlog
-from redis.asyncio import Redis
+from httpx2 import Response
 
-from service.storage.redis import Keys
 from service.usecases.ports import SubmitOutcome
 from tests.behaviour.balance_harness import PRICE_YUAN, open_balance_harness
-from tests.behaviour.gateway_fixture import USER_KEY, RunningGateway
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, RunningGateway
 from tests.behaviour.requests import (
-    NO_SUBMISSIONS,
     UNREACHABLE_POLICIES,
     advance_to_next_window,
+    expect_invalid,
     expect_json,
     expect_problem,
-    flatten_item,
     post_refund,
     read_all_usage,
     read_charged_today,
-    read_csv_rows,
     read_submission,
     read_usage,
     read_windows,
     recover_task,
-    request_media_type,
     run_task,
     submission_id_of,
     submit_and_lose_response,
+    use_unreachable_account,
 )
 from tests.support.valkey import Valkey
 
@@ -47,9 +45,29 @@ def count_outcomes(report: dict[str, Any]) -> dict[tuple[str, str], dict[str, in
     }
 
 
-async def use_unreachable_account(gateway: RunningGateway) -> None:
-    await gateway.call_admin("PUT", "/accounts/dead", json={"user_key": USER_KEY, "base_url": "http://127.0.0.1:9"})
-    await gateway.put_tenant(accounts=["dead"])
+async def request_media_type(gateway: RunningGateway, path: str, accept: str) -> Response:
+    """Request a media type from the port that serves the path."""
+    port, token = (gateway.ops_url, ADMIN_TOKEN) if path.startswith("/admin/") else (gateway.url, gateway.token)
+    return await gateway.http.get(port + path, headers={"Authorization": f"Bearer {token}", "Accept": accept})
+
+
+async def read_csv_rows(gateway: RunningGateway, path: str) -> list[dict[str, str]]:
+    response = await request_media_type(gateway, path, "text/csv")
+    assert response.headers["content-type"].startswith("text/csv; header=present")
+    text = response.content.decode()
+    assert text.count("\n") == text.count("\r\n")
+    return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+
+
+def flatten_item(item: Mapping[str, Any]) -> dict[str, str]:
+    """Flatten an item as its CSV row must be."""
+    flat: dict[str, str] = {}
+    for name, value in item.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}_{inner}": entry for inner, entry in flatten_item(value).items()}
+        else:
+            flat[name] = "" if value is None else str(value)
+    return flat
 
 
 async def test_every_outcome_is_counted_once(gateway: RunningGateway) -> None:
@@ -71,40 +89,19 @@ async def test_every_outcome_is_counted_once(gateway: RunningGateway) -> None:
         (today, "face-enhance"): {"running": 1, "succeeded": 1, "failed": 1},
         (today, "seamless"): {"refused": 1, "not_sent": 1},
     }
-    assert usage["total"]["tasks"] == dict.fromkeys(NO_SUBMISSIONS, 1)
+    assert set(usage["total"]["tasks"].values()) == {1}
     assert usage["total"]["charged"]["tasks"] == 4
     assert usage["unknown_submissions"] == [{"id": name, "kind": "vectorize", "day": today}]
-    assert (await gateway.call_admin("GET", "/accounts/main")).json()["unknown"] == 1
     await recover_task(gateway, name)
     usage = await read_usage(gateway)
     assert count_outcomes(usage)[today, "vectorize"] == {"succeeded": 1}
     assert usage["unknown_submissions"] == []
 
 
-async def test_usage_equals_the_windows(gateway: RunningGateway) -> None:
-    await gateway.put_tenant(**UNREACHABLE_POLICIES)
-    assert await read_charged_today(gateway) == (0, 0)
-    task = await run_task(gateway)
-    await gateway.upstream.fail_next_task()
-    await run_task(gateway)
-    assert await read_charged_today(gateway) == (2, 0)
-    name = await submit_and_lose_response(gateway)
-    assert await read_charged_today(gateway) == (3, 0)
-    await recover_task(gateway, name)
-    assert await read_charged_today(gateway) == (3, 0)
-    expect_json(await post_refund(gateway, task=task["id"], reason="x"), 201)
-    assert await read_charged_today(gateway) == (2, 0)
-    unknown = await submit_and_lose_response(gateway, "seamless")
-    expect_json(await post_refund(gateway, submission=unknown, reason="y"), 201)
-    await gateway.upstream.keep_running()
-    await gateway.submit()
-    assert await read_charged_today(gateway) == (3, 0)
-
-
 async def test_uses_and_money_add_up(valkey: Valkey) -> None:
     async with open_balance_harness(valkey) as harness:
         gateway = harness.gateway
-        await harness.set_balance(2, 100)
+        await harness.sandbox.set_balance(2, 100)
         await gateway.put_tenant(**UNREACHABLE_POLICIES)
         for _ in range(4):
             await harness.run_task()
@@ -126,23 +123,18 @@ async def test_months_and_totals(gateway: RunningGateway) -> None:
     usage = await read_usage(gateway)
     assert count_outcomes(usage) == {(str(third), "face-enhance"): {"succeeded": 1}}
     assert usage["from"] == usage["to"] == str(third)
-    since = f"from={first}"
-    periods = Counter(item["period"] for item in (await read_usage(gateway, since))["items"])
-    assert periods == {str(first): 1, str(second): 2, str(third): 1}
-    by_month = (await read_usage(gateway, f"{since}&interval=month&group_by=none"))["items"]
-    assert [(item["period"], item["kind"], item["charged"]["tasks"]) for item in by_month] == [
-        (f"{first:%Y-%m}", None, 3),
-        (f"{third:%Y-%m}", None, 1),
-    ]
-    (whole,) = (await read_usage(gateway, f"{since}&interval=total&group_by=none"))["items"]
-    assert (whole["period"], whole["charged"]["tasks"]) == (f"{first}/{third}", 4)
-    (only,) = (await read_usage(gateway, f"{since}&to={first}&interval=month"))["items"]
-    assert only["charged"]["tasks"] == 1
+    for query, expected in (
+        ("", [(str(first), "face-enhance", 1), (str(second), "face-enhance", 1), (str(second), "seamless", 1)]),
+        (f"&to={first}&interval=month", [(f"{first:%Y-%m}", "face-enhance", 1)]),
+        ("&interval=month&group_by=none", [(f"{first:%Y-%m}", None, 3), (f"{third:%Y-%m}", None, 1)]),
+        ("&interval=total&group_by=none", [(f"{first}/{third}", None, 4)]),
+    ):
+        usage = await read_usage(gateway, f"from={first}{query}")
+        items = [(item["period"], item["kind"], item["charged"]["tasks"]) for item in usage["items"]]
+        assert items == expected + ([] if query else [(str(third), "face-enhance", 1)])
+        assert sum(item[2] for item in items) == usage["total"]["charged"]["tasks"]
     in_its_month = await read_usage(gateway, f"to={second}")
     assert (in_its_month["from"], in_its_month["total"]["charged"]["tasks"]) == (str(first), 3)
-    for query in (since, f"{since}&interval=month", f"{since}&interval=total", f"{since}&group_by=none"):
-        usage = await read_usage(gateway, query)
-        assert sum(item["charged"]["tasks"] for item in usage["items"]) == usage["total"]["charged"]["tasks"] == 4
     assert await read_windows(gateway) == {"day": (1, 0), "month": (1, 0), "total": (4, 0)}
 
 
@@ -164,12 +156,6 @@ async def test_usage_of_all_tenants(gateway: RunningGateway) -> None:
     assert filtered["total"]["charged"]["tasks"] == mine["total"]["charged"]["tasks"] == 2
     assert [{**item, "tenant": None, "tenant_id": None} for item in mine["items"]] == filtered["items"]
     assert "tenant" not in str(mine)
-    await submit_and_lose_response(gateway)
-    await gateway.upstream.lose_next_response()
-    assert (await gateway.submit(token=other)).status_code == 504
-    unknown = (await read_all_usage(gateway))["unknown_submissions"]
-    assert [submission["tenant"] for submission in unknown] == ["other", "shop"]
-    assert len((await read_usage(gateway))["unknown_submissions"]) == 1
 
 
 async def test_usage_of_deleted_tenants(gateway: RunningGateway) -> None:
@@ -192,20 +178,9 @@ async def test_usage_of_deleted_tenants(gateway: RunningGateway) -> None:
     assert charged == [(old, 2, 1), (new, 1, 1)]
     (unknown,) = usage["unknown_submissions"]
     assert (unknown["id"], unknown["tenant"], unknown["tenant_id"]) == (name, "shop", old)
-    submission = expect_json(await gateway.call_admin("GET", f"/submissions/{submission_id_of(gateway, task)}"))
+    submission = expect_json(await post_refund(gateway, task=task["id"], reason="a farewell"), 201)
     assert (submission["tenant"], submission["task"]["state"]) == ("shop", "succeeded")
-
-
-async def test_usage_is_kept_for_13_months(gateway: RunningGateway, valkey: Valkey) -> None:
-    day = await advance_to_next_window(gateway)
-    await run_task(gateway)
-    tenant = gateway.services.registry.current.tenants["shop"].id
-    async with Redis.from_url(valkey.url) as client:
-        ttl_ms = await client.pttl(Keys("gw").usage(tenant, (day - date(1970, 1, 1)).days))
-    assert 396 * 86_400_000 < ttl_ms <= 402 * 86_400_000
-    await gateway.advance(396 * 86_400)
-    (item,) = (await read_usage(gateway, f"from={day}&interval=total"))["items"]
-    assert item["charged"]["tasks"] == 1
+    assert (await read_all_usage(gateway, "tenant=shop"))["total"]["charged"]["tasks"] == 2
 
 
 async def test_csv_equals_json(gateway: RunningGateway) -> None:
@@ -227,7 +202,7 @@ async def test_csv_equals_json(gateway: RunningGateway) -> None:
     assert len(heads) == 2
     nothing = await request_media_type(gateway, f"{PATHS[0]}?to={first - timedelta(days=1)}", "TEXT/*")
     assert (PATHS[0], *nothing.text.removesuffix("\r\n").split(",")) in heads
-    for accept in ("text/csv;q=0.5, application/json", "text/csv;q=0", "application/json, text/csv", "image/png"):
+    for accept in ("text/csv;q=0.5, application/json", "text/csv;q=0", "image/png"):
         response = await request_media_type(gateway, PATHS[0], accept)
         assert response.headers["content-type"] == "application/json", accept
         assert (response.headers["vary"], response.headers["cache-control"]) == ("Accept", "private, no-cache")
@@ -236,32 +211,28 @@ async def test_csv_equals_json(gateway: RunningGateway) -> None:
 @pytest.mark.parametrize("path", PATHS)
 async def test_invalid_query(gateway: RunningGateway, path: str) -> None:
     today = date.fromisoformat((await read_usage(gateway))["to"])
-    days = ["", "yesterday", "2026-1-1", "20260101", "2026-02-30", "2026-01-01T00:00:00Z", "٢٠٢٦-٠١-٠١", "0000-01-01"]
-    days += ["0001-01-01", "9999-12-31", "2026-01-01\n", str(today - timedelta(400)), str(today + timedelta(400))]
-    faulty: dict[str, list[str]] = {
-        "from": days,
+    days = ["", "2026-1-1", "2026-02-30", "2026-01-01T00:00:00Z", "٢٠٢٦-٠١-٠١", "9999-12-31", "2026-01-01\n"]
+    days += [str(today - timedelta(400)), str(today + timedelta(400))]
+    faulty: dict[str, list[Any]] = {
+        "from": [*days, [str(today)] * 2],
         "to": days,
-        "interval": ["", "week", "DAY", "day,month"],
-        "group_by": ["week", "kind,kind", "none,kind", ",", "kind,"],
+        "interval": ["", "week", "day,month"],
+        "group_by": ["week", "kind,kind", "none,kind", "kind,", ["kind"] * 2],
         "form": [str(today)],
-        "From": [str(today)],
     }
     if "admin" in path:
         faulty["tenant"] = ["unknown", "", "SHOP", "shop\n", "*"]
     else:
         faulty["group_by"] += ["tenant", "tenant,kind"]
         faulty["tenant"] = ["shop"]
-    headers = {"Authorization": (await request_media_type(gateway, path, "*/*")).request.headers["authorization"]}
-    address = (gateway.ops_url if "admin" in path else gateway.url) + path
-    queries = [(field, [value]) for field, values in faulty.items() for value in values]
-    for field, values in (*queries, ("from", [str(today)] * 2), ("group_by", ["kind"] * 2)):
-        response = await gateway.http.get(address, params={field: values}, headers=headers)
-        document = expect_problem(response, 422, "invalid-options")
-        assert [error["field"] for error in document["errors"]] == [field], values
+    call = gateway.call_admin if "admin" in path else gateway.call
+    path = path.removeprefix("/admin/v1")
+    for field, values in faulty.items():
+        for value in values:
+            expect_invalid(await call("GET", path, params={field: value}), field)
     for first, last, status in ((-399, 0, 200), (0, 399, 200), (0, -1, 422), (-200, 200, 422)):
         span = {"from": str(today + timedelta(first)), "to": str(today + timedelta(last))}
-        response = await gateway.http.get(address, params=span, headers=headers)
-        assert response.status_code == status
+        assert (await call("GET", path, params=span)).status_code == status
 
 
 @pytest.mark.smoke
@@ -292,35 +263,12 @@ async def test_submission_of_a_task(gateway: RunningGateway) -> None:
     assert (submission["task"]["state"], submission["cost"]) == ("succeeded", ended["cost"])
 
 
-async def submit_with_status(gateway: RunningGateway, status: int) -> str:
-    """Submit and assert the status; return the submission id from the log."""
-    with structlog.testing.capture_logs() as events:
-        assert (await gateway.submit()).status_code == status
-    return str([event["reservation"] for event in events if event["event"] == "reservation.settled"][-1])
-
-
-async def test_free_submissions(gateway: RunningGateway) -> None:
-    await gateway.upstream.refuse_next(SubmitOutcome.REJECTED, "图片太小")
-    refused = await submit_with_status(gateway, 502)
-    await use_unreachable_account(gateway)
-    not_sent = await submit_with_status(gateway, 503)
-    for name, outcome in ((refused, "refused"), (not_sent, "not-sent")):
-        submission = await read_submission(gateway, name)
-        free = {"outcome": outcome, "task": None, "cost": None, "balance_suggests": None}
-        assert submission == submission | free
-        assert submission["settled_at"] >= submission["created_at"]
-    await gateway.put_tenant()
-    await gateway.call_admin("DELETE", "/accounts/dead")
-    assert expect_json(await gateway.call_admin("GET", f"/submissions/{not_sent}"))["account"] is None
-
-
 async def test_submission_not_found(gateway: RunningGateway) -> None:
     name = submission_id_of(gateway, (await gateway.submit()).json())
     await gateway.put_tenant("other")
     other = await gateway.new_token("other")
     never = expect_problem(await gateway.call("GET", f"/v1/submissions/{'0' * 32}", token=other), 404, "not-found")
-    malformed = ["x", name[:-1], f"{name}0", name.upper(), f"{name}%0A", f"%00{name}", "%E5%95%86", "*", "%2E%2E"]
-    for item in (name, "f" * 32, *malformed):
+    for item in (name, "x", name[:-1], f"{name}0", name.upper(), f"{name}%0A", f"%00{name}", "*", "%2E%2E"):
         problem = expect_problem(await gateway.call("GET", f"/v1/submissions/{item}", token=other), 404, "not-found")
         assert problem | {"instance": ""} == never | {"instance": ""}, item
         if item != name:

@@ -17,7 +17,7 @@ from tests.behaviour.requests import (
     KEY,
     UNREACHABLE_LIMITS,
     expect_created,
-    expect_refused,
+    expect_problem,
     expect_replayed,
     expect_unknown,
     make_jpeg,
@@ -53,7 +53,7 @@ def send_copies(shop: TenantClient, *images: bytes) -> list[httpx2.Response]:
         answers = asyncio.run(send_concurrently([build_submission(shop, *pairs[index]) for index in waiting]))
         for index, answer in zip(waiting, answers, strict=True):
             if answer.status_code == 409:
-                expect_refused(answer, 409, "idempotency-in-flight")
+                expect_problem(answer, 409, "idempotency-in-flight")
                 assert answer.headers["retry-after"]
             else:
                 responses[index] = answer
@@ -88,7 +88,7 @@ def test_two_contents(cluster: ProcessCluster) -> None:
     (losers,) = [item for item in copies if item is not winners]
     expect_one_task(winners)
     for answer in losers:
-        expect_refused(answer, 422, "idempotency-key-reused")
+        expect_problem(answer, 422, "idempotency-key-reused")
     assert (shop.count_submits(), total_counters(shop)) == (1, (1, 0, 1))
 
 
@@ -98,7 +98,7 @@ def test_copies_of_a_rejected_submission(cluster: ProcessCluster) -> None:
     responses = send_copies(shop, make_jpeg())
     rejected = [item for item in responses if item.status_code == 502]
     for answer in rejected:
-        expect_refused(answer, 502, "upstream-rejected")
+        expect_problem(answer, 502, "upstream-rejected")
     expect_one_task([item for item in responses if item not in rejected])
     assert (len(rejected), shop.count_submits(), total_counters(shop)) == (3, 4, (1, 0, 1))
     assert HTTP.get(f"{cluster.upstream.url}/_control/accounts").json()[shop.name]["count"] == 99
@@ -139,16 +139,16 @@ def test_killed_process(tmp_path: Path) -> None:
         other.process.send_signal(signal.SIGCONT)
         two.upstream.set_faults({"on": "submit", "reply": "hang"})
         with submit_in_background(shop) as call:
-            expect_refused(send_to(shop, 1), 409, "idempotency-in-flight")
+            expect_problem(send_to(shop, 1), 409, "idempotency-in-flight")
             victim.stop(signal.SIGKILL)
             assert isinstance(call.exception(), httpx2.TransportError)
         two.upstream.set_faults()
         two.advance_clock(LEASE_SECONDS - 1)
-        expect_refused(send_to(shop, 1), 409, "idempotency-in-flight")
+        expect_problem(send_to(shop, 1), 409, "idempotency-in-flight")
         two.advance_clock(1)
         first = expect_abandoned(shop)
         expect_unknown(send_to(shop, 1), first)
-        expect_refused(send_to(shop, 1, make_jpeg(b"b")), 422, "idempotency-key-reused")
+        expect_problem(send_to(shop, 1, make_jpeg(b"b")), 422, "idempotency-key-reused")
         wait_until(lambda: total_counters(shop) == (2, 0, 0), "the end of the task")
         assert shop.get(other, watched.json()["links"]["self"]).json()["state"] == "succeeded"
         account = call_admin(other, "GET", f"/accounts/{shop.name}")

@@ -60,7 +60,7 @@ async def wait_for_counts(gateway: RunningGateway, *expected: int) -> None:
 async def submit_in_background(gateway: RunningGateway, seconds: float) -> asyncio.Task[Response]:
     """Submit to an upstream that takes so long to answer; return once it has received the submit."""
     before = len(await gateway.upstream.control.list_requests())
-    await gateway.upstream.delay_next_response(seconds)
+    await gateway.upstream.set_fault(on="submit", times=1, latency=seconds)
     submitting = asyncio.create_task(gateway.submit())
     await gateway.upstream.control.wait_for_requests(lambda requests: len(requests) > before)
     return submitting

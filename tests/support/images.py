@@ -13,9 +13,9 @@ def draw_image(width: int = 24, height: int = 16) -> Image.Image:
     return image
 
 
-def encode_image(image: Image.Image, file_format: str) -> bytes:
+def encode_image(image: Image.Image, file_format: str, **options: bytes) -> bytes:
     buffer = BytesIO()
-    image.save(buffer, file_format)
+    image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
