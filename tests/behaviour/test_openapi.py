@@ -200,7 +200,7 @@ def load_schema(document: dict[str, Any], url: str, token: str) -> schemathesis.
         "max-stream-events": 3,
         "cache": {"enabled": False},
         "generation": {
-            "max-examples": max(settings().max_examples // 10, 5),
+            "max-examples": settings().max_examples // 20 + 1,
             "deterministic": True,
             "database": "none",
             "no-shrink": True,
