@@ -161,7 +161,7 @@ def count_reservations(state: TenantState, reservations: Iterable[Reservation]) 
 
 @dataclass
 class LedgerModel:
-    """What Redis stores, and the calls of the ledger. `deleted` reservations were lost, but are still counted."""
+    """What Redis stores, and the calls of the ledger."""
 
     now_ms: int
     retention: Retention
@@ -171,7 +171,6 @@ class LedgerModel:
     tenants: dict[int, TenantState] = field(default_factory=dict)
     accounts: dict[int, AccountState] = field(default_factory=dict)
     reservations: dict[str, Reservation] = field(default_factory=dict)
-    deleted: list[Reservation] = field(default_factory=list)
     idempotency_keys: dict[tuple[int, str], tuple[str, str, int]] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     due_checks: dict[str, int] = field(default_factory=dict)
@@ -184,20 +183,18 @@ class LedgerModel:
         """Return a tenant's counters now; nothing is stored."""
         state = copy.deepcopy(self.tenants.get(tenant, TenantState()))
         roll_windows(state, self.now_ms)
-        count_reservations(state, (item for item in self._all_reservations() if item.tenant == tenant))
+        count_reservations(state, (item for item in self.reservations.values() if item.tenant == tenant))
         return state
 
     def usage(self, tenant: int, day: int) -> DayUsage:
         usage = DayUsage()
         for name, item in self.reservations.items():
             if item.tenant == tenant and item.created_at // DAY_MS == day and item.window_starts:
+                usage.tallies.setdefault(item.kind, Tally()).update(usage_of(item))
                 if item.state is UNKNOWN:
                     usage.unknown[name] = item.kind
                 if item.refund:
                     usage.refunds[name] = item.kind, item.refund
-        for item in self._all_reservations():
-            if item.tenant == tenant and item.created_at // DAY_MS == day and item.window_starts:
-                usage.tallies.setdefault(item.kind, Tally()).update(usage_of(item))
         return usage
 
     def reserve(self, request: ReserveRequest) -> tuple[Verdict, TenantSnapshot]:
@@ -241,7 +238,7 @@ class LedgerModel:
             accounts.close_on_refusal(candidate.state, account_status, reservation.dispatched_at, at.ledger_ms)
         policy, tenant = self._tenant_policy(request.tenant), self.tenant_state(request.tenant)
         others = [
-            item for item in self._all_reservations() if item.tenant == request.tenant and item is not reservation
+            item for item in self.reservations.values() if item.tenant == request.tenant and item is not reservation
         ]
         count_reservations(tenant, others)
         verdict, holds = self._choose(tenant, policy, request.accounts, reservation.kind, at, checks_tasks=False)
@@ -386,9 +383,6 @@ class LedgerModel:
 
     def account_state(self, account: int) -> AccountState:
         return self.accounts.setdefault(account, AccountState())
-
-    def _all_reservations(self) -> list[Reservation]:
-        return [*self.deleted, *self.reservations.values()]
 
     def _tenant_policy(self, tenant: int) -> TenantPolicy:
         return self.tenant_policies.get(tenant, TenantPolicy())

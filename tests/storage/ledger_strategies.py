@@ -27,17 +27,15 @@ limits = st.builds(
     tasks=st.sampled_from([None, None, 0, 1, 2, 3, 8, 30]),
     money_fen=st.sampled_from([None, 0, 99, 300, 700, 2_000]),
 )
-unlimited_policies = st.builds(TenantPolicy, spending_mode=st.sampled_from(SpendingMode))
-limited_policies = st.builds(
+tenant_policies = st.builds(
     TenantPolicy,
-    limits=st.lists(limits, min_size=1, max_size=2, unique_by=lambda item: item.window).map(tuple),
+    limits=st.lists(limits, max_size=2, unique_by=lambda item: item.window).map(tuple),
     max_active=st.sampled_from([None, None, None, 0, 1, 2]),
     spending_mode=st.sampled_from(SpendingMode),
 )
 money_limited_policies = st.builds(Limit, st.sampled_from(Window), money_fen=st.sampled_from([300, 700])).map(
     lambda limit: TenantPolicy(limits=(limit,))
 )
-tenant_policies = unlimited_policies | limited_policies
 account_policies = st.builds(
     AccountPolicy,
     floor_count=st.sampled_from([0, 0, 0, 1, 2]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -12,12 +11,12 @@ import msgspec
 from service.domain.ledger import Balance, Grant, Idempotency, ReservationState
 from service.domain.tasks import Kind, Task
 from service.domain.tenants import Account, Tenant
-from service.storage.connections import Connections, connect
+from service.storage.connections import connect
 from service.storage.ledger import RedisLedger
 from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore
-from service.usecases.ports import CheckOutcome, CheckResult, NewTask, RegistryChange, ReserveRequest, Settlement
+from service.usecases.ports import CheckResult, NewTask, RegistryChange, ReserveRequest, Settlement
 from tests.support.server_time import install_server_time, set_server_time
 from tests.support.tasks import make_retention
 
@@ -25,26 +24,20 @@ START_MS = 2_524_607_999_000
 """The server's time at first: a second before the year 2050."""
 RETENTION = make_retention()
 TENANT, FIRST, SECOND = 1, 2, 3
-HOUR_MS = 3_600_000
 TENANTS = (Tenant(TENANT, "t", ("a", "b")),)
 ACCOUNTS = (Account(FIRST, "a", b"encrypted"), Account(SECOND, "b", b"encrypted"))
 
 
-@dataclass
 class SeededStore:
     """A store with a tenant and two accounts, and the ports on it."""
 
-    connections: Connections
-    scripts: RedisScripts
-    keys: Keys
-    ledger: RedisLedger
-    tasks: RedisTaskStore
-    registry: RedisRegistry
-    now: int = START_MS
-
-    @property
-    def client(self) -> Any:
-        return self.connections.commands
+    def __init__(self, url: str) -> None:
+        self.connections = connect(url, timeout=5)
+        self.client: Any = self.connections.commands
+        self.scripts, self.keys, self.now = RedisScripts(self.client), Keys("plain"), START_MS
+        self.ledger = RedisLedger(self.scripts, self.keys, RETENTION)
+        self.tasks = RedisTaskStore(self.scripts, self.keys, RETENTION)
+        self.registry = RedisRegistry(self.scripts, self.keys)
 
     async def advance_clock(self, milliseconds: int) -> None:
         """Move the server's clock. Key expiry is not affected."""
@@ -86,56 +79,24 @@ class SeededStore:
             await self.reserve(name, idempotency)
             await self.settle(name, ReservationState.ACCEPTED, webhook=webhook)
 
-    async def record_check(self, check: CheckResult) -> None:
+    async def record_check(self, check: CheckResult) -> Task:
+        """Check the task that is due next, when any check is due that was claimed before."""
         await self.advance_clock(RETENTION.claim_lease_ms)
         (due,) = await self.tasks.claim_checks(1)
-        assert await self.tasks.record_check(due, check)
-
-    async def check_due_task(self, *outcomes: CheckOutcome) -> Task | None:
-        """Check the task that is due next, once for each outcome, when it is due. Returns the last record."""
-        recorded = None
-        for outcome in outcomes:
-            ((_, due_at),) = await self.client.zrange(self.keys.poll_due, 0, 0, withscores=True)
-            await self.advance_clock(max(int(due_at) - self.now, 0))
-            (due,) = await self.tasks.claim_checks(1)
-            recorded = await self.tasks.record_check(due, CheckResult(outcome=outcome))
-        return recorded[0] if recorded else None
-
-    async def next_check_ms(self, name: str) -> int | None:
-        """Return the milliseconds until the next check of a task; None if none is scheduled."""
-        due_at = await self.client.zscore(self.keys.poll_due, name)
-        return None if due_at is None else int(due_at) - self.now
-
-    async def ttl_ms(self, key: str) -> int | None:
-        """Return the time to live of a key, rounded up to minutes; None without expiry."""
-        result = int(await self.client.pttl(key))
-        assert result != -2, f"{key} is gone"
-        return None if result < 0 else -(-result // 60_000) * 60_000
-
-    async def shorten_ttl(self, key: str) -> None:
-        """Reduce the time to live of a key to one minute."""
-        assert await self.client.pexpire(key, 60_000)
+        recorded = await self.tasks.record_check(due, check)
+        assert recorded
+        return recorded[0]
 
 
 @asynccontextmanager
 async def open_seeded_store(url: str) -> AsyncIterator[SeededStore]:
     """Open an emptied server with the seed data."""
     install_server_time()
-    connections = connect(url, timeout=5)
-    client: Any = connections.commands
-    scripts, keys = RedisScripts(client), Keys("plain")
-    store = SeededStore(
-        connections,
-        scripts,
-        keys,
-        RedisLedger(scripts, keys, RETENTION),
-        RedisTaskStore(scripts, keys, RETENTION),
-        RedisRegistry(scripts, keys),
-    )
+    store = SeededStore(url)
     try:
-        await client.flushall()
+        await store.client.flushall()
         await store.advance_clock(0)
         await store.write_registry(0, tenants=TENANTS, accounts=ACCOUNTS)
         yield store
     finally:
-        await connections.aclose()
+        await store.connections.aclose()

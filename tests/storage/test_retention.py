@@ -15,12 +15,25 @@ KEY = Idempotency("k", "c")
 SUCCEEDED_CHECK = CheckResult(outcome=CheckOutcome.SUCCEEDED, balance=Balance(8, 0))
 
 
+async def ttl_ms(store: SeededStore, key: str) -> int | None:
+    """Return the time to live of a key, rounded up to minutes; None without expiry."""
+    result = int(await store.client.pttl(key))
+    assert result != -2, f"{key} is gone"
+    return None if result < 0 else -(-result // 60_000) * 60_000
+
+
+async def shorten_ttl(store: SeededStore, *keys: str) -> None:
+    """Reduce the time to live of keys to one minute."""
+    for key in keys:
+        assert await store.client.pexpire(key, 60_000)
+
+
 async def test_everything_expires(store: SeededStore) -> None:
     """Only the registry, its references and the clock have no expiry."""
     await store.accept("r", idempotency=KEY)
     await store.reserve("s")
     keys = store.keys
-    results = {str(item, "ascii"): await store.ttl_ms(str(item, "ascii")) for item in await store.client.keys()}
+    results = {str(item, "ascii"): await ttl_ms(store, str(item, "ascii")) for item in await store.client.keys()}
     owners = dict.fromkeys([keys.tenant(TENANT), keys.account(FIRST), keys.account(SECOND)])
     assert results == owners | dict.fromkeys(
         [keys.clock, f"{keys.clock}:server", keys.registry, keys.leases, keys.poll_due]
@@ -34,47 +47,46 @@ async def test_everything_expires(store: SeededStore) -> None:
     }
 
 
-@pytest.mark.parametrize("outcome", [item for item in ReservationState if item is not ReservationState.RESERVED])
+@pytest.mark.parametrize("outcome", [ReservationState.UNKNOWN, ReservationState.REFUSED])
 @pytest.mark.parametrize("known", [True, False])
 async def test_outcomes(store: SeededStore, outcome: ReservationState, *, known: bool) -> None:
     """A reservation is kept for the whole retention from its outcome on, even if reserved long before."""
     if known:
         await store.reserve("r")
-        await store.shorten_ttl(store.keys.reservation("r"))
+        await shorten_ttl(store, store.keys.reservation("r"))
     await store.settle("r", outcome)
-    assert await store.ttl_ms(store.keys.reservation("r")) == RETENTION.keep_ms
+    assert await ttl_ms(store, store.keys.reservation("r")) == RETENTION.keep_ms
 
 
 async def test_prolonged(store: SeededStore) -> None:
     """A change of account and a check restart the retention; the key of a lost submission is kept for another day."""
+    keys = store.keys
     await store.reserve("moved")
-    await store.shorten_ttl(store.keys.reservation("moved"))
+    await shorten_ttl(store, keys.reservation("moved"))
     ask = ReserveRequest("moved", TENANT, (SECOND,), Kind.UPSCALE)
     assert isinstance(await store.ledger.change_account(ask, FIRST, None), Grant)
-    assert await store.ttl_ms(store.keys.reservation("moved")) == RETENTION.keep_ms
+    assert await ttl_ms(store, keys.reservation("moved")) == RETENTION.keep_ms
     await store.accept("running")
-    await store.shorten_ttl(store.keys.task("running"))
+    await shorten_ttl(store, keys.task("running"))
     await store.record_check(CheckResult(outcome=CheckOutcome.RUNNING))
-    assert await store.ttl_ms(store.keys.task("running")) == RETENTION.keep_ms
+    assert await ttl_ms(store, keys.task("running")) == RETENTION.keep_ms
     await store.settle("lost", ReservationState.ACCEPTED, idempotency=KEY)
-    assert await store.ttl_ms(store.keys.idempotency(TENANT, "k")) == DAY_MS
+    assert await ttl_ms(store, keys.idempotency(TENANT, "k")) == DAY_MS
 
 
 async def test_ended_and_refunded(store: SeededStore) -> None:
     """A task is kept for thirty days after its end; a refund prolongs only the day that records it."""
     await store.accept("r")
     reservation, day = store.keys.reservation("r"), store.keys.usage(TENANT, START_MS // DAY_MS)
-    for key in (reservation, day):
-        await store.shorten_ttl(key)
+    await shorten_ttl(store, reservation, day)
     await store.record_check(SUCCEEDED_CHECK)
-    assert await store.ttl_ms(store.keys.task("r")) == MONTH_MS
-    assert (await store.ttl_ms(reservation), await store.ttl_ms(day)) == (RETENTION.keep_ms, 400 * DAY_MS)
-    for key in (reservation, day):
-        await store.shorten_ttl(key)
+    assert await ttl_ms(store, store.keys.task("r")) == MONTH_MS
+    assert [await ttl_ms(store, key) for key in (reservation, day)] == [RETENTION.keep_ms, 400 * DAY_MS]
+    await shorten_ttl(store, reservation, day)
     refunded = await store.ledger.refund(TENANT, "r", "")
     assert refunded
     assert refunded[0] is RefundResult.REFUNDED
-    assert (await store.ttl_ms(reservation), await store.ttl_ms(day)) == (60_000, 400 * DAY_MS)
+    assert [await ttl_ms(store, key) for key in (reservation, day)] == [60_000, 400 * DAY_MS]
 
 
 async def test_inferred(store: SeededStore) -> None:
@@ -85,14 +97,14 @@ async def test_inferred(store: SeededStore) -> None:
         await store.record_check(CheckResult(outcome=CheckOutcome.SUCCEEDED, balance=Balance(count, 0)))
     await store.reserve("doubtful")
     await store.settle("doubtful", ReservationState.UNKNOWN)
-    await store.shorten_ttl(store.keys.reservation("doubtful"))
+    await shorten_ttl(store, store.keys.reservation("doubtful"))
     await store.advance_clock(1)
     await store.reserve("next")
     await store.settle("next", ReservationState.ACCEPTED, 6)
     reported = await store.ledger.get_reservation("doubtful")
     assert reported
     assert reported.inferred_charge is InferredCharge.CHARGED
-    assert await store.ttl_ms(store.keys.reservation("doubtful")) == 60_000
+    assert await ttl_ms(store, store.keys.reservation("doubtful")) == 60_000
 
 
 async def test_list(store: SeededStore) -> None:
@@ -101,10 +113,8 @@ async def test_list(store: SeededStore) -> None:
     await store.advance_clock(1)
     await store.accept("kept")
     await store.advance_clock(RETENTION.keep_ms - 1)
-    await store.shorten_ttl(store.keys.tenant_tasks(TENANT))
     await store.accept("new")
     assert await store.client.zrange(store.keys.tenant_tasks(TENANT), 0, -1) == [b"kept", b"new"]
-    assert await store.ttl_ms(store.keys.tenant_tasks(TENANT)) == RETENTION.keep_ms
 
 
 async def test_deleted_and_restored(store: SeededStore) -> None:
@@ -112,11 +122,9 @@ async def test_deleted_and_restored(store: SeededStore) -> None:
     await store.accept("r", "s")
     owners = store.keys.tenant(TENANT), store.keys.account(FIRST)
     await store.write_registry(1, drop_tenants=TENANTS, drop_accounts=ACCOUNTS)
-    assert [await store.ttl_ms(owner) for owner in owners] == [2 * MONTH_MS] * 2
-    for owner in owners:
-        await store.shorten_ttl(owner)
-    await store.record_check(SUCCEEDED_CHECK)
-    assert [await store.ttl_ms(owner) for owner in owners] == [2 * MONTH_MS] * 2
+    for _ in range(2):
+        assert [await ttl_ms(store, owner) for owner in owners] == [2 * MONTH_MS] * 2
+        await shorten_ttl(store, *owners)
+        await store.record_check(SUCCEEDED_CHECK)
     await store.write_registry(2, tenants=TENANTS, accounts=ACCOUNTS)
-    await store.record_check(SUCCEEDED_CHECK)
-    assert [await store.ttl_ms(owner) for owner in owners] == [None] * 2
+    assert [await ttl_ms(store, owner) for owner in owners] == [None] * 2
