@@ -84,7 +84,9 @@ async def test_killed_server(tmp_path: Path) -> None:
                 os.kill(killed, signal.SIGKILL)
                 await wait_until(lambda: server.pid != killed)  # noqa: B023 - within its round
                 await wait_for_answer(server)
-            assert [(log["event"], log.get("exit_code"), log.get("detail")) for log in logs] == [("valkey.restarted", -signal.SIGKILL, None)]
+            assert [(log["event"], log.get("exit_code"), log.get("detail")) for log in logs] == [
+                ("valkey.restarted", -signal.SIGKILL, None)
+            ]
             assert await execute(server, "GET", "k") == number
     assert has_exited(server.pid)
 

@@ -260,6 +260,7 @@ class LedgerMachine(LedgerComparison):
         reported=draw.reported_balances,
         closes=draw.close_statuses,
         idempotency=draw.idempotencies,
+        lost=st.booleans(),
     )
     def repeat_settled(
         self,
@@ -268,10 +269,12 @@ class LedgerMachine(LedgerComparison):
         reported: Balance | None,
         closes: AccountStatus | None,
         idempotency: Idempotency | None,
+        *,
+        lost: bool,
     ) -> None:
-        """Repeat every operation on a settled or unknown reservation, or do it to one that is lost."""
+        """Repeat every operation on a settled or unknown reservation, or on one that was lost, or has not arrived."""
         name = self.choose_reservation(number, lambda item: not is_reserved(item))
-        if name is None or number == 0:
+        if name is None or lost:
             name = self.next_name()
         self.change_account(name, ACCOUNTS[0], ACCOUNTS, closes)
         self.settle(name, outcome, reported, closes, idempotency)
