@@ -159,20 +159,3 @@ async def test_unusable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(devstack, "find_spec", lambda _: None)
     with pytest.raises(DevServiceError):
         find_server_binary()
-
-
-async def test_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that never answers is ended after the timeout, or when its start is cancelled."""
-    silent = tmp_path / "silent"
-    silent.write_text("#!/bin/sh\nexec sleep 60\n")
-    silent.chmod(0o755)
-    monkeypatch.setattr(devstack, "find_server_binary", lambda: silent)
-    server = EmbeddedValkey(tmp_path / "data")
-    starting = asyncio.create_task(server.__aenter__())
-    await wait_until(lambda: server.pid is not None)
-    starting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await starting
-    assert has_exited(server.pid)
-    monkeypatch.setattr(devstack, "_VALKEY_START_SECONDS", 0.05)
-    await expect_failure(EmbeddedValkey(tmp_path / "data"))

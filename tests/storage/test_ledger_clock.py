@@ -11,13 +11,11 @@ from msgspec.structs import replace
 
 from service.domain import ledger
 from service.domain.errors import Violation
-from service.domain.ledger import Balance, Grant, PolicyDenial
+from service.domain.ledger import Grant, PolicyDenial
 from service.domain.tasks import Kind
 from service.domain.tenants import Limit, TenantPolicy, Window
-from service.domain.webhooks import DeliveryState
-from service.storage.deliveries import RedisDeliveryQueue
 from service.storage.redis import parse_server_time
-from service.usecases.ports import CheckOutcome, CheckResult, DeliveryResult, ReserveRequest, TenantSnapshot
+from service.usecases.ports import ReserveRequest, TenantSnapshot
 from tests.storage.seeded_store import FIRST, RETENTION, TENANT, TENANTS, SeededStore, open_seeded_store
 from tests.support.valkey import Valkey
 
@@ -25,7 +23,6 @@ NO_TASKS_POLICY = TenantPolicy(tuple(Limit(window, tasks=0) for window in Window
 """Limits that refuse everything and report when each window ends."""
 
 STEP_MS = 20 * 60_000
-SUCCEEDED_CHECK = CheckResult(outcome=CheckOutcome.SUCCEEDED, balance=Balance(8, 0))
 
 
 def utc_ms(moment: str) -> int:
@@ -76,25 +73,12 @@ async def test_server_time(store: SeededStore) -> None:
 
 
 async def test_work_goes_on_after_a_step_back(store: SeededStore) -> None:
-    """Checks, leases, retries and windows continue after the clock steps back by 20 minutes."""
-    queue = RedisDeliveryQueue(store.scripts, store.keys)
-    await store.accept("delivered", webhook="http://shop.test/")
-    await store.record_check(SUCCEEDED_CHECK)
+    """Checks and leases continue after the clock steps back by 20 minutes."""
     await store.accept("runs")
     await store.reserve("dies")
-    (claimed,) = await queue.claim(1)
-    assert await queue.record_attempt(claimed, DeliveryResult(state=DeliveryState.PENDING, retry_delay_ms=30_000))
     await store.advance_clock(-STEP_MS)
-    assert await queue.claim(1) == []
     await store.advance_clock(40_000)  # the ledger's clock advances by nine tenths of it
-    (again,) = await queue.claim(1)
-    assert again.delivery.next_attempt_at == store.now - 40_000 + STEP_MS + 30_000
     assert [claim_check.task.reservation for claim_check in await store.tasks.claim_checks(9)] == ["runs"]
     await store.advance_clock(RETENTION.lease_ms)
     assert [item.reservation for item in await store.ledger.settle_expired(9)] == ["dies"]
-    before = (await store.ledger.tenant_snapshot(TENANT)).state.windows[Window.TOTAL].tasks
-    await store.accept("later")
     assert await store.ledger.clock_offset() > 0
-    snapshot = await store.ledger.tenant_snapshot(TENANT)
-    assert snapshot.state.windows[Window.MINUTE].window_start == ledger.window_bounds(Window.MINUTE, store.now)[0]
-    assert snapshot.state.windows[Window.TOTAL].tasks == before + 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from service.domain.ledger import Balance, Grant, Idempotency, InferredCharge, RefundResult, ReservationState
 from service.domain.tasks import Kind
 from service.storage.redis import DAY_MS
@@ -47,24 +45,18 @@ async def test_everything_expires(store: SeededStore) -> None:
     }
 
 
-@pytest.mark.parametrize("outcome", [ReservationState.UNKNOWN, ReservationState.REFUSED])
-@pytest.mark.parametrize("known", [True, False])
-async def test_outcomes(store: SeededStore, outcome: ReservationState, *, known: bool) -> None:
-    """A reservation is kept for the whole retention from its outcome on, even if reserved long before."""
-    if known:
-        await store.reserve("r")
-        await shorten_ttl(store, store.keys.reservation("r"))
-    await store.settle("r", outcome)
-    assert await ttl_ms(store, store.keys.reservation("r")) == RETENTION.keep_ms
-
-
 async def test_prolonged(store: SeededStore) -> None:
-    """A change of account and a check restart the retention; the key of a lost submission is kept for another day."""
+    """A change of account, an outcome and a check restart the retention; the key of a lost submission is kept a day."""
     keys = store.keys
     await store.reserve("moved")
     await shorten_ttl(store, keys.reservation("moved"))
     ask = ReserveRequest("moved", TENANT, (SECOND,), Kind.UPSCALE)
     assert isinstance(await store.ledger.change_account(ask, FIRST, None), Grant)
+    assert await ttl_ms(store, keys.reservation("moved")) == RETENTION.keep_ms
+    await shorten_ttl(store, keys.reservation("moved"))
+    assert await store.ledger.settle_expired(1) == []
+    await store.advance_clock(RETENTION.lease_ms)
+    assert await store.ledger.settle_expired(1)
     assert await ttl_ms(store, keys.reservation("moved")) == RETENTION.keep_ms
     await store.accept("running")
     await shorten_ttl(store, keys.task("running"))

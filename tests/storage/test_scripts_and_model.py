@@ -23,7 +23,7 @@ from tests.storage.ledger_comparison import ACCOUNTS, TENANT, LedgerComparison
 from tests.storage.ledger_strategies import KINDS, SubmissionPlan, is_truthful, usual_plan
 from tests.support.valkey import Valkey
 
-MIN_EXAMPLES = 60
+MIN_EXAMPLES = 80
 """Fewer find few faults: there are many rules."""
 
 ACCEPTED, REFUSED, UNKNOWN = ReservationState.ACCEPTED, ReservationState.REFUSED, ReservationState.UNKNOWN
@@ -92,12 +92,18 @@ class LedgerMachine(LedgerComparison):
     )
     def top_up(self, account: int, left: Balance, new: Balance, *, live: bool) -> None:
         """Exhaust an account whose balance is known, top it up, and notice that by a check or by a submission."""
+        self.upstream.reports_current_balance = live
+        self.know_balance(account, left)
+        self.run_submission(account, usual_plan(KINDS[0]), 1)
+        self.upstream.balances[account] = new
+        self.run_submission(account, usual_plan(KINDS[0]), 1)
+
+    def know_balance(self, account: int, balance: Balance) -> None:
+        """Reopen an account with this balance, and run a submission which shows it."""
         self.write_policies(TenantPolicy())
         self.compare(self.ledger.reopen_account(account), self.model.reopen_account, account)
-        self.upstream.reports_current_balance = live
-        for balance in (left, None, new):
-            self.upstream.balances[account] = balance or self.upstream.balances[account]
-            self.run_submission(account, usual_plan(KINDS[0]), 1)
+        self.upstream.balances[account] = balance
+        self.run_submission(account, usual_plan(KINDS[0]), 1)
 
     # Submissions
 
@@ -175,11 +181,28 @@ class LedgerMachine(LedgerComparison):
         price=st.sampled_from([None, 100, 250]),
         mode=st.sampled_from(SpendingMode),
         after=draw.answer_delays,
+        balance=st.none() | st.sampled_from([Balance(9, 300), Balance(3, 0), Balance(0, 2_000)]),
+        last=st.sampled_from([ACCEPTED, UNKNOWN]),
     )
     def submit_at_floors(
-        self, account: int, kind: Kind, uses: int, money: int, price: int | None, mode: SpendingMode, after: int
+        self,
+        account: int,
+        kind: Kind,
+        uses: int,
+        money: int,
+        price: int | None,
+        mode: SpendingMode,
+        after: int,
+        balance: Balance | None,
+        last: ReservationState,
     ) -> None:
-        """Submit up to floors so far below the known balance, then one that may spend money."""
+        """Submit up to floors so far below the known balance, then one that may spend money.
+
+        With a `balance` it becomes known first; the last submission may have an unknown outcome.
+        """
+        if balance:
+            self.know_balance(account, balance)
+            self.run_submission(account, usual_plan(kind)._replace(outcome=last), 1)
         state = self.model.account_state(account)
         count, fen = state.count.value if state.count else 0, state.money.value if state.money else 0
         floors = AccountPolicy(max(count - uses, 0), max(fen - money, 0), {} if price is None else {kind: price})
@@ -199,15 +222,23 @@ class LedgerMachine(LedgerComparison):
         after=st.sampled_from([1, 700]),
         quiet=st.sampled_from([None, True, True, False]),
         policy=st.none() | draw.money_limited_policies,
+        max_price=st.sampled_from([None, 100]),
     )
     def run_submissions(
-        self, account: int, plans: list[SubmissionPlan], after: int, quiet: bool | None, policy: TenantPolicy | None
+        self,
+        account: int,
+        plans: list[SubmissionPlan],
+        after: int,
+        quiet: bool | None,
+        policy: TenantPolicy | None,
+        max_price: int | None,
     ) -> None:
         """Run submissions on one account without overlap, after finishing all others if `quiet` says so."""
         if quiet is not None:
             self.finish_all(succeeds=quiet)
         if policy:
-            self.write_tenant_policy(policy)
+            prices = AccountPolicy(max_price=dict.fromkeys(KINDS, max_price) if max_price else {})
+            self.write_policies(policy, prices, prices)
         for plan in plans:
             self.run_submission(account, plan, after)
 

@@ -82,17 +82,6 @@ async def test_changes_are_received(own_server: Valkey, store: SeededStore) -> N
         await connections.aclose()
 
 
-async def test_unchanged_task_is_not_published(store: SeededStore) -> None:
-    async with await store.connections.open_pubsub() as channel:
-        await channel.subscribe(CHANNEL)
-        for outcome in (CheckOutcome.RUNNING, CheckOutcome.RUNNING, CheckOutcome.NO_RESPONSE, CheckOutcome.SUCCEEDED):
-            await store.record_check(CheckResult(outcome=outcome))
-        await store.client.publish(CHANNEL, b"last")
-        messages = [await channel.get_message(timeout=TIMEOUT_SECONDS) or {} for _ in range(4)]
-    assert [item["type"] for item in messages] == ["subscribe", "message", "message", "message"]
-    assert messages[-1]["data"] == b"last"
-
-
 async def test_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     """A subscription that begins or continues while the store is away is heard when it is back."""
     monkeypatch.setattr(redis, "RECONNECT_SECONDS", 0.01)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
+from structlog.testing import capture_logs
 
 from service.usecases import background, poller, settlement
 from tests.support.valkey import Valkey
@@ -19,5 +20,6 @@ async def gateway(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         monkeypatch.setattr(poller, name, 0.001)
     for name in ("IDLE_SECONDS", "UNAVAILABLE_SECONDS"):
         monkeypatch.setattr(background, name, 0.001)
-    async with open_use_cases(valkey) as use_cases:
-        yield use_cases
+    with capture_logs():  # to print tracebacks takes seconds
+        async with open_use_cases(valkey) as use_cases:
+            yield use_cases

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -107,35 +108,15 @@ class ManualClockLoop(asyncio.SelectorEventLoop):
         return (self.now_ms - START_MS) / 1000
 
 
-class LoopClock:
-    """Replaces the module `time` where deadlines are computed."""
-
-    @staticmethod
-    def monotonic() -> float:
-        return asyncio.get_running_loop().time()
-
-
-class SequentialTokens:
-    """Replaces the module `secrets` where reservations are named, for a reproducible order."""
-
-    def __init__(self) -> None:
-        self._counter = count()
-
-    def token_hex(self, size: int) -> str:
-        return f"{next(self._counter):0{2 * size}x}"
-
-
 class CallOutcome(StrEnum):
+    """What becomes of a call: after all but the first two, its caller gets an error."""
+
     DONE = "done"
-    REPEATED = "twice"
-    LOST = "lost"
-    """It never runs, and the caller gets an error."""
-    UNANSWERED = "unanswered"
-    """It runs, but the caller gets an error."""
-    LATE = "late"
-    """The caller gets an error, and it may run some time later."""
-    BROKEN = "broken"
-    """It runs, but the gateway's own code raises an error (for `reserve` and `settle`)."""
+    REPEATED = "it runs twice"
+    LOST = "it never runs"
+    UNANSWERED = "it runs"
+    LATE = "it may run some time later"
+    BROKEN = "it runs, but reserve and settle fail by an error of the gateway's own"
 
 
 class StoredState(msgspec.Struct):
@@ -270,10 +251,8 @@ class FaultyStore:
 
     async def execute_delayed(self, call: PendingCall) -> None:
         self.delayed.remove(call)
-        try:
+        with suppress(LedgerUnavailable):
             await self.execute(call.work)
-        except LedgerUnavailable:
-            return
 
 
 @dataclass(eq=False)

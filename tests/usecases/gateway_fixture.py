@@ -201,7 +201,18 @@ class UseCases:
         )
         self.poller = TaskPoller(cache=self.cache, metrics=self.metrics, max_concurrent=2, **self._shared)
         self.refresher = BalanceRefresher(**self._shared)
-        self.dispatcher = self.make_dispatcher()
+        self.dispatcher = WebhookDispatcher(
+            deliveries=self.deliveries,
+            tasks=self.tasks,
+            post_webhook=self.receivers.post,
+            registry=self.registry,
+            cipher=self.cipher,
+            encode_task_event=encode_task_event,
+            now=lambda: self.now_ms / 1000,
+            metrics=self.metrics,
+            max_concurrent=8,
+            jitter=lambda: 0.0,
+        )
 
     async def open(self) -> None:
         await self.client.flushall()
@@ -221,41 +232,23 @@ class UseCases:
         assert await self.registry.store.write(RegistryChange(version=version, next_id=9, **changes))
         await self.registry.refresh()
 
-    async def change_tenant(self, **changes: Any) -> None:
-        await self.change_registry(tenants=(replace(self.tenant, **changes),))
-
     async def set_webhook(self, **changes: Any) -> None:
-        await self.change_tenant(webhook=replace(self.tenant.webhook, **changes))
+        tenant = self.tenant
+        await self.change_registry(tenants=(replace(tenant, webhook=replace(tenant.webhook, **changes)),))
 
     async def advance(self, milliseconds: int) -> None:
         self.now_ms += milliseconds
         await set_server_time(self.client, self.keys, self.now_ms)
 
     def make_reader(self, *, interval: float) -> TaskReader:
-        def fetch_artifact(*_: Any) -> Any:
-            raise NotImplementedError
-
+        no_artifacts: Any = None
         return TaskReader(
-            fetch_artifact=fetch_artifact,
+            fetch_artifact=no_artifacts,
             cache=self.cache,
             now=lambda: self.now_ms / 1000,
             metrics=self.metrics,
             interval_seconds=interval,
             **self._shared,
-        )
-
-    def make_dispatcher(self) -> WebhookDispatcher:
-        return WebhookDispatcher(
-            deliveries=self.deliveries,
-            tasks=self.tasks,
-            post_webhook=self.receivers.post,
-            registry=self.registry,
-            cipher=self.cipher,
-            encode_task_event=encode_task_event,
-            now=lambda: self.now_ms / 1000,
-            metrics=self.metrics,
-            max_concurrent=8,
-            jitter=lambda: 0.0,
         )
 
     async def submit(self) -> Submission:

@@ -10,6 +10,7 @@ from service.crypto import Keyring, TaskIdCodec
 from service.domain.availability import PROBE_INTERVAL_MS
 from service.domain.ledger import AccountStatus
 from service.domain.tasks import State, Task
+from service.usecases.ports import CheckOutcome
 from tests.usecases.gateway_fixture import INTERNAL_ERROR, UNAVAILABLE, UseCases, run_job, wait_until
 
 
@@ -41,15 +42,6 @@ async def test_unrecorded_check_is_repeated_after_its_lease(gateway: UseCases, f
     await gateway.poll(gateway.retention.claim_lease_ms)
     assert await read_states(gateway, tasks) == [State.SUCCEEDED]
     assert await gateway.task_counts() == (1, 0, 0)
-
-
-async def test_failed_check_is_repeated_after_its_lease(gateway: UseCases) -> None:
-    tasks = await make_due_tasks(gateway, 2)
-    gateway.upstream.errors.append(INTERNAL_ERROR)
-    await gateway.poll(0)
-    assert sorted(await read_states(gateway, tasks)) == [State.QUEUED, State.SUCCEEDED]
-    await gateway.poll(gateway.retention.claim_lease_ms)
-    assert await read_states(gateway, tasks) == [State.SUCCEEDED] * 2
 
 
 async def test_checks_are_limited_and_cancelled_with_the_poller(gateway: UseCases) -> None:
@@ -117,7 +109,7 @@ async def test_expiry_survives_outages_and_errors(gateway: UseCases) -> None:
 
 
 async def test_balance_checks_survive_outages_and_errors(gateway: UseCases) -> None:
-    """Of all processes only one checks a balance."""
+    """They also survive a check without a response, and of all processes only one checks a balance."""
     gateway.upstream.count, gateway.upstream.money = 1, 0
     await gateway.submit_task()
     await gateway.poll()
@@ -129,7 +121,9 @@ async def test_balance_checks_survive_outages_and_errors(gateway: UseCases) -> N
     async with run_job(gateway.refresher.run()):
         await gateway.advance(PROBE_INTERVAL_MS)
         await wait_until(lambda: not gateway.upstream.errors)
-    await gateway.advance(PROBE_INTERVAL_MS)
-    await asyncio.gather(gateway.refresher.refresh_due(), gateway.refresher.refresh_due())
-    assert len(gateway.upstream.checks) == 2
+    gateway.upstream.queue_checks(CheckOutcome.NO_RESPONSE)
+    for _ in range(2):
+        await gateway.advance(PROBE_INTERVAL_MS)
+        await asyncio.gather(gateway.refresher.refresh_due(), gateway.refresher.refresh_due())
+    assert len(gateway.upstream.checks) == 3
     assert (await gateway.account()).status is AccountStatus.OPEN

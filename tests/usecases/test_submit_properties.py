@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Coroutine, Sequence
 from contextlib import ExitStack
+from itertools import count
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import pytest
@@ -37,13 +39,12 @@ from tests.usecases.fault_simulation import (
     FaultyStore,
     FaultyUpstream,
     GatewayProcess,
-    LoopClock,
     ManualClockLoop,
-    SequentialTokens,
     StoredState,
 )
 
 T = TypeVar("T")
+MIN_EXAMPLES = 40
 CHARGED = {ReservationState.ACCEPTED, ReservationState.UNKNOWN}
 
 ACCOUNTS = {name: Account(number, name, b"encrypted", None, AccountPolicy()) for number, name in enumerate("abc", 11)}
@@ -373,9 +374,14 @@ def _check_refusal(
 
 
 def test_accounting_is_exact(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit_module, "time", LoopClock)
-    monkeypatch.setattr(submit_module, "secrets", SequentialTokens())
+    numbers = count()
+    names = SimpleNamespace(token_hex=lambda _: f"{next(numbers):032x}")
+    monkeypatch.setattr(submit_module, "secrets", names)  # for a reproducible order
+    clock = SimpleNamespace(monotonic=lambda: asyncio.get_running_loop().time())
+    monkeypatch.setattr(submit_module, "time", clock)
     run_state_machine_as_test(
         cast("type[RuleBasedStateMachine]", lambda: SubmitMachine(valkey.url)),
-        settings=settings(suppress_health_check=list(HealthCheck)),
+        settings=settings(
+            max_examples=max(settings.default.max_examples, MIN_EXAMPLES), suppress_health_check=list(HealthCheck)
+        ),
     )

@@ -7,7 +7,6 @@ import asyncio
 import msgspec
 import pytest
 
-from service.domain import webhooks
 from service.domain.errors import Overloaded
 from service.domain.tasks import Task
 from service.domain.tenants import WebhookSecrets
@@ -19,7 +18,7 @@ from tests.usecases.gateway_fixture import INTERNAL_ERROR, UNAVAILABLE, URL, Use
 
 @pytest.fixture(autouse=True)
 async def webhook(gateway: UseCases) -> None:
-    await gateway.set_webhook(url=URL, allow=("other.test",))
+    await gateway.set_webhook(url=URL, allow=("other.test", "third.test"))
 
 
 async def finish_task(gateway: UseCases) -> Task:
@@ -58,13 +57,8 @@ async def test_retries_until_delivered(gateway: UseCases) -> None:
         assert len(gateway.receivers.sent) == sent
         await gateway.deliver(1)
     assert len({(url, headers["webhook-id"], body) for url, headers, body in gateway.receivers.sent}) == 1
-    url, headers, body = gateway.receivers.sent[-1]
-    assert url == URL
-    assert headers == webhooks.sign_headers(f"msg_{task.reservation}", gateway.now_ms / 1000, body, [b"s" * 32])
     delivery = await read_delivery(gateway, task)
     assert (delivery.state, delivery.attempts, delivery.error) == (DeliveryState.DELIVERED, 5, None)
-    delivered = {"state": "delivered"}
-    assert gateway.metrics.registry.get_sample_value("gateway_webhook_attempts_total", delivered) == 1
 
 
 async def test_fails_after_a_day(gateway: UseCases) -> None:
@@ -133,47 +127,27 @@ async def test_failed_attempt_is_repeated_after_its_lease(
     assert len({body for _, _, body in gateway.receivers.sent}) == 1
 
 
-async def test_job_survives_outages_and_errors(gateway: UseCases) -> None:
-    await finish_task(gateway)
-    gateway.faults.before["claim"] = [UNAVAILABLE, INTERNAL_ERROR]
-    async with run_job(gateway.dispatcher.run()):
-        await wait_until(lambda: len(gateway.receivers.sent) == 1)
-
-
-async def test_nothing_is_claimed_before_the_registry_is_loaded(gateway: UseCases) -> None:
+async def test_job_waits_for_the_registry_and_survives_outages_and_errors(gateway: UseCases) -> None:
     await finish_task(gateway)
     gateway.registry.is_ready = False
     await gateway.deliver()
     assert gateway.receivers.sent == []
     gateway.registry.is_ready = True
-    await gateway.deliver()
-    assert len(gateway.receivers.sent) == 1
-
-
-async def test_silent_receiver_delays_no_other(gateway: UseCases) -> None:
-    silent = "https://other.test/silent"
-    gateway.receivers.silent_urls.add(silent)
-    await add_deliveries(gateway, await finish_task(gateway), 100, silent)
+    gateway.faults.before["claim"] = [UNAVAILABLE, INTERNAL_ERROR]
     async with run_job(gateway.dispatcher.run()):
-        await wait_until(lambda: bool(gateway.receivers.sent) and len(gateway.dispatcher._attempts) >= MAX_CONCURRENT)
-    assert [url for url, _, _ in gateway.receivers.sent] == [URL]
-    assert await gateway.client.zcard(gateway.keys.deliveries_claimed("1:other.test")) == MAX_CONCURRENT
+        await wait_until(lambda: len(gateway.receivers.sent) == 1)
 
 
-async def test_full_process_claims_nothing(gateway: UseCases) -> None:
-    silent = ("https://other.test/silent", "https://hooks.test/silent")
+async def test_silent_receivers_delay_no_other_and_are_limited(gateway: UseCases) -> None:
+    silent = ("https://other.test/silent", "https://third.test/silent")
     gateway.receivers.silent_urls |= set(silent)
-    task = await finish_task(gateway)
-    await gateway.deliver()
-    await add_deliveries(gateway, task, 8, *silent)
-    await gateway.dispatcher.start_due()
-    claims = sum(name == "claim" for name, _ in gateway.faults.calls)
-    waiting = asyncio.create_task(gateway.dispatcher.start_due())
-    for _ in range(20):
-        await asyncio.sleep(0)
-    assert not waiting.done()
-    for attempt in gateway.dispatcher._attempts:
-        attempt.cancel()
-    assert await waiting
-    assert sum(name == "claim" for name, _ in gateway.faults.calls) == claims
-    await gateway.dispatcher.wait_idle()
+    await add_deliveries(gateway, await finish_task(gateway), 40, *silent)
+    limit = gateway.dispatcher.max_concurrent
+    async with run_job(gateway.dispatcher.run()):
+        await wait_until(lambda: bool(gateway.receivers.sent) and len(gateway.dispatcher._attempts) >= limit)
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert len(gateway.dispatcher._attempts) == limit
+    assert [url for url, _, _ in gateway.receivers.sent] == [URL]
+    for host in ("other.test", "third.test"):
+        assert await gateway.client.zcard(gateway.keys.deliveries_claimed(f"1:{host}")) == MAX_CONCURRENT
