@@ -39,7 +39,8 @@ DAMAGED = b"*not what a server writes\r\n" * 3
 
 
 async def execute(server: EmbeddedValkey, *command: str) -> Any:
-    async with Redis.from_url(server.url) as client:
+    client: Any = Redis.from_url(server.url)
+    async with client:
         return await client.execute_command(*command)
 
 

@@ -423,7 +423,7 @@ def test_scripts_and_model(valkey: Valkey) -> None:
     run_state_machine_as_test(
         cast("type[RuleBasedStateMachine]", lambda: LedgerMachine(valkey.url)),
         settings=settings(
-            max_examples=max(settings.default.max_examples, MIN_EXAMPLES), suppress_health_check=list(HealthCheck)
+            max_examples=max(settings().max_examples, MIN_EXAMPLES), suppress_health_check=list(HealthCheck)
         ),
     )
 

@@ -382,6 +382,6 @@ def test_accounting_is_exact(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) ->
     run_state_machine_as_test(
         cast("type[RuleBasedStateMachine]", lambda: SubmitMachine(valkey.url)),
         settings=settings(
-            max_examples=max(settings.default.max_examples, MIN_EXAMPLES), suppress_health_check=list(HealthCheck)
+            max_examples=max(settings().max_examples, MIN_EXAMPLES), suppress_health_check=list(HealthCheck)
         ),
     )

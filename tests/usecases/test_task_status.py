@@ -215,7 +215,7 @@ class SlowReader:
     async def read(self) -> None:
         headers = {"Authorization": f"Bearer {self.gateway.token}"}
         scope = make_http_scope("GET", f"/v1/tasks/{self.task.id}/events", headers)
-        await create_app(self.gateway.services)(scope, asyncio.Event().wait, self._send)  # type: ignore[arg-type]
+        await create_app(self.gateway.services)(scope, asyncio.Event().wait, self._send)
 
     async def _send(self, message: Message) -> None:
         await self.send_permits.acquire()
