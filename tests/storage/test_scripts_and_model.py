@@ -23,7 +23,7 @@ from tests.storage.ledger_comparison import ACCOUNTS, TENANT, LedgerComparison
 from tests.storage.ledger_strategies import KINDS, SubmissionPlan, is_truthful, usual_plan
 from tests.support.valkey import Valkey
 
-MIN_EXAMPLES = 80
+MIN_EXAMPLES = 70
 """Fewer find few faults: there are many rules."""
 
 ACCEPTED, REFUSED, UNKNOWN = ReservationState.ACCEPTED, ReservationState.REFUSED, ReservationState.UNKNOWN
@@ -241,6 +241,25 @@ class LedgerMachine(LedgerComparison):
             self.write_policies(policy, prices, prices)
         for plan in plans:
             self.run_submission(account, plan, after)
+
+    @rule(account=accounts, reported=st.permutations([Balance(5, 500), Balance(4, 400), Balance(3, 500)]))
+    def overlap_submissions(self, account: int, reported: list[Balance]) -> None:
+        """Submit three at once; the responses and the checks overlap, and report balances in any order."""
+        self.know_balance(account, Balance(9, 900))
+        names = []
+        for _ in reported:
+            self.advance_clock(1)
+            names.append(self.reserve(KINDS[0], (account,)))
+        for name, balance in zip(names, reported, strict=True):
+            self.advance_clock(1)
+            if name:
+                self.settle(name, ACCEPTED, balance)
+        claimed = []
+        for _ in reported:
+            self.advance_clock(self.retention.check_interval_ms)
+            claimed += self.claim_checks(1)
+        for due, balance in zip(reversed(claimed), reported, strict=False):
+            self.record_check(due, SUCCEEDED, balance)
 
     # Outcomes
 

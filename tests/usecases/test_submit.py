@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 import pytest
 
 from service.domain.errors import AccountMisconfigured, LedgerUnavailable, SubmissionUnknown, UpstreamUnavailable
 from service.domain.ledger import AccountStatus, ReservationState
 from service.usecases import submit
-from service.usecases.ports import ReserveRequest, SubmitOutcome, SubmitResult
+from service.usecases.ports import ReserveRequest, Settlement, SubmitOutcome, SubmitResult
 from tests.usecases.gateway_fixture import INTERNAL_ERROR, MAIN, SPARE, TENANT, UNAVAILABLE, UseCases
 
 
@@ -60,6 +61,30 @@ async def test_shutdown_while_settling_returns_the_task(gateway: UseCases, monke
     await settling.wait()
     assert await gateway.background.drain(0) == 2
     assert (await caller).task.reservation in await gateway.reservations()
+
+
+async def test_outcomes_are_written_after_each_outage(gateway: UseCases, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that can't be written blocks no other."""
+    settle, attempts = gateway.redis_ledger.settle, Counter[str]()
+
+    async def fail(settlement: Settlement) -> bool:
+        attempts[settlement.reservation] += 1
+        if settlement.reservation == next(iter(attempts)) or attempts[settlement.reservation] == 1:
+            raise INTERNAL_ERROR
+        return await settle(settlement)
+
+    async with asyncio.timeout(60):
+        with monkeypatch.context() as patched:
+            patched.setattr(gateway.redis_ledger, "settle", fail)
+            stuck, other = [await gateway.submit_task() for _ in range(2)]
+            while not await gateway.stored(other):
+                await asyncio.sleep(0.001)
+        while not await gateway.stored(stuck) or gateway.submitter.settlements.pending_count:
+            await asyncio.sleep(0.001)
+        gateway.faults.before["settle"] = [UNAVAILABLE]
+        later = await gateway.submit_task()
+        while not await gateway.stored(later):
+            await asyncio.sleep(0.001)
 
 
 async def test_tombstone_of_a_failed_reserve_refuses_it_later(gateway: UseCases) -> None:
