@@ -64,6 +64,7 @@ async def test_nothing_is_claimed_before_the_registry_is_loaded(gateway: UseCase
     tasks = await make_due_tasks(gateway)
     gateway.registry.is_ready = False
     await gateway.poll(0)
+    assert gateway.upstream.checks == []
     gateway.registry.is_ready = True
     await gateway.poll(0)
     assert await read_states(gateway, tasks) == [State.SUCCEEDED]

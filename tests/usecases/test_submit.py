@@ -6,9 +6,17 @@ import asyncio
 from collections import Counter
 
 import pytest
+from msgspec.structs import replace
 
-from service.domain.errors import AccountMisconfigured, LedgerUnavailable, SubmissionUnknown, UpstreamUnavailable
-from service.domain.ledger import AccountStatus, ReservationState
+from service.domain.errors import (
+    AccountMisconfigured,
+    LedgerUnavailable,
+    QuotaDenied,
+    SubmissionUnknown,
+    UpstreamUnavailable,
+)
+from service.domain.ledger import AccountStatus, ReservationState, window_bounds
+from service.domain.tenants import Limit, TenantPolicy, Window
 from service.usecases import submit
 from service.usecases.ports import ReserveRequest, Settlement, SubmitOutcome, SubmitResult
 from tests.usecases.gateway_fixture import INTERNAL_ERROR, MAIN, SPARE, TENANT, UNAVAILABLE, UseCases
@@ -126,6 +134,14 @@ async def test_busy_upstream(gateway: UseCases, seconds: float | None, retry_aft
     with pytest.raises(UpstreamUnavailable) as caught:
         await gateway.submit()
     assert caught.value.retry_after == retry_after
+
+
+async def test_retry_after_is_that_of_the_last_reset(gateway: UseCases) -> None:
+    policy = TenantPolicy(tuple(Limit(window, tasks=0) for window in (Window.MINUTE, Window.HOUR)))
+    await gateway.change_registry(tenants=(replace(gateway.tenant, policy=policy),))
+    with pytest.raises(QuotaDenied) as caught:
+        await gateway.submit()
+    assert caught.value.retry_after == (window_bounds(Window.HOUR, gateway.now_ms)[1] - gateway.now_ms) / 1000
 
 
 async def test_tenant_without_accounts_reserves_nothing(gateway: UseCases) -> None:
