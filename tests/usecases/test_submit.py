@@ -141,7 +141,9 @@ async def test_retry_after_is_that_of_the_last_reset(gateway: UseCases) -> None:
     await gateway.change_registry(tenants=(replace(gateway.tenant, policy=policy),))
     with pytest.raises(QuotaDenied) as caught:
         await gateway.submit()
-    assert caught.value.retry_after == (window_bounds(Window.HOUR, gateway.now_ms)[1] - gateway.now_ms) / 1000
+    _, end = window_bounds(Window.HOUR, gateway.now_ms)
+    assert end
+    assert caught.value.retry_after == (end - gateway.now_ms) / 1000
 
 
 async def test_tenant_without_accounts_reserves_nothing(gateway: UseCases) -> None:
