@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, multiple, rule, run_state_machine_as_test
@@ -516,6 +517,23 @@ def test_overrun_of_each_task_is_at_most_its_cost(valkey: Valkey) -> None:
             machine.record_check(due, SUCCEEDED)
         counter = machine.tenant_state().windows[Window.TOTAL]
         assert counter.overrun_fen == counter.money_fen - spent - 50 == 150
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        usual_plan(KINDS[0])._replace(price_fen=250),
+        usual_plan(KINDS[0])._replace(outcome=UNKNOWN, later_outcome=ACCEPTED, is_refunded=True, answered=RUNNING),
+    ],
+    ids=["above the maximum", "refunded before a late acceptance"],
+)
+def test_configured_price(valkey: Valkey, plan: SubmissionPlan) -> None:
+    with run_machine(valkey) as machine:
+        prices = AccountPolicy(max_price=dict.fromkeys(KINDS, 100))
+        machine.set_upstream(late=False, now=True, count=0, money=2_000)
+        machine.write_policies(TenantPolicy((Limit(Window.DAY, money_fen=1_000),)), prices, prices)
+        machine.run_submission(ACCOUNTS[0], usual_plan(KINDS[0]), 1)
+        machine.run_submission(ACCOUNTS[0], plan, 1)
 
 
 def test_reset_after_steps_back_in_a_row(valkey: Valkey) -> None:
