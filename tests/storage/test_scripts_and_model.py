@@ -24,7 +24,7 @@ from tests.storage.ledger_comparison import ACCOUNTS, TENANT, LedgerComparison
 from tests.storage.ledger_strategies import KINDS, SubmissionPlan, is_truthful, usual_plan
 from tests.support.valkey import Valkey
 
-MIN_EXAMPLES = 70
+MIN_EXAMPLES = 50
 """Fewer find few faults: there are many rules."""
 
 ACCEPTED, REFUSED, UNKNOWN = ReservationState.ACCEPTED, ReservationState.REFUSED, ReservationState.UNKNOWN
