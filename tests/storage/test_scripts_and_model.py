@@ -37,7 +37,7 @@ RUNNING, NOT_FOUND, INVALID, NO_RESPONSE, SUCCEEDED, FAILED = (
     CheckOutcome.FAILED,
 )
 accounts = st.sampled_from(ACCOUNTS)
-few_or_none = st.sampled_from([None, None, 0, 1, 2])
+few_or_none = st.sampled_from([None, None, 0, 1, 1, 2])
 mostly_false = st.sampled_from([False, False, False, True])
 
 
@@ -141,8 +141,9 @@ class LedgerMachine(LedgerComparison):
         active=few_or_none,
         kind=draw.kinds,
         order=draw.account_orders,
-        outcomes=st.lists(st.none() | draw.likely_outcomes, min_size=1, max_size=4),
-        moves=st.booleans(),
+        outcomes=st.lists(st.sampled_from([None, None, ACCEPTED, UNKNOWN]), min_size=2, max_size=4),
+        opens=st.booleans(),
+        moves=mostly_false,
     )
     def submit_at_limits(
         self,
@@ -154,9 +155,15 @@ class LedgerMachine(LedgerComparison):
         order: tuple[int, ...],
         outcomes: list[ReservationState | None],
         *,
+        opens: bool,
         moves: bool,
     ) -> None:
-        """Submit up to limits that leave so much; some move to the other account, and some have an outcome."""
+        """Submit up to limits that leave so much; some move to the other account, and some have an outcome.
+
+        With `opens` both accounts can pay.
+        """
+        for account in ACCOUNTS if opens else ():
+            self.change_balance(account, 9, 2_000, opens=True)
         state = self.tenant_state()
         counter = state.windows[window]
         limit = Limit(
@@ -164,7 +171,7 @@ class LedgerMachine(LedgerComparison):
             tasks=None if tasks is None else counter.tasks + counter.tasks_reserved + tasks,
             money_fen=None if money is None else counter.money_fen + counter.money_reserved_fen + money,
         )
-        self.write_tenant_policy(TenantPolicy((limit,), None if active is None else state.active_tasks + active))
+        self.write_policies(TenantPolicy((limit,), None if active is None else state.active_tasks + active))
         for outcome in outcomes:
             name = self.reserve(kind, order)
             if name and moves:
