@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +15,7 @@ import httpx2
 import pytest
 from redis import Redis
 
+from deploy import healthcheck
 from service.crypto import generate_secret_key
 from service.storage.redis import DATA_VERSION, Keys
 from tests.cli.conftest import run_command
@@ -28,6 +31,8 @@ from tests.process.gateway import (
 from tests.process.sandbox import ADMIN_TOKEN, SandboxProcess, run_sandbox
 from tests.support.traces import run_collector
 from tests.support.valkey import Valkey, run_valkey
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +102,33 @@ def test_worker_checks_tasks_of_the_api(tmp_path: Path, valkey: Valkey, upstream
             assert "task.finished" not in api.log_path.read_text()
 
 
+def test_two_first_starts_at_once(tmp_path: Path, upstream: SandboxProcess) -> None:
+    """An api and a worker that start at once on an empty store both run, and do the main job."""
+    with run_valkey() as store:
+        shared = upstream.gateway_settings(store)
+        with (
+            start_gateway(tmp_path / "api", GATEWAY_ROLE="api", **shared) as api,
+            start_gateway(tmp_path / "worker", GATEWAY_ROLE="worker", **shared) as worker,
+        ):
+            for gateway in (api, worker):
+                gateway.wait_ready()
+            task = api.run_curl_example().json()["links"]["self"]
+            assert api.wait_finished(task)["state"] == "succeeded"
+            assert [gateway.stop() for gateway in (api, worker)] == [0, 0]
+
+
+def test_health_check_of_the_image(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
+    def run_check(host: str) -> int:
+        environ = gateway.environ | {"GATEWAY_OPS_HOST": host}
+        return subprocess.run([sys.executable, healthcheck.__file__], env=environ, cwd=ROOT, check=False).returncode
+
+    with run_gateway(tmp_path, **upstream.gateway_settings(valkey)) as gateway:
+        assert gateway.ops_url
+        assert [run_check(host) for host in ("127.0.0.1", "0.0.0.0")] == [0, 0]
+        gateway.stop()
+        assert run_check("127.0.0.1") == 1
+
+
 def expect_start_error(gateway: GatewayProcess) -> str:
     """Require that a gateway ends with an error of one line; return that line."""
     assert gateway.process.wait(TIMEOUT_SECONDS) == 1
@@ -152,6 +184,19 @@ def test_store_of_another_version(tmp_path: Path, upstream: SandboxProcess) -> N
             assert is_version_error(expect_start_error(gateway))
         assert set(client.keys()) == {keys.data_version.encode(), keys.registry.encode()}
         assert client.mget(keys.data_version, keys.registry) == [b"1", b"of another form"]
+
+
+def test_store_of_another_version_after_an_outage(tmp_path: Path, upstream: SandboxProcess) -> None:
+    """A store that is unavailable at the start is refused once it responds, before any write."""
+    with run_valkey() as store, Redis(unix_socket_path=str(store.socket_path)) as client:
+        settings = upstream.gateway_settings(store) | {"GATEWAY_REDIS_URL": f"unix://{tmp_path / 'store'}"}
+        mark = Keys(settings["GATEWAY_KEY_PREFIX"]).data_version
+        client.set(mark, 1)
+        with start_gateway(tmp_path, **settings) as gateway:
+            gateway.wait_for_log("demo.delayed")
+            (tmp_path / "store").symlink_to(store.socket_path)
+            assert is_version_error(expect_start_error(gateway))
+        assert client.keys() == [mark.encode()]
 
 
 def test_replaced_store(tmp_path: Path, upstream: SandboxProcess) -> None:
