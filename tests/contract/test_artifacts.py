@@ -232,6 +232,18 @@ async def test_stalled_fetch_ends_with_its_connection(pieces: tuple[bytes, ...],
         await disconnected.wait()
 
 
+async def test_fetch_that_is_cancelled_before_the_first_byte_ends_with_its_connection() -> None:
+    caller, disconnected = make_fetcher(), asyncio.Event()
+    async with run_server(send_and_hold(disconnected=disconnected)) as peer, asyncio.timeout(20):
+        fetching = asyncio.create_task(caller.fetch_all(peer.url))
+        await peer.request_received.wait()
+        fetching.cancel()
+        await disconnected.wait()
+        with pytest.raises(asyncio.CancelledError):
+            await fetching
+    assert caller.outcome == FetchOutcome.CANCELLED
+
+
 async def test_endless_artifact_is_cut_off_at_the_size_limit() -> None:
     caller, disconnected, received = make_fetcher(), asyncio.Event(), 0
 
