@@ -107,6 +107,7 @@ async def test_key_from_a_terminal(shell: Shell) -> None:
 async def test_account_in_use(shell: Shell) -> None:
     """Accounts are listed with their balances, reopened, and deleted under their tasks only with --force."""
     assert (await shell.run_table("account", "list"))[1] == ["main", "open", "-", "-", "-", "0", "0", "-"]
+    assert "shop" in (await shell.run("account", "delete", "main", code=1)).stderr  # a tenant uses it
     await shell.gateway.upstream.set_balance(count=1_000, money=7)
     await shell.gateway.submit()
     (line,) = (await shell.run_table("account", "list"))[1:]

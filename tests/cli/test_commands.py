@@ -84,8 +84,9 @@ def test_usage_errors(arguments: str, option: str) -> None:
 
 @pytest.mark.parametrize("arguments", ["--dry-rnu -", "no/such/file", "", "- --dry-run"])
 def test_usage_errors_of_apply(arguments: str) -> None:
-    """They exit with 1, and so does an unreachable gateway, since 2 means a difference."""
-    assert run_command("apply", *arguments.split(), code=1, env=ENVIRONMENT | {"GATEWAY_OPS_PORT": "1"}).stderr
+    """They exit with 1, and so do an unreachable gateway and an invalid setting, since 2 means a difference."""
+    for setting in ({"GATEWAY_OPS_PORT": "1"}, {"GATEWAY_LOG_LEVEL": "loud"}):
+        assert run_command("apply", *arguments.split(), code=1, env=ENVIRONMENT | setting).stderr
 
 
 @pytest.mark.parametrize("name", ["README.md", "deploy/OPERATIONS.md", "deploy/RUNBOOK.md"])

@@ -139,9 +139,9 @@ async def test_errors(shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch)
 OLD_KEY, UNKNOWN_KEY = b"o" * 32, b"x" * 32
 
 
-async def encrypt_secrets(shell: Shell, user_key: bytes) -> None:
-    """Encrypt the user_key with this key, and the secrets of the webhook with the old one."""
-    hooks, current = Keyring([OLD_KEY]).derive(WEBHOOK_SECRET_PURPOSE), shell.gateway.services.registry.current
+async def encrypt_secrets(shell: Shell, user_key: bytes, webhook_key: bytes = OLD_KEY) -> None:
+    """Encrypt the user_key and the secrets of the webhook with these keys."""
+    hooks, current = Keyring([webhook_key]).derive(WEBHOOK_SECRET_PURPOSE), shell.gateway.services.registry.current
     main, shop = current.accounts["main"], current.tenants["shop"]
     secrets = WebhookSecrets(hooks.encrypt(b"secret"), hooks.encrypt(b"former"), 4e9)
     change = RegistryChange(
@@ -183,3 +183,8 @@ async def test_rotate_keys(valkey: Valkey) -> None:
         assert ("main.user_key" in failed.stderr, "webhook.secret" in failed.stderr) == (True, False)
         assert shell.gateway.services.registry.current.accounts["main"].user_key == kept
         assert decrypt_with_first_key(shell) == (None, b"secret", b"former")
+
+        await encrypt_secrets(shell, OLD_KEY, UNKNOWN_KEY)
+        failed = await shell.run("rotate-keys", code=1)
+        assert ("main.user_key" in failed.stderr, "webhook.secret" in failed.stderr) == (False, True)
+        assert decrypt_with_first_key(shell) == (USER_KEY, None, None)
