@@ -76,7 +76,7 @@ def test_settings(name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_confined(name: str) -> None:
-    """No container runs as root, gains privileges or writes to its root; its image has a version."""
+    """No container runs as root, gains privileges or writes to its root; its image has a version and a health check."""
     service = SERVICES[name]
     assert re.fullmatch(r"[1-9]\d*:\d+", service["user"])
     assert service["read_only"] is True
@@ -84,6 +84,7 @@ def test_confined(name: str) -> None:
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert not service.keys() & {"privileged", "cap_add", "network_mode", "pid"}
     assert re.fullmatch(r"[a-z/-]+:(?!latest)[\w.-]+", service["image"])
+    assert name in GATEWAY_ROLES or service["healthcheck"]["test"][0] == "CMD"  # the gateway's is in the image
     if build := service.get("build"):
         assert (DEPLOY / build["context"]).resolve() == ROOT
         assert build["args"].keys() <= set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
