@@ -9,6 +9,7 @@ from collections import Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.telemetry.metrics import FINAL_STATES
+from tests.deploy.queries import RULES, list_selectors, panel_queries
 from tests.monitoring.conftest import MonitoredSystem
 from tests.process.gateway import wait_until
 
@@ -40,6 +41,17 @@ def test_format(monitored: MonitoredSystem) -> None:
         assert len(names) == len(set(names))
         assert len(names) < MAX_SERIES
         assert not re.search(r'="[^"]*(task_[\w-]{20}|igw_)', scrape)
+
+
+def test_every_metric_is_used(monitored: MonitoredSystem) -> None:
+    """Each metric is on a panel or in a rule."""
+    queries = [*(query.text for query in panel_queries()), *(rule["expr"] for rule in RULES)]
+    used = {selector.name for query in queries for selector in list_selectors(query)}
+    used |= {re.sub("_(total|bucket|sum|count)$", "", name) for name in used}
+    families = {
+        family.name for scrape in monitored.gateway.scrape_all() for family in text_string_to_metric_families(scrape)
+    }
+    assert {name for name in families if name.startswith("gateway_")} - used == set()
 
 
 def test_every_label_value_is_counted(monitored: MonitoredSystem) -> None:
