@@ -14,7 +14,7 @@ import pytest
 import uvloop
 from redis.asyncio.cluster import ClusterNode
 from redis.crc import key_slot
-from redis.exceptions import MovedError
+from redis.exceptions import DataError, MovedError, ResponseError
 
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import NoAccount
@@ -132,6 +132,17 @@ async def test_unanswered_command_is_sent_once(topology: RunningStore) -> None:
                 await connections.commands.eval(INCREMENT, 1, "{gw}:count")
             await ping(connections)
     assert len(requests) == 1
+
+
+async def test_own_error_is_no_outage(single: RunningStore) -> None:
+    """A fault in a script or an argument is not reported as an unavailable store."""
+    single.execute("HSET", "{gw}:account", "state", "no MessagePack")
+    async with open_connections(single.url) as connections:
+        scripts = RedisScripts(connections.commands)
+        with pytest.raises(DataError):
+            await scripts.read(("GET", "{gw}:x", object()))
+        with pytest.raises(ResponseError, match="user_script"):
+            await scripts.call("reopen", ["{gw}:clock", "{gw}:account"], account=1)
 
 
 async def test_broken_connections_are_replaced(topology: RunningStore) -> None:

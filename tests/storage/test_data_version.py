@@ -111,3 +111,16 @@ async def test_empty_store(topology: RunningStore) -> None:
         await gateway.registry.load()
         assert topology.execute("GET", KEYS.data_version) == MARK
     assert gateway.errors == []
+
+
+async def test_store_that_refuses_writes(topology: RunningStore) -> None:
+    """Data that cannot be marked now, as without enough replicas, is read, and marked later."""
+    async with open_gateway(topology) as gateway:
+        topology.execute("CONFIG", "SET", "min-replicas-to-write", "1")
+        try:
+            assert (await gateway.registry.load()).version == 0
+            assert topology.execute("EXISTS", KEYS.data_version) == 0
+        finally:
+            topology.execute("CONFIG", "SET", "min-replicas-to-write", "0")
+        await gateway.registry.load()
+        assert topology.execute("GET", KEYS.data_version) == MARK

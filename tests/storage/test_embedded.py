@@ -92,6 +92,26 @@ async def test_killed_server(tmp_path: Path) -> None:
     assert has_exited(server.pid)
 
 
+async def test_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that never answers is ended after the timeout, and one whose start is cancelled at once."""
+    silent = tmp_path / "silent"
+    silent.write_text("#!/bin/sh\nexec sleep 600\n")
+    silent.chmod(0o755)
+    server = EmbeddedValkey(tmp_path / "data")
+    with monkeypatch.context() as patched:
+        patched.setattr(devstack, "find_server_binary", lambda: silent)
+        starting = asyncio.create_task(server.__aenter__())
+        await wait_until(lambda: server.pid is not None)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert has_exited(server.pid)
+        patched.setattr(devstack, "_VALKEY_START_SECONDS", 0.05)
+        await expect_failure(EmbeddedValkey(tmp_path / "data"))
+    async with EmbeddedValkey(tmp_path / "data") as other:
+        assert await execute(other, "GET", "k") is None
+
+
 async def test_damaged_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that cannot read its data is an error at the start; a restart is retried until it succeeds."""
     monkeypatch.setattr(devstack, "_RESTART_SECONDS", 0.01)
