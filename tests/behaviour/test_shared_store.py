@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from service.usecases.ports import RegistryChange
 from service.usecases.registry_plan import DesiredTenant
 from tests.behaviour.clients import open_event_stream, start_waiting_read
 from tests.behaviour.gateway_fixture import ENVIRONMENT, RunningGateway, reject_store_calls
-from tests.behaviour.requests import expect_problem, read_all_usage, run_task
+from tests.behaviour.requests import expect_json, expect_problem, read_all_usage, run_task
 from tests.support.network import serve_app
 from tests.support.valkey import Valkey
 
@@ -174,3 +174,36 @@ async def test_deletions_survive_a_restored_or_lost_registry(gateway: RunningGat
     stored = await RedisRegistry(RedisScripts(store), KEYS).load()
     assert stored.deleted_tenant_names == held.deleted_tenant_names == deleted.deleted_tenant_names
     assert list(held.deleted_tenant_names.values()) == ["shop"]
+
+
+async def test_tenants_created_after_a_loss_keep_their_names(gateway: RunningGateway, store: Any) -> None:
+    """Tenants that another process created in older data are replaced by those that this process holds."""
+    dump = await store.dump(KEYS.registry)
+    for name in ("later", "another"):
+        await gateway.put_tenant(name)
+    held = gateway.services.registry.current
+    await store.restore(KEYS.registry, 0, dump, replace=True)
+    other_process = RedisRegistry(RedisScripts(store), KEYS)
+    old, first = await other_process.load(), held.next_id + 1
+    created = tuple(Tenant(first + number, name, ("main",)) for number, name in enumerate(("later", "late")))
+    assert await other_process.write(RegistryChange(version=old.version, next_id=first + 2, tenants=created))
+    await gateway.services.registry.refresh()
+    assert gateway.services.registry.current.tenants == held.tenants
+    assert gateway.services.registry.current.deleted_tenant_names == {first: "later", first + 1: "late"}
+
+
+async def test_new_token_is_shown_if_the_store_fails_afterwards(
+    gateway: RunningGateway, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = gateway.services.registry.store.write
+    with ExitStack() as stack:
+
+        async def write_and_fail(change: RegistryChange) -> bool:
+            written = await write(change)
+            stack.enter_context(reject_store_calls(valkey))
+            return written
+
+        monkeypatch.setattr(gateway.services.registry.store, "write", write_and_fail)
+        token = expect_json(await gateway.call_admin("POST", "/tenants/shop/tokens"), 201)["token"]
+    await gateway.services.registry.refresh()
+    assert (await gateway.call("GET", "/v1/quota", token=token)).status_code == 200
