@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,8 +17,10 @@ import pytest
 from redis import Redis
 
 from deploy import healthcheck
+from service.clients.http import BREAKER_THRESHOLD
 from service.crypto import generate_secret_key
 from service.storage.redis import DATA_VERSION, Keys
+from tests.behaviour.requests import KEY, make_jpeg
 from tests.cli.conftest import run_command
 from tests.process.gateway import (
     HTTP,
@@ -29,6 +32,7 @@ from tests.process.gateway import (
     wait_until,
 )
 from tests.process.sandbox import ADMIN_TOKEN, SandboxProcess, run_sandbox
+from tests.support.network import exhaust_descriptors
 from tests.support.traces import run_collector
 from tests.support.valkey import Valkey, run_valkey
 
@@ -127,6 +131,30 @@ def test_health_check_of_the_image(tmp_path: Path, valkey: Valkey, upstream: San
         assert [run_check(host) for host in ("127.0.0.1", "0.0.0.0")] == [0, 0]
         gateway.stop()
         assert run_check("127.0.0.1") == 1
+
+
+def test_lack_of_descriptors(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
+    """A submission that fails for lack of a descriptor costs nothing, frees its key, and succeeds once there is one."""
+    with (
+        run_gateway(tmp_path, **upstream.gateway_settings(valkey)) as gateway,
+        httpx2.Client(base_url=gateway.url, timeout=TIMEOUT_SECONDS, trust_env=False) as client,
+    ):
+        client.headers = {"Authorization": f"Bearer {gateway.token}", "Idempotency-Key": KEY}
+
+        def submit() -> httpx2.Response:
+            return client.post("/v1/tasks/face-enhance", files={"image": ("image.jpg", make_jpeg(b"a"))})
+
+        gateway.run_curl_example().raise_for_status()  # so that the scripts are loaded
+        with ThreadPoolExecutor(20) as threads:  # so that there are connections to the store
+            list(threads.map(lambda _: gateway.call("GET", "/v1/quota"), range(20)))
+        client.get("/v1/quota").raise_for_status()
+        before = upstream.count_requests("submit")
+        with exhaust_descriptors(gateway.process.pid):
+            refused = [submit() for _ in range(BREAKER_THRESHOLD + 1)]
+        assert {(item.status_code, item.json()["code"]) for item in refused} == {(503, "upstream-unavailable")}
+        accepted = submit()
+        assert (accepted.status_code, "idempotent-replayed" in accepted.headers) == (201, False)
+        assert upstream.count_requests("submit") == before + 1
 
 
 def expect_start_error(gateway: GatewayProcess) -> str:
