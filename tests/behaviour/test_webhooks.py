@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -41,7 +42,7 @@ async def test_webhook_is_sent_once_and_signed(gateway: RunningGateway, receiver
         await gateway.deliver_due_webhooks()
     failed, webhook = receiver.requests
     assert (failed.body, failed.headers["webhook-id"]) == (webhook.body, webhook.headers["webhook-id"])
-    assert webhook.path == "/ended?key=hidden"
+    assert (webhook.path, webhook.headers["content-type"]) == ("/ended?key=hidden", "application/json")
     assert webhook.event["type"] == "task.succeeded"
     assert webhook.event["data"] == (await gateway.call("GET", f"/v1/tasks/{task_id}")).json()
     assert webhook.is_signed_with(SECRET)
@@ -62,10 +63,14 @@ async def test_webhook_url_per_task(gateway: RunningGateway, receiver: WebhookRe
     await finish_task(gateway, webhook_url="", metadata="")  # both are optional, and not given
     assert receiver.requests[0].event["data"]["metadata"] == {}
     async with run_receiver() as other:
-        await finish_task(gateway, webhook_url=f"{other.url}/4711")
+        own_url = {"webhook_url": f"{other.url}/4711"}
+        await finish_task(gateway, **own_url)
         assert [request.path for request in other.requests] == ["/ended/4711"]
         assert other.requests[0].is_signed_with(SECRET)
     assert len(receiver.requests) == 1
+    contents: tuple[dict[str, str], ...] = ({}, {}, own_url)  # another URL is other content under the same key
+    responses = [await gateway.submit(fields=fields, headers={"Idempotency-Key": "k"}) for fields in contents]
+    assert [response.status_code for response in responses] == [201, 201, 422]
 
 
 async def test_secret_is_shown_once_and_rotated(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
@@ -82,10 +87,14 @@ async def test_secret_is_shown_once_and_rotated(gateway: RunningGateway, receive
     await finish_task(gateway)
     assert receiver.requests[0].is_signed_with(old)
     assert receiver.requests[0].is_signed_with(new)
+    gateway.services.webhook_dispatcher.now = lambda: time.time() + 3_600
+    await finish_task(gateway)
+    assert receiver.requests[1].is_signed_with(new)
+    assert not receiver.requests[1].is_signed_with(old)
     newer = (await gateway.call_admin("POST", "/tenants/shop/webhook-secret")).json()["secret"]
     await finish_task(gateway)
-    assert receiver.requests[1].is_signed_with(newer)
-    assert not receiver.requests[1].is_signed_with(new)
+    assert receiver.requests[2].is_signed_with(newer)
+    assert not receiver.requests[2].is_signed_with(new)
     assert (await gateway.call_admin("POST", "/tenants/unknown/webhook-secret")).status_code == 404
     await gateway.put_tenant("without")
     assert (await gateway.call_admin("POST", "/tenants/without/webhook-secret")).status_code == 409

@@ -22,7 +22,7 @@ from service.usecases.task_status import MAX_RECREATE_AGE_SECONDS, TaskReader
 from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
 from tests.support.valkey import Valkey
 from tests.unit.asgi_client import Message, make_http_scope
-from tests.usecases.gateway_fixture import UNAVAILABLE, UseCases, run_job, wait_until
+from tests.usecases.gateway_fixture import UNAVAILABLE, URL, UseCases, run_job, wait_until
 
 LONG_SECONDS = 1e6
 """Longer than any test."""
@@ -41,6 +41,7 @@ def count_touches(gateway: UseCases) -> int:
 
 async def test_one_query_per_interval_is_shared_and_outlives_its_caller(gateway: UseCases) -> None:
     task, reader = await gateway.submit_task(), gateway.make_reader(interval=LONG_SECONDS)
+    await reader.read(gateway.tenant, task.id)
     gateway.faults.is_unavailable = True
     gateway.upstream.may_respond.clear()
 
@@ -48,7 +49,9 @@ async def test_one_query_per_interval_is_shared_and_outlives_its_caller(gateway:
     await wait_until(lambda: bool(gateway.upstream.checks))
     reads.pop(0).cancel()
     gateway.upstream.may_respond.set()
-    assert {item.task.state for item in await asyncio.gather(*reads)} == {State.SUCCEEDED}
+    for item in await asyncio.gather(*reads):
+        assert item.task.state is State.SUCCEEDED
+        assert item.task.metadata == task.metadata  # which a task's id does not contain
     await reader.read(gateway.tenant, task.id)
     assert len(gateway.upstream.checks) == 1
 
@@ -76,6 +79,7 @@ async def test_lost_task_that_the_upstream_does_not_know(gateway: UseCases) -> N
 
 
 async def test_lost_task_is_recreated_once(gateway: UseCases) -> None:
+    await gateway.set_webhook(url=URL)
     task, reader = await gateway.submit_task(lost=True), gateway.make_reader(interval=0)
     gateway.upstream.queue_checks(*[CheckOutcome.RUNNING] * 2)
     gateway.faults.before["settle"] = [UNAVAILABLE]
@@ -87,6 +91,8 @@ async def test_lost_task_is_recreated_once(gateway: UseCases) -> None:
     await gateway.poll()
     assert (await reader.read(gateway.tenant, task.id)).task.state is State.SUCCEEDED
     assert await gateway.task_counts() == (1, 0, 0)
+    await gateway.deliver()
+    assert [url for url, _, _ in gateway.receivers.sent] == [URL]
 
 
 async def test_read_does_not_settle_before_the_sender(gateway: UseCases) -> None:

@@ -50,6 +50,7 @@ async def test_retries_until_delivered(gateway: UseCases) -> None:
         WebhookResponse(error="It took longer."),
         WebhookResponse(status=302),
         WebhookResponse(status=503, retry_after_seconds=600),
+        WebhookResponse(status=200),
     ]
     await gateway.deliver()
     for sent, wait_ms in enumerate((5_000, 30_000, 120_000, 600_000), start=1):
