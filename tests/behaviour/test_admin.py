@@ -140,6 +140,20 @@ async def test_lowered_floor_or_reopening_serves_the_account_again(gateway: Runn
     assert (await gateway.submit()).status_code == 201
 
 
+async def test_deletion_of_what_is_used_needs_force(gateway: RunningGateway) -> None:
+    await gateway.upstream.keep_running()
+    await gateway.submit()
+    await put_json(gateway, "/accounts/spare", user_key="spare")
+    await put_json(gateway, "/tenants/shop", accounts=["spare"])
+    for path in ("/accounts/main", "/accounts/spare", "/tenants/shop"):  # a submission, a tenant, a task
+        expect_problem(await gateway.call_admin("DELETE", path), 409, "conflict")
+    for path in ("/accounts/main", "/accounts/spare", "/tenants/shop"):
+        forced = await gateway.call_admin("DELETE", f"{path}?force=true")
+        assert (forced.status_code, forced.content) == (204, b"")
+        for method in ("GET", "DELETE"):
+            expect_problem(await gateway.call_admin(method, path), 404, "not-found")
+
+
 @pytest.mark.parametrize(
     ("section", "name", "settings", "changes"),
     [("accounts", "main", ACCOUNT, ACCOUNT_CHANGES), ("tenants", "shop", TENANT, TENANT_CHANGES)],
@@ -197,6 +211,7 @@ async def test_preconditions(gateway: RunningGateway, path: str, settings: dict[
     create = {"If-None-Match": "*"}
     expect_problem(await gateway.call_admin("PUT", path, json=settings, headers=create), 412, "outdated")
     missing, body = path[:-1], {"user_key": "another"} if "accounts" in path else settings
+    expect_problem(await gateway.call_admin("PATCH", missing, json=body), 404, "not-found")
     expect_problem(await gateway.call_admin("PUT", missing, json=body, headers={"If-Match": "*"}), 412, "outdated")
     assert (await gateway.call_admin("PUT", missing, json=body, headers=create)).status_code == 200
 
@@ -205,8 +220,10 @@ async def test_states_of_a_tenant(gateway: RunningGateway) -> None:
     old_client = LegacyClient(gateway.http, gateway.url, gateway.token)
     task = (await gateway.submit(headers={"Idempotency-Key": "k"})).json()
     unknown_key = await LegacyClient(gateway.http, gateway.url, "igw_unknown").check(task["id"])
-    await gateway.call_admin("PATCH", "/tenants/shop", json={"kinds": ["upscale"]})
-    expect_problem(await gateway.submit(), 403, "kind-not-allowed")
+    no_kinds: list[str] = []
+    for kinds in (["upscale"], no_kinds):
+        await gateway.call_admin("PATCH", "/tenants/shop", json={"kinds": kinds})
+        expect_problem(await gateway.submit(), 403, "kind-not-allowed")
     await gateway.call_admin("PATCH", "/tenants/shop", json={"kinds": None, "state": "read-only"})
     for headers in ({}, {"Idempotency-Key": "k"}):
         expect_problem(await gateway.submit(image=b"not read", headers=headers), 403, "tenant-read-only")

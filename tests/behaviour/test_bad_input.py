@@ -163,6 +163,7 @@ async def test_invalid_options_and_parts_are_named(gateway: RunningGateway) -> N
         for option, values in options.items():
             for value in values:
                 expect_invalid(await gateway.submit(kind, {option: value}), option)
+    expect_invalid(await gateway.call("POST", f"{UPSCALE}?scale=3", files=[("image", FILE)]), "scale")
     for parts, field in FAULTY_PARTS:
         expect_invalid(await gateway.call("POST", UPSCALE, files=parts), field)
     parts = [("image", FILE), *((name, (None, "99")) for name in ("scale", "colors", "vector", "fit", "fit"))]
@@ -252,6 +253,8 @@ async def test_invalid_names_and_bodies_of_operators(gateway: RunningGateway) ->
     patches: list[tuple[str, dict[str, Any], str]] = [
         ("/accounts/main", {"max_price": {"upscale": 0.001}}, "max_price.upscale"),
         ("/tenants/shop", {"tokens": {}}, "tokens"),
+        ("/tenants/shop", {"accounts": None}, "accounts"),
+        ("/tenants/shop", {"webhook": {"allow": ["x"]}}, "webhook.url"),
     ]
     for path, patch, field in patches:
         await expect_invalid_call(gateway, "PATCH", path, field, json=patch)

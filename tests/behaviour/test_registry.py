@@ -127,6 +127,20 @@ async def test_dry_run_and_prune(gateway: RunningGateway) -> None:
     assert (pruned["unmanaged"], pruned["generated_secrets"]) == ([], {})
     expect_problem(await gateway.call("GET", "/v1/quota"), 401, "unauthenticated")
     assert list(gateway.services.registry.current.accounts) == ["main"]
+    hook["url"] = "https://hooks.example/b?key=other"
+    (difference,) = (await apply_registry(gateway, document))["differences"]
+    hidden = "https://hooks.example/b?…"
+    assert [*difference.values()] == ["tenants.press.webhook.url", "changed", hidden, hidden]
+    assert gateway.services.registry.current.tenants["press"].webhook.url == hook["url"]
+
+
+async def test_changed_key_reopens_the_account(gateway: RunningGateway) -> None:
+    await gateway.upstream.set_balance(count=1, money=0)
+    await run_task(gateway)
+    for key, state in ((USER_KEY, "exhausted"), (ACCOUNT_KEY, "open")):
+        account = {"user_key": {"value": key}, "max_price": {"upscale": 1}}
+        await apply_registry(gateway, {"accounts": {"main": account}})
+        assert (await read_account(gateway))["state"] == state
 
 
 async def test_applied_key_opens_the_account_again(gateway: RunningGateway) -> None:

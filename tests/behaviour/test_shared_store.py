@@ -150,6 +150,24 @@ async def test_unreachable_store(gateway: RunningGateway, valkey: Valkey) -> Non
     assert await gateway.upstream.count_submits() == 1
 
 
+async def test_new_token_is_shown_although_the_store_fails_afterwards(
+    gateway: RunningGateway, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = gateway.services.registry.store
+    write = store.write
+    with ExitStack() as outage:
+
+        async def write_last(change: RegistryChange) -> bool:
+            is_written = await write(change)
+            outage.enter_context(reject_store_calls(valkey))
+            return is_written
+
+        monkeypatch.setattr(store, "write", write_last)
+        gateway.token = await gateway.new_token()
+    await gateway.services.registry.refresh()
+    assert (await gateway.call("GET", "/v1/quota")).status_code == 200
+
+
 async def read_spending_tenants(gateway: RunningGateway) -> list[tuple[str, int]]:
     return [(item["tenant"], item["charged"]["tasks"]) for item in (await read_all_usage(gateway))["items"]]
 
