@@ -136,6 +136,9 @@ async def test_failure_before_the_first_byte_is_a_problem(gateway: RunningGatewa
         await gateway.advance(passed)
         await gateway.upstream.set_fault(on="file", times=1, reply="page", status=404)
         assert (await fetch_artifact(gateway, href)).status_code == status
+    # Private addresses are reached only for the account that paid, whose upstream has one.
+    await gateway.call_admin("DELETE", "/accounts/main?force=true")
+    expect_problem(await fetch_artifact(gateway, href), 502, "upstream-invalid-response")
 
 
 @dataclass

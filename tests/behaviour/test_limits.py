@@ -166,6 +166,7 @@ async def test_cost_above_the_hold_is_booked_in_full(harness: BalanceHarness) ->
     await harness.sandbox.update_behaviour(prices={"vector": 7 * PRICE_YUAN})
     assert await harness.run_task() == {"count": 0, "money": 7 * PRICE_YUAN, "basis": "observed"}
     assert await read_month_money(harness) == (8 * PRICE_YUAN, 0, 0)
+    assert (await read_policies(harness.gateway))["month-money"]["overrun"] == 6 * PRICE_YUAN
     for limit in (2 * PRICE_YUAN, 15 * PRICE_YUAN - 0.01):
         await set_month_limit(harness, limit)
         expect_problem(await harness.submit(), 429, "quota-exceeded")

@@ -48,6 +48,10 @@ async def test_end_wakes_the_waiting_read(gateway: RunningGateway, task: dict[st
     assert "retry-after" not in response.headers
     assert response.json() == (await gateway.call("GET", task_path(task))).json()
     assert gateway.services.task_cache.subscription_count == 0
+    metrics = (await gateway.http.get(f"{gateway.ops_url}/metrics")).text
+    for name in ("stream", "request"):  # a wait is no slow request
+        labels = '{method="GET",port="tenants",route="/v1/tasks/{task_id}"}'
+        assert f"gateway_http_{name}_duration_seconds_count{labels} 1.0" in metrics
     async with asyncio.timeout(20):
         at_once = await gateway.call("GET", task_path(task), headers=PREFER)
     assert (at_once.json(), at_once.headers["preference-applied"]) == (response.json(), "wait=60")

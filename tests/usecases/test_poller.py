@@ -109,14 +109,19 @@ async def test_expiry_survives_outages_and_errors(gateway: UseCases) -> None:
     assert await gateway.task_counts() == (1, 0, 1)
 
 
-async def test_balance_checks_survive_outages_and_errors(gateway: UseCases) -> None:
-    """They also survive a check without a response, and of all processes only one checks a balance."""
+async def exhaust_account(gateway: UseCases) -> None:
+    """Spend the last use of an account, then top it up."""
     gateway.upstream.count, gateway.upstream.money = 1, 0
     await gateway.submit_task()
     await gateway.poll()
     assert (await gateway.account()).status is AccountStatus.EXHAUSTED
     gateway.upstream.count = 4
     gateway.upstream.checks.clear()
+
+
+async def test_balance_checks_survive_outages_and_errors(gateway: UseCases) -> None:
+    """They also survive a check without a response, and of all processes only one checks a balance."""
+    await exhaust_account(gateway)
     gateway.faults.before["claim_balance_check"] = [UNAVAILABLE]
     gateway.upstream.errors.append(INTERNAL_ERROR)
     async with run_job(gateway.refresher.run()):
@@ -128,3 +133,18 @@ async def test_balance_checks_survive_outages_and_errors(gateway: UseCases) -> N
         await asyncio.gather(gateway.refresher.refresh_due(), gateway.refresher.refresh_due())
     assert len(gateway.upstream.checks) == 3
     assert (await gateway.account()).status is AccountStatus.OPEN
+
+
+@pytest.mark.parametrize("is_known_here", [True, False])
+async def test_probes_replace_balance_checks_of_a_lost_task(gateway: UseCases, is_known_here: bool) -> None:
+    await exhaust_account(gateway)
+    if is_known_here:
+        gateway.upstream.queue_checks(*[CheckOutcome.NOT_FOUND] * 2)
+    else:
+        await gateway.lose_tasks()
+    for _ in range(2):
+        await gateway.advance(PROBE_INTERVAL_MS)
+        await gateway.refresher.refresh_due()
+    assert len(gateway.upstream.checks) == int(is_known_here)
+    await gateway.submit_task()
+    assert gateway.upstream.submits == ["main", "main"]
