@@ -143,6 +143,7 @@ async def test_errors_after_the_acceptance_of_a_legacy_submit(
 
 
 async def test_headers_of_a_task(gateway: RunningGateway) -> None:
+    await gateway.advance(0)  # the clock stands still from here
     created = await gateway.submit()
     path, tag = created.headers["location"], created.headers["etag"]
     assert path == created.json()["links"]["self"] == f"/v1/tasks/{created.json()['id']}"
