@@ -135,16 +135,12 @@ async def test_balance_checks_survive_outages_and_errors(gateway: UseCases) -> N
     assert (await gateway.account()).status is AccountStatus.OPEN
 
 
-@pytest.mark.parametrize("is_known_here", [True, False])
-async def test_probes_replace_balance_checks_of_a_lost_task(gateway: UseCases, is_known_here: bool) -> None:
+async def test_probes_replace_balance_checks_of_a_task_that_the_upstream_lost(gateway: UseCases) -> None:
     await exhaust_account(gateway)
-    if is_known_here:
-        gateway.upstream.queue_checks(*[CheckOutcome.NOT_FOUND] * 2)
-    else:
-        await gateway.lose_tasks()
+    gateway.upstream.queue_checks(*[CheckOutcome.NOT_FOUND] * 2)
     for _ in range(2):
         await gateway.advance(PROBE_INTERVAL_MS)
         await gateway.refresher.refresh_due()
-    assert len(gateway.upstream.checks) == int(is_known_here)
+    assert len(gateway.upstream.checks) == 1
     await gateway.submit_task()
     assert gateway.upstream.submits == ["main", "main"]
