@@ -143,15 +143,6 @@ async def test_changed_key_reopens_the_account(gateway: RunningGateway) -> None:
         assert (await read_account(gateway))["state"] == state
 
 
-async def test_applied_key_opens_the_account_again(gateway: RunningGateway) -> None:
-    await gateway.upstream.set_balance(1, 0)
-    await gateway.wait_for_task((await gateway.submit()).json()["id"])
-    for key, state in ((USER_KEY, "exhausted"), (ACCOUNT_KEY, "open")):
-        account = {"user_key": {"value": key}, "max_price": {"upscale": 1}}
-        await apply_registry(gateway, {"accounts": {"main": account}})
-        assert (await read_account(gateway))["state"] == state
-
-
 async def test_pruning_all_or_running_work_needs_force(gateway: RunningGateway) -> None:
     before = gateway.services.registry.current
     for query in ("?prune=true", "?prune=true&dry_run=true"):

@@ -22,7 +22,7 @@ from service.usecases.ports import RegistryChange
 from service.usecases.registry_plan import DesiredTenant
 from tests.behaviour.clients import open_event_stream, start_waiting_read
 from tests.behaviour.gateway_fixture import ENVIRONMENT, RunningGateway, reject_store_calls
-from tests.behaviour.requests import expect_json, expect_problem, read_all_usage, run_task
+from tests.behaviour.requests import expect_problem, read_all_usage, run_task
 from tests.support.network import serve_app
 from tests.support.valkey import Valkey
 
@@ -208,20 +208,3 @@ async def test_tenants_created_after_a_loss_keep_their_names(gateway: RunningGat
     await gateway.services.registry.refresh()
     assert gateway.services.registry.current.tenants == held.tenants
     assert gateway.services.registry.current.deleted_tenant_names == {first: "later", first + 1: "late"}
-
-
-async def test_new_token_is_shown_if_the_store_fails_afterwards(
-    gateway: RunningGateway, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = gateway.services.registry.store.write
-    with ExitStack() as stack:
-
-        async def write_and_fail(change: RegistryChange) -> bool:
-            written = await write(change)
-            stack.enter_context(reject_store_calls(valkey))
-            return written
-
-        monkeypatch.setattr(gateway.services.registry.store, "write", write_and_fail)
-        token = expect_json(await gateway.call_admin("POST", "/tenants/shop/tokens"), 201)["token"]
-    await gateway.services.registry.refresh()
-    assert (await gateway.call("GET", "/v1/quota", token=token)).status_code == 200
