@@ -36,10 +36,10 @@ run: $(VENV_STAMP) ## Start the gateway with a store and a sandbox on this machi
 demo: $(VENV_STAMP) ## Run every kind of task, end to end
 	@exec .venv/bin/gateway demo
 
-test-fast: $(VENV_STAMP) ## Run unit tests and a smoke test of the whole, in 1 minute
+test-fast: $(VENV_STAMP) ## Run unit tests and a smoke test of the whole, in 30 seconds
 	@exec $(pytest) -m 'smoke and not slow'
 
-test: check ## Run the static checks and all tests but the slow ones, in 4 minutes
+test: check ## Run the static checks and all tests but the slow ones, in 3 minutes
 	@exec $(pytest) -m 'not slow'
 
 test-all: check ## Run everything that CI runs, with coverage, in 9 minutes (Debian: curl openssl prometheus redis-tools)
