@@ -6,8 +6,9 @@ import json
 import re
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import AsyncIterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from functools import cache
@@ -39,13 +40,9 @@ SVG = (
 Body = tuple[str, bytes]
 
 
-def good_results() -> dict[str, dict[str, Body]]:
-    """Return content types and bodies by kind and name, for the caller to change."""
-    return {kind: dict(results) for kind, results in _make_results().items()}
-
-
 @cache
-def _make_results() -> dict[str, dict[str, Body]]:
+def good_results() -> dict[str, dict[str, Body]]:
+    """Return content types and bodies by kind and name."""
     images = {job.kind: Image.open(io.BytesIO(job.read_image())).convert("RGB") for job in JOBS}
     photo = images["upscale"]
     tile = tile_mirrored(images["seamless"].resize((128, 128)))
@@ -81,17 +78,14 @@ class ScriptedGateway:
     states: dict[str, list[str]] = field(
         default_factory=lambda: defaultdict(lambda: ["queued", "running", "succeeded"])
     )
-    """The states returned by successive reads, beginning with the submission; the last one repeats."""
-    results: dict[str, dict[str, Body]] = field(default_factory=good_results)
+    """The states that successive reads still return, beginning with the submission; the last one repeats."""
+    results: dict[str, dict[str, Body]] = field(default_factory=lambda: deepcopy(good_results()))
     replies: dict[str, tuple[int, object]] = field(default_factory=dict)
     """Status and document in place of the ordinary response, by the end of the path."""
-    fields: dict[str, Any] = field(default_factory=dict)
-    """Further fields of every task."""
-    costs: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Further fields of tasks by kind."""
     retry_after: str | None = "0"
     paths: list[str] = field(default_factory=list)
-    reads: Counter[str] = field(default_factory=Counter)
-    """How often each kind was read, beginning with its submission."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         assert (b"authorization", f"Bearer {TOKEN}".encode()) in scope["headers"]
@@ -118,14 +112,14 @@ class ScriptedGateway:
 
     def _read_task(self, kind: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         states = self.states[kind]
-        state = states[min(self.reads[kind], len(states) - 1)]
-        self.reads[kind] += 1
+        state = states.pop(0) if len(states) > 1 else states[0]
         links = [{"name": name, "href": f"/v1/tasks/task_{kind}/artifacts/{name}"} for name in self.results[kind]]
-        task = {"id": f"task_{kind}", "state": state, "artifacts": links if state == "succeeded" else []}
+        task: dict[str, Any] = {"id": f"task_{kind}", "state": state}
         if state in {"succeeded", "failed"}:
-            task["cost"] = self.costs.get(kind, {"count": 1, "money": 0, "basis": "observed"})
+            task["cost"] = {"count": 1, "money": 0, "basis": "observed"}
+            task["artifacts"] = links if state == "succeeded" else []
         headers = [] if self.retry_after is None else [(b"retry-after", self.retry_after.encode())]
-        return 200, headers, json.dumps(task | self.fields).encode()
+        return 200, headers, json.dumps(task | self.fields.get(kind, {})).encode()
 
 
 @pytest.fixture
@@ -177,8 +171,8 @@ async def test_real_gateway(valkey: Valkey, tmp_path: Path) -> None:
 async def test_report(gateway: ScriptedGateway, tmp_path: Path) -> None:
     """Successful tasks give a table of costs and results, unchanged files and exit code 0; states are shown once."""
     gateway.states["upscale"] = ["queued", "queued", "running", "succeeded"]
-    gateway.costs["vectorize"] = {"count": 0, "money": 0.5, "basis": "estimated"}
-    gateway.costs["seamless"] = {"count": 1, "money": 0, "basis": "unknown"}
+    gateway.fields["vectorize"] = {"cost": {"count": 0, "money": 0.5, "basis": "estimated"}}
+    gateway.fields["seamless"] = {"cost": {"count": 1, "money": 0, "basis": "unknown"}}
     code, lines = await run_and_capture(gateway.url, tmp_path)
     assert code == 0
     states = [line for line in lines if line.startswith("upscale: ")]
@@ -213,7 +207,7 @@ async def test_terminal(gateway: ScriptedGateway, tmp_path: Path, monkeypatch: p
 async def test_failed_task(gateway: ScriptedGateway, tmp_path: Path, error: object, reason: str) -> None:
     """A failed task is shown with its reason beside the other results; exit code 1."""
     gateway.states["face-enhance"] = ["running", "failed"]
-    gateway.fields["error"] = error
+    gateway.fields["face-enhance"] = {"error": error}
     code, lines = await run_and_capture(gateway.url, tmp_path)
     assert code == 1
     assert "face-enhance  failed         0.0  1 use" in lines
