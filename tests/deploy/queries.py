@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from prometheus_client import CollectorRegistry
 from promql_parser import AggregateExpr, Call, VectorSelector, parse, walk
-
-from service.telemetry.metrics import Metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"
@@ -29,23 +26,15 @@ RULES: Sequence[Mapping[str, Any]] = [
 ]
 ALERTS = [rule for rule in RULES if "alert" in rule]
 """Several may share a name and differ in labels."""
-RATE_INTERVAL = "10s"
-"""Grafana's interval for scrapes once a second, with some reserve for a busy machine."""
-TARGET_LABELS = frozenset({"job", "instance", "namespace", "pod"})
-"""Labels that Prometheus adds to each series; the last two only in Kubernetes."""
-
 _OPERATORS = {"MatchOp.Equal": "=", "MatchOp.NotEqual": "!=", "MatchOp.Re": "=~", "MatchOp.NotRe": "!~"}
-
-
-Matcher = tuple[str, str, str]
-"""A condition on a label: label, operator and value."""
 
 
 class Selector(NamedTuple):
     """A selector of series within a query."""
 
     name: str
-    matchers: tuple[Matcher, ...]
+    matchers: tuple[tuple[str, str, str], ...]
+    """Labels, operators and values."""
     enclosing: tuple[str, ...] = ()
     """The functions and aggregations around it, from the inside out."""
 
@@ -61,10 +50,6 @@ class PanelQuery(NamedTuple):
     legend: str
 
 
-def panels(dashboard: Mapping[str, Any]) -> Sequence[Any]:
-    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
-
-
 def panel_queries() -> Sequence[PanelQuery]:
     return [
         PanelQuery(
@@ -73,7 +58,8 @@ def panel_queries() -> Sequence[PanelQuery]:
             target["legendFormat"],
         )
         for name, dashboard in DASHBOARDS.items()
-        for panel in panels(dashboard)
+        for panel in dashboard["panels"]
+        if panel["type"] != "row"
         for number, target in enumerate(panel["targets"], 1)
     ]
 
@@ -85,7 +71,8 @@ def query_variables(dashboard: Mapping[str, Any]) -> Sequence[Any]:
 
 def fill_variables(dashboard: Mapping[str, Any], query: str) -> str:
     """Fill in a query's variables as Grafana does for the choice `All`."""
-    query = query.replace("$__rate_interval", RATE_INTERVAL)
+    # Its interval for scrapes once a second, with some reserve for a busy machine.
+    query = query.replace("$__rate_interval", "10s")
     for variable in query_variables(dashboard):
         query = query.replace(f"${variable['name']}", variable["allValue"])
     return query
@@ -112,10 +99,3 @@ def list_selectors(query: str) -> Sequence[Selector]:
 
     walk(parse(query), enter, leave)
     return results
-
-
-@cache
-def ledger_series() -> frozenset[str]:
-    """Return the names of series that all processes read from the ledger, so that summing them is wrong."""
-    families = Metrics(CollectorRegistry()).ledger_collector.describe()
-    return frozenset(family.name + ("_total" if family.type == "counter" else "") for family in families)

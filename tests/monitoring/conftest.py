@@ -22,8 +22,6 @@ from tests.monitoring import workload
 from tests.monitoring.workload import MonitoredGateway, run_monitored_gateway
 from tests.process.gateway import HTTP, wait_until
 
-NAMESPACE = "imaging"
-SCRAPE_SECONDS = 1
 _LONGEST_CHAIN = 4
 """The longest chain of rules that depend on each other."""
 
@@ -93,11 +91,10 @@ def run_prometheus(folder: Path, targets: list[str]) -> Iterator[Prometheus]:
         text = re.sub(r"^ +interval: \w+\n", "", file.read_text("utf-8"), flags=re.MULTILINE)
         (folder / file.name).write_text(text.replace(":1h]", ":5s]"))
     configuration = yaml.safe_load((PROMETHEUS / "prometheus.yaml").read_text("utf-8"))
-    interval = f"{SCRAPE_SECONDS}s"
-    configuration["global"] = {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval}
+    configuration["global"] = dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), "1s")
     (job,) = configuration["scrape_configs"]
     del job["dns_sd_configs"], configuration["alerting"]
-    job["static_configs"] = [{"targets": targets, "labels": {"namespace": NAMESPACE}}]
+    job["static_configs"] = [{"targets": targets, "labels": {"namespace": "imaging"}}]
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(configuration))
     command = ["prometheus", f"--config.file={folder / 'prometheus.yaml'}", "--web.listen-address=127.0.0.1:0"]
     with (folder / "log.txt").open("wb") as log:
