@@ -1,7 +1,6 @@
 """Compare the whole gateway with what a team would run instead.
 
-workloads.py      the workloads by name, in their order; closed loops, large uploads, waiting clients, overload
-upkeep.py         workloads with thousands of tasks; scrapes, start, idling, memory of the store
+workloads.py      the workloads by name, in their order
 comparison.py     a run: CPUs, rounds, results; the servers to compare and their environment
 peers/            the vendor's stub, the references, and processes pinned to a CPU
 load.py, wrk.lua  requests, PNGs of random pixels, and the load generators
@@ -11,31 +10,23 @@ results/          the results of a run
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
 from pathlib import Path
 
 import click
 
-from tests.bench.comparison import OTHER, Comparison, commit_ids
-from tests.bench.peers.tools import require_tools, versions
-from tests.bench.report import add_ratios, describe_run, draw, format_json, format_results, format_tables
-from tests.bench.workloads import QUICK, WORKLOADS, row_titles
+from tests.bench.comparison import Comparison
+from tests.bench.peers.servers import require_tools
+from tests.bench.report import add_ratios, describe_run, draw, format_json, format_page, format_tables
+from tests.bench.workloads import QUICK, WORKLOADS
 
 RESULTS = Path(__file__).with_name("results")
 
 
-def _parse_rows(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-    names = tuple(value.split(",")) if value else ()
-    if unknown := set(names) - set(WORKLOADS):
-        raise click.BadParameter(f"{', '.join(sorted(unknown))}: there are {', '.join(WORKLOADS)}")
-    return names
-
-
 @click.command(help="Compare the gateway with what a team would run instead.")
 @click.option("--quick", is_flag=True, help="The main rows in three minutes, printed only.")
-@click.option("--rows", callback=_parse_rows, metavar="NAME,...", help=f"Only these of {', '.join(WORKLOADS)}.")
+@click.option("--rows", multiple=True, type=click.Choice(tuple(WORKLOADS)), help="Only these.")
 @click.option(
     "--against",
     type=click.Path(exists=True, file_okay=False, path_type=Path, resolve_path=True),
@@ -45,44 +36,34 @@ def _parse_rows(_context: click.Context, _parameter: click.Parameter, value: str
 @click.option("--seconds", type=click.IntRange(1, 60), help="How long a closed loop takes: 3, in the quick one 2.")
 @click.option("--save", is_flag=True, help=f"Write the results into {RESULTS.parent.name}/{RESULTS.name}/.")
 def main(
-    *,
-    quick: bool,
-    rows: tuple[str, ...],
-    against: Path | None,
-    rounds: int,
-    seconds: int | None,
-    save: bool,
+    *, quick: bool, rows: tuple[str, ...], against: Path | None, rounds: int, seconds: int | None, save: bool
 ) -> None:
     require_tools()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that all servers are stopped
     chosen = rows or (QUICK if quick else tuple(WORKLOADS))
     failed = []
     comparison = Comparison(against=against, rounds=rounds, seconds=seconds or (2 if quick else 3), quick=quick)
+    facts = describe_run(comparison)
     with comparison:
-        for name, (workload, _) in WORKLOADS.items():
+        for name, workload in WORKLOADS.items():
             if name in chosen:
-                click.echo(f"{name}: {workload.__doc__}", err=True)
+                comparison.title = workload.__doc__ or ""
+                click.echo(f"{name}: {comparison.title}", err=True)
                 try:
                     workload(comparison)
                 except Exception as error:  # noqa: BLE001 - what was measured so far is not lost
                     failed.append(name)
                     click.echo(f"{name} FAILED: {error!r}", err=True)
     results = add_ratios(comparison.results())
-    click.echo(format_tables(results, row_titles()))
+    tables = format_tables(results, comparison.titles)
+    click.echo(tables)
     if save:
-        facts = describe_run(commit_ids(comparison), versions(), _command(), rounds)
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "results.json").write_text(format_json(facts, results))
-        (RESULTS / "RESULTS.md").write_text(format_results(facts, results, row_titles(), "results.png"))
+        (RESULTS / "RESULTS.md").write_text(format_page(facts, tables))
         draw(results, f"Gateway {facts['commit']} beside its references, {facts['date']}", RESULTS / "results.png")
     if failed:
         raise click.ClickException(f"these workloads failed: {', '.join(failed)}")
-
-
-def _command() -> str:
-    """Return the command line, without the path of another checkout."""
-    words = [OTHER if before == "--against" else word for before, word in zip(sys.argv, sys.argv[1:], strict=False)]
-    return shlex.join(["python", "-m", "tests.bench", *words]) if words != ["--save"] else "make bench"
 
 
 if __name__ == "__main__":

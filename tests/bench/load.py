@@ -9,8 +9,8 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -22,7 +22,7 @@ from PIL import Image
 SMALL = 300_000
 LARGE = 10_000_000
 _SCRIPT = Path(__file__).with_name("wrk.lua")
-_TIMEOUT_SECONDS = 60
+_OPTIONS = {"scale": "2", "prompt": "a lighthouse at dusk, film grain", "metadata": '{"order": "2026-004217"}'}
 
 
 @cache
@@ -43,83 +43,59 @@ class Request:
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes = b""
 
-    def with_headers(self, **headers: str) -> Request:
-        """Return a copy with more headers."""
-        return replace(self, headers=(*self.headers, *headers.items()))
 
-    def encode(self, number: int = 0) -> tuple[bytes, bytes]:
-        """Return head and body for a connection of its own."""
-        lines = [f"{self.method} {self.paths[number % len(self.paths)]} HTTP/1.1", "Host: gateway", "Connection: close"]
-        lines += [f"{name}: {value}" for name, value in self.headers]
-        if self.body:
-            lines.append(f"Content-Length: {len(self.body)}")
-        return "\r\n".join((*lines, "", "")).encode(), self.body
-
-
-def encode_form(fields: Mapping[str, str], image: bytes) -> tuple[str, bytes]:
-    """Return the content type and the bytes of a multipart form with a PNG as `image`."""
+def upscale_request(path: str, image: bytes, *headers: tuple[str, str]) -> Request:
+    """Return a submission of a PNG with typical options to any server."""
     files = {"image": ("image.png", image, "image/png")}
-    request = httpx2.Request("POST", "http://gateway/", data=dict(fields), files=files)
-    return request.headers["content-type"], request.read()
+    form = httpx2.Request("POST", "http://gateway/", data=_OPTIONS, files=files)
+    return Request("POST", (path,), (*headers, ("Content-Type", form.headers["content-type"])), form.read())
 
 
 @dataclass(frozen=True)
 class Load:
     """The result of a closed loop: successful requests, latencies in milliseconds, errors."""
 
-    seconds: float
     succeeded: int
+    per_second: float
     p50_ms: float
     p99_ms: float
     errors: Counter[str]
 
-    @property
-    def per_second(self) -> float:
-        return self.succeeded / self.seconds
 
-
-def closed_loop(url: str, request: Request, *, connections: int, seconds: int) -> Load:
+def closed_loop(url: str, request: Request, *, connections: int = 16, seconds: int = 1) -> Load:
     """Let each connection send its next request as soon as it has the response to the previous one."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "paths").write_text("".join(f"{path}\n" for path in request.paths))
         (folder / "body").write_bytes(request.body)
         command = ["wrk", "--threads", "1", "--connections", str(connections), "--duration", f"{seconds}s"]
-        command += ["--timeout", f"{_TIMEOUT_SECONDS}s", "--script", str(_SCRIPT), url, "--", request.method]
+        command += ["--timeout", "60s", "--script", str(_SCRIPT), url, "--", request.method]
         command += [str(folder / "paths"), str(folder / "body") if request.body else ""]
         command += [f"{name}: {value}" for name, value in request.headers]
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 30, check=True)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     result = json.loads(line.removeprefix("RESULT "))
-    errors = Counter({"4xx or 5xx": result["refused"], "broken connection": result["broken"]})
-    return Load(
-        result["microseconds"] / 1e6,
-        result["requests"] - result["refused"],
-        result["p50"] / 1000 if result["requests"] else float("nan"),
-        result["p99"] / 1000 if result["requests"] else float("nan"),
-        +errors,
-    )
+    succeeded = result["requests"] - result["refused"]
+    p50, p99 = (result[name] / 1000 if result["requests"] else float("nan") for name in ("p50", "p99"))
+    errors = +Counter({"4xx or 5xx": result["refused"], "broken connection": result["broken"]})
+    return Load(succeeded, succeeded / result["microseconds"] * 1e6, p50, p99, errors)
 
 
 @dataclass
 class Answers:
-    """The responses to single requests: durations in seconds by status."""
+    """The responses to single requests: durations in seconds by status, or by the name of an error."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     bodies: list[bytes] = field(default_factory=list)
     sending_seconds: float = 0
-    """The duration of sending in an open loop."""
-
-    def add(self, status: str, seconds: float) -> None:
-        self.seconds.setdefault(status, []).append(seconds)
 
     def counts(self) -> Counter[str]:
         """Return the number of responses by status."""
-        return Counter({status: len(second) for status, second in self.seconds.items()})
+        return Counter({status: len(times) for status, times in self.seconds.items()})
 
     def succeeded(self) -> Sequence[float]:
-        """Return the durations of successful responses in seconds, sorted."""
-        return sorted(item for status, times in self.seconds.items() if status.startswith("2") for item in times)
+        """Return the durations of successful responses in seconds."""
+        return [item for status, times in self.seconds.items() if status.startswith("2") for item in times]
 
     def errors(self) -> Counter[str]:
         """Return the number of other responses by status."""
@@ -134,17 +110,15 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 async def send_request(url: str, request: Request, number: int, answers: Answers, *, timeout: float) -> None:
     """Send one request on a connection of its own; an error counts as a status of that name."""
+    path, parts, writer = request.paths[number % len(request.paths)], urlsplit(url), None
+    headers = (("Host", "gateway"), ("Connection", "close"), ("Content-Length", len(request.body)), *request.headers)
+    head = f"{request.method} {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers) + "\r\n"
     started_at = time.perf_counter()
-    writer = None
-    status = "timeout"
+    status = "broken connection"
     try:
         async with asyncio.timeout(timeout):
-            parts = urlsplit(url)
             reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-            head, body = request.encode(number)
-            writer.write(head)
-            if body:
-                writer.write(body)
+            writer.writelines((head.encode(), request.body))
             status = (await reader.readuntil(b"\r\n")).split(b" ")[1].decode()
             answers.bodies.append(await reader.read())
     except TimeoutError:
@@ -152,22 +126,22 @@ async def send_request(url: str, request: Request, number: int, answers: Answers
     except (OSError, asyncio.IncompleteReadError, IndexError):
         status = "broken connection"
     finally:
-        answers.add(status, time.perf_counter() - started_at)
+        answers.seconds.setdefault(status, []).append(time.perf_counter() - started_at)
         if writer:
             writer.transport.abort()
 
 
-async def send_all(url: str, request: Request, number: int, *, connections: int, timeout: float = 120) -> Answers:
+async def send_all(url: str, request: Request, number: int, *, connections: int) -> Answers:
     """Send so many requests with bounded concurrency."""
     answers, gate = Answers(), asyncio.Semaphore(connections)
 
-    async def one(index: int) -> None:
+    async def send_one(index: int) -> None:
         async with gate:
-            await send_request(url, request, index, answers, timeout=timeout)
+            await send_request(url, request, index, answers, timeout=120)
 
     async with asyncio.TaskGroup() as group:
         for index in range(number):
-            group.create_task(one(index))
+            group.create_task(send_one(index))
     return answers
 
 
@@ -183,10 +157,9 @@ async def open_loop(url: str, request: Request, *, rate: float, seconds: float, 
     return answers
 
 
-async def probe(url: str, path: str, answers: Answers, done: Callable[[], bool], *, timeout: float) -> None:
-    """Send a GET ten times a second, one after the other, until `done`."""
-    request = Request("GET", (path,))
-    while not done():
+async def probe(url: str, answers: Answers, done: asyncio.Event, *, timeout: float) -> None:
+    """Send a GET of the health ten times a second, one after the other, until the end of a load."""
+    while not done.is_set():
         started_at = time.perf_counter()
-        await send_request(url, request, 0, answers, timeout=timeout)
+        await send_request(url, Request("GET", ("/healthz",)), 0, answers, timeout=timeout)
         await asyncio.sleep(max(0.1 - (time.perf_counter() - started_at), 0))

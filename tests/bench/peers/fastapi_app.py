@@ -121,20 +121,6 @@ async def upscale(
         "prompt": prompt,
         "neg_prompt": negative_prompt,
     }
-    return await submit(request, response, tenant, Kind.UPSCALE, "/api/submit_task", image, fields)
-
-
-@app.get("/v1/tasks/{task_id}")
-async def read_task(request: Request, tenant: Tenant, task_id: str) -> Task:
-    stored = await request.app.state.redis.get(f"task:{tenant}:{task_id}")
-    if stored is None:
-        raise HTTPException(404, "There is no such task.")
-    return Task.model_validate_json(stored)
-
-
-async def submit(
-    request: Request, response: Response, tenant: str, kind: Kind, path: str, image: UploadFile, fields: dict[str, Any]
-) -> Task:
     if image.content_type not in IMAGE_TYPES:
         raise HTTPException(415, "The image has to be PNG, JPEG or WebP.")
     content = await image.read()
@@ -146,7 +132,7 @@ async def submit(
         raise HTTPException(429, "The quota is used up.")
     try:
         answer = await state.vendor.post(
-            path,
+            "/api/submit_task",
             data={"user_key": VENDOR_USER_KEY, **fields},
             files={"input_image": (image.filename, content, image.content_type)},
         )
@@ -164,7 +150,7 @@ async def submit(
     task_id = f"task_{uuid.uuid4().hex}"
     task = Task(
         id=task_id,
-        kind=kind,
+        kind=Kind.UPSCALE,
         state=State.RUNNING,
         created_at=now,
         updated_at=now,
@@ -176,3 +162,11 @@ async def submit(
     await state.redis.set(f"task:{tenant}:{task_id}", task.model_dump_json(), ex=TASK_SECONDS)
     response.headers["Location"] = task.links.self
     return task
+
+
+@app.get("/v1/tasks/{task_id}")
+async def read_task(request: Request, tenant: Tenant, task_id: str) -> Task:
+    stored = await request.app.state.redis.get(f"task:{tenant}:{task_id}")
+    if stored is None:
+        raise HTTPException(404, "There is no such task.")
+    return Task.model_validate_json(stored)

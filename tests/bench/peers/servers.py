@@ -18,58 +18,99 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 import httpx2
 
 from service.devstack import with_parent_death_signal
-from tests.bench.peers.tools import find_program
+from tests.bench.load import Request, upscale_request
 from tests.support.network import reserve_port
 
+SUBMIT_PATH = "/api/submit_task"
+USER_KEY = "bench-user-key"
+_DEBIAN_PACKAGES = {
+    "usr/bin/wrk": "wrk",
+    "usr/sbin/nginx": "nginx",
+    "usr/bin/cc": "gcc libc6-dev",
+    "usr/lib/nginx/modules/ngx_http_lua_module.so": "libnginx-mod-http-lua",
+    "usr/lib/*/lua/5.1/cjson.so": "lua-cjson",
+}
+"""By pattern of a file."""
+_HERE = Path(__file__).parent
 _START_SECONDS = 30.0
 _STOP_SECONDS = 10.0
-_POLL_SECONDS = 0.01
-_SHOWN_LINES = 40
-_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def require_tools() -> None:
+    """Exit with the missing Debian packages unless all programs are there."""
+    missing = [package for pattern, package in _DEBIAN_PACKAGES.items() if not any(Path("/").glob(pattern))]
+    if missing:
+        command = f"apt-get install --no-install-recommends {' '.join(missing)}"
+        raise SystemExit(f"error: the benchmark needs what Debian installs with: {command}")
 
 
 @dataclass(frozen=True)
 class Server:
-    """One or several processes that serve `url`; `token` is what its callers send as bearer token."""
+    """A process that serves `url`; `token` is what its callers send as bearer token."""
 
-    name: str
     url: str
-    pids: tuple[int, ...]
-    token: str
+    pid: int
+    start_seconds: float
+    token: str = "none"
+    ops_url: str = ""
+    """The operators' port of a gateway."""
 
     def cpu_seconds(self) -> float:
-        """Return the CPU time so far of the processes and their children, ended ones included."""
-        return sum(_cpu_ticks(pid) for pid in self._processes()) / _TICKS
+        """Return the CPU time so far of the process and its children, ended ones included."""
+        # utime, stime, and both of the children that have ended
+        fields = [file.rpartition(") ")[2].split()[11:15] for file in self._read_all("stat")]
+        return sum(int(ticks) for found in fields for ticks in found) / os.sysconf("SC_CLK_TCK")
 
     def resident_mib(self) -> float:
-        """Return the resident memory of the processes and their children."""
-        return self._memory_mib("VmRSS")
+        return self._memory_mib("VmRSS:")
 
     def peak_mib(self) -> float:
         """Return the peak resident memory since the last `reset_peak`, summed over the processes."""
-        return self._memory_mib("VmHWM")
+        return self._memory_mib("VmHWM:")
 
     def reset_peak(self) -> None:
-        """Reset the peak of the resident memory."""
-        for pid in self._processes():
-            with suppress(FileNotFoundError, ProcessLookupError):
-                Path(f"/proc/{pid}/clear_refs").write_text("5")
+        for folder in self._list_processes():
+            (folder / "clear_refs").write_text("5")
 
     def _memory_mib(self, field: str) -> float:
-        return sum(_status_kib(pid, field) for pid in self._processes()) / 1024
+        lines = "".join(self._read_all("status")).splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
-    def _processes(self) -> list[int]:
-        return [item for pid in self.pids for item in process_tree(pid)]
+    def _read_all(self, name: str) -> list[str]:
+        return [(folder / name).read_text() for folder in self._list_processes()]
+
+    def _list_processes(self) -> list[Path]:
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [Path(f"/proc/{pid}") for pid in (self.pid, *children)]
+
+    @property
+    def authorization(self) -> tuple[str, str]:
+        return ("Authorization", f"Bearer {self.token}")
+
+    def submit_request(self, image: bytes, *headers: tuple[str, str]) -> Request:
+        """Return a submission of an image with typical options."""
+        return upscale_request("/v1/tasks/upscale", image, self.authorization, *headers)
+
+    def read_request(self, *task_ids: str) -> Request:
+        """Return a request that reads these tasks in turn."""
+        return Request("GET", tuple(f"/v1/tasks/{task_id}" for task_id in task_ids), (self.authorization,))
+
+    def submit(self, image: bytes) -> str:
+        """Submit an image; returns the task id."""
+        request = self.submit_request(image)
+        answer = httpx2.post(self.url + request.paths[0], headers=dict(request.headers), content=request.body)
+        body = answer.raise_for_status().json()
+        return str(body.get("id") or body["task_id"])
 
 
 @contextmanager
@@ -78,21 +119,20 @@ def serving(
     command: Sequence[str],
     *,
     cpu: int,
-    url: str,
-    token: str = "",
-    ready_url: str = "",
+    port: int,
+    token: str = "none",
+    ops_url: str = "",
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """Run a server on one CPU from when it responds at `url` until the context ends.
+    """Run a server on one CPU until the context ends.
 
-    It must respond to `GET` of `ready_url` with 2xx, without one of `url` in any way.
+    It has started once a gateway is ready, and any other server responds.
     Raises RuntimeError with the end of its output if it exits or does not respond in time.
     """
-    taskset = shutil.which("taskset") or "/usr/bin/taskset"
-    program = shutil.which(command[0]) or command[0]
+    url, started_at = f"http://127.0.0.1:{port}", time.monotonic()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            with_parent_death_signal([taskset, "--cpu-list", str(cpu), program, *command[1:]]),
+            with_parent_death_signal(["/usr/bin/taskset", "--cpu-list", str(cpu), *command]),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -100,172 +140,78 @@ def serving(
             start_new_session=True,  # the interrupt of a terminal ends the benchmark, which ends its servers in order
         )
         try:
-            _wait_until_ready(process, url, ready_url)
-            yield Server(name, url, (process.pid,), token)
-        except _NotReady as reason:
-            output.seek(0)
-            text = output.read().decode(errors="replace").splitlines()[-_SHOWN_LINES:]
-            raise RuntimeError("\n".join([f"{name} did not start: {reason}", *text])) from None
+            while not _is_ready(f"{ops_url}/readyz" if ops_url else url):
+                if process.poll() is not None or time.monotonic() > started_at + _START_SECONDS:
+                    output.seek(0)
+                    raise RuntimeError(f"{name} did not start: {output.read().decode(errors='replace')[-4_000:]}")
+                time.sleep(0.01)
+            yield Server(url, process.pid, time.monotonic() - started_at, token, ops_url)
         finally:
-            _end(process)
-
-
-def process_tree(pid: int) -> list[int]:
-    """Return a running process and its running children at any depth."""
-    children: list[int] = []
-    with suppress(FileNotFoundError, ProcessLookupError):
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            children += map(int, (thread / "children").read_text().split())
-    return [pid, *(item for child in children for item in process_tree(child))]
-
-
-class _NotReady(Exception):
-    """The reason why a server cannot be used."""
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, ready_url: str) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise _NotReady(f"exit code {process.returncode}")
-        with suppress(httpx2.TransportError):
-            if httpx2.get(ready_url or url, timeout=1, trust_env=False).is_success or not ready_url:
-                return
-        time.sleep(_POLL_SECONDS)
-    raise _NotReady(f"no answer within {_START_SECONDS:g} s")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    pids = process_tree(process.pid)
-    process.terminate()
-    try:
-        process.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        for pid in pids:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_SECONDS)
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def _cpu_ticks(pid: int) -> int:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return sum(map(int, fields[11:15]))  # utime, stime, and both of the children that have ended
+def _is_ready(url: str) -> bool:
+    with suppress(httpx2.TransportError):
+        return httpx2.get(url, timeout=1, trust_env=False).status_code < 500
+    return False
 
 
-def _status_kib(pid: int, field: str) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-SUBMIT_PATH = "/api/submit_task"
-USER_KEY = "bench-user-key"
-
-
-@contextmanager
 def vendor_stub(
     cpu: int, *, tasks: Literal["finished", "running"] = "running", delay_seconds: float = 0
-) -> Iterator[Server]:
+) -> AbstractContextManager[Server]:
     """Run a stub of the vendor on one CPU; its checks find all tasks finished, or running for ever.
 
     Submits and checks are answered after the delay. It accepts any `user_key`.
     """
     port = reserve_port()
-    command = [str(_program()), str(port), tasks, str(round(delay_seconds * 1000))]
-    url = f"http://127.0.0.1:{port}"
-    with serving("stub", command, cpu=cpu, url=url, ready_url=f"{url}/stats") as server:
-        yield server
-
-
-def stub_stats(stub: Server, *, reset: bool = False) -> dict[str, Any]:
-    """Return the stub's counters since its start, and its peak and intervals since the last reset.
-
-    `submits`, `checks`, `files`, `bytes` received, current `connections`, `in_flight` and `peak_in_flight` (submits and
-    checks within the delay), `check_intervals` and `check_interval_ms` (p50, p99, max of the time between two checks of
-    one task; to 10 ms).
-    """
-    path = "/stats?reset" if reset else "/stats"
-    stats: dict[str, Any] = httpx2.get(stub.url + path, timeout=10, trust_env=False).json()
-    return stats
+    return serving("stub", [_compile_stub(), str(port), tasks, str(round(delay_seconds * 1000))], cpu=cpu, port=port)
 
 
 @cache
-def _program() -> Path:
-    """Compile the stub, once per process."""
-    folder = Path(tempfile.mkdtemp(prefix="gateway-bench-"))
+def _compile_stub() -> str:
+    folder = tempfile.mkdtemp(prefix="gateway-bench-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    program = folder / "stub"
-    source = Path(__file__).with_name("stub.c")
-    flags = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror")
-    subprocess.run([shutil.which("cc") or "cc", *flags, "-o", str(program), str(source)], check=True)
-    return program
+    command = ["/usr/bin/cc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-o", f"{folder}/stub"]
+    subprocess.run([*command, str(_HERE / "stub.c")], check=True)
+    return f"{folder}/stub"
 
 
-_HERE = Path(__file__).parent
-_ROOT = _HERE.parents[2]
+def nginx_proxy(stub: Server, cpu: int) -> AbstractContextManager[Server]:
+    """Run nginx as a plain proxy, which checks no token: the minimal cost of any server in front of the vendor."""
+    return _nginx("nginx_proxy.conf", cpu, VENDOR=urlsplit(stub.url).netloc)
 
 
-@contextmanager
-def nginx_proxy(stub: Server, cpu: int) -> Iterator[Server]:
-    """Run nginx as a plain proxy: the minimal cost of any server in front of the vendor."""
-    with _nginx("nginx", "nginx_proxy.conf", {"VENDOR": urlsplit(stub.url).netloc}, cpu, token="") as server:
-        yield server
-
-
-@contextmanager
-def nginx_lua(stub: Server, redis_url: str, cpu: int) -> Iterator[Server]:
-    """Run nginx with Lua that does the whole job: the practical limit.
-
-    `redis_url` is `unix://PATH` or `redis://HOST:PORT`, HOST an address.
-    """
-    redis = urlsplit(redis_url)
-    token = secrets.token_hex(16)
-    values = {
-        "CODE": str(_HERE),
-        "REDIS": f'"unix:{redis.path}"' if redis.scheme == "unix" else f'"{redis.hostname}", {redis.port or 6379}',
-        "VENDOR": urlsplit(stub.url).netloc,
-        "TOKEN": token,
-    }
-    with _nginx("nginx + Lua", "nginx_lua.conf", values, cpu, token=token) as server:
-        yield server
+def nginx_lua(stub: Server, redis_url: str, cpu: int) -> AbstractContextManager[Server]:
+    """Run nginx with Lua that does the whole job: the practical limit. `redis_url` is `unix://PATH`."""
+    redis, vendor = f'"unix:{urlsplit(redis_url).path}"', urlsplit(stub.url).netloc
+    return _nginx("nginx_lua.conf", cpu, CODE=str(_HERE), REDIS=redis, VENDOR=vendor)
 
 
 @contextmanager
-def fastapi_gateway(stub: Server, redis_url: str, cpu: int) -> Iterator[Server]:
-    """Run a gateway of FastAPI and httpx, in one uvicorn with its defaults."""
-    port = reserve_port()
-    token = secrets.token_hex(16)
-    app = "tests.bench.peers.fastapi_app:app"
-    environ = os.environ | {
-        "VENDOR_URL": stub.url,
-        "VENDOR_USER_KEY": USER_KEY,
-        "REDIS_URL": redis_url,
-        "TOKEN": token,
-    }
-    command = [sys.executable, "-m", "uvicorn", "--app-dir", str(_ROOT), "--port", str(port), app]
-    url = f"http://127.0.0.1:{port}"
-    with serving("FastAPI + httpx", command, cpu=cpu, url=url, token=token, environ=environ) as server:
-        yield server
-
-
-@contextmanager
-def _nginx(name: str, template: str, values: Mapping[str, str], cpu: int, *, token: str) -> Iterator[Server]:
+def _nginx(template: str, cpu: int, **values: str) -> Iterator[Server]:
     """Run nginx as the current user, with all its files in a temporary folder."""
-    port = reserve_port()
+    port, token, config = reserve_port(), secrets.token_hex(16), (_HERE / template).read_text()
     # nginx drops the privileges of root unless `user` keeps them.
     user = "user root;" if os.geteuid() == 0 else ""
-    config = (_HERE / template).read_text()
-    for key, value in {"PORT": str(port), "USER": user, "USER_KEY": USER_KEY, **values}.items():
+    for key, value in {"PORT": str(port), "USER": user, "USER_KEY": USER_KEY, "TOKEN": token, **values}.items():
         config = config.replace(f"@{key}@", value)
-    program = find_program("nginx") or "nginx"
     with tempfile.TemporaryDirectory(prefix="gateway-bench-") as folder:
         path = Path(folder) / "nginx.conf"
         path.write_text(config)
-        command = [program, "-p", folder, "-c", str(path), "-e", "stderr"]
-        with serving(name, command, cpu=cpu, url=f"http://127.0.0.1:{port}", token=token) as server:
+        command = ["/usr/sbin/nginx", "-p", folder, "-c", str(path), "-e", "stderr"]
+        with serving(template, command, cpu=cpu, port=port, token=token) as server:
             yield server
+
+
+def fastapi_gateway(stub: Server, redis_url: str, cpu: int) -> AbstractContextManager[Server]:
+    """Run a gateway of FastAPI and httpx, in one uvicorn with its defaults."""
+    port, token = reserve_port(), secrets.token_hex(16)
+    own = {"VENDOR_URL": stub.url, "VENDOR_USER_KEY": USER_KEY, "REDIS_URL": redis_url, "TOKEN": token}
+    app = ["--app-dir", str(_HERE.parents[2]), "tests.bench.peers.fastapi_app:app"]
+    command = [sys.executable, "-m", "uvicorn", "--port", str(port), *app]
+    return serving("FastAPI + httpx", command, cpu=cpu, port=port, token=token, environ=os.environ | own)
