@@ -23,12 +23,6 @@ _IMAGE = "localhost/imaging-gateway:check"
 _TARGET = "$(ORIGIN)\t$(CODENAME)\t$(COMPONENT)\t$(REPO_URI)"
 
 
-class Healthcheck(Struct, rename="pascal"):
-    """The health check of an image, in exec form: `CMD` and its words."""
-
-    test: list[str]
-
-
 class Config(Struct, rename="pascal"):
     """The configuration that running an image needs. Commands in shell form would start with a shell."""
 
@@ -40,7 +34,7 @@ class Config(Struct, rename="pascal"):
     labels: dict[str, str] = field(default_factory=dict)
     exposed_ports: dict[str, dict[str, str]] = field(default_factory=dict)
     stop_signal: str = ""
-    healthcheck: Healthcheck | None = None
+    healthcheck: dict[str, Any] = field(default_factory=dict)
 
     def parse_user(self) -> tuple[int, int]:
         """Return user and group ids. It must not be root, and no names."""

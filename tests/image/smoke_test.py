@@ -116,7 +116,14 @@ def main() -> None:
             store = opened.enter_context(run_valkey(port=reserve_port()))
             upstream = opened.enter_context(run_sandbox())
         bare = _configure_program(root, config)
-        container = replace(bare, environ={**bare.environ, **_settings(store.port, upstream.url)})
+        settings = {
+            "GATEWAY_REDIS_URL": f"redis://127.0.0.1:{store.port}",
+            "GATEWAY_UPSTREAM_URL": upstream.url,
+            "GATEWAY_SECRET_KEYS_FILE": str(_SECRETS / "secret-keys"),
+            "GATEWAY_ADMIN_TOKEN_FILE": str(_SECRETS / "admin-token"),
+            "GATEWAY_POLL_SECONDS": "0.1",
+        }
+        container = replace(bare, environ={**bare.environ, **settings})
         with step("image: runs as its user on a read-only root"):
             _expect_confined(container, root, config)
         with step("image: loads bytecode only"):
@@ -126,7 +133,7 @@ def main() -> None:
             bare.expect_failure("gateway", "serve", code=2, names=("GATEWAY_REDIS_URL", "GATEWAY_SECRET_KEYS"))
             bare.expect_failure("gateway", "sandbox", code=1, names=("imaging-gateway[local]",))
         with step("image: starts, and its health check reports that"):
-            words = config.healthcheck.test if config.healthcheck else []
+            words = config.healthcheck.get("Test", [])
             assert words[:1] == ["CMD"], f"the health check must be in exec form, not {words}"
             assert container.execute(*words[1:])[0] == 1, "the health check does not fail without a gateway"
             command = (*config.entrypoint, *config.cmd)
@@ -144,16 +151,6 @@ def main() -> None:
             assert code == 0, f"{log.read_text()}it ended with exit code {code}"
             levels = {json.decode(line, type=dict[str, Any])["level"] for line in log.read_text().splitlines()}
             assert levels <= {"debug", "info"}, f"{log.read_text()}the log has a warning"
-
-
-def _settings(store: int, upstream: str) -> Mapping[str, str]:
-    return {
-        "GATEWAY_REDIS_URL": f"redis://127.0.0.1:{store}",
-        "GATEWAY_UPSTREAM_URL": upstream,
-        "GATEWAY_SECRET_KEYS_FILE": str(_SECRETS / "secret-keys"),
-        "GATEWAY_ADMIN_TOKEN_FILE": str(_SECRETS / "admin-token"),
-        "GATEWAY_POLL_SECONDS": "0.1",
-    }
 
 
 def _expect_confined(container: Program, root: Path, config: Config) -> None:
