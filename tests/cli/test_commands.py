@@ -113,7 +113,7 @@ def test_output() -> None:
     assert format_record(("name", "main"), ("balance at", None)) == "name:        main\nbalance at:  -"
     values = [[], 0.5, True, ["a", "b"], datetime(2030, 1, 31, 12, tzinfo=UTC), "two\nlines\t\x1b[31m red\u202e"]
     assert [format_value(value) for value in values] == [
-        *("-", "0.5", "yes", "a, b", "2030-01-31T12:00:00Z", "two lines [31m red"),
+        *("-", "0.5", "yes", "a, b", "2030-01-31T12:00:00Z", "two lines [31m red")
     ]
 
 

@@ -12,12 +12,7 @@ from structlog.testing import capture_logs
 
 from service.clients import artifacts
 from service.clients.artifacts import FetchOutcome, FetchTimeouts
-from service.domain.errors import (
-    GatewayError,
-    Overloaded,
-    UpstreamInvalidResponse,
-    UpstreamUnavailable,
-)
+from service.domain.errors import GatewayError, Overloaded, UpstreamInvalidResponse, UpstreamUnavailable
 from service.domain.media import JPEG, PNG, SVG, WEBP
 from service.domain.tasks import ArtifactName
 from service.usecases.ports import Coverage, RangeRequest, TransferAborted

@@ -17,11 +17,7 @@ from structlog.testing import capture_logs
 
 from service.clients import http as http_module
 from service.clients.upstream import UpstreamClient, UpstreamOperation
-from service.domain.tasks import (
-    DEFAULT_CATALOGUE,
-    FaceEnhanceOptions,
-    UpscaleOptions,
-)
+from service.domain.tasks import DEFAULT_CATALOGUE, FaceEnhanceOptions, UpscaleOptions
 from service.domain.tenants import Account
 from service.telemetry import tracing
 from service.usecases.ports import CheckOutcome, SubmitOutcome
@@ -164,8 +160,7 @@ async def test_deadline_while_sending() -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "name"),
-    [(httpx2.Response, "aclose"), (httpx2.AsyncHTTPTransport, "aclose"), (tracing, "record_status")],
+    ("where", "name"), [(httpx2.Response, "aclose"), (httpx2.AsyncHTTPTransport, "aclose"), (tracing, "record_status")]
 )
 async def test_faults_after_the_response_do_not_lose_the_task(
     where: Any, name: str, monkeypatch: pytest.MonkeyPatch

@@ -189,10 +189,7 @@ def test_refused_requests_are_logged_once_per_address_and_interval(monkeypatch: 
 
 async def test_broken_response_closes_the_connection() -> None:
     observed = ObservedApp()
-    async with (
-        serve_app(observed.app) as url,
-        open_raw_connection(int(url.rpartition(":")[2])) as (reader, writer),
-    ):
+    async with serve_app(observed.app) as url, open_raw_connection(int(url.rpartition(":")[2])) as (reader, writer):
         writer.write(b"GET /torn HTTP/1.1\r\nHost: x\r\n\r\n")
         received = await reader.read()
     assert b"200 OK" in received

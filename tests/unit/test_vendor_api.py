@@ -169,8 +169,7 @@ def test_balances(value: object, count: int | None, money: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "body",
-    [b"", b"null", b"<html>502</html>", b'{"err_code": 0, "task_id": "t', b"[" * 60_000, b"1" * 60_000],
+    "body", [b"", b"null", b"<html>502</html>", b'{"err_code": 0, "task_id": "t', b"[" * 60_000, b"1" * 60_000]
 )
 def test_unusable_bodies(body: bytes) -> None:
     assert parse_submit_response(body) == SubmitResult(outcome=SubmitOutcome.UNKNOWN)
