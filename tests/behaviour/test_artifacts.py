@@ -24,16 +24,18 @@ from service.domain.tenants import Account
 from service.usecases.ports import ArtifactStream, RangeRequest
 from tests.behaviour.gateway_fixture import RunningGateway
 from tests.behaviour.requests import expect_problem
-from tests.contract.artifact_server import (
+from tests.contract.scripted_server import (
     PNG_IMAGE,
+    Connection,
+    Handler,
+    ScriptedServer,
     chunked_body,
     file_response,
-    read_request,
+    reply_and_close,
+    reply_and_hold,
     response_head,
-    send_and_hold,
-    send_pieces,
+    run_server,
 )
-from tests.contract.scripted_server import Connection, Handler, ScriptedServer, run_server
 from tests.support.images import make_png
 
 MIB = 1 << 20
@@ -194,7 +196,7 @@ async def test_large_artifact_is_streamed_with_backpressure(open_setup: OpenSetu
 
     async def serve(connection: Connection) -> None:
         nonlocal sent
-        await read_request(connection)
+        await connection.receive()
         await connection.send(response_head(Content_Length=str(LARGE)))
         for number in range(LARGE // MIB):
             piece = PNG_IMAGE.ljust(MIB, bytes([number % 256]))
@@ -221,7 +223,7 @@ async def test_large_artifact_is_streamed_with_backpressure(open_setup: OpenSetu
 
 async def test_disconnect_ends_the_fetch(open_setup: OpenSetup) -> None:
     disconnected = asyncio.Event()
-    serve = send_and_hold(response_head(Content_Length="1000"), PNG_IMAGE, disconnected=disconnected)
+    serve = reply_and_hold(response_head(Content_Length="1000"), PNG_IMAGE, disconnected=disconnected)
     with capture_logs() as logs:
         async with open_setup(serve) as setup:
             async with setup.open_download() as (reader, _):
@@ -235,7 +237,7 @@ async def test_stalled_client_is_disconnected(open_setup: OpenSetup, monkeypatch
     disconnected = asyncio.Event()
 
     async def serve(connection: Connection) -> None:
-        await read_request(connection)
+        await connection.receive()
         await connection.send(response_head(Content_Length=str(LARGE)))
         try:
             while True:
@@ -250,7 +252,7 @@ async def test_stalled_client_is_disconnected(open_setup: OpenSetup, monkeypatch
 
 
 async def test_truncation_is_visible_to_the_client(open_setup: OpenSetup) -> None:
-    serve = send_pieces(response_head(Transfer_Encoding="chunked"), chunked_body(PNG_IMAGE, end=False))
+    serve = reply_and_close(response_head(Transfer_Encoding="chunked"), chunked_body(PNG_IMAGE, end=False))
     with capture_logs() as logs:
         async with open_setup(serve) as setup, setup.open_download() as (reader, _):
             body = await reader.read()
@@ -260,7 +262,7 @@ async def test_truncation_is_visible_to_the_client(open_setup: OpenSetup) -> Non
 
 
 async def test_unchanged_artifact_is_304(open_setup: OpenSetup) -> None:
-    async with open_setup(send_pieces(response_head(304, ETag='"v1"', Content_Length="5"))) as setup:
+    async with open_setup(reply_and_close(response_head(304, ETag='"v1"', Content_Length="5"))) as setup:
         response = await setup.gateway.call("GET", setup.href, headers={"If-None-Match": '"v0", W/"v1"'})
         assert (response.status_code, response.content, response.headers["etag"]) == (304, b"", '"v1"')
         assert response.headers["cache-control"] == "private, no-cache"
@@ -275,7 +277,7 @@ async def test_headers_are_not_passed_on(open_setup: OpenSetup) -> None:
         ETag='"a\tb"',
         Content_Security_Policy="default-src *",
     )
-    async with open_setup(send_pieces(answer)) as setup:
+    async with open_setup(reply_and_close(answer)) as setup:
         headers = {"Cookie": "a=b", "X-Forwarded-For": "10.0.0.1"}
         response = await setup.gateway.call("GET", setup.href, headers=headers)
         assert response.content == PNG_IMAGE

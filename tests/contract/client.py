@@ -1,24 +1,28 @@
-"""The upstream client, set up for its contract tests."""
+"""The clients of the upstream and of artifacts, set up for their contract tests."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
+from service.clients.artifacts import ArtifactClient
 from service.clients.upstream import UpstreamClient
 from service.crypto import Keyring
-from service.domain.tasks import DEFAULT_CATALOGUE, FaceEnhanceOptions, Options
+from service.domain.tasks import DEFAULT_CATALOGUE, Artifact, ArtifactName, FaceEnhanceOptions, Options
 from service.domain.tenants import Account
-from service.usecases.ports import CheckResult, Image, SubmitResult
+from service.usecases.ports import ArtifactStream, CheckResult, Image, RangeRequest, SubmitResult
 
+MAX_BYTES = 1_000_000
 USER_KEY = "hush-hush-key"
 CIPHER = Keyring([bytes(32)]).derive("user-key")
 ACCOUNT = Account(1, "main", CIPHER.encrypt(USER_KEY.encode()))
 IMAGE = Image(b"\x89PNG" + bytes(range(256)) * 4, b"", "image/png", 8, 8)
 LARGE = Image(bytes(4 << 20), b"", "image/jpeg", 8, 8)
 _FACE = FaceEnhanceOptions()
+_WHOLE = RangeRequest()
 
 
 @dataclass
@@ -47,3 +51,37 @@ async def open_caller(base_url: str) -> AsyncIterator[Caller]:
 
     async with UpstreamClient(base_url, CIPHER, DEFAULT_CATALOGUE, on_call=observe) as client:
         yield Caller(client, event)
+
+
+@dataclass
+class Fetcher:
+    """A client of artifacts, and the outcomes that it reported."""
+
+    client: ArtifactClient
+    outcomes: list[StrEnum]
+
+    def fetch(
+        self,
+        url: str,
+        name: ArtifactName = ArtifactName.IMAGE,
+        *,
+        account: Account | None = ACCOUNT,
+        requested: RangeRequest = _WHOLE,
+        recent: bool = False,
+    ) -> AbstractAsyncContextManager[ArtifactStream]:
+        return self.client.fetch(account, Artifact(name, url), requested, is_recent=recent)
+
+    async def fetch_all(self, *arguments: Any, **options: Any) -> tuple[ArtifactStream, bytes]:
+        async with self.fetch(*arguments, **options) as fetched:
+            return fetched, b"".join([chunk async for chunk in fetched.chunks])
+
+
+def make_fetcher(upstream_url: str = "http://127.0.0.1", **options: Any) -> Fetcher:
+    """Return a client whose upstream is on localhost."""
+    outcomes: list[StrEnum] = []
+
+    def observe(_operation: StrEnum, outcome: StrEnum, _seconds: float) -> None:
+        outcomes.append(outcome)
+
+    client = ArtifactClient(upstream_url, max_bytes=MAX_BYTES, on_call=observe, user_keys=CIPHER, **options)
+    return Fetcher(client, outcomes)

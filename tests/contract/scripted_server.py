@@ -12,6 +12,10 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from tests.support.images import make_png
+
+PNG_IMAGE = make_png()
+
 
 @dataclass
 class ScriptedServer:
@@ -29,17 +33,17 @@ class Connection:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
-    async def receive(self) -> bool:
-        """Read one request. Returns False at the end of the connection."""
+    async def receive(self) -> str:
+        """Read one request; return its head, empty at the end of the connection."""
         try:
             head = await self.reader.readuntil(b"\r\n\r\n")
             lengths = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
             body = await self.reader.readexactly(int(lengths[0].partition(b":")[2])) if lengths else b""
         except (asyncio.IncompleteReadError, OSError):
-            return False
+            return ""
         self.server.requests.append((head, body))
         self.server.request_received.set()
-        return True
+        return head.decode()
 
     async def send(self, data: bytes) -> None:
         self.writer.write(data)
@@ -60,11 +64,26 @@ class Connection:
 Handler: TypeAlias = Callable[[Connection], Awaitable[None]]
 
 
+def response_head(status: int = 200, **headers: str) -> bytes:
+    """Return a response head without the fields whose value is empty; the type is PNG by default."""
+    fields = {"Content_Type": "image/png"} | headers
+    lines = "".join(f"{name.replace('_', '-')}: {text}\r\n" for name, text in fields.items() if text)
+    return f"HTTP/1.1 {status} x\r\n{lines}\r\n".encode()
+
+
+def file_response(content: bytes = PNG_IMAGE, status: int = 200, **headers: str) -> bytes:
+    """Return a response with its length, of the type PNG by default."""
+    return response_head(status, **({"Content_Length": str(len(content))} | headers)) + content
+
+
 def http_response(body: bytes, status: int = 200, **headers: str) -> bytes:
-    """Return an HTTP response with its length."""
-    fields = {"Content-Length": str(len(body))} | {name.replace("_", "-"): text for name, text in headers.items()}
-    head = "".join(f"{name}: {text}\r\n" for name, text in fields.items())
-    return f"HTTP/1.1 {status} x\r\n{head}\r\n".encode() + body
+    """Return a response with its length, without a type by default."""
+    return file_response(body, status, **({"Content_Type": ""} | headers))
+
+
+def chunked_body(*chunks: bytes, end: bool = True, trailer: bytes = b"") -> bytes:
+    body = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks)
+    return body + b"0\r\n" + trailer + b"\r\n" if end else body
 
 
 def vendor_response(**content: Any) -> bytes:
@@ -84,10 +103,11 @@ def reply_with(*pieces: bytes) -> Handler:
     return serve
 
 
-def reply_and_close(data: bytes = b"") -> Handler:
+def reply_and_close(*pieces: bytes) -> Handler:
     async def serve(connection: Connection) -> None:
         await connection.receive()
-        await connection.send(data)
+        for piece in pieces:
+            await connection.send(piece)
 
     return serve
 
@@ -106,13 +126,14 @@ async def redirect_to_self(connection: Connection) -> None:
     await connection.send(http_response(b"", 307, Location=f"{connection.server.url}/api/submit_task"))
 
 
-def reply_and_hold(data: bytes = b"") -> Handler:
-    """Read a request, send the data, and nothing more until the client disconnects."""
+def reply_and_hold(*pieces: bytes, disconnected: asyncio.Event | None = None) -> Handler:
+    """Read a request, send the pieces, and nothing more until the client disconnects, which sets `disconnected`."""
 
     async def serve(connection: Connection) -> None:
-        await connection.receive()
-        await connection.send(data)
+        await reply_and_close(*pieces)(connection)
         await connection.wait_closed()
+        if disconnected:
+            disconnected.set()
 
     return serve
 

@@ -18,8 +18,7 @@ from service.clients.webhooks import MAX_BODY_BYTES, WebhookClient
 from service.domain.errors import GatewayError, Overloaded, UpstreamInvalidResponse, UpstreamUnavailable
 from service.domain.tenants import Webhook
 from service.usecases.ports import CheckOutcome, SubmitOutcome, WebhookResponse
-from tests.contract.artifact_server import Fetcher, make_fetcher
-from tests.contract.client import LARGE, Caller, open_caller
+from tests.contract.client import LARGE, Caller, Fetcher, make_fetcher, open_caller
 from tests.contract.scripted_server import (
     ACCEPTED_RESPONSE,
     Connection,

@@ -16,20 +16,18 @@ from service.domain.errors import GatewayError, Overloaded, UpstreamInvalidRespo
 from service.domain.media import JPEG, PNG, SVG, WEBP
 from service.domain.tasks import ArtifactName
 from service.usecases.ports import Coverage, RangeRequest, TransferAborted
-from tests.contract.artifact_server import (
-    MAX_BYTES,
+from tests.contract.client import MAX_BYTES, make_fetcher
+from tests.contract.scripted_server import (
     PNG_IMAGE,
-    SVG_IMAGE,
+    Connection,
+    Handler,
     chunked_body,
     file_response,
-    make_fetcher,
-    read_request,
+    reply_and_close,
+    reply_and_hold,
     response_head,
-    send_and_hold,
-    send_pieces,
-    send_range,
+    run_server,
 )
-from tests.contract.scripted_server import Connection, run_server
 from tests.support.images import encode_image
 from tests.support.network import reserve_port
 
@@ -38,19 +36,32 @@ LAST_MODIFIED = "Sat, 31 Jan 2026 12:00:00 GMT"
 CHUNKED = response_head(Transfer_Encoding="chunked")
 CHUNKED_PART = response_head(206, Content_Range="bytes 2-5/10", Transfer_Encoding="chunked")
 PART = RangeRequest(range="bytes=2-5")
+SVG_IMAGE = b'<?xml version="1.0"?>\n<!-- made -->\n<svg xmlns="http://www.w3.org/2000/svg"/>'
+
+
+def send_range(*pieces: bytes, content: bytes = PNG_IMAGE) -> Handler:
+    """Send the pieces to a range request for `content`, and the real first bytes to a request for those."""
+    first = file_response(content, 206, Content_Type="", Content_Range=f"bytes 0-{len(content) - 1}/{len(content)}")
+
+    async def serve(connection: Connection) -> None:
+        is_first = "bytes=0-65535" in await connection.receive()
+        for piece in (first,) if is_first else pieces:
+            await connection.send(piece)
+
+    return serve
 
 
 async def test_artifact_arrives_complete_with_its_length_and_version() -> None:
     content = PNG_IMAGE * 500
     caller = make_fetcher()
     answer = file_response(content, ETag='"v1"', Last_Modified=LAST_MODIFIED, Accept_Ranges="bytes")
-    async with run_server(send_pieces(answer)) as peer:
+    async with run_server(reply_and_close(answer)) as peer:
         fetched, received = await caller.fetch_all(f"{peer.url}/files/1.png?signature=x%2Fy")
     assert received == content
     assert (fetched.name, fetched.coverage, fetched.media_type) == (IMAGE, Coverage.FULL, PNG)
     assert (fetched.length, fetched.content_range) == (len(content), None)
     assert (fetched.etag, fetched.last_modified, fetched.accept_ranges) == ('"v1"', LAST_MODIFIED, "bytes")
-    assert caller.outcome == FetchOutcome.DONE
+    assert caller.outcomes == [FetchOutcome.DONE]
     ((head, _),) = peer.requests
     assert head.startswith(b"GET /files/1.png?signature=x%2Fy HTTP/1.1\r\n")
     names = {line.partition(b":")[0].lower() for line in head.split(b"\r\n")}
@@ -71,7 +82,7 @@ async def test_artifact_arrives_complete_with_its_length_and_version() -> None:
 async def test_types(name: ArtifactName, declared: str, content: bytes, media_type: str) -> None:
     """The type is that of the bytes, whatever the server claims and however small the first chunk is."""
     answer = response_head(Content_Type=declared, Content_Length="3", Transfer_Encoding="chunked")
-    async with run_server(send_pieces(answer, chunked_body(content[:1], content[1:2], content[2:]))) as peer:
+    async with run_server(reply_and_close(answer, chunked_body(content[:1], content[1:2], content[2:]))) as peer:
         fetched, received = await make_fetcher().fetch_all(peer.url, name)
     assert (fetched.media_type, received, fetched.length) == (media_type, content, None)
 
@@ -95,16 +106,16 @@ async def test_types(name: ArtifactName, declared: str, content: bytes, media_ty
 )
 async def test_wrong_content(name: ArtifactName, answer: bytes) -> None:
     caller = make_fetcher()
-    async with run_server(send_pieces(answer)) as peer:
+    async with run_server(reply_and_close(answer)) as peer:
         with pytest.raises(UpstreamInvalidResponse):
             await caller.fetch_all(peer.url, name)
-    assert caller.outcome == FetchOutcome.INVALID
+    assert caller.outcomes == [FetchOutcome.INVALID]
 
 
 @pytest.mark.parametrize("coding", ["aws-chunked", "gzip", "br, x"])
 async def test_falsely_declared_codings_and_malformed_versions_are_ignored(coding: str) -> None:
     answer = file_response(Content_Encoding=coding, ETag='"a\x01"', Last_Modified="a\tb", Accept_Ranges="none")
-    async with run_server(send_pieces(answer)) as peer:
+    async with run_server(reply_and_close(answer)) as peer:
         fetched, content = await make_fetcher().fetch_all(peer.url)
     assert content == PNG_IMAGE
     assert (fetched.etag, fetched.last_modified, fetched.accept_ranges) == (None, None, None)
@@ -116,11 +127,11 @@ async def test_falsely_declared_codings_and_malformed_versions_are_ignored(codin
 )
 async def test_server_errors_and_a_404_of_a_recent_result_may_be_retried(status: int, recent: bool) -> None:
     caller = make_fetcher()
-    async with run_server(send_pieces(file_response(b"<html>", status))) as peer:
+    async with run_server(reply_and_close(file_response(b"<html>", status))) as peer:
         with pytest.raises(UpstreamUnavailable) as caught:
             await caller.fetch_all(peer.url, recent=recent)
     assert caught.value.retry_after
-    assert caller.outcome == FetchOutcome.UNREACHABLE
+    assert caller.outcomes == [FetchOutcome.UNREACHABLE]
 
 
 async def test_part_is_preceded_once_per_version_by_a_fetch_of_the_first_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,12 +143,8 @@ async def test_part_is_preceded_once_per_version_by_a_fetch_of_the_first_bytes(m
         async with run_server(send_range(answer), port=port) as peer:
             for _ in range(2):
                 fetched, content = await caller.fetch_all(peer.url, requested=requested)
-                assert (fetched.coverage, fetched.length, fetched.content_range) == (
-                    Coverage.PARTIAL,
-                    4,
-                    "bytes 2-5/10",
-                )
-                assert (fetched.media_type, content) == (PNG, b"cdef")
+                assert (fetched.coverage, fetched.media_type, content) == (Coverage.PARTIAL, PNG, b"cdef")
+                assert (fetched.length, fetched.content_range) == (4, "bytes 2-5/10")
         assert len(peer.requests) == 1 + 2
         assert b'\r\nrange: bytes=2-5\r\nif-range: "v1"\r\n' in peer.requests[0][0].lower()
         assert b"if-range" not in peer.requests[1][0].lower()
@@ -148,7 +155,7 @@ async def test_type_of_a_complete_file_is_remembered_for_its_parts() -> None:
     part = file_response(PNG_IMAGE[2:], 206, Content_Range=f"bytes 2-{len(PNG_IMAGE) - 1}/{len(PNG_IMAGE)}")
 
     async def serve(connection: Connection) -> None:
-        await connection.send(part if "bytes=2-" in await read_request(connection) else file_response())
+        await connection.send(part if "bytes=2-" in await connection.receive() else file_response())
 
     async with run_server(serve) as peer:
         await caller.fetch_all(peer.url)
@@ -157,25 +164,27 @@ async def test_type_of_a_complete_file_is_remembered_for_its_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "content_range"),
-    [(b"<html></html>", "bytes 0-3/10"), (SVG_IMAGE, "bytes 2-5/*"), (b"", "bytes 2-5/10")],
+    ("part", "content_range", "content"),
+    [
+        (b"<htm", "bytes 0-3/10", b"<html></html>"),
+        (b"<htm", "bytes 2-5/*", SVG_IMAGE),
+        (b"<htm", "bytes 2-5/10", b""),
+        (b"<h", "bytes 0-1/10", PNG_IMAGE),  # too short for a type
+    ],
 )
-async def test_part_of_a_file_that_is_no_image_is_refused_each_time(content: bytes, content_range: str) -> None:
+async def test_part_of_a_file_that_is_no_image_is_refused_each_time(
+    part: bytes, content_range: str, content: bytes
+) -> None:
     caller = make_fetcher()
-    answer = file_response(b"<htm", 206, Content_Range=content_range)
-    async with run_server(send_range(answer, content=content)) as peer:
+    async with run_server(send_range(file_response(part, 206, Content_Range=content_range), content=content)) as peer:
         for _ in range(2):
             with pytest.raises(UpstreamInvalidResponse):
                 await caller.fetch_all(peer.url, requested=RangeRequest(range="bytes=0-"))
 
 
 async def test_part_too_short_for_its_type_is_checked_against_more_of_the_file() -> None:
-    requested = RangeRequest(range="bytes=0-1")
     async with run_server(send_range(file_response(PNG_IMAGE[:2], 206, Content_Range="bytes 0-1/10"))) as peer:
-        assert (await make_fetcher().fetch_all(peer.url, requested=requested))[1] == PNG_IMAGE[:2]
-    async with run_server(send_range(file_response(b"<h", 206, Content_Range="bytes 0-1/10"))) as peer:
-        with pytest.raises(UpstreamInvalidResponse):
-            await make_fetcher().fetch_all(peer.url, requested=requested)
+        assert (await make_fetcher().fetch_all(peer.url, requested=RangeRequest(range="bytes=0-1")))[1] == PNG_IMAGE[:2]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +196,7 @@ async def test_part_too_short_for_its_type_is_checked_against_more_of_the_file()
     ],
 )
 async def test_wrong_ranges(content: bytes, content_range: str) -> None:
-    async with run_server(send_pieces(file_response(content, 206, Content_Range=content_range))) as peer:
+    async with run_server(reply_and_close(file_response(content, 206, Content_Range=content_range))) as peer:
         with pytest.raises(UpstreamInvalidResponse):
             await make_fetcher().fetch_all(peer.url, requested=PART)
 
@@ -206,7 +215,7 @@ async def test_wrong_length(error: type[Exception], pieces: tuple[bytes, ...]) -
     async with run_server(send_range(*pieces)) as peer:
         with pytest.raises(error):
             await caller.fetch_all(peer.url, requested=RangeRequest(range="bytes=0-9"))
-    assert caller.outcome == (FetchOutcome.ABORTED if error is TransferAborted else FetchOutcome.INVALID)
+    assert caller.outcomes == [(FetchOutcome.ABORTED if error is TransferAborted else FetchOutcome.INVALID)]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +230,7 @@ async def test_wrong_length(error: type[Exception], pieces: tuple[bytes, ...]) -
 async def test_stalled_fetch_ends_with_its_connection(pieces: tuple[bytes, ...], error: type[Exception]) -> None:
     disconnected = asyncio.Event()
     caller = make_fetcher(timeouts=FetchTimeouts(first_byte_seconds=0.1, idle_seconds=0.1))
-    async with run_server(send_and_hold(*pieces, disconnected=disconnected)) as peer, asyncio.timeout(20):
+    async with run_server(reply_and_hold(*pieces, disconnected=disconnected)) as peer, asyncio.timeout(20):
         with pytest.raises(error):
             await caller.fetch_all(peer.url)
         await disconnected.wait()
@@ -229,21 +238,21 @@ async def test_stalled_fetch_ends_with_its_connection(pieces: tuple[bytes, ...],
 
 async def test_fetch_that_is_cancelled_before_the_first_byte_ends_with_its_connection() -> None:
     caller, disconnected = make_fetcher(), asyncio.Event()
-    async with run_server(send_and_hold(disconnected=disconnected)) as peer, asyncio.timeout(20):
+    async with run_server(reply_and_hold(disconnected=disconnected)) as peer, asyncio.timeout(20):
         fetching = asyncio.create_task(caller.fetch_all(peer.url))
         await peer.request_received.wait()
         fetching.cancel()
         await disconnected.wait()
         with pytest.raises(asyncio.CancelledError):
             await fetching
-    assert caller.outcome == FetchOutcome.CANCELLED
+    assert caller.outcomes == [FetchOutcome.CANCELLED]
 
 
 async def test_endless_artifact_is_cut_off_at_the_size_limit() -> None:
     caller, disconnected, received = make_fetcher(), asyncio.Event(), 0
 
     async def serve(connection: Connection) -> None:
-        await read_request(connection)
+        await connection.receive()
         await connection.send(CHUNKED)
         try:
             while True:
@@ -263,7 +272,7 @@ async def test_endless_artifact_is_cut_off_at_the_size_limit() -> None:
 async def test_too_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifacts, "MAX_CONCURRENT_FETCHES", 1)
     caller = make_fetcher()
-    async with run_server(send_pieces(file_response())) as peer:
+    async with run_server(reply_and_close(file_response())) as peer:
         async with caller.fetch(peer.url):
             with pytest.raises(Overloaded):
                 await caller.fetch_all(peer.url)

@@ -7,23 +7,20 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
-from opentelemetry.trace import Tracer
 from redis.asyncio import Redis
 
-from service.clients.artifacts import ArtifactClient
 from service.clients.upstream import UpstreamClient
 from service.clients.webhooks import WebhookClient
 from service.domain.errors import LedgerUnavailable
-from service.domain.tasks import DEFAULT_CATALOGUE, Artifact, ArtifactName, FaceEnhanceOptions
+from service.domain.tasks import DEFAULT_CATALOGUE, FaceEnhanceOptions
 from service.domain.tenants import Webhook
 from service.storage.redis import RedisScripts
 from service.telemetry import tracing
-from service.usecases.ports import RangeRequest
-from tests.contract.artifact_server import file_response, response_head, send_pieces
-from tests.contract.client import ACCOUNT, CIPHER, IMAGE, USER_KEY
+from tests.contract.client import ACCOUNT, CIPHER, IMAGE, USER_KEY, make_fetcher
 from tests.contract.scripted_server import (
     ACCEPTED_RESPONSE,
     Handler,
+    file_response,
     http_response,
     never_reply,
     reply_with,
@@ -34,15 +31,6 @@ from tests.support.network import reserve_port
 from tests.support.traces import RecordedSpan, SpanRecorder
 from tests.support.valkey import Valkey
 from tests.unit.asgi_client import make_http_scope
-
-
-def _ignore(*_: object) -> None:
-    pass
-
-
-async def submit(url: str, tracer: Tracer, *, seconds: float = 10) -> None:
-    async with UpstreamClient(url, CIPHER, DEFAULT_CATALOGUE, on_call=_ignore, tracer=tracer) as client:
-        await client.submit(ACCOUNT, FaceEnhanceOptions(), IMAGE, timeout_seconds=seconds)
 
 
 @pytest.fixture
@@ -72,9 +60,13 @@ def record_request(recorder: SpanRecorder) -> Iterator[list[RecordedSpan]]:
     ],
 )
 async def test_submit(serve: Handler, attributes: Mapping[str, Any], recorder: SpanRecorder) -> None:
-    async with run_server(serve) as peer:
+    async with (
+        run_server(serve) as peer,
+        UpstreamClient(peer.url, CIPHER, DEFAULT_CATALOGUE, on_call=lambda *_: None, tracer=recorder.tracer) as client,
+    ):
         with record_request(recorder) as calls:
-            await submit(peer.url, recorder.tracer, seconds=0.2 if serve is never_reply else 10)
+            seconds = 0.2 if serve is never_reply else 10
+            await client.submit(ACCOUNT, FaceEnhanceOptions(), IMAGE, timeout_seconds=seconds)
     (span,) = calls
     assert span.attributes["url.full"] == f"{peer.url}/api/submit_face_enhance_task"
     assert {name: span.attributes.get(name) for name in attributes} == attributes
@@ -93,14 +85,13 @@ async def test_webhook_carries_the_trace_and_its_url_is_recorded_without_the_pat
 
 
 async def test_each_hop_to_an_artifact_is_recorded_without_its_path(recorder: SpanRecorder) -> None:
-    async with run_server(send_pieces(file_response())) as server:
-        moved = send_pieces(response_head(302, Location=f"{server.url}/secret-path", Content_Length="0"))
-        async with run_server(moved) as here:
-            client = ArtifactClient(here.url, max_bytes=1_000_000, on_call=_ignore, tracer=recorder.tracer)
-            artifact = Artifact(ArtifactName.IMAGE, f"{here.url}/files/secret-path.png?signature=secret")
-            with record_request(recorder) as calls:
-                async with client.fetch(ACCOUNT, artifact, RangeRequest()) as fetched:
-                    assert [chunk async for chunk in fetched.chunks]
+    async with (
+        run_server(reply_with(file_response())) as server,
+        run_server(reply_with(http_response(b"", 302, Location=f"{server.url}/secret-path"))) as here,
+    ):
+        client = make_fetcher(here.url, tracer=recorder.tracer)
+        with record_request(recorder) as calls:
+            assert (await client.fetch_all(f"{here.url}/files/secret-path.png?signature=secret"))[1]
     keys = "url.full", "http.response.status_code", "http.request.resend_count"
     assert [[call.attributes.get(key) for key in keys] for call in calls] == [
         [f"{here.url}/REDACTED", 302, None],
