@@ -70,17 +70,13 @@ class Shell:
         return None if key is None else key.decode()
 
 
-def admin_environment(ops_url: str) -> dict[str, str]:
-    """Return the settings with which commands reach this operators' port."""
-    return {"GATEWAY_OPS_PORT": str(urlsplit(ops_url).port), "GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN}
-
-
 @asynccontextmanager
 async def run_shell(valkey: Valkey, **settings: str) -> AsyncIterator[Shell]:
     # What the gateway logs would else be mixed into what the command prints: they share a process here.
     with structlog.testing.capture_logs():
         async with run_real_gateway(valkey, None, **settings) as gateway:
-            yield Shell(gateway, admin_environment(gateway.ops_url))
+            port = str(urlsplit(gateway.ops_url).port)
+            yield Shell(gateway, {"GATEWAY_OPS_PORT": port, "GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN})
 
 
 @pytest.fixture

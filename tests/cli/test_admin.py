@@ -7,7 +7,7 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,17 +19,25 @@ from service.cli.client import AdminClient, AdminResponse
 from tests.behaviour.gateway_fixture import USER_KEY
 from tests.cli.conftest import Shell
 
+Updates = Sequence[tuple[str, dict[str, Any]]]
 
-def apply_changes(entry: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an entry of the registry, which omits defaults, with changes."""
-    return {name: value for name, value in {**entry, **changes}.items() if value is not None}
+
+async def expect_updates(shell: Shell, kind: str, name: str, updates: Updates) -> None:
+    """Update an entry with the options of each row; its other properties remain. The registry omits defaults."""
+    expected = await shell.get_admin("/registry")
+    for options, changes in updates:
+        entry = expected[f"{kind}s"][name] | changes
+        expected[f"{kind}s"][name] = {key: value for key, value in entry.items() if value is not None}
+        printed = (await shell.run(kind, "update", name, *options.split())).stdout
+        assert await shell.get_admin("/registry") == expected, options
+        assert (printed == "Nothing changed.\n") == (not changes)
 
 
 ACCOUNT_OPTIONS = (
     *("--base-url", "http://a.test", "--floor-count", "3", "--floor-money", "0.50", "--note", "Of the press."),
     *("--max-price", "upscale=1.25", "--max-price", "vectorize=2"),
 )
-ACCOUNT_UPDATES: list[tuple[str, dict[str, Any]]] = [
+ACCOUNT_UPDATES: Updates = [
     ("--floor-count 3", {}),
     ("--floor-count 0 --floor-money 0", {"floor_count": None, "floor_money": None}),
     ("--base-url http://b.test", {"base_url": "http://b.test"}),
@@ -39,8 +47,7 @@ ACCOUNT_UPDATES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-async def test_account(shell: Shell, tmp_path: Path) -> None:
-    """Options set every property, an update only those that it names."""
+async def test_account_options_set_what_they_name(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("key-in-a-file\n")
     await shell.run("account", "create", "new", "--user-key-file", str(tmp_path / "key"), *ACCOUNT_OPTIONS)
     stored = await shell.get_admin("/accounts/new")
@@ -49,13 +56,7 @@ async def test_account(shell: Shell, tmp_path: Path) -> None:
     assert (shown["minimum uses:"], shown["minimum yuan:"], shown["base URL:"]) == ("3", "0.5", "http://a.test")
     assert shown["maximum price:"] == "upscale 1.25 yuan, vectorize 2 yuan"
     assert await shell.run_json("account", "show", "new") == stored
-
-    expected = await shell.get_admin("/registry")
-    for options, changes in ACCOUNT_UPDATES:
-        expected["accounts"]["new"] = apply_changes(expected["accounts"]["new"], changes)
-        printed = (await shell.run("account", "update", "new", *options.split())).stdout
-        assert await shell.get_admin("/registry") == expected, options
-        assert (printed == "Nothing changed.\n") == (not changes)
+    await expect_updates(shell, "account", "new", ACCOUNT_UPDATES)
     printed_changes = await shell.run_table("account", "update", "new", "--floor-count", "1", "--floor-money", "2.5")
     assert printed_changes == [["minimum uses:", "0 -> 1"], ["minimum yuan:", "0 -> 2.5"]]
     assert shell.stored_user_key("new") == "key-in-a-file"
@@ -77,8 +78,7 @@ async def test_sources_of_keys(shell: Shell) -> None:
     assert "other" not in shell.gateway.services.registry.current.accounts
 
 
-async def test_key_from_a_terminal(shell: Shell) -> None:
-    """As a process, it prompts for the key of a new account, without echo."""
+async def test_process_prompts_for_a_key_without_echo(shell: Shell) -> None:
     ours, theirs = pty.openpty()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "service", "account", "create", "new"),
@@ -104,8 +104,7 @@ async def test_key_from_a_terminal(shell: Shell) -> None:
     assert b"key-of-a-person" not in output + printed
 
 
-async def test_account_in_use(shell: Shell) -> None:
-    """Accounts are listed with their balances, reopened, and deleted under their tasks only with --force."""
+async def test_accounts_are_listed_reopened_and_deleted_under_tasks_by_force(shell: Shell) -> None:
     assert (await shell.run_table("account", "list"))[1] == ["main", "open", "-", "-", "-", "0", "0", "-"]
     assert "shop" in (await shell.run("account", "delete", "main", code=1)).stderr  # a tenant uses it
     await shell.gateway.upstream.set_balance(count=1_000, money=7)
@@ -129,7 +128,7 @@ TENANT_OPTIONS = (
     *("--kind", "upscale", "--kind", "face-enhance", "--note", "Ask Li before raising a limit."),
     *("--webhook-url", "https://hooks.test/in", "--webhook-allow", "127.0.0.0/8", "--webhook-allow", "other.test"),
 )
-TENANT_UPDATES: list[tuple[str, dict[str, Any]]] = [
+TENANT_UPDATES: Updates = [
     ("--max-active 20 --state read-only --no-limit month", {}),
     ("--account main", {"accounts": ["main"]}),
     ("--limit day:tasks=7,money=none", {"limits": [{"window": "day", "tasks": 7, "money": None}, LIMITS[1]]}),
@@ -146,8 +145,7 @@ TENANT_UPDATES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-async def test_tenant(shell: Shell) -> None:
-    """Options set every property, an update only those that it names."""
+async def test_tenant_options_set_what_they_name(shell: Shell) -> None:
     await shell.run("account", "create", "spare", "--user-key-file", "-", stdin="spare-key")
     await shell.run("tenant", "create", "other", *TENANT_OPTIONS)
     stored = await shell.get_admin("/tenants/other")
@@ -158,13 +156,7 @@ async def test_tenant(shell: Shell) -> None:
     (_, line, _) = await shell.run_table("tenant", "list")
     limits, kinds = "day 100 tasks + 50.5 yuan, total 0 tasks", "upscale, face-enhance"
     assert line == ["other", "spare, main", limits, "20", "count_only", kinds, "0", "read-only"]
-
-    expected = await shell.get_admin("/registry")
-    for options, changes in TENANT_UPDATES:
-        expected["tenants"]["other"] = apply_changes(expected["tenants"]["other"], changes)
-        printed = (await shell.run("tenant", "update", "other", *options.split())).stdout
-        assert await shell.get_admin("/registry") == expected, options
-        assert (printed == "Nothing changed.\n") == (not changes)
+    await expect_updates(shell, "tenant", "other", TENANT_UPDATES)
     changed = await shell.run_table("tenant", "update", "other", "--no-limit", "hour", "--max-active", "5")
     assert changed == [["limits:", "total 0 tasks, hour 1 yuan -> total 0 tasks"], ["max active:", "- -> 5"]]
 
@@ -173,8 +165,7 @@ async def test_tenant(shell: Shell) -> None:
     assert await shell.get_admin("/registry") == before
 
 
-async def test_concurrent_updates(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenant that was changed meanwhile is read again, so that the other change is kept."""
+async def test_update_keeps_a_concurrent_change(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     await shell.run("tenant", "update", "shop", "--limit", "total:tasks=0")
     send, others = AdminClient.request, ["hour", "minute"]
 
@@ -190,8 +181,7 @@ async def test_concurrent_updates(shell: Shell, monkeypatch: pytest.MonkeyPatch)
     assert limits == {"day": 1, "minute": 9, "hour": 9}
 
 
-async def test_tenant_in_use(shell: Shell) -> None:
-    """A tenant is shown with its quota, disabled, enabled, and deleted under its tasks only with --force."""
+async def test_tenant_is_shown_disabled_enabled_and_deleted_under_tasks_by_force(shell: Shell) -> None:
     assert len(await shell.run_table("quota", "shop")) == 1
     await shell.run("tenant", "update", "shop", "--limit", "total:tasks=5,money=0.5", "--max-active", "3")
     await shell.gateway.submit()
@@ -215,8 +205,7 @@ async def test_tenant_in_use(shell: Shell) -> None:
     assert not await shell.is_accepted()
 
 
-async def test_tokens(shell: Shell) -> None:
-    """Standard output is the token alone, for scripts; tokens are listed one per line, whatever their label."""
+async def test_tokens_are_printed_alone_and_listed_one_per_line(shell: Shell) -> None:
     (first,) = (await shell.get_admin("/tenants/shop"))["tokens"]
     created = await shell.run("token", "create", "shop", "--label", "two\nlines \x1b[31mred")
     token = created.stdout.removesuffix("\n")
@@ -244,8 +233,7 @@ async def test_tokens(shell: Shell) -> None:
     assert await shell.run_json("tenant", "revoke-all", "shop") == {"revoked": []}
 
 
-async def test_clock(shell: Shell) -> None:
-    """A reset prints the offset of the ledger's clock; afterwards it is zero."""
+async def test_clock_reset_prints_the_offset(shell: Shell) -> None:
     await shell.gateway.advance(0)  # the clock stands still from here
     await shell.gateway.submit()
     await shell.gateway.advance(-1_200)

@@ -39,8 +39,7 @@ async def connect(environ: Mapping[str, str], *, code: int = 0) -> Result:
     return await asyncio.to_thread(check_config, environ, "--connect", code=code)
 
 
-def test_defaults(tmp_path: Path) -> None:
-    """Without settings it prints the defaults and what would be generated or started, and does neither."""
+def test_defaults_are_printed_and_nothing_is_generated_or_started(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     result = check_config({"GATEWAY_DATA_DIR": str(folder)}, "--connect")
     assert re.search(r"^GATEWAY_PORT +8080 +default$", result.stdout, re.MULTILINE)
@@ -48,8 +47,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
-def test_production(tmp_path: Path) -> None:
-    """Each setting is printed with its source, secrets redacted; weak ones are warnings, or errors in production."""
+def test_settings_are_printed_with_sources_and_weak_ones_reported(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\n")
     environ = PRODUCTION | {"GATEWAY_ADMIN_TOKEN": "", "GATEWAY_ADMIN_TOKEN_FILE": str(file)}
@@ -70,8 +68,7 @@ def test_production(tmp_path: Path) -> None:
     assert "GATEWAY_ADMIN_TOKEN" in check_config(weak, "--production", code=1).stderr
 
 
-def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All errors are reported at once; `serve` exits with 2 then, before it starts anything."""
+def test_all_errors_are_reported_at_once_also_by_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {"GATEWAY_PORT": "http", "GATEWAY_PROT": "1", "GATEWAY_POLL_SECONDS": "0", "GATEWAY_TRACES_SHARE": "2"}
     for result in (check_config(wrong, code=1), run_command("serve", code=2, env=wrong)):
         assert result.stdout == ""
@@ -84,16 +81,14 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "imaging-gateway[otel]" in check_config({"GATEWAY_TRACES_URL": "http://127.0.0.1:1"}, code=1).stderr
 
 
-async def test_connect() -> None:
-    """A durable store passes without a warning; nothing is sent to the upstream."""
+async def test_durable_store_passes_and_the_upstream_gets_no_request() -> None:
     with run_valkey("--appendonly", "yes", "--maxmemory-policy", "noeviction") as store:
         async with run_server(never_reply) as peer:
             result = await connect({"GATEWAY_REDIS_URL": store.url, "GATEWAY_UPSTREAM_URL": f"{peer.url}/base"})
     assert (result.stderr, peer.connections, peer.requests) == ("", 1, [])
 
 
-def test_stores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each unsuitable property of a store is a warning or an error, and nothing is written to it."""
+def test_unsuitable_stores_are_reported_and_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         run_valkey("--maxmemory-policy", "allkeys-lru") as store,
         Redis(unix_socket_path=str(store.socket_path)) as client,
@@ -119,8 +114,7 @@ def test_stores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("run_store", [run_with_sentinel, run_cluster], ids=lambda made: made.__name__)
-def test_topologies(run_store: Callable[[], AbstractContextManager[RunningStore]]) -> None:
-    """Behind Sentinel and in a Cluster the server with the data is checked."""
+def test_server_with_the_data_is_checked(run_store: Callable[[], AbstractContextManager[RunningStore]]) -> None:
     with run_store() as store:
         environ = {"GATEWAY_REDIS_URL": store.url, "GATEWAY_KEY_PREFIX": "old"}
         assert "set appendonly yes" in check_config(environ, "--connect").stderr
@@ -149,8 +143,7 @@ async def test_old_store() -> None:
         ("UPSTREAM", f"http://{'a' * 64}.example", "invalid host name"),
     ],
 )
-def test_unreachable(name: str, url: str, why: str) -> None:
-    """Both servers are checked, and the error names the setting and the system's reason."""
+def test_unreachable_servers_are_named_with_the_reason(name: str, url: str, why: str) -> None:
     unreachable = {"GATEWAY_REDIS_URL": "redis://127.0.0.1:1", "GATEWAY_UPSTREAM_URL": "http://127.0.0.1:1"}
     lines = check_config(unreachable | {f"GATEWAY_{name}_URL": url}, "--connect", code=1).stderr.splitlines()
     assert sorted(line.split()[1] for line in lines) == list(unreachable)

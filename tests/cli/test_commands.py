@@ -22,8 +22,7 @@ _ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(r"^ *```sh\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 
-def test_help_is_fast() -> None:
-    """As a process: help imports nothing heavy."""
+def test_help_imports_nothing_heavy() -> None:
     heavy = {"cv2", "httpx2", "litestar", "msgspec", "numpy", "service.settings", "uvicorn"}
     script = (
         "import sys; from click.testing import CliRunner; from service.cli import main\n"
@@ -39,8 +38,7 @@ def test_outdated_documents(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["gateway.yaml"]
 
 
-def test_former_names() -> None:
-    """They work, but are not listed; the former `set` names its replacements, whatever its options."""
+def test_former_names_work_unlisted_and_set_names_its_replacements() -> None:
     for group, old_name, new_name in (((), "reseal", "rotate-keys"), (("webhook",), "rotate", "rotate-secret")):
         old, new = (run_command(*group, name, "--help").output.splitlines() for name in (old_name, new_name))
         assert old[1:] == new[1:]
@@ -90,8 +88,7 @@ def test_usage_errors_of_apply(arguments: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["README.md", "deploy/OPERATIONS.md", "deploy/RUNBOOK.md"])
-def test_documented_commands(name: str) -> None:
-    """The commands in blocks and in inline code of the documents exist, with their options."""
+def test_documented_commands_exist_with_their_options(name: str) -> None:
     text = (_ROOT / name).read_text()
     blocks = re.sub(r"\$\([^)]*\)", "VALUE", "".join(_BLOCK.findall(text)).replace("\\\n", ""))
     commands = re.findall(r"^ *gateway ([a-z][^#|>&;\n]+)", blocks, re.MULTILINE)
@@ -101,8 +98,7 @@ def test_documented_commands(name: str) -> None:
         run_command(*command.split(), "--help")
 
 
-def test_output() -> None:
-    """Text is left-aligned and numbers are right-aligned, also after Chinese characters; values fill one line."""
+def test_columns_are_aligned_and_values_fill_one_line() -> None:
     rows = [("main", 5, "生产服务", "x"), ("a-longer-name", 1_000, "web", "y"), ("b", None, None, "z")]
     assert format_table(("name", "uses", "label", "end"), rows).splitlines() == [
         "NAME           USES  LABEL     END",
@@ -139,8 +135,7 @@ async def run_against(answer: bytes, *arguments: str) -> Result:
         (http_response(b'{"error": "no"}', 400, Content_Type="application/json"), False),
     ],
 )
-async def test_unexpected_responses(answer: bytes, may_be_made: bool) -> None:
-    """A change without a response is reported as possibly made."""
+async def test_change_without_a_response_may_have_been_made(answer: bytes, may_be_made: bool) -> None:
     hint = "may have been made"
     for output in ((), ("--json",)):
         assert hint not in (await run_against(answer, "account", "list", *output)).stderr
@@ -151,8 +146,7 @@ async def test_response_of_another_version() -> None:
     await run_against(http_response(b'{"items": 5}', Content_Type="application/json"), "account", "list")
 
 
-def test_no_gateway() -> None:
-    """One line names the address."""
+def test_unusable_address_is_named_in_one_line() -> None:
     for url, reason in (
         (UNREACHABLE_URL, "can't connect to"),
         ("ftp://host", "is no address"),
@@ -162,8 +156,7 @@ def test_no_gateway() -> None:
         assert reason in line
 
 
-async def test_address(shell: Shell) -> None:
-    """The option wins over the environment; proxies never receive the token."""
+async def test_url_option_wins_and_proxies_get_no_token(shell: Shell) -> None:
     proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), UNREACHABLE_URL)
     shell.environ |= proxies | {"GATEWAY_OPS_HOST": "0.0.0.0"}  # all addresses: reached on localhost
     await shell.run("account", "list")
@@ -175,8 +168,7 @@ async def test_address(shell: Shell) -> None:
     assert "--url" in (await shell.run("account", "list", code=1)).stderr
 
 
-async def test_token(shell: Shell, tmp_path: Path) -> None:
-    """The token comes from the settings, a file, or what a gateway in development generated."""
+async def test_token_comes_from_settings_a_file_or_the_data_folder(shell: Shell, tmp_path: Path) -> None:
     shell.environ["GATEWAY_ADMIN_TOKEN"] = shell.gateway.token
     assert (await shell.run("account", "list", code=1)).stderr.startswith("Authentication required: ")
     del shell.environ["GATEWAY_ADMIN_TOKEN"]
@@ -193,8 +185,7 @@ async def test_token(shell: Shell, tmp_path: Path) -> None:
     await shell.run("account", "list")
 
 
-async def test_odd_names(shell: Shell) -> None:
-    """Reserved characters in a name are escaped in the URL, and no name leads to another resource."""
+async def test_no_name_leads_to_another_resource(shell: Shell) -> None:
     for name in ("main?x", "main#x", "%6Dain", "商店"):
         assert name in (await shell.run("account", "show", name, code=1)).stderr
     before = await shell.get_admin("/registry")

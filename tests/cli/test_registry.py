@@ -27,8 +27,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "registry.toml"
 
 
-async def test_export(shell: Shell, file: Path) -> None:
-    """The output is the registry as TOML without secrets; applying it changes nothing."""
+async def test_export_has_no_secrets_and_applies_without_a_change(shell: Shell, file: Path) -> None:
     await shell.gateway.put_tenant(limits=[{"window": "day", "tasks": 5, "money": 1.5}], kinds=[])
     text = (await shell.run("export")).stdout
     shop = tomllib.loads(text)["tenants"]["shop"]
@@ -41,8 +40,7 @@ async def test_export(shell: Shell, file: Path) -> None:
     assert (await shell.run("apply", "-", stdin=text)).stdout == UNCHANGED
 
 
-async def test_apply(shell: Shell, file: Path) -> None:
-    """Differences are printed and applied; a second run finds none."""
+async def test_apply_prints_and_makes_differences_once_and_prunes_by_force(shell: Shell, file: Path) -> None:
     shell.environ["PRESS_KEY"] = "key-of-press"
     file.write_text(
         """
@@ -70,9 +68,14 @@ async def test_apply(shell: Shell, file: Path) -> None:
     (difference,) = (await shell.run_json("apply", str(file)))["differences"]
     assert difference == {"path": "tenants.press", "action": "added", "after": {"accounts": ["main"]}}
 
+    file.write_text("")  # deletes all
+    assert (await shell.run("apply", str(file), "--prune", code=1)).stderr.startswith("Conflict: ")
+    lines = (await shell.run("apply", str(file), "--prune", "--force")).stdout.splitlines()
+    assert '- tenants.shop.accounts = ["main"]' in lines
+    assert shell.gateway.services.registry.current.accounts == {}
 
-async def test_dry_run(shell: Shell, file: Path) -> None:
-    """A dry run prints the differences without secrets, changes nothing and exits with 2."""
+
+async def test_dry_run_changes_nothing_and_shows_no_secret(shell: Shell, file: Path) -> None:
     shell.environ["OTHER_KEY"] = "another-key"
     text = (await shell.run("export")).stdout + '\n[accounts.main.user_key]\nenv = "OTHER_KEY"\n'
     file.write_text(text.replace('accounts = [\n    "main",\n]', 'accounts = ["main"]\ndisabled = true'))
@@ -88,19 +91,7 @@ async def test_dry_run(shell: Shell, file: Path) -> None:
     assert shell.gateway.services.registry.current.version == version
 
 
-async def test_prune(shell: Shell, file: Path) -> None:
-    """--prune deletes what is not in the file, under running tasks only with --force."""
-    await shell.gateway.upstream.keep_running()
-    await shell.gateway.submit()
-    file.write_text("")
-    assert (await shell.run("apply", str(file), "--prune", code=1)).stderr.startswith("Conflict: ")
-    lines = (await shell.run("apply", str(file), "--prune", "--force")).stdout.splitlines()
-    assert '- tenants.shop.accounts = ["main"]' in lines
-    assert shell.gateway.services.registry.current.accounts == {}
-
-
-async def test_secret_of_a_webhook(shell: Shell, file: Path) -> None:
-    """A webhook's secret comes from its source; without one it is generated and printed once."""
+async def test_webhook_secret_is_read_or_generated_and_printed_once(shell: Shell, file: Path) -> None:
     webhook = 'tenants.press = { accounts = ["main"], webhook = { url = "https://h.example/" %s } }'
     file.write_text(webhook % "")
     assert "whsec_" not in (await shell.run("apply", str(file), "--dry-run", code=2)).stdout
@@ -114,8 +105,9 @@ async def test_secret_of_a_webhook(shell: Shell, file: Path) -> None:
     assert key == base64.b64decode("a" * 40)
 
 
-async def test_errors(shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All errors are printed, also the gateway's and a change by another meanwhile; nothing is changed."""
+async def test_errors_are_printed_and_nothing_is_changed(
+    shell: Shell, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = await shell.get_admin("/registry")
     file.write_text("tenants.shop.accounts = ['mian']\naccounts.new = {}")
     _, *lines = (await shell.run("apply", str(file), code=1)).stderr.splitlines()
@@ -163,8 +155,7 @@ def decrypt_with_first_key(shell: Shell) -> tuple[str | None, bytes | None, byte
     return shell.stored_user_key("main"), hooks.decrypt(secrets.current), previous
 
 
-async def test_rotate_keys(valkey: Valkey) -> None:
-    """All secrets are encrypted with the first key and nothing else changes; secrets that no key decrypts are named."""
+async def test_rotate_keys_encrypts_all_secrets_and_names_undecryptable_ones(valkey: Valkey) -> None:
     both = ",".join(base64.b64encode(key).decode() for key in (SECRET_KEY, OLD_KEY))
     async with run_shell(valkey, GATEWAY_SECRET_KEYS=both) as shell:
         await encrypt_secrets(shell, OLD_KEY)

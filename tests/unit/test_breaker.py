@@ -5,14 +5,6 @@ from __future__ import annotations
 from service.clients.http import BREAKER_THRESHOLD, FIRST_PAUSE_SECONDS, Attempt, Breaker
 
 
-class ManualClock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def admit_attempt(breaker: Breaker) -> Attempt:
     attempt = breaker.admit()
     assert attempt is not None
@@ -25,29 +17,26 @@ def fail_attempts(breaker: Breaker, count: int = BREAKER_THRESHOLD) -> None:
 
 
 def test_failed_trials_double_the_pause_up_to_a_minute() -> None:
-    clock = ManualClock()
-    breaker = Breaker(clock)
+    now = [100.0]
+    breaker = Breaker(lambda: now[0])
     fail_attempts(breaker)
     for pause in (10, 20, 40, 60, 60):
-        clock.now += pause - 0.001
-        assert breaker.admit() is None
-        states = [breaker.is_open]
-        clock.now += 0.001
-        states.append(breaker.is_open)
-        trial = admit_attempt(breaker)
-        states.append(breaker.is_open)
-        assert states == [True, False, True]
+        now[0] += pause - 0.001
+        assert (breaker.admit(), breaker.is_open) == (None, True)
+        now[0] += 0.001
+        is_open, trial = breaker.is_open, admit_attempt(breaker)
+        assert (is_open, breaker.is_open) == (False, True)
         breaker.on_failed(trial)
 
 
 def test_trials_and_late_attempts() -> None:
-    clock = ManualClock()
-    breaker = Breaker(clock)
+    now = [100.0]
+    breaker = Breaker(lambda: now[0])
     late = [admit_attempt(breaker) for _ in range(3)]
     fail_attempts(breaker)
-    clock.now += FIRST_PAUSE_SECONDS / 2
+    now[0] += FIRST_PAUSE_SECONDS / 2
     breaker.on_failed(late[0])  # does not prolong the pause
-    clock.now += FIRST_PAUSE_SECONDS / 2
+    now[0] += FIRST_PAUSE_SECONDS / 2
     breaker.on_abandoned(admit_attempt(breaker))
     trial = admit_attempt(breaker)
     breaker.on_abandoned(late[1])  # is not the trial
@@ -59,5 +48,5 @@ def test_trials_and_late_attempts() -> None:
     breaker.on_connected(admit_attempt(breaker))
     fail_attempts(breaker)
     assert breaker.admit() is None
-    clock.now += FIRST_PAUSE_SECONDS  # the first pause again, after a connection
+    now[0] += FIRST_PAUSE_SECONDS  # the first pause again, after a connection
     admit_attempt(breaker)

@@ -86,15 +86,7 @@ def test_passwords_are_never_shown(secret: str, pattern: str) -> None:
     assert secret not in text
 
 
-@pytest.mark.parametrize(
-    ("url", "redacted"),
-    [
-        ("rediss://me:hush@store:1/2?ssl_cert_reqs=none", "rediss://***@store:1/2?ssl_cert_reqs=none"),
-        (
-            "redis+sentinel://:hush@a,b:2/main?sentinel_username=me&sentinel_password=hush",
-            "redis+sentinel://***@a,b:2/main?sentinel_username=me&sentinel_password=***",
-        ),
-    ],
-)
-def test_redaction(url: str, redacted: str) -> None:
-    assert redact_url(url) == redacted
+def test_redaction() -> None:
+    query = "?ssl_cert_reqs=none&sentinel_username=me&sentinel_password="
+    redacted = redact_url(f"rediss+sentinel://me:hush@a,b:2/main{query}hush")
+    assert redacted == f"rediss+sentinel://***@a,b:2/main{query}***"

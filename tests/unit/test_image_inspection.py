@@ -165,7 +165,6 @@ SIZE = b"\x00\x05\x00\x07"
 TABLE = b"\xff\xdb\x00\x43\x00" + b"\x01" * 64
 FRAME = TABLE + b"\xff\xc0\x00\x0b\x08" + SIZE + b"\x01\x01\x11\x00"
 SCAN = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00scan"
-VP8L = b"VP8L", b"\x2f\0\0\0\0\0"
 
 
 def webp(*chunks: tuple[bytes, bytes]) -> bytes:
@@ -221,7 +220,13 @@ UNREADABLE = {
     "pixels before their frame": jpeg(SCAN),
     "no height": jpeg(FRAME.replace(SIZE, b"\x00\x00\x00\x07"), SCAN),
     "a canvas without pixels": webp((b"VP8X", b"\0" * 10), (b"EXIF", b"1234")),
-    "a chunk beyond the end": webp((b"VP8X", b"\0" * 10), VP8L).replace(b"VP8L\x06", b"VP8L\x08"),
+    "a chunk beyond the end": webp((b"VP8X", b"\0" * 10), vp8l(1, 1)).replace(b"VP8L\x06", b"VP8L\x08"),
+    # Anything quadratic would take hours.
+    "png chunks": png(header(3, 3)) + b"\0\0\0\0tEXtsum." * 200_000,
+    "empty pixels": png(header(3, 3)) + png((b"IDAT", b""))[8:] * 200_000,
+    "jpeg comments": b"\xff\xd8" + b"\xff\xfe\x00\x02" * 200_000,
+    "jpeg stuffing": b"\xff\xd8" + b"\xff\x00" * 200_000,
+    "webp chunks": webp((b"VP8X", b"\0" * 10)) + b"ABCD\0\0\0\0" * 200_000,
 }
 
 
@@ -239,6 +244,8 @@ ODD = {
         webp(vp8x(5, 7), (b"ICCP", b"odd\0"), vp8l(5, 7)).replace(b"\x04\0\0\0odd", b"\x03\0\0\0odd"),
         (5, 7),
     ),
+    # Encoders split the pixels into chunks as small as they like.
+    "many png chunks": (png(header(3, 3), *[(b"IDAT", b"")] * (MAX_SEGMENTS + 1), PIXELS, END), (3, 3)),
 }
 
 
@@ -259,30 +266,9 @@ def test_segment_limit() -> None:
         assert (inspect_size(data) is not None) is is_accepted
 
 
-def test_png_chunks_are_unlimited() -> None:
-    # Encoders split the pixels into chunks as small as they like.
-    chunks = [(b"IDAT", b"")] * (MAX_SEGMENTS + 1)
-    assert inspect_size(png(header(3, 3), *chunks, PIXELS, END)) == (3, 3)
-
-
 def test_jpeg_marker_after_a_long_scan() -> None:
     for length in range(1024 * 1024 - 8, 1024 * 1024 + 2, 3):
         assert inspect_size(b"\xff\xd8" + FRAME + SCAN + b"x" * length + b"\xff\xd9") == (7, 5)
-
-
-HOSTILE = {
-    "png chunks": png(header(3, 3)) + b"\0\0\0\0tEXtsum." * 200_000,
-    "empty pixels": png(header(3, 3)) + png((b"IDAT", b""))[8:] * 200_000,
-    "jpeg comments": b"\xff\xd8" + b"\xff\xfe\x00\x02" * 200_000,
-    "jpeg stuffing": b"\xff\xd8" + b"\xff\x00" * 200_000,
-    "webp chunks": webp((b"VP8X", b"\0" * 10)) + b"ABCD\0\0\0\0" * 200_000,
-}
-
-
-@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
-def test_inspection_is_linear(data: bytes) -> None:
-    # Anything quadratic would take hours.
-    assert inspect_size(data) is None
 
 
 SVG_HEADS = [

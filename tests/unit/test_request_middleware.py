@@ -11,6 +11,7 @@ from litestar.exceptions import ImproperlyConfiguredException, PermissionDeniedE
 from litestar.params import FromPath
 from litestar.response import Stream
 from prometheus_client import CollectorRegistry
+from structlog.testing import LogCapture
 
 from service.api import asgi
 from service.api.asgi import RequestMiddleware
@@ -55,21 +56,17 @@ class ObservedApp:
     """An application behind the middleware, with its log events, metrics and spans."""
 
     def __init__(self, app: App | None = None, recorder: SpanRecorder | None = None) -> None:
-        self.events: list[dict[str, Any]] = []
         self.recorder = recorder or SpanRecorder(secrets=[ADMIN_TOKEN])
-        logger = structlog.wrap_logger(
-            None, processors=[self._collect], wrapper_class=structlog.make_filtering_bound_logger("INFO")
-        )
+        processors = [structlog.contextvars.merge_contextvars, capture := LogCapture()]
+        level = structlog.make_filtering_bound_logger("INFO")
+        logger = structlog.wrap_logger(None, processors=processors, wrapper_class=level)
+        self.events = capture.entries
         handlers: dict[Any, Any] = dict(exception_handlers(logger))
         self.registry = CollectorRegistry()
         inner: Any = app or Litestar(
             [thing, torn], exception_handlers=handlers, openapi_config=None, logging_config=None
         )
         self.app: App = RequestMiddleware(inner, Metrics(self.registry), logger, Port.TENANTS, self.recorder.tracer)
-
-    def _collect(self, _logger: object, method: str, event: Any) -> Any:
-        self.events.append({"level": method, **structlog.contextvars.merge_contextvars(None, method, event)})
-        raise structlog.DropEvent
 
     @property
     def access_event(self) -> dict[str, Any]:

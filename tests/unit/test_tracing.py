@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Iterator
 from functools import partial
 
@@ -14,6 +13,7 @@ from structlog.testing import capture_logs
 from service.container import open_tracer
 from service.telemetry import tracing, tracing_otel
 from service.telemetry.tracing import NOOP_TRACER
+from tests.support.network import reserve_port
 from tests.support.traces import SPAN, TRACE, SpanRecorder, TraceCollector, run_collector, wait_until
 from tests.unit.asgi_client import make_http_scope
 
@@ -52,14 +52,6 @@ def collector() -> Iterator[TraceCollector]:
         yield trace_collector
 
 
-@pytest.fixture
-def closed_port() -> Iterator[int]:
-    """A port that refuses connections, and that no other process can open."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        yield bound.getsockname()[1]
-
-
 def record_requests(tracer: Tracer, times: int = 1) -> None:
     for _ in range(times):
         with tracing.start_request_span(tracer, make_http_scope(path="/x")) as span:
@@ -73,9 +65,9 @@ async def export_requests(url: str, times: int = 1) -> None:
 
 
 async def test_only_the_process_and_the_credentials_come_from_the_environment(
-    collector: TraceCollector, closed_port: int, monkeypatch: pytest.MonkeyPatch
+    collector: TraceCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unreachable = f"http://127.0.0.1:{closed_port}"
+    unreachable = f"http://127.0.0.1:{reserve_port()}"
     for name, value in {
         "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=staging,service.version=of-the-platform",
         "OTEL_SERVICE_NAME": "gateway-of-ours",
@@ -99,10 +91,10 @@ async def test_only_the_process_and_the_credentials_come_from_the_environment(
     assert (headers["x-key"], headers["content-encoding"]) == ("let-me-in", "gzip")
 
 
-async def test_unavailable_collector_does_not_delay_the_end(closed_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unavailable_collector_does_not_delay_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing_otel, "FLUSH_SECONDS", 0.05)
     with capture_logs() as events:
-        await export_requests(f"http://127.0.0.1:{closed_port}", times=tracing_otel.MAX_BATCH_SIZE * 3)
+        await export_requests(f"http://127.0.0.1:{reserve_port()}", times=tracing_otel.MAX_BATCH_SIZE * 3)
     assert "tracing.flush_timeout" in [event["event"] for event in events]
 
 
