@@ -1,4 +1,4 @@
-"""Preferences of requests, and CSV output."""
+"""Preferences of requests, problem documents and CSV output."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.api.errors import _PROBLEM_TYPES, to_problem
 from service.api.params import parse_wait_seconds
-from service.api.schemas import flatten, render_csv
+from service.api.schemas import render_csv
+from service.domain import errors
 
 
 @pytest.mark.parametrize(
@@ -37,10 +39,18 @@ def test_wait_of_the_prefer_header(headers: list[str], seconds: int) -> None:
     assert parse_wait_seconds(headers) == seconds
 
 
-def test_csv_format() -> None:
-    content = render_csv(["a", "b"], [["x,y", 'say "hi"'], ["two\r\nlines", None], [0, 0.29]])
-    assert content == b'a,b\r\n"x,y","say ""hi"""\r\n"two\r\nlines",\r\n0,0.29\r\n'
-    assert list(flatten({"b": {"x": 1, "y": {"z": None}}, "a": 2}).items()) == [("b_x", 1), ("b_y_z", None), ("a", 2)]
+def test_every_error_is_in_the_table() -> None:
+    classes = [
+        item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, errors.GatewayError)
+    ]
+    bases = {base for cls in classes for base in cls.__mro__[1:]}
+    assert [cls for cls in classes if cls not in bases and _PROBLEM_TYPES.keys().isdisjoint(cls.__mro__)] == []
+    assert len(classes) > len(_PROBLEM_TYPES)
+
+
+@pytest.mark.parametrize(("seconds", "header"), [(0.2, "1"), (2.0, "2"), (-3.5, "0")])
+def test_retry_after_is_rounded_up(seconds: float, header: str) -> None:
+    assert to_problem(errors.Overloaded("Later.", retry_after=seconds)).headers["Retry-After"] == header
 
 
 CELLS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.integers() | st.none()

@@ -1,4 +1,4 @@
-"""Idempotency keys and content digests."""
+"""The content of submissions: idempotency keys, digests, options and metadata."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.domain.errors import IdempotencyKeyInvalid
+from service.domain.errors import IdempotencyKeyInvalid, InvalidOptions
 from service.domain.ledger import MAX_IDEMPOTENCY_KEY_CHARS, Idempotency, digest_submission, parse_idempotency_key
-from service.domain.tasks import FaceEnhanceOptions, Options, SeamlessOptions, UpscaleOptions, VectorizeOptions
+from service.domain.tasks import (
+    DEFAULT_CATALOGUE,
+    Catalogue,
+    FaceEnhanceOptions,
+    Kind,
+    Options,
+    SeamlessOptions,
+    UpscaleOptions,
+    VectorizeOptions,
+    parse_metadata,
+    parse_options,
+)
 
 KEY = "8e03978e-40d5-43dd-bc93-6894a57f9324"
 DIGEST = bytes(range(32))
@@ -100,3 +111,54 @@ def test_every_field_counts() -> None:
     assert len(set(digests)) == len(digests)
     assert content_digest(FULL, METADATA) == content_digest(FULL, dict(reversed(METADATA.items())))
     assert content_digest(UpscaleOptions(inpaint_strength=0)) == content_digest(UpscaleOptions(inpaint_strength=-0.0))
+
+
+def parse(kind: Kind, *fields: tuple[str, str]) -> Options:
+    return parse_options(kind, fields, DEFAULT_CATALOGUE)
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("scale", ["inf", " "]),
+        ("noise", ["0.99", "1.2"]),
+        ("steps", ["19", "41", "20.5"]),
+        ("inpaint_strength", ["-0.1", "1.1"]),
+        ("colors", ["1", "17"]),
+        ("fit", ["0.5", ""]),
+    ],
+)
+def test_invalid_values_are_named(name: str, texts: list[str]) -> None:
+    for text in texts:
+        with pytest.raises(InvalidOptions) as refused:
+            parse(Kind.UPSCALE, (name, text))
+        assert [error.field for error in refused.value.errors] == [name], text
+
+
+def test_range_ends_and_empty_values_are_accepted() -> None:
+    for fit in ("0.1", "0.9"):
+        assert parse(Kind.SEAMLESS, ("fit", fit)) == SeamlessOptions(fit=float(fit))
+    for colors in ("2", "16"):
+        assert parse(Kind.UPSCALE, ("colors", colors), ("noise", "1.1"), ("inpaint_strength", "1")) == UpscaleOptions(
+            colors=int(colors), noise=1.1, inpaint_strength=1
+        )
+    assert parse(Kind.UPSCALE, ("scale", "1"), ("vector", "TRUE"), ("prompt", "x" * 2_000)) == UpscaleOptions(
+        scale=1, vector=True, prompt="x" * 2_000
+    )
+    fields = [("scale", ""), ("vector", ""), ("model", ""), ("steps", ""), ("steps", "20"), ("prompt", "")]
+    assert parse(Kind.UPSCALE, *fields) == UpscaleOptions(steps=20)
+
+
+def test_model_catalogue() -> None:
+    catalogue = Catalogue(models={"general": "通用模型", "anime": "动漫模型"}, styles={"general": "通用风格"})
+    for given_as in ("anime", "动漫模型"):
+        assert parse_options(Kind.UPSCALE, [("model", given_as)], catalogue) == UpscaleOptions(model="anime")
+
+
+def test_metadata() -> None:
+    assert parse_metadata('{"order": "17", "用途": "封面"}') == {"order": "17", "用途": "封面"}
+    assert len(parse_metadata('{"a": "' + "x" * 2_039 + '"}')["a"]) == 2_039
+    for text in ("", '{"a": "' + "x" * 2_041 + '"}'):
+        with pytest.raises(InvalidOptions, match="metadata"):
+            parse_metadata(text)
+    assert parse_metadata(None) == {}
