@@ -57,7 +57,6 @@ class Shell:
         return json.loads((await self.run(*arguments, "--json")).stdout)
 
     async def get_admin(self, path: str) -> Any:
-        """Return a resource of the operators' API."""
         return (await self.gateway.call_admin("GET", path)).json()
 
     async def is_accepted(self, token: str | None = None) -> bool:

@@ -6,13 +6,12 @@ import asyncio
 import re
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 
-from service.cli.formatting import format_record, format_table, format_value
+from service.cli.formatting import format_table, format_value
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN
 from tests.cli.conftest import UNREACHABLE_URL, Shell, run_command
 from tests.contract.scripted_server import http_response, reply_and_close, run_server
@@ -106,11 +105,7 @@ def test_columns_are_aligned_and_values_fill_one_line() -> None:
         "a-longer-name  1000  web       y",
         "b                 -  -         z",
     ]
-    assert format_record(("name", "main"), ("balance at", None)) == "name:        main\nbalance at:  -"
-    values = [[], 0.5, True, ["a", "b"], datetime(2030, 1, 31, 12, tzinfo=UTC), "two\nlines\t\x1b[31m red\u202e"]
-    assert [format_value(value) for value in values] == [
-        *("-", "0.5", "yes", "a, b", "2030-01-31T12:00:00Z", "two lines [31m red")
-    ]
+    assert format_value("two\nlines\t\x1b[31m red\u202e") == "two lines [31m red"
 
 
 async def run_against(answer: bytes, *arguments: str) -> Result:

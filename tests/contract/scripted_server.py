@@ -50,7 +50,6 @@ class Connection:
         await self.writer.drain()
 
     def reset(self) -> None:
-        """Close with a TCP reset."""
         linger = struct.pack("ii", 1, 0)
         self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.writer.transport.abort()
@@ -87,7 +86,6 @@ def chunked_body(*chunks: bytes, end: bool = True, trailer: bytes = b"") -> byte
 
 
 def vendor_response(**content: Any) -> bytes:
-    """Return an HTTP response in the vendor's format."""
     return http_response(json.dumps(content).encode(), Content_Type="application/json")
 
 

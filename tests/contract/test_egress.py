@@ -170,7 +170,6 @@ def resolve_from(names: Mapping[str, str]) -> Resolver:
 
 
 def redirect_through(*locations: str) -> Handler:
-    """Redirect through the locations, then send the artifact."""
     left = iter(locations)
 
     async def serve(connection: Connection) -> None:

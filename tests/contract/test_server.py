@@ -42,7 +42,6 @@ class Application:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.requests.append(f"{scope['method']} {scope['path']}")
         self.call_started.set()
-        headers: list[tuple[bytes, bytes]] = []
         match scope["path"]:
             case "/body":
                 status, body = 200, await self._body(receive)
@@ -71,7 +70,7 @@ class Application:
                 return
             case _:
                 status, body = 200, b"ok"
-        headers.append((b"content-length", str(len(body)).encode()))
+        headers = [(b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 

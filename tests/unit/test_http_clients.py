@@ -19,7 +19,6 @@ LOCAL = [
 
 
 def make_connect_error(*attempts: Exception) -> Exception:
-    """Make a client error caused by one or several attempts."""
     raised = OSError("All connection attempts failed")
     raised.__cause__ = attempts[0] if len(attempts) == 1 else ExceptionGroup("several", attempts)
     error = httpx2.ConnectError("failed")

@@ -55,6 +55,9 @@ def make_noise(mode: str, width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(grey).convert(mode)
 
 
+THUMBNAIL = encode(make_noise("L", 4, 4, 1), "JPEG")
+
+
 @st.composite
 def images(draw: st.DrawFn, sides: st.SearchStrategy[int] = SIDES) -> bytes:
     """Generate valid files in the three formats, with the options of ordinary software."""
@@ -65,9 +68,7 @@ def images(draw: st.DrawFn, sides: st.SearchStrategy[int] = SIDES) -> bytes:
     if options.get("save_all"):
         options["append_images"] = [make_noise("RGB", *size, seed=77)]
     if draw(st.booleans()):
-        exif = Image.Exif()
-        exif[0x010E] = "a picture"
-        options["exif"] = exif
+        options["exif"] = b"Exif\0\0" + THUMBNAIL  # whose end is not that of the image
     return encode(picture, file_format, **options)
 
 
@@ -136,15 +137,6 @@ def test_inspection_agrees_with_decoders_on_altered_headers(data: bytes, draw: s
     # Where a PNG or JPEG declares another coding of its pixels, only decoding all of them proves it wrong.
     if inspected == (21, 21) and altered.startswith(b"RIFF"):
         assert any(sizes)
-
-
-def test_thumbnail_end_is_not_the_image_end() -> None:
-    thumbnail = encode(make_noise("RGB", 16, 16, 1), "JPEG")
-    whole = encode(make_noise("RGB", 32, 32, 2), "JPEG", exif=b"Exif\0\0" + thumbnail)
-    end = whole.index(thumbnail) + len(thumbnail)
-    assert inspect_image(whole) == ImageInfo("image/jpeg", 32, 32)
-    with pytest.raises(InvalidImage):
-        inspect_image(whole[: end + 200])
 
 
 def png(*chunks: tuple[bytes, bytes], checksum: int = 0) -> bytes:

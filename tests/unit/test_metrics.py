@@ -26,7 +26,6 @@ REGISTRY = Registry(
 
 
 def read_sample(metrics: Metrics, name: str, **labels: str) -> float | None:
-    """Return a sample of a scrape, or None."""
     for family in text_string_to_metric_families(metrics.render()[0].decode()):
         for sample in family.samples:
             if sample.name == f"gateway_{name}" and labels.items() <= sample.labels.items():
@@ -36,7 +35,6 @@ def read_sample(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 @pytest.fixture
 def metrics() -> Metrics:
-    """Metrics of a new process."""
     return Metrics(CollectorRegistry())
 
 
@@ -74,28 +72,19 @@ def test_known_series_start_at_zero(metrics: Metrics) -> None:
         assert read_sample(metrics, f"{name}_total", tenant="shop", kind="vectorize") is None
 
 
-def make_registry(**ids: int) -> Registry:
-    return Registry(tenants={name: Tenant(number, name, ()) for name, number in ids.items()})
-
-
-def read_submitted(metrics: Metrics, *tenants: str) -> list[float | None]:
-    return [read_sample(metrics, "tasks_submitted_total", tenant=tenant, kind="upscale") for tenant in tenants]
-
-
 def test_tenants_beyond_the_cap_share_a_label_and_deleted_ones_lose_it() -> None:
     metrics = Metrics(CollectorRegistry(), max_named_tenants=2)
 
-    def count_tasks(*tenants: int) -> None:
+    def count_tasks(ids: dict[str, int], *tenants: int) -> list[float | None]:
+        registry = Registry(tenants={name: Tenant(number, name, ()) for name, number in ids.items()})
+        metrics.label_names.read_registry = lambda: registry
         for tenant in tenants:
             metrics.tasks_submitted.labels(metrics.label_names.of_tenant(tenant), Kind.UPSCALE).inc()
+        names = ("first", "second", "third", "other")
+        return [read_sample(metrics, "tasks_submitted_total", tenant=name, kind="upscale") for name in names]
 
-    registry = make_registry(third=9, first=3, second=5)
-    metrics.label_names.read_registry = lambda: registry
-    count_tasks(3, 5, 9, 77)
-    assert read_submitted(metrics, "first", "second", "third", "other") == [1, 1, None, 2]
-    registry = make_registry(third=9, second=5)
-    count_tasks(3, 5, 9)
-    assert read_submitted(metrics, "first", "second", "third", "other") == [None, 2, 1, 3]
+    assert count_tasks({"third": 9, "first": 3, "second": 5}, 3, 5, 9, 77) == [1, 1, None, 2]
+    assert count_tasks({"third": 9, "second": 5}, 3, 5, 9) == [None, 2, 1, 3]
 
 
 def test_account_shows_only_known_balances(metrics: Metrics) -> None:

@@ -40,7 +40,6 @@ USER_KEYS, WEBHOOK_SECRETS = (Keyring([b"r" * 32]).derive(name) for name in ("us
 KEY_VARIABLES = {"KEY_ONE": "key-one", "KEY_TWO": "key-two"}
 WEBHOOK_VARIABLES = {"HOOK_ONE": "whsec_" + "a" * 40, "HOOK_TWO": "whsec_" + "b" * 40}
 ENVIRONMENT = KEY_VARIABLES | WEBHOOK_VARIABLES
-"""The variables that documents refer to."""
 
 ACCOUNTS, TENANTS = ("main", "with.dots"), ("shop", "press", "x.y")
 

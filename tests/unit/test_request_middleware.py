@@ -1,7 +1,10 @@
-"""Access log, metrics and span of requests."""
+"""Access log, metrics and spans of requests, and the export of spans."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -9,18 +12,21 @@ import structlog
 from litestar import Litestar, Request, Response, get
 from litestar.exceptions import ImproperlyConfiguredException, PermissionDeniedException
 from litestar.params import FromPath
-from litestar.response import Stream
+from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
-from structlog.testing import LogCapture
+from structlog.testing import LogCapture, capture_logs
 
 from service.api import asgi
 from service.api.asgi import RequestMiddleware
 from service.api.errors import OUTCOME, ClientDisconnected, exception_handlers
+from service.container import open_tracer
 from service.domain.errors import NotFound, UpstreamFault
+from service.telemetry import tracing, tracing_otel
 from service.telemetry.metrics import Metrics, Port
-from tests.support.network import serve_app
-from tests.support.traces import SPAN, TRACE, SpanRecorder
-from tests.unit.asgi_client import App, call_app, make_http_scope, make_receive, open_raw_connection
+from service.telemetry.tracing import NOOP_TRACER
+from tests.support.network import reserve_port
+from tests.support.traces import SPAN, TRACE, SpanRecorder, TraceCollector, run_collector, wait_until
+from tests.unit.asgi_client import App, Message, call_app, make_http_scope, make_receive
 
 ADMIN_TOKEN = "the-token-of-the-operators"
 
@@ -43,15 +49,6 @@ async def thing(request: Request[Any, Any, Any], thing: FromPath[str]) -> Respon
     return Response("")
 
 
-@get("/torn")
-async def torn() -> Stream:
-    async def body() -> Any:
-        yield b"half"
-        raise ZeroDivisionError
-
-    return Stream(body())
-
-
 class ObservedApp:
     """An application behind the middleware, with its log events, metrics and spans."""
 
@@ -63,9 +60,7 @@ class ObservedApp:
         self.events = capture.entries
         handlers: dict[Any, Any] = dict(exception_handlers(logger))
         self.registry = CollectorRegistry()
-        inner: Any = app or Litestar(
-            [thing, torn], exception_handlers=handlers, openapi_config=None, logging_config=None
-        )
+        inner: Any = app or Litestar([thing], exception_handlers=handlers, openapi_config=None, logging_config=None)
         self.app: App = RequestMiddleware(inner, Metrics(self.registry), logger, Port.TENANTS, self.recorder.tracer)
 
     @property
@@ -89,7 +84,7 @@ CRASH = "/things/{thing}", 500, "internal-error", "internal-error"
         *(("GET", f"/things/{crash}", *CRASH) for crash in ("crash", "unmapped", "framework")),
         ("GET", "/things/forbidden", "/things/{thing}", 403, "forbidden", None),
         ("GET", "/nowhere", "unmatched", 404, "not-found", None),
-        ("DELETE", "/torn", "unmatched", 405, "method-not-allowed", None),
+        ("DELETE", "/things/one", "unmatched", 405, "method-not-allowed", None),
         ("GET", "/things/left", "/things/{thing}", 499, "client-disconnected", None),
         ("GET", "/things/transfer-aborted", "/things/{thing}", 200, "transfer-aborted", "transfer-aborted"),
         ("GET", "/things/client-too-slow", "/things/{thing}", 200, "client-too-slow", None),
@@ -169,6 +164,23 @@ async def test_error_outside_the_handlers_is_a_problem() -> None:
     assert (event["status"], event["outcome"]) == (500, "internal-error")
 
 
+async def test_error_within_a_response_leaves_it_unfinished() -> None:
+    async def torn(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"half", "more_body": True})
+        raise ZeroDivisionError
+
+    observed, sent = ObservedApp(torn), list[Message]()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await observed.app(make_http_scope(), make_receive([]), send)
+    assert [message.get("more_body") for message in sent] == [None, True]
+    assert [event["event"] for event in observed.events] == ["request.error", "request.ended"]
+    assert (observed.access_event["status"], observed.access_event["outcome"]) == (200, "internal-error")
+
+
 def test_refused_requests_are_logged_once_per_address_and_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     observed = ObservedApp()
     middleware = cast("RequestMiddleware", observed.app)
@@ -184,12 +196,106 @@ def test_refused_requests_are_logged_once_per_address_and_interval(monkeypatch: 
     assert observed.count_requests("other", "unmatched", 400) == 1_505
 
 
-async def test_broken_response_closes_the_connection() -> None:
-    observed = ObservedApp()
-    async with serve_app(observed.app) as url, open_raw_connection(int(url.rpartition(":")[2])) as (reader, writer):
-        writer.write(b"GET /torn HTTP/1.1\r\nHost: x\r\n\r\n")
-        received = await reader.read()
-    assert b"200 OK" in received
-    assert not received.endswith(b"0\r\n\r\n")
-    assert (observed.access_event["status"], observed.access_event["outcome"]) == (200, "internal-error")
-    assert "request.error" in [event["event"] for event in observed.events]
+SAMPLED = f"00-{TRACE}-{SPAN}-01"
+
+
+@pytest.mark.parametrize("headers", [[f"00-{TRACE}-{SPAN}-1"], [f"00-{'0' * 32}-{SPAN}-01"], [SAMPLED, SAMPLED]])
+def test_invalid_parent_starts_a_trace(headers: list[str]) -> None:
+    recorder = SpanRecorder()
+    scope = make_http_scope(headers={"host": "host:port"})
+    scope["headers"] += [(b"traceparent", header.encode()) for header in headers]
+    with tracing.start_request_span(recorder.tracer, scope):
+        pass
+    assert recorder.span.parent_id == ""
+    assert recorder.span.trace_id != TRACE
+    assert "server.address" not in recorder.span.attributes
+
+
+async def test_without_a_collector_nothing_is_passed_on() -> None:
+    with tracing.start_request_span(NOOP_TRACER, make_http_scope(headers={"traceparent": SAMPLED})) as span:
+        assert tracing.trace_id_of(span) == TRACE
+        assert tracing.trace_headers() == {}
+
+
+def test_probes_are_not_recorded() -> None:
+    recorder = SpanRecorder()
+    for path in ("/healthz", "/readyz", "/metrics"):
+        with tracing.start_request_span(recorder.tracer, make_http_scope(path=path, headers={"traceparent": SAMPLED})):
+            pass
+    assert recorder.spans == []
+
+
+@pytest.fixture
+def collector() -> Iterator[TraceCollector]:
+    with run_collector() as trace_collector:
+        yield trace_collector
+
+
+def record_requests(tracer: Tracer, times: int = 1) -> None:
+    for _ in range(times):
+        with tracing.start_request_span(tracer, make_http_scope(path="/x")) as span:
+            tracing.record_request_end(span, "GET", 200, route="/x", outcome="answered", tenant=None)
+
+
+async def export_requests(url: str, times: int = 1) -> None:
+    async with open_tracer(url, 1.0, str) as tracer:
+        record_requests(tracer, times)
+
+
+async def test_only_the_process_and_the_credentials_come_from_the_environment(
+    collector: TraceCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unreachable = f"http://127.0.0.1:{reserve_port()}"
+    for name, value in {
+        "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=staging,service.version=of-the-platform",
+        "OTEL_SERVICE_NAME": "gateway-of-ours",
+        "OTEL_EXPORTER_OTLP_HEADERS": "x-key=let-me-in",
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": unreachable,
+        "OTEL_EXPORTER_OTLP_TIMEOUT": "0.000001",
+        "OTEL_TRACES_SAMPLER": "always_off",
+        "OTEL_BSP_MAX_QUEUE_SIZE": "0",
+        "http_proxy": unreachable,
+        "no_proxy": "",
+    }.items():
+        monkeypatch.setenv(name, value)
+    await export_requests(collector.url)
+    (span,) = collector.spans
+    assert span.attributes["url.path"] == "/x"
+    names = ("deployment.environment.name", "service.version", "service.name")
+    assert [span.resource[name] for name in names] == ["staging", "of-the-platform", "gateway-of-ours"]
+    await export_requests(f"{collector.url}/otlp/of/ours")
+    assert [path for path, _ in collector.requests] == ["/v1/traces", "/otlp/of/ours"]
+    headers = collector.requests[0][1]
+    assert (headers["x-key"], headers["content-encoding"]) == ("let-me-in", "gzip")
+
+
+async def test_unavailable_collector_does_not_delay_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing_otel, "FLUSH_SECONDS", 0.05)
+    with capture_logs() as events:
+        await export_requests(f"http://127.0.0.1:{reserve_port()}", times=tracing_otel.MAX_BATCH_SIZE * 3)
+    assert "tracing.flush_timeout" in [event["event"] for event in events]
+
+
+async def test_refused_spans_are_lost_and_logged_once(
+    collector: TraceCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing_otel, "EXPORT_INTERVAL_SECONDS", 0.01)
+    collector.status = 401
+    with capture_logs() as events:
+        async with open_tracer(collector.url, 1.0, str) as tracer:
+            for count in (1, 2):
+                record_requests(tracer)
+                await asyncio.to_thread(wait_until, partial(collector.has_received, count), "a try")
+    assert [event["event"] for event in events if "401" in event.get("detail", "")] == ["tracing.export_failed"]
+
+
+async def test_full_queue_drops_spans(collector: TraceCollector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing_otel, "MAX_QUEUE_SIZE", 8)
+    monkeypatch.setattr(tracing_otel, "MAX_BATCH_SIZE", 8)
+    collector.status = 503
+    with capture_logs() as events:
+        async with open_tracer(collector.url, 1.0, str) as tracer:
+            record_requests(tracer, times=100)
+            collector.status = 200
+    assert 8 <= len(collector.spans) < 100
+    assert len([event for event in events if "full" in event.get("detail", "")]) == 1
