@@ -364,8 +364,7 @@ async def test_failed_deliveries_are_listed_and_redelivered(shell: Shell) -> Non
 async def deliver_webhook(shell: Shell) -> None:
     """Finish a task, which sends its webhook."""
     await shell.gateway.wait_for_task((await shell.gateway.submit()).json()["id"])
-    while await shell.gateway.services.webhook_dispatcher.start_due():
-        await shell.gateway.services.webhook_dispatcher.wait_idle()
+    await shell.gateway.deliver_due_webhooks()
 
 
 async def test_errors_of_the_gateway_are_printed(shell: Shell) -> None:

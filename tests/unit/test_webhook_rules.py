@@ -90,16 +90,13 @@ ALLOWED = ("hooks.test:81/x", "other.test/", "10.1.2.3/", "127.0.0.1:9/", "[::1]
 DISALLOWED = ("hooks.test.evil.test/", "sub.other.test/", "11.1.2.3/", "[::2]/", "0/")
 
 
-@pytest.mark.parametrize("address", [*ALLOWED, *DISALLOWED])
-def test_a_task_may_name_allowed_urls_only(address: str) -> None:
-    url = f"http://{address}"
-    if address in ALLOWED:
-        assert webhooks.resolve_webhook_url(HOOK, url) == url
-    else:
+def test_a_task_may_name_allowed_urls_only() -> None:
+    without_url = Webhook(allow=HOOK.allow)
+    for address in ALLOWED:
+        assert webhooks.resolve_webhook_url(HOOK, f"http://{address}") == f"http://{address}"
+    for hook, address in (*((HOOK, address) for address in DISALLOWED), (without_url, ALLOWED[0])):
         with pytest.raises(InvalidOptions):
-            webhooks.resolve_webhook_url(HOOK, url)
-    with pytest.raises(InvalidOptions):  # without a URL of its own
-        webhooks.resolve_webhook_url(Webhook(allow=HOOK.allow), url)
+            webhooks.resolve_webhook_url(hook, f"http://{address}")
 
 
 def test_allow_list() -> None:
