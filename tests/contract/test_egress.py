@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import httpx2
 import pytest
@@ -68,15 +69,6 @@ async def test_names() -> None:
             await resolve_host(host)
 
 
-def answer_in_turn(*answers: Sequence[IpAddress]) -> Resolver:
-    left = iter(answers)
-
-    async def resolver(_: str) -> Sequence[IpAddress]:
-        return next(left)
-
-    return resolver
-
-
 @asynccontextmanager
 async def open_client(
     resolver: Resolver,
@@ -104,7 +96,7 @@ async def test_each_request_is_resolved_and_checked_once() -> None:
 
     async with (
         run_server(reply_with(http_response(b"fine"))) as peer,
-        open_client(answer_in_turn([LOOPBACK], [UNUSED_ADDRESS]), allow) as caller,
+        open_client(AsyncMock(side_effect=[[LOOPBACK], [UNUSED_ADDRESS]]), allow) as caller,
     ):
         assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"
         with pytest.raises(AddressRefused):
@@ -115,14 +107,14 @@ async def test_each_request_is_resolved_and_checked_once() -> None:
 
 async def test_the_next_allowed_address_gets_the_whole_request() -> None:
     async with run_server(reply_with(http_response(b"fine"))) as peer:
-        async with open_client(answer_in_turn([UNUSED_ADDRESS, LOOPBACK])) as caller:
+        async with open_client(AsyncMock(side_effect=[[UNUSED_ADDRESS, LOOPBACK]])) as caller:
             answer = await caller.post(f"{with_hostname(peer.url)}/a?b=c", content=b"content")
         ((head, body),) = peer.requests
         assert (answer.content, body) == (b"fine", b"content")
         assert head.startswith(b"POST /a?b=c HTTP/1.1\r\n")
         assert f"\r\nhost: files.example:{answer.request.url.port}\r\n".encode() in head.lower()
         async with open_client(
-            answer_in_turn([LOOPBACK, UNUSED_ADDRESS]), lambda _host, ip: ip == UNUSED_ADDRESS
+            AsyncMock(side_effect=[[LOOPBACK, UNUSED_ADDRESS]]), lambda _host, ip: ip == UNUSED_ADDRESS
         ) as caller:
             with pytest.raises(httpx2.ConnectError):
                 await caller.post(with_hostname(peer.url), content=b"x")
@@ -137,9 +129,9 @@ async def test_silent_addresses_and_resolvers_share_the_connect_timeout() -> Non
     port = reserve_port()
     with unreachable_address(str(UNUSED_ADDRESS), port):
         async with run_server(reply_with(http_response(b"fine")), port=port) as peer:
-            async with open_client(answer_in_turn([UNUSED_ADDRESS, LOOPBACK]), seconds=0.4) as caller:
+            async with open_client(AsyncMock(side_effect=[[UNUSED_ADDRESS, LOOPBACK]]), seconds=0.4) as caller:
                 assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"
-            for resolver in (answer_in_turn([UNUSED_ADDRESS]), resolve_never):
+            for resolver in (AsyncMock(side_effect=[[UNUSED_ADDRESS]]), resolve_never):
                 async with open_client(resolver, seconds=0.1) as caller:
                     with pytest.raises(httpx2.ConnectTimeout):
                         await caller.post(with_hostname(peer.url), content=b"x")
@@ -151,7 +143,7 @@ async def test_the_certificate_must_match_the_hostname(subject: str, trusted: bo
     tls = ssl.create_default_context(cafile=str(public_part))
     async with (
         run_server(reply_with(http_response(b"fine")), tls=context) as peer,
-        open_client(answer_in_turn([LOOPBACK]), tls=tls) as caller,
+        open_client(AsyncMock(side_effect=[[LOOPBACK]]), tls=tls) as caller,
     ):
         if trusted:
             assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"

@@ -9,7 +9,8 @@ import json
 import logging
 import os
 import time
-from typing import Any, NoReturn
+from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import httpx2
 import pytest
@@ -165,9 +166,7 @@ async def test_deadline_while_sending() -> None:
 async def test_faults_after_the_response_do_not_lose_the_task(
     where: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any, **__: Any) -> NoReturn:
-        raise RuntimeError("a fault after the response")
-
+    fail = Mock(side_effect=RuntimeError("a fault after the response"))
     async with (
         run_server(reply_with(ACCEPTED_RESPONSE)) as peer,
         UpstreamClient(peer.url, CIPHER, DEFAULT_CATALOGUE, on_call=fail) as client,
@@ -332,9 +331,7 @@ async def test_lost_responses_and_short_deadlines_do_not_open_the_breaker() -> N
 
 
 async def test_local_error_is_unknown_only_after_sending_began(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def send(_: SocketStream, _item: bytes) -> None:
-        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
-
+    send = AsyncMock(side_effect=OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS)))
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
         assert (await caller.submit(seconds=0)).outcome is NOT_SENT
         assert peer.connections == 0

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
+from unittest.mock import AsyncMock
 
 import msgspec
 from msgspec import Struct
@@ -65,15 +66,11 @@ async def call_app(
     app: App, method: str = "GET", path: str = "/", headers: Mapping[str, str] | None = None
 ) -> AsgiResponse | None:
     """Send one request without a body; return None without a response."""
-    sent: list[Message] = []
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
+    send = AsyncMock()
     await app(make_http_scope(method, path, headers), make_receive(make_body_messages([])), send)
-    if not sent:
+    if not send.await_count:
         return None
-    start, *rest = sent
+    start, *rest = (call.args[0] for call in send.await_args_list)
     return AsgiResponse(
         start["status"],
         {name.decode().lower(): value.decode() for name, value in start["headers"]},
