@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 from unittest.mock import AsyncMock
@@ -63,8 +63,8 @@ class ObservedApp:
 
     def __init__(self, app: App | None = None, recorder: SpanRecorder | None = None) -> None:
         self.recorder = recorder or SpanRecorder(secrets=[ADMIN_TOKEN])
-        processors = [structlog.contextvars.merge_contextvars, capture := LogCapture()]
-        level = structlog.make_filtering_bound_logger("INFO")
+        capture, level = LogCapture(), structlog.make_filtering_bound_logger("INFO")
+        processors = structlog.contextvars.merge_contextvars, capture
         logger = structlog.wrap_logger(None, processors=processors, wrapper_class=level)
         self.events = capture.entries
         handlers: dict[Any, Any] = dict(exception_handlers(logger))
@@ -73,7 +73,7 @@ class ObservedApp:
         self.app: App = RequestMiddleware(inner, Metrics(self.registry), logger, Port.TENANTS, self.recorder.tracer)
 
     @property
-    def access_event(self) -> dict[str, Any]:
+    def access_event(self) -> Mapping[str, Any]:
         (event,) = [event for event in self.events if event["event"] == "request.ended"]
         return event
 
