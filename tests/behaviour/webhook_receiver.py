@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -36,13 +35,11 @@ class ReceivedWebhook:
 
 @dataclass
 class WebhookReceiver:
-    """An ASGI app that responds with `statuses`, then 204; it never responds while `is_silent`."""
+    """An ASGI app that responds with `statuses`, then 204."""
 
     url: str = ""
     statuses: list[int] = field(default_factory=list)
     requests: list[ReceivedWebhook] = field(default_factory=list)
-    is_silent: bool = False
-    request_received: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         message = await receive()
@@ -53,10 +50,6 @@ class WebhookReceiver:
             body += message["body"]
         query = "?" + scope["query_string"].decode() if scope["query_string"] else ""
         self.requests.append(ReceivedWebhook(scope["path"] + query, headers, body))
-        self.request_received.set()
-        if self.is_silent:
-            await receive()  # the client leaves
-            return
         status = self.statuses.pop(0) if self.statuses else 204
         await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": b"" if status == 204 else b"no"})

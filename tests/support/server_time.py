@@ -10,7 +10,7 @@ import runpy
 from typing import Any
 
 from service.storage import redis
-from service.storage.redis import Keys, parse_ledger_time, parse_server_time
+from service.storage.redis import Keys, parse_server_time
 
 _TIME_CALL = "redis.call('TIME')"
 _TIME_OVERRIDE = f"""(function()
@@ -57,11 +57,6 @@ async def shift_server_time(client: Any, keys: Keys, seconds: int) -> None:
 
 async def read_server_time(client: Any, keys: Keys) -> int:
     return parse_server_time(await client.execute_command(*keys.server_time_command))
-
-
-async def read_ledger_time(client: Any, keys: Keys) -> int:
-    last, offset = await client.mget(keys.clock, keys.clock_offset)
-    return parse_ledger_time(last, offset, await client.execute_command(*keys.server_time_command)).ledger_ms
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gzip
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +19,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from service.telemetry.redaction import Redactor
 from service.telemetry.tracing_otel import create_provider, get_tracer
 
-TIMEOUT_SECONDS = 20.0
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 """Ids of a client."""
 _KINDS = {1: "internal", 2: "server", 3: "client"}
@@ -42,11 +40,6 @@ class RecordedSpan:
     status_message: str
     event_count: int
     resource: Mapping[str, Any]
-
-    @property
-    def traceparent(self) -> str:
-        """The span as `traceparent`, without flags."""
-        return f"00-{self.trace_id}-{self.span_id}"
 
 
 def read_spans(request: ExportTraceServiceRequest) -> Iterator[RecordedSpan]:
@@ -110,14 +103,6 @@ class TraceCollector:
     def get_span(self, name: str) -> RecordedSpan:
         (span,) = self.find_spans(name)
         return span
-
-
-def wait_until(condition: Callable[[], bool], description: str) -> None:
-    """Block until a condition holds, at most TIMEOUT_SECONDS."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"{description} did not come about"
-        time.sleep(0.01)
 
 
 @contextmanager
