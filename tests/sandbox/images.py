@@ -48,31 +48,14 @@ def draw_scene(height: int = 240, width: int = 320) -> MatLike:
     return np.clip(slope + 3 * texture[:, :, np.newaxis], 0, 255).astype(np.uint8)
 
 
-def draw_face(size: int = 360) -> MatLike:
+def draw_face() -> MatLike:
     """Draw a face in even light on a plain wall, with grain."""
-    image = np.full((size, size, 3), (150, 140, 120), np.uint8)
-    scale = size / 360
-
-    def ellipse(x: float, y: float, wide: float, high: float, colour: tuple[int, int, int]) -> None:
-        centre, axes = (round(x * scale), round(y * scale)), (round(wide * scale), round(high * scale))
-        cv2.ellipse(image, centre, axes, 0, 0, 360, colour, -1, cv2.LINE_AA)
-
-    ellipse(180, 165, 105, 135, (40, 50, 70))
-    ellipse(180, 190, 88, 118, (150, 180, 225))
-    ellipse(180, 120, 70, 34, (165, 195, 238))
+    image = np.full((360, 360, 3), (150, 140, 120), np.uint8)
+    shapes = [((180, 190), (88, 118), (150, 180, 225)), ((180, 264), (34, 11), (80, 75, 160))]
     for x in (145, 215):
-        ellipse(x, 150, 26, 7, (50, 60, 85))
-        ellipse(x, 172, 24, 15, (95, 120, 165))
-        ellipse(x, 172, 18, 8, (235, 235, 235))
-        ellipse(x, 172, 8, 8, (40, 40, 45))
-    ellipse(180, 200, 9, 42, (165, 195, 240))
-    ellipse(168, 232, 8, 5, (80, 100, 145))
-    ellipse(192, 232, 8, 5, (80, 100, 145))
-    ellipse(140, 225, 20, 22, (150, 178, 232))
-    ellipse(220, 225, 20, 22, (150, 178, 232))
-    ellipse(180, 264, 34, 11, (80, 75, 160))
-    ellipse(180, 262, 30, 2, (50, 45, 90))
-    soft = cv2.GaussianBlur(image, (0, 0), 2.5 * scale)
-    grain = np.random.default_rng(1).normal(0, 5, soft.shape)
-    grainy: MatLike = np.clip(soft + grain, 0, 255).astype(np.uint8)
-    return grainy
+        eyebrow, eye = ((x, 150), (26, 7), (50, 60, 85)), ((x, 172), (24, 15), (95, 120, 165))
+        shapes += [eyebrow, eye, ((x, 172), (8, 8), (40, 40, 45))]
+    for centre, axes, colour in shapes:
+        cv2.ellipse(image, centre, axes, 0, 0, 360, colour, -1, cv2.LINE_AA)
+    grain = np.random.default_rng(1).normal(0, 5, image.shape)
+    return np.clip(cv2.GaussianBlur(image, (0, 0), 2.5) + grain, 0, 255).astype(np.uint8)

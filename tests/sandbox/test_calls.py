@@ -15,36 +15,38 @@ from tests.sandbox import images
 from tests.sandbox.conftest import ACCOUNTS, UPSCALE, SandboxClient
 
 USER_KEY_PART = b'--b\r\nContent-Disposition: form-data; name="user_key"\r\n\r\nkey\r\n--b\r\n'
-TASKS: list[tuple[str, dict[str, str], set[str]]] = [
-    ("submit_task", {}, {"images_url"}),
-    ("submit_task", {"vector_switch": "true"}, {"images_url", "vector_url"}),
-    ("submit_vector_task", {}, {"images_url", "vector_url"}),
-    ("submit_face_enhance_task", {}, {"images_url"}),
-    ("submit_seamless_task", {}, {"images_url", "grid_url"}),
+TASKS: list[tuple[str, dict[str, str], set[str], tuple[int, int]]] = [
+    ("submit_task", {}, {"images_url"}, (0, 16)),
+    ("submit_task", {"vector_switch": "true"}, {"images_url", "vector_url"}, (0, 12)),
+    ("submit_vector_task", {}, {"images_url", "vector_url"}, (0, 9)),
+    ("submit_face_enhance_task", {}, {"images_url"}, (0, 7)),
+    ("submit_seamless_task", {}, {"images_url", "grid_url"}, (0, 2)),
 ]
+"""A call, its fields, the URLs of its results, and the balance afterwards: prepaid uses go before money."""
 
 
-async def test_tasks(sandbox: RunningSandbox, client: SandboxClient) -> None:
-    """A submit returns id and balance; a finished task the absolute URLs of its kind's results, and the balance."""
-    await sandbox.control.set_account("key", AccountBalance(5, 10))
+async def test_tasks_cost_their_price_and_have_results(sandbox: RunningSandbox, client: SandboxClient) -> None:
+    prices: dict[Kind, int] = {"upscale": 4, "vector": 3, "face": 2, "seamless": 5}
+    await sandbox.control.set_behaviour(Behaviour(prices=prices))
+    await sandbox.control.set_account("key", AccountBalance(1, 16))
     tasks: dict[str, set[str]] = {}
-    for number, (call, fields, urls) in enumerate(TASKS, 1):
+    for call, fields, urls, (count, money) in TASKS:
         submitted = (await client.submit(call, fields)).json()
         tasks[submitted.pop("task_id")] = urls
-        assert submitted == {"err_code": 0, "remaining_count": 5 - number, "remaining_money": 10}
+        assert submitted == {"err_code": 0, "remaining_count": count, "remaining_money": money}
+    assert (await client.submit()).json() == {"err_code": 1, "err_msg": "账户剩余次数不足"}
     await sandbox.control.wait_until_idle()
     for task_id, urls in tasks.items():
         answer = await client.check(task_id)
         result_urls = {name: answer.pop(name) for name in list(answer) if name.endswith("_url")}
         assert set(result_urls) == urls
         assert all(url.startswith(f"{sandbox.url}/") for url in result_urls.values())
-        assert answer == {"err_code": 0, "status": "Completed", "remaining_count": 0, "remaining_money": 10}
+        assert answer == {"err_code": 0, "status": "Completed", "remaining_count": 0, "remaining_money": 2}
 
 
-async def test_failed_tasks(
+async def test_failed_task_stays_charged_and_its_error_is_logged(
     sandbox: RunningSandbox, client: SandboxClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A failed task has a state only, and stays charged; an error of its operation is logged."""
     monkeypatch.setattr(sys, "executable", "/bin/false")
     task_ids = [
         await client.submit_accepted(image=images.plain_png(400, 400)[:100]),
@@ -72,29 +74,14 @@ async def test_unknown_accounts_and_tasks(sandbox: RunningSandbox, client: Sandb
     assert (await client.http.post("/api/check_task_status", files=parts)).json()["status"] == "Completed"
 
 
-async def test_prepaid_uses_go_before_money(sandbox: RunningSandbox, client: SandboxClient) -> None:
-    """Prepaid uses are charged first, then the price of the kind, then the account is refused."""
-    prices: dict[Kind, int] = {"upscale": 4, "vector": 3, "face": 2, "seamless": 5}
-    await sandbox.control.set_behaviour(Behaviour(prices=prices))
-    await sandbox.control.set_account("key", AccountBalance(1, 16))
-    calls = ("submit_task", "submit_task", "submit_vector_task", "submit_face_enhance_task", "submit_seamless_task")
-    answers = [(await client.submit(call)).json() for call in (*calls, calls[-1])]
-    figures = [(answer.get("remaining_count"), answer.get("remaining_money")) for answer in answers]
-    assert figures == [(0, 16), (0, 12), (0, 9), (0, 7), (0, 2), (None, None)]
-    assert answers[-1] == {"err_code": 1, "err_msg": "账户剩余次数不足"}
-    assert (await sandbox.control.list_accounts())["key"] == AccountBalance(0, 2)
-
-
-async def test_nothing_is_spent_twice(sandbox: RunningSandbox, client: SandboxClient) -> None:
-    """Concurrent submits are accepted exactly as far as the balance goes."""
+async def test_concurrent_submits_spend_the_balance_once(sandbox: RunningSandbox, client: SandboxClient) -> None:
     await sandbox.control.set_account("key", AccountBalance(3, 4))
     answers = [answer.json() for answer in await asyncio.gather(*(client.submit() for _ in range(20)))]
     assert [answer["err_code"] for answer in answers].count(0) == 7
     assert (await sandbox.control.list_accounts())["key"] == AccountBalance(0, 0)
 
 
-async def test_invalid_fields(sandbox: RunningSandbox, client: SandboxClient) -> None:
-    """A field out of range or missing is named in the rejection, and costs nothing."""
+async def test_invalid_fields_are_named_and_cost_nothing(sandbox: RunningSandbox, client: SandboxClient) -> None:
     for call, field, value in (
         ("submit_task", "upscale", "8.1"),
         ("submit_task", "upscale", "nan"),
@@ -116,7 +103,6 @@ async def test_invalid_fields(sandbox: RunningSandbox, client: SandboxClient) ->
 
 
 async def test_invalid_images(sandbox: RunningSandbox, client: SandboxClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Missing, empty, unknown and oversized files are rejected and cost nothing."""
     too_many_pixels = (images.png_claiming_size(6000, 5000), images.png_claiming_size(30000, 30000))
     for image in (b"", b"GIF89a\xff\xff\xff\xff\x00", b"<svg/>", *too_many_pixels):
         answer = (await client.submit(image=image)).json()
@@ -145,13 +131,11 @@ async def test_invalid_images(sandbox: RunningSandbox, client: SandboxClient, mo
     ],
 )
 async def test_malformed_bodies(client: SandboxClient, content_type: str, body: bytes, message: str) -> None:
-    """A malformed or oversized form gets status 200 and an error message, as the vendor responds."""
     response = await client.http.post("/api/submit_seamless_task", content=body, headers={"content-type": content_type})
     assert (response.status_code, response.json()) == (200, {"err_code": 1, "err_msg": message})
 
 
-async def test_files(sandbox: RunningSandbox, client: SandboxClient) -> None:
-    """A file has type, length and ranges; nothing but results is served."""
+async def test_only_results_are_served(sandbox: RunningSandbox, client: SandboxClient) -> None:
     task_id = await client.submit_accepted("submit_vector_task")
     await sandbox.control.wait_until_idle()
     answer = await client.check(task_id)

@@ -15,8 +15,7 @@ from service.sandbox.store import AccountBalance
 from tests.sandbox.conftest import ACCOUNTS, SandboxClient
 
 
-def test_faults_are_a_script() -> None:
-    """The first fault for the operation and the key applies alone until it is used up; then the next one applies."""
+def test_faults_apply_one_after_the_other() -> None:
     injector = FaultInjector()
     on_check, of_other = Fault(on="check", reply="hang"), Fault(reply="hang", user_key="other")
     injector.behaviour = Behaviour(
@@ -32,7 +31,6 @@ def test_faults_are_a_script() -> None:
 
 
 async def test_control_over_http(sandbox: RunningSandbox, client: SandboxClient) -> None:
-    """Behaviour and accounts can be set and read; an invalid body gets 400 with the reason and changes nothing."""
     content = {"seconds": 1.5, "faults": [{"on": "submit", "times": 2, "reply": "page", "status": 502}]}
     assert (await client.http.put("/_control/behaviour", json=content)).status_code == 200
     assert (await client.submit()).status_code == 502
@@ -56,8 +54,7 @@ async def test_control_over_http(sandbox: RunningSandbox, client: SandboxClient)
     assert (accounts["新"], accounts["other"]) == ({"count": 0, "money": 4}, {"count": 1, "money": 0})
 
 
-async def test_request_records(sandbox: RunningSandbox, client: SandboxClient) -> None:
-    """Each request record has operation, fields and outcome, and does not change once it was read."""
+async def test_request_records_do_not_change_once_read(sandbox: RunningSandbox, client: SandboxClient) -> None:
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(times=1, latency=0.1),)))
     submitting = asyncio.ensure_future(client.submit_accepted(fields={"fit": "0.3"}))
     (early,) = await sandbox.control.wait_for_requests(lambda entries: len(entries) == 1)
@@ -70,8 +67,7 @@ async def test_request_records(sandbox: RunningSandbox, client: SandboxClient) -
     assert (check["outcome"], check["detail"]) == ("refused", "任务未找到或状态未知")
 
 
-async def test_reset(sandbox: RunningSandbox, client: SandboxClient) -> None:
-    """A reset drops tasks, results and records, and restores faults and accounts, even while a task runs."""
+async def test_reset_while_a_task_runs(sandbox: RunningSandbox, client: SandboxClient) -> None:
     task_ids = [await client.submit_accepted()]
     await sandbox.control.wait_until_idle()
     url = (await client.check(task_ids[0]))["images_url"]
@@ -86,42 +82,28 @@ async def test_reset(sandbox: RunningSandbox, client: SandboxClient) -> None:
 
 
 async def test_charge_at_the_end(sandbox: RunningSandbox, client: SandboxClient) -> None:
-    """A submit is free then, a finished task costs its price if the account can pay, a failed one nothing."""
     doom = Fault(on="submit", user_key="other", fail="内部错误")
-    await sandbox.control.set_behaviour(Behaviour(charge="end", faults=(doom,)))
-    assert (await client.submit()).json()["remaining_count"] == 3
+    await sandbox.control.set_behaviour(Behaviour(charge="end", faults=(doom,), seconds=0.1))
+    task_id = await client.submit_accepted()
     await client.submit_accepted(user_key="other")
+    assert (await sandbox.control.list_accounts())["key"].count == 3
     await sandbox.control.wait_until_idle()
     accounts = await sandbox.control.list_accounts()
     assert (accounts["key"].count, accounts["other"].count) == (2, 1)
-    await sandbox.control.set_behaviour(Behaviour(charge="end", seconds=0.1))
-    task_id = await client.submit_accepted()
+    unpaid = await client.submit_accepted()
     await sandbox.control.set_account("key", AccountBalance(0, 0))
     await sandbox.control.wait_until_idle()
-    answer = await client.check(task_id)
+    answer = await client.check(unpaid)
     assert (answer["status"], answer["remaining_money"]) == ("Completed", 0)
-
-
-async def test_dials_of_checks(sandbox: RunningSandbox, client: SandboxClient) -> None:
-    """A check returns the state in the letter case, and the balance of now or of the task's end, as set."""
-    task_id = await client.submit_accepted()
-    await sandbox.control.wait_until_idle()
-    await sandbox.control.set_account("key", AccountBalance(99, 0))
-    for behaviour, state, count in (
-        (Behaviour(), "Completed", 99),
-        (Behaviour(spelling="COMPLETED", checked_balance="now"), "COMPLETED", 99),
-        (Behaviour(spelling="completed", checked_balance="then"), "completed", 2),
-    ):
-        await sandbox.control.set_behaviour(behaviour)
-        answer = await client.check(task_id)
-        assert (answer["status"], answer["remaining_count"]) == (state, count)
+    await sandbox.control.set_behaviour(Behaviour(spelling="COMPLETED", checked_balance="then"))
+    answer = await client.check(task_id)
+    assert (answer["status"], answer["remaining_count"]) == ("COMPLETED", 2)
 
 
 @pytest.mark.parametrize(("when", "outcome", "left"), [("before", "not_processed", 3), ("after", "accepted", 2)])
-async def test_no_answers(
+async def test_missing_answer_before_or_after_the_charge(
     sandbox: RunningSandbox, client: SandboxClient, when: Literal["before", "after"], outcome: RequestOutcome, left: int
 ) -> None:
-    """A TCP reset, a request that hangs and a page of HTML come before or after the charge, as set."""
     replies: tuple[Reply, ...] = ("reset", "hang")
     for reply in replies:
         await sandbox.control.reset()
@@ -148,7 +130,6 @@ async def test_no_answers(
 
 
 async def test_damaged_bodies(sandbox: RunningSandbox, client: SandboxClient) -> None:
-    """A cut response or file ends before its Content-Length; a garbled response is complete, but no JSON."""
     task_id = await client.submit_accepted()
     await sandbox.control.wait_until_idle()
     url = (await client.check(task_id))["images_url"]
@@ -165,7 +146,6 @@ async def test_damaged_bodies(sandbox: RunningSandbox, client: SandboxClient) ->
 
 
 async def test_wrong_fields(sandbox: RunningSandbox, client: SandboxClient) -> None:
-    """Fields are altered as set; a numeric task id has the value of its digits, exact even as a double."""
     wrongs: list[tuple[dict[Field, FieldDefect], dict[str, object]]] = [
         ({"err_code": "string", "remaining_count": "float"}, {"err_code": "0", "remaining_count": 2.5}),
         ({"err_code": "missing", "remaining_money": "int"}, {"remaining_count": 1, "remaining_money": 10}),
@@ -183,12 +163,12 @@ async def test_wrong_fields(sandbox: RunningSandbox, client: SandboxClient) -> N
     number = (await client.submit()).json()["task_id"]
     assert isinstance(number, int)
     await sandbox.control.wait_until_idle()
+    # It has the value of its digits, exact even as a double.
     states = [(await client.check(str(int(float(number)))))["status"] for _ in range(2)]
     assert states == [None, "Completed"]
 
 
-async def test_refusals(sandbox: RunningSandbox, client: SandboxClient) -> None:
-    """Any call can be refused with any message, a submit with any reason and either colon, uncharged."""
+async def test_refusals_are_not_charged(sandbox: RunningSandbox, client: SandboxClient) -> None:
     task_id = await client.submit_accepted(user_key="other")
     faults = (Fault(times=1, refuse="任务未找到或状态未知"), Fault(reject="图片内容违规", status=503))
     await sandbox.control.set_behaviour(Behaviour(colon="：", faults=faults))
@@ -199,8 +179,7 @@ async def test_refusals(sandbox: RunningSandbox, client: SandboxClient) -> None:
     assert (await sandbox.control.list_accounts())["key"] == AccountBalance(3, 10)
 
 
-async def test_client_that_disconnects(sandbox: RunningSandbox, client: SandboxClient) -> None:
-    """A slow request is carried out without its client."""
+async def test_request_is_carried_out_without_its_client(sandbox: RunningSandbox, client: SandboxClient) -> None:
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(latency=0.5),)))
     submitting = asyncio.create_task(client.submit())
     await sandbox.control.wait_for_requests(lambda entries: [entry.outcome for entry in entries] == ["pending"])

@@ -43,8 +43,7 @@ def edge_difference(first: MatLike, second: MatLike) -> float:
     return float(np.abs(first.astype(int) - second.astype(int)).mean())
 
 
-def test_upscale(tmp_path: Path) -> None:
-    """An upscaled image is larger by the factor, and equals the original when scaled down; too large ones fail."""
+def test_upscaled_image_equals_the_original_when_scaled_down(tmp_path: Path) -> None:
     scene = images.draw_scene()
     for factor in (1.5, 4):
         large = imaging.upscale(scene, Options(upscale=factor))
@@ -54,8 +53,7 @@ def test_upscale(tmp_path: Path) -> None:
         run_operation("upscale", Options(upscale=8), images.plain_png(700, 700), tmp_path)
 
 
-def test_options_of_upscale() -> None:
-    """Edges are sharper with more steps, grain smoother with `s_noise`, and repainting changes more when stronger."""
+def test_steps_sharpen_noise_smooths_and_inpainting_changes() -> None:
     logo, scene = images.draw_logo(), images.draw_scene()
     stretched = cv2.resize(logo, None, fx=3, fy=3, interpolation=cv2.INTER_LANCZOS4)
     few, many = (imaging.upscale(logo, Options(upscale=3, steps=steps)) for steps in (20, 40))
@@ -70,8 +68,7 @@ def test_options_of_upscale() -> None:
     assert 0 < edge_difference(half, plain) < edge_difference(full, plain)
 
 
-def test_vector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A logo of three flat colours becomes a few paths in them, of its size even if it was traced smaller."""
+def test_flat_colours_become_a_few_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for viewport in ("0 0 320 240", "0 0 115 86"):
         results = run_operation("vector", Options(color_count=3), images.encode_image(images.draw_logo()), tmp_path)
         root = ET.fromstring(results["vector.svg"].read_text())  # noqa: S314  # it was made here
@@ -86,8 +83,7 @@ def test_vector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 3 <= len(set(re.findall(r'fill="(#[0-9a-f]{6})"', many))) <= 16
 
 
-def test_seamless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opposite edges of a tile match as its inner lines do, its middle stays, and the grid is the tile two by two."""
+def test_opposite_edges_of_a_tile_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = images.draw_scene()
     inside = np.mean([edge_difference(scene[:, x], scene[:, x + 1]) for x in range(100, 200)])
     for fit in (0.1, 0.9):
@@ -102,8 +98,7 @@ def test_seamless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert imaging.make_grid(np.zeros((300, 300, 3), np.uint8)).shape == (100, 100, 3)
 
 
-def test_face() -> None:
-    """A face gets smoother skin; distant pixels stay unchanged. Without a face an image is sharpened a little."""
+def test_only_the_skin_of_a_face_is_smoothed() -> None:
     image = np.full((600, 800, 3), (150, 140, 120), np.uint8)
     image[100:460, 200:560] = images.draw_face()
     ((left, top, width, height),) = imaging.find_faces(image)
@@ -117,8 +112,7 @@ def test_face() -> None:
     assert 0 < edge_difference(imaging.enhance_faces(scene), scene) < 10
 
 
-def test_common_formats(tmp_path: Path) -> None:
-    """Images in any common format and colour mode are processed and keep their size, and single pixels too."""
+def test_common_formats_keep_their_size(tmp_path: Path) -> None:
     for mode, suffix in (("RGBA", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("1", "PNG"), ("RGB", "WEBP"), ("L", "TIFF")):
         buffer = io.BytesIO()
         Image.new("RGB", (40, 30), images.RED).convert(mode).save(buffer, suffix)
@@ -134,8 +128,7 @@ def test_common_formats(tmp_path: Path) -> None:
         assert run_operation(kind, Options(), images.plain_png(1, 1), tmp_path)
 
 
-def test_depth_and_orientation(tmp_path: Path) -> None:
-    """16-bit grey is not clipped, and an orientation in EXIF is applied."""
+def test_16_bit_grey_and_orientation_in_exif(tmp_path: Path) -> None:
     shades = np.tile(np.linspace(0, 65535, 64, dtype=np.uint16), (64, 1))
     result = run_operation("upscale", Options(high_fidelity=True), images.encode_image(shades), tmp_path)["image.png"]
     assert np.abs(read_image(result)[32, :, 0].astype(int) - (shades[32] >> 8)).max() < 10

@@ -27,8 +27,7 @@ async def run_sandbox(folder: Path, seconds: float = 0) -> AsyncIterator[tuple[R
         yield sandbox, client
 
 
-async def test_closing_cuts_hanging_requests() -> None:
-    """A sandbox closes at once although requests hang, are delayed, or keep their connection open."""
+async def test_closing_cuts_hanging_and_delayed_requests() -> None:
     threads = threading.active_count()
     faults = (Fault(times=1, reply="hang"), Fault(times=1, latency=3600), Fault(times=1))
     async with asyncio.timeout(120):
@@ -42,8 +41,7 @@ async def test_closing_cuts_hanging_requests() -> None:
     assert threading.active_count() == threads
 
 
-async def test_restart(tmp_path: Path) -> None:
-    """Finished tasks, results and balances survive a restart; an unfinished task ends, or fails without its input."""
+async def test_restart_keeps_results_and_balances(tmp_path: Path) -> None:
     async with run_sandbox(tmp_path) as (sandbox, client):
         finished = await client.submit_accepted()
         await sandbox.control.wait_until_idle()
@@ -60,8 +58,7 @@ async def test_restart(tmp_path: Path) -> None:
         assert await sandbox.control.list_accounts() == {"key": AccountBalance(0, 10)}
 
 
-async def test_files_of_ended_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An ended task keeps only its results, a refused submit nothing, and the temporary folder is removed."""
+async def test_only_results_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     async with open_sandbox(CONFIG) as sandbox, open_client(sandbox.url) as client:
         task_id = await client.submit_accepted()
@@ -75,7 +72,6 @@ async def test_files_of_ended_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 async def test_oldest_ended_tasks_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond a number of tasks or bytes the oldest ended ones are deleted with their files; running ones stay."""
     (tmp_path / "tasks" / "9").mkdir(parents=True)  # of a submit that never became a task
     async with run_sandbox(tmp_path) as (sandbox, client):
         await sandbox.control.set_account("key", AccountBalance(9, 0))
