@@ -45,8 +45,7 @@ def upstream() -> Iterator[SandboxProcess]:
         yield sandbox
 
 
-def test_first_start_and_second(tmp_path: Path) -> None:
-    """The printed command works as pasted; a start after a kill keeps the token, the tasks and the usage."""
+def test_restart_after_a_kill_keeps_token_tasks_and_usage(tmp_path: Path) -> None:
     with run_gateway(tmp_path) as gateway:
         token, answer = gateway.token, gateway.run_curl_example()
         assert answer.status_code == 201, answer.text
@@ -65,8 +64,7 @@ def test_first_start_and_second(tmp_path: Path) -> None:
         assert not any(is_alive(pid) for pid in gateway.child_pids)
 
 
-def test_production(tmp_path: Path, valkey: Valkey) -> None:
-    """With all settings nothing is generated or started, and the log is one JSON object per line."""
+def test_production_generates_nothing_and_logs_json(tmp_path: Path, valkey: Valkey) -> None:
     key = generate_secret_key()
     settings = {
         "GATEWAY_ENV": "production",
@@ -94,30 +92,20 @@ def test_production(tmp_path: Path, valkey: Valkey) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "out.txt"]
 
 
-def test_worker_checks_tasks_of_the_api(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
-    """An api and a worker process do the main job together; the worker does not open its tenants' port."""
-    shared = upstream.gateway_settings(valkey)
-    with run_gateway(tmp_path / "api", GATEWAY_ROLE="api", **shared) as api:
-        task = api.run_curl_example().json()["links"]["self"]
-        taken = api.environ["GATEWAY_PORT"]
-        with run_gateway(tmp_path / "worker", GATEWAY_ROLE="worker", GATEWAY_PORT=taken, **shared) as worker:
-            assert api.wait_finished(task)["state"] == "succeeded"
-            worker.wait_for_log("task.finished")
-            assert "task.finished" not in api.log_path.read_text()
-
-
-def test_two_first_starts_at_once(tmp_path: Path, upstream: SandboxProcess) -> None:
-    """An api and a worker that start at once on an empty store both run, and do the main job."""
-    with run_valkey() as store:
+def test_api_and_worker_started_at_once_share_the_work(tmp_path: Path, upstream: SandboxProcess) -> None:
+    with run_valkey() as store, socket.create_server(("127.0.0.1", 0)) as taken:
         shared = upstream.gateway_settings(store)
+        port = str(taken.getsockname()[1])  # which a worker does not open
         with (
             start_gateway(tmp_path / "api", GATEWAY_ROLE="api", **shared) as api,
-            start_gateway(tmp_path / "worker", GATEWAY_ROLE="worker", **shared) as worker,
+            start_gateway(tmp_path / "worker", GATEWAY_ROLE="worker", GATEWAY_PORT=port, **shared) as worker,
         ):
             for gateway in (api, worker):
                 gateway.wait_ready()
             task = api.run_curl_example().json()["links"]["self"]
             assert api.wait_finished(task)["state"] == "succeeded"
+            worker.wait_for_log("task.finished")
+            assert "task.finished" not in api.log_path.read_text()
             assert [gateway.stop() for gateway in (api, worker)] == [0, 0]
 
 
@@ -133,8 +121,7 @@ def test_health_check_of_the_image(tmp_path: Path, valkey: Valkey, upstream: San
         assert run_check("127.0.0.1") == 1
 
 
-def test_lack_of_descriptors(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
-    """A submission that fails for lack of a descriptor costs nothing, frees its key, and succeeds once there is one."""
+def test_lack_of_descriptors_costs_nothing(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
     with (
         run_gateway(tmp_path, **upstream.gateway_settings(valkey)) as gateway,
         httpx2.Client(base_url=gateway.url, timeout=TIMEOUT_SECONDS, trust_env=False) as client,
@@ -176,16 +163,14 @@ def test_port_in_use(tmp_path: Path, name: str) -> None:
     assert (port in error, name in error) == (True, True)
 
 
-def test_damaged_folder(tmp_path: Path) -> None:
-    """A folder with a damaged sandbox is reported, and nothing is left running."""
+def test_damaged_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "sandbox").mkdir()
     (tmp_path / "sandbox" / "sandbox.sqlite3").write_bytes(b"no database at all" * 100)
     with start_gateway(tmp_path) as gateway:
         assert expect_start_error(gateway).endswith("file is not a database")
 
 
-def test_first_start_without_the_store(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
-    """A first start waits for the store, then prints the token."""
+def test_first_start_waits_for_the_store(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
     settings = upstream.gateway_settings(valkey) | {"GATEWAY_REDIS_URL": f"unix://{tmp_path / 'store'}"}
     with start_gateway(tmp_path, **settings) as gateway:
         gateway.wait_for_log("demo.delayed")
@@ -202,33 +187,24 @@ def is_version_error(line: str) -> bool:
     return line.startswith("gateway: ") and all(word in line for word in words)
 
 
-def test_store_of_another_version(tmp_path: Path, upstream: SandboxProcess) -> None:
-    """A store of another version is refused before serving, and not changed."""
+@pytest.mark.parametrize("role", ["worker", "all"])
+def test_store_of_another_version_is_refused_unchanged(tmp_path: Path, upstream: SandboxProcess, role: str) -> None:
     with run_valkey() as store, Redis(unix_socket_path=str(store.socket_path)) as client:
-        settings = upstream.gateway_settings(store)
+        settings = upstream.gateway_settings(store) | {"GATEWAY_REDIS_URL": f"unix://{tmp_path / 'store'}"}
         keys = Keys(settings["GATEWAY_KEY_PREFIX"])
         client.mset({keys.data_version: "1", keys.registry: "of another form"})
-        with start_gateway(tmp_path, GATEWAY_ROLE="worker", **settings) as gateway:
+        if role == "worker":
+            (tmp_path / "store").symlink_to(store.socket_path)
+        with start_gateway(tmp_path, GATEWAY_ROLE=role, **settings) as gateway:
+            if role == "all":  # the store is away at the start
+                gateway.wait_for_log("demo.delayed")
+                (tmp_path / "store").symlink_to(store.socket_path)
             assert is_version_error(expect_start_error(gateway))
         assert set(client.keys()) == {keys.data_version.encode(), keys.registry.encode()}
         assert client.mget(keys.data_version, keys.registry) == [b"1", b"of another form"]
 
 
-def test_store_of_another_version_after_an_outage(tmp_path: Path, upstream: SandboxProcess) -> None:
-    """A store that is unavailable at the start is refused once it responds, before any write."""
-    with run_valkey() as store, Redis(unix_socket_path=str(store.socket_path)) as client:
-        settings = upstream.gateway_settings(store) | {"GATEWAY_REDIS_URL": f"unix://{tmp_path / 'store'}"}
-        mark = Keys(settings["GATEWAY_KEY_PREFIX"]).data_version
-        client.set(mark, 1)
-        with start_gateway(tmp_path, **settings) as gateway:
-            gateway.wait_for_log("demo.delayed")
-            (tmp_path / "store").symlink_to(store.socket_path)
-            assert is_version_error(expect_start_error(gateway))
-        assert client.keys() == [mark.encode()]
-
-
-def test_replaced_store(tmp_path: Path, upstream: SandboxProcess) -> None:
-    """A gateway whose store is replaced by one of another version writes nothing to it, and exits."""
+def test_store_replaced_by_another_version_is_not_written(tmp_path: Path, upstream: SandboxProcess) -> None:
     with run_valkey() as store, Redis(unix_socket_path=str(store.socket_path)) as client:
         shared = upstream.gateway_settings(store)
         mark = Keys(shared["GATEWAY_KEY_PREFIX"]).data_version
@@ -245,8 +221,7 @@ def test_replaced_store(tmp_path: Path, upstream: SandboxProcess) -> None:
             assert upstream.count_requests("submit") == submits
 
 
-def test_traces(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
-    """A task is traced from submission to checks, and the last spans are sent at shutdown."""
+def test_last_spans_are_sent_at_shutdown(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
     with run_collector() as collector:
         settings = upstream.gateway_settings(valkey) | {"GATEWAY_TRACES_URL": collector.url}
         with run_gateway(tmp_path, **settings) as gateway:

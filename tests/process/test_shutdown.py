@@ -59,8 +59,7 @@ def read_usage(gateway: GatewayProcess) -> tuple[int, int, int]:
     return tasks["used"], tasks["reserved"], active["used"]
 
 
-def test_requests_are_finished(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
-    """On SIGTERM a gateway accepts nothing new, turns unready, ends waits and streams, and finishes its requests."""
+def test_shutdown_ends_waits_and_finishes_requests(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
     upstream.set_faults(seconds=3_600)
     with run_gateway(tmp_path, **upstream.gateway_settings(valkey)) as gateway, ThreadPoolExecutor(7) as threads:
         links = gateway.run_curl_example().json()["links"]
@@ -81,8 +80,7 @@ def test_requests_are_finished(tmp_path: Path, valkey: Valkey, upstream: Sandbox
     assert ("Traceback" in log, "returned without" in log) == (False, False)
 
 
-def test_second_signal(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
-    """A second signal ends it at once; the lease settles its submissions as unknown."""
+def test_second_signal_ends_at_once(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
     shared = upstream.gateway_settings(valkey)
     with run_gateway(tmp_path / "first", **shared) as gateway, ThreadPoolExecutor() as threads:
         limit_tenant(gateway)
@@ -103,7 +101,6 @@ def test_second_signal(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess)
 
 @pytest.mark.parametrize("is_dead", [True, False])
 def test_shutdown_without_the_store(tmp_path: Path, upstream: SandboxProcess, is_dead: bool) -> None:
-    """A gateway ends cleanly although its store is dead or hangs, if nothing is left to settle."""
     with run_valkey() as store, run_gateway(tmp_path, **upstream.gateway_settings(store)) as gateway:
         if is_dead:
             store.kill()
@@ -113,8 +110,7 @@ def test_shutdown_without_the_store(tmp_path: Path, upstream: SandboxProcess, is
         assert "Traceback" not in gateway.log_path.read_text()
 
 
-def test_shutdown_timeout(tmp_path: Path, upstream: SandboxProcess) -> None:
-    """Pending settlements delay the shutdown only for a limited time."""
+def test_pending_settlements_delay_the_shutdown_for_a_limited_time(tmp_path: Path, upstream: SandboxProcess) -> None:
     with run_valkey() as store, ThreadPoolExecutor() as threads:
         settings = upstream.gateway_settings(store) | {"GATEWAY_LEASE_SECONDS": "90"}
         with run_gateway(tmp_path, [sys.executable, "-c", SHORT_SHUTDOWN_PROGRAM], **settings) as gateway:
@@ -128,8 +124,7 @@ def test_shutdown_timeout(tmp_path: Path, upstream: SandboxProcess) -> None:
             assert "shutdown.overdue" in gateway.log_path.read_text()
 
 
-def test_signal_during_start(tmp_path: Path) -> None:
-    """A signal during the start ends it silently, with everything started so far."""
+def test_signal_during_start_ends_silently(tmp_path: Path) -> None:
     with start_gateway(tmp_path) as gateway:
         listed = Path(f"/proc/{gateway.process.pid}/task/{gateway.process.pid}/children")
         wait_until(lambda: bool(listed.read_text()), "a child")
