@@ -194,9 +194,14 @@ async def test_deletions_survive_a_restored_or_lost_registry(gateway: RunningGat
     assert list(held.deleted_tenant_names.values()) == ["shop"]
 
 
-async def test_tenants_created_after_a_loss_keep_their_names(gateway: RunningGateway, store: Any) -> None:
+async def test_restored_registry_brings_back_no_token_and_keeps_new_tenants(
+    gateway: RunningGateway, store: Any
+) -> None:
     """Tenants that another process created in older data are replaced by those that this process holds."""
+    revoked = await gateway.new_token()
     dump = await store.dump(KEYS.registry)
+    token = (await gateway.call_admin("GET", "/tenants/shop")).json()["tokens"][-1]
+    assert (await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{token['id']}")).status_code == 204
     for name in ("later", "another"):
         await gateway.put_tenant(name)
     held = gateway.services.registry.current
@@ -208,3 +213,5 @@ async def test_tenants_created_after_a_loss_keep_their_names(gateway: RunningGat
     await gateway.services.registry.refresh()
     assert gateway.services.registry.current.tenants == held.tenants
     assert gateway.services.registry.current.deleted_tenant_names == {first: "later", first + 1: "late"}
+    assert (await gateway.call("GET", "/v1/quota", token=revoked)).status_code == 401
+    assert (await gateway.call("GET", "/v1/quota")).status_code == 200

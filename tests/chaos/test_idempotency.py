@@ -79,8 +79,7 @@ def expect_one_task(responses: Sequence[httpx2.Response]) -> None:
             expect_replayed(item, task)
 
 
-def test_two_contents(cluster: ProcessCluster) -> None:
-    """Of two submissions with one key, 25 copies each, one is sent once, and the other is rejected."""
+def test_copies_of_two_contents_with_one_key_are_sent_once(cluster: ProcessCluster) -> None:
     shop = slow_tenant(cluster)
     responses = send_copies(shop, make_jpeg(b"a"), make_jpeg(b"b"))
     copies = [responses[::2], responses[1::2]]
@@ -92,8 +91,7 @@ def test_two_contents(cluster: ProcessCluster) -> None:
     assert (shop.count_submits(), total_counters(shop)) == (1, (1, 0, 1))
 
 
-def test_copies_of_a_rejected_submission(cluster: ProcessCluster) -> None:
-    """Copies are sent until the upstream accepts one, which is paid once; all others replay it."""
+def test_copies_are_sent_until_one_is_accepted(cluster: ProcessCluster) -> None:
     shop = slow_tenant(cluster, {"reject": "no", "times": 3})
     responses = send_copies(shop, make_jpeg())
     rejected = [item for item in responses if item.status_code == 502]
@@ -126,8 +124,7 @@ def expect_abandoned(shop: TenantClient) -> dict[str, Any]:
     return expect_unknown(response, response.json())
 
 
-def test_killed_process(tmp_path: Path) -> None:
-    """A killed process's submission is in flight until its lease expires, then unknown; others check its tasks."""
+def test_submission_of_a_killed_process_is_unknown_once_its_lease_expires(tmp_path: Path) -> None:
     with run_cluster(tmp_path, 2) as two:
         two.set_clock_to_noon()
         shop, (victim, other) = slow_tenant(two), two.gateways
@@ -155,8 +152,7 @@ def test_killed_process(tmp_path: Path) -> None:
         assert (account["unknown"], account["in_flight"], shop.count_submits()) == (1, 0, 2)
 
 
-def test_frozen_process(cluster: ProcessCluster) -> None:
-    """A submission accepted by a process stopped beyond its lease is unknown until the process continues."""
+def test_submission_of_a_frozen_process_is_unknown_until_it_continues(cluster: ProcessCluster) -> None:
     shop, accepted = slow_tenant(cluster, seconds=1), cluster.upstream.count_requests("submit", "accepted")
     frozen = cluster.gateways[0].process
     with submit_in_background(shop) as call:

@@ -24,8 +24,7 @@ def wait_for_checks(cluster: ProcessCluster, times: int) -> None:
     wait_until(lambda: cluster.upstream.count_requests("check") >= times, "a check of every task")
 
 
-def test_tasks_per_window(cluster: ProcessCluster) -> None:
-    """Of 200 submits exactly 20 pass a limit of 20 per day; the next day, and not before, another 20."""
+def test_tasks_per_day_are_exact(cluster: ProcessCluster) -> None:
     limits = [{"window": "day", "tasks": 20}, {"window": "total", "tasks": 1000}]
     shop = cluster.create_tenant({"limits": limits, "max_active": 1000}, MONEY_ONLY, {})
     assert expect_accepted(shop, 200, 20, "day-tasks") == {str(HALF_DAY_SECONDS)}
@@ -38,8 +37,7 @@ def test_tasks_per_window(cluster: ProcessCluster) -> None:
     assert counters == [(20, 0), (40, 0)]
 
 
-def test_active_tasks(cluster: ProcessCluster) -> None:
-    """Of 200 submits exactly as many pass as may be active; once those have ended, as many again."""
+def test_active_tasks_are_exact(cluster: ProcessCluster) -> None:
     shop = cluster.create_tenant({"max_active": 8}, MONEY_ONLY, {})
     for _ in range(2):
         cluster.upstream.set_faults({"on": "check", "reply": "page", "status": 503})
@@ -52,8 +50,7 @@ def test_active_tasks(cluster: ProcessCluster) -> None:
         shop.finish_tasks()
 
 
-def test_money(cluster: ProcessCluster) -> None:
-    """A money limit admits exactly as many submits as it covers at the highest price; again the next day."""
+def test_money_per_day_is_exact(cluster: ProcessCluster) -> None:
     limits = [{"window": "day", "money": 10}]
     shop = cluster.create_tenant({"limits": limits, "max_active": 1000}, MONEY_ONLY, {"face-enhance": 3})
     for _ in range(2):
