@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 from urllib.parse import quote, quote_plus
 
@@ -18,7 +18,6 @@ from structlog.testing import capture_logs
 from service.clients import vendor_api, webhooks
 from service.clients.http import UpstreamPool
 from service.sandbox.faults import Fault
-from service.telemetry.redaction import Redactor
 from service.usecases.reports import QuotaReports
 from tests.behaviour.clients import LegacyClient
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, USER_KEY, RunningGateway, run_real_gateway
@@ -53,56 +52,19 @@ def assert_no_secret(texts: list[bytes], *secrets: str) -> None:
             assert [text for text in texts if revealing.encode() in text] == [], revealing
 
 
-async def call_every_operation(gateway: RunningGateway) -> AsyncIterator[Response]:
-    """Call all routes, with errors too; return the responses except those that show a new token."""
-    for value in (OTHER_KEY, [OTHER_KEY]):
-        document = {"accounts": {"main": {"user_key": {"value": value}}}}
-        yield await gateway.call_admin("PUT", "/registry", json=document)
-    for body in ({"user_key": USER_KEY, "nonsense": USER_KEY}, {"user_key": [USER_KEY]}, {"user_key": USER_KEY}):
-        yield await gateway.call_admin("PUT", "/accounts/main", json=body)
-    yield await gateway.call_admin("PUT", "/registry?dry_run=true&prune=true&force=true", json={})
-    yield await gateway.call_admin("PUT", "/accounts/main", content=b'{"user_key": "' + USER_KEY.encode())
-    for path in ("/accounts", "/tenants", "/registry", "/nowhere"):
-        yield await gateway.call_admin("GET", path)
-    submitted = await gateway.submit("upscale", {"prompt": "a prompt", "metadata": '{"order": "of-a-customer"}'})
-    yield submitted
-    await gateway.wait_for_task(submitted.json()["id"])
-    for path in ("/v1/tasks", f"/v1/tasks/{submitted.json()['id']}", "/v1/quota", "/v1/nowhere", "/openapi.json"):
-        yield await gateway.call("GET", path)
-    yield await gateway.call("GET", "/v1/quota", token=gateway.token[:-1])
-    yield await gateway.http.get(f"{gateway.ops_url}/metrics")
-    yield await gateway.call_admin("DELETE", "/tenants/shop?force=true")
-
-
-async def test_no_response_trace_or_event_contains_a_secret(valkey: Valkey) -> None:
-    with run_collector() as collector:
-        async with run_real_gateway(valkey, Redactor([ADMIN_TOKEN]), GATEWAY_TRACES_URL=collector.url) as gateway:
-            await gateway.call("GET", f"/v1/tasks/{gateway.token}")
-            agent = {"User-Agent": f"curl {gateway.token}"}
-            await gateway.call("GET", f"/v1/tasks?token={gateway.token}", headers=agent)
-            await gateway.http.get(f"{gateway.ops_url}/admin/v1/{ADMIN_TOKEN}")
-            with capture_logs() as events:  # before they are redacted
-                responses = [item async for item in call_every_operation(gateway)]
-            secrets = USER_KEY, OTHER_KEY, ADMIN_TOKEN, gateway.token, gateway.token[:-1]
-    assert {response.status_code for response in responses} >= {200, 201, 204, 400, 401, 404, 422}
-    assert_no_secret([repr((dict(item.headers), item.content)).encode() for item in responses], *secrets)
-    assert {"account.updated", "registry.applied", "tenant.deleted"} <= {event["event"] for event in events}
-    assert_no_secret([repr(event).encode() for event in events], *secrets)
-    assert len(collector.spans) > 40
-    assert_no_secret(collector.bodies, *secrets, ENCODED_SECRET_KEY)
-    assert not any(text in body for text in (b"a prompt", b"of-a-customer") for body in collector.bodies)
-
-
 async def test_changes_are_logged(gateway: RunningGateway) -> None:
     with capture_logs(processors=[merge_contextvars]) as logged:
-        await gateway.call_admin("PUT", "/accounts/main", json={"floor_count": 2})
+        await gateway.call_admin("PUT", "/accounts/main", json={"floor_count": 2, "user_key": OTHER_KEY})
         await gateway.put_tenant(max_active=4)
         made = (await gateway.call_admin("POST", "/tenants/shop/tokens", json={"label": "a label"})).json()
         await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{made['id']}?grace=60")
         await gateway.call_admin("POST", "/accounts/main/reopen")
         await gateway.call_admin("DELETE", "/tenants/shop")
         await gateway.call_admin("DELETE", "/accounts/main")
-        await gateway.call_admin("PUT", "/registry", json={"tenants": {"lab": {"accounts": [], "max_active": 3}}})
+        document = {"accounts": {"spare": {"user_key": {"value": OTHER_KEY}}}}
+        document["tenants"] = {"lab": {"accounts": [], "max_active": 3}}
+        await gateway.call_admin("PUT", "/registry", json=document)
+    assert_no_secret([repr(item).encode() for item in logged], OTHER_KEY, made["token"])  # before they are redacted
     changes = [item for item in logged if item["event"].startswith(("account.", "tenant.", "token.", "registry."))]
     expected: list[tuple[str, dict[str, Any]]] = [
         ("account.updated", {"account": "main", "floor_count": 2}),
@@ -113,6 +75,7 @@ async def test_changes_are_logged(gateway: RunningGateway) -> None:
         ("tenant.deleted", {"tenant": "shop"}),
         ("account.deleted", {"account": "main"}),
         ("registry.applied", {}),
+        ("account.updated", {"account": "spare"}),
         ("tenant.updated", {"tenant": "lab", "max_active": 3}),
     ]
     for change, (event, fields) in zip(changes, expected, strict=True):
@@ -166,6 +129,13 @@ async def call_as_operator(gateway: RunningGateway) -> None:
     for body in ({"user_key": OTHER_KEY}, {"user_key": OTHER_KEY, OTHER_KEY: 1}, {"user_key": [OTHER_KEY]}):
         await gateway.call_admin("PUT", "/accounts/spare", json=body)
     await gateway.call_admin("PUT", "/accounts/spare", content=json.dumps({"user_key": OTHER_KEY})[:-2].encode())
+    for value in (OTHER_KEY, [OTHER_KEY]):
+        document = {"accounts": {"spare": {"user_key": {"value": value}}}}
+        await gateway.call_admin("PUT", "/registry", json=document)
+    await gateway.call_admin("PUT", "/registry?dry_run=true&prune=true&force=true", json={})
+    for path in ("/accounts", "/tenants", "/registry"):
+        await gateway.call_admin("GET", path)
+    await gateway.http.get(f"{gateway.ops_url}/metrics")
     await gateway.call_admin("PUT", "/tenants/other", json={"accounts": ["main"], "webhook": {"secret": HOOK_SECRET}})
     await gateway.call_admin("GET", f"/accounts?token={ADMIN_TOKEN}&user_key={quote(OTHER_KEY)}")
     await gateway.call_admin("GET", f"/accounts/{quote(OTHER_KEY, safe='')}")
@@ -176,7 +146,7 @@ async def call_as_operator(gateway: RunningGateway) -> None:
 async def call_as_tenant(gateway: RunningGateway) -> None:
     fields = {"prompt": PROMPT, "metadata": json.dumps(METADATA)}
     headers = {"Idempotency-Key": f'"{IDEMPOTENCY_KEY}"', "Cookie": f"session={PASSWORD}"}
-    headers |= {"X-Request-Id": gateway.token}
+    headers |= {"X-Request-Id": gateway.token, "User-Agent": f"curl {gateway.token}"}
     faulty = {"webhook_url": f"https://u:{PASSWORD}@h.example/?{QUERY}"}
     for more in ({}, {"scale": "none"}, {gateway.token: "x"}, faulty):
         await gateway.submit("upscale", fields | more, headers=headers)
@@ -241,12 +211,21 @@ async def provoke_crashes(gateway: RunningGateway, monkeypatch: pytest.MonkeyPat
     )
 
 
-async def test_no_secret_or_user_content_is_logged_at_debug_level(
+async def test_no_secret_in_responses_traces_and_the_log_at_debug_level(
     valkey: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with capture_log() as log:
+    responses: list[Response] = []
+
+    async def record_response(response: Response) -> None:
+        await response.aread()
+        if "x-request-id" not in response.request.headers:  # which every response repeats
+            responses.append(response)
+
+    with capture_log() as log, run_collector() as collector:
         log.redactor.register_secrets(ADMIN_TOKEN, ENCODED_SECRET_KEY)
-        async with run_real_gateway(valkey, log.redactor) as gateway, run_receiver() as receiver:
+        settings = {"GATEWAY_TRACES_URL": collector.url}
+        async with run_real_gateway(valkey, log.redactor, **settings) as gateway, run_receiver() as receiver:
+            gateway.http.event_hooks["response"].append(record_response)
             await call_as_operator(gateway)
             await call_as_tenant(gateway)
             await provoke_upstream_faults(gateway, receiver)
@@ -257,9 +236,15 @@ async def test_no_secret_or_user_content_is_logged_at_debug_level(
     assert {event["event"] for event in events} > expected
     assert {event["logger"] for event in events if event["event"] == "library.logged"} >= {"httpx2", "asyncio"}
     texts = [text.encode() for event in events for text in iter_texts(event)]
-    assert_no_secret(texts, USER_KEY, OTHER_KEY, gateway.token, ADMIN_TOKEN, HOOK_SECRET, ENCODED_SECRET_KEY)
+    assert len(collector.spans) > 40
+    texts += collector.bodies
     for canary in CANARIES:
         assert [text for text in texts if canary.encode() in text] == [], canary
+    assert {response.status_code for response in responses} >= {200, 201, 400, 401, 404, 422, 500, 502}
+    texts += [repr((dict(item.headers), item.content)).encode() for item in responses]
+    # The last character of the token is missing in one request.
+    secrets = USER_KEY, OTHER_KEY, gateway.token[:-1], ADMIN_TOKEN, HOOK_SECRET, ENCODED_SECRET_KEY
+    assert_no_secret(texts, *secrets)
 
 
 def iter_texts(value: Any) -> list[str]:
