@@ -6,9 +6,8 @@ import asyncio
 import hashlib
 import re
 import resource
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,6 +36,7 @@ from tests.contract.scripted_server import (
     run_server,
 )
 from tests.support.images import make_png
+from tests.unit.asgi_client import open_raw_connection
 
 MIB = 1 << 20
 LARGE = 96 * MIB
@@ -143,46 +143,32 @@ async def test_failure_before_the_first_byte_is_a_problem(gateway: RunningGatewa
     expect_problem(await fetch_artifact(gateway, href), 502, "upstream-invalid-response")
 
 
-@dataclass
-class ArtifactSetup:
-    """A gateway whose finished task has its artifact on a scripted server."""
+@asynccontextmanager
+async def serve_artifact(gateway: RunningGateway, serve: Handler) -> AsyncIterator[ScriptedServer]:
+    """Have the artifact of the finished task on a scripted server."""
+    client = ArtifactClient("http://127.0.0.1", max_bytes=LARGE, on_call=lambda *_: None)
+    async with asyncio.timeout(60), run_server(serve) as server:
 
-    gateway: RunningGateway
-    server: ScriptedServer
-    href: str
+        def fetch(
+            account: Account | None, artifact: Artifact, requested: RangeRequest, is_recent: bool = False
+        ) -> AbstractAsyncContextManager[ArtifactStream]:
+            return client.fetch(account, Artifact(artifact.name, f"{server.url}/1.png"), requested, is_recent)
 
-    @asynccontextmanager
-    async def open_download(self) -> AsyncIterator[tuple[asyncio.StreamReader, bytes]]:
-        """Open a raw connection and read the head of the response."""
-        address = urlsplit(self.gateway.url)
-        reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=64 * 1024)
+        gateway.services.task_reader.fetch_artifact = fetch
+        yield server
+
+
+@asynccontextmanager
+async def download(gateway: RunningGateway, href: str) -> AsyncIterator[asyncio.StreamReader]:
+    """Download the artifact on a raw connection; yield it after the head of the response."""
+    async with open_raw_connection(urlsplit(gateway.url).port or 0) as (reader, writer):
+        request = f"GET {href} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gateway.token}\r\n\r\n"
+        writer.write(request.encode())
+        await reader.readuntil(b"\r\n\r\n")
         try:
-            request = f"GET {self.href} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self.gateway.token}\r\n\r\n"
-            writer.write(request.encode())
-            yield reader, await reader.readuntil(b"\r\n\r\n")
+            yield reader
         finally:
             writer.transport.abort()
-
-
-OpenSetup = Callable[[Handler], AbstractAsyncContextManager[ArtifactSetup]]
-
-
-@pytest.fixture
-def open_setup(gateway: RunningGateway, href: str) -> OpenSetup:
-    @asynccontextmanager
-    async def open_with(serve: Handler) -> AsyncIterator[ArtifactSetup]:
-        client = ArtifactClient("http://127.0.0.1", max_bytes=LARGE, on_call=lambda *_: None)
-        async with asyncio.timeout(60), run_server(serve) as server:
-
-            def fetch(
-                account: Account | None, artifact: Artifact, requested: RangeRequest, is_recent: bool = False
-            ) -> AbstractAsyncContextManager[ArtifactStream]:
-                return client.fetch(account, Artifact(artifact.name, f"{server.url}/1.png"), requested, is_recent)
-
-            gateway.services.task_reader.fetch_artifact = fetch
-            yield ArtifactSetup(gateway, server, href)
-
-    return open_with
 
 
 def artifact_log_fields(logs: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
@@ -191,7 +177,7 @@ def artifact_log_fields(logs: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
     return line["status"], line["outcome"]
 
 
-async def test_large_artifact_is_streamed_with_backpressure(open_setup: OpenSetup) -> None:
+async def test_large_artifact_is_streamed_with_backpressure(gateway: RunningGateway, href: str) -> None:
     sent, stalled, digest = 0, asyncio.Event(), hashlib.sha256()
 
     async def serve(connection: Connection) -> None:
@@ -208,7 +194,7 @@ async def test_large_artifact_is_streamed_with_backpressure(open_setup: OpenSetu
                 stalled.set()
             await draining
 
-    async with open_setup(serve) as setup, setup.open_download() as (reader, _):
+    async with serve_artifact(gateway, serve), download(gateway, href) as reader:
         await stalled.wait()
         assert sent < LARGE / 2
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -221,18 +207,20 @@ async def test_large_artifact_is_streamed_with_backpressure(open_setup: OpenSetu
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024  # KiB on Linux
 
 
-async def test_disconnect_ends_the_fetch(open_setup: OpenSetup) -> None:
+async def test_disconnect_ends_the_fetch(gateway: RunningGateway, href: str) -> None:
     disconnected = asyncio.Event()
     serve = reply_and_hold(response_head(Content_Length="1000"), PNG_IMAGE, disconnected=disconnected)
     with capture_logs() as logs:
-        async with open_setup(serve) as setup:
-            async with setup.open_download() as (reader, _):
+        async with serve_artifact(gateway, serve):
+            async with download(gateway, href) as reader:
                 assert await reader.readexactly(len(PNG_IMAGE)) == PNG_IMAGE
             await disconnected.wait()
     assert artifact_log_fields(logs) == (200, "client-disconnected")
 
 
-async def test_stalled_client_is_disconnected(open_setup: OpenSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stalled_client_is_disconnected(
+    gateway: RunningGateway, href: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(artifacts, "READER_TIMEOUT_SECONDS", 0.1)
     disconnected = asyncio.Event()
 
@@ -246,43 +234,43 @@ async def test_stalled_client_is_disconnected(open_setup: OpenSetup, monkeypatch
             disconnected.set()
 
     with capture_logs() as logs:
-        async with open_setup(serve) as setup, setup.open_download():
+        async with serve_artifact(gateway, serve), download(gateway, href):
             await disconnected.wait()
     assert artifact_log_fields(logs) == (200, "client-too-slow")
 
 
-async def test_truncation_is_visible_to_the_client(open_setup: OpenSetup) -> None:
+async def test_truncation_is_visible_to_the_client(gateway: RunningGateway, href: str) -> None:
     serve = reply_and_close(response_head(Transfer_Encoding="chunked"), chunked_body(PNG_IMAGE, end=False))
     with capture_logs() as logs:
-        async with open_setup(serve) as setup, setup.open_download() as (reader, _):
+        async with serve_artifact(gateway, serve), download(gateway, href) as reader:
             body = await reader.read()
             assert PNG_IMAGE in body
             assert not body.endswith(b"0\r\n\r\n")
     assert artifact_log_fields(logs) == (200, "transfer-aborted")
 
 
-async def test_unchanged_artifact_is_304(open_setup: OpenSetup) -> None:
-    async with open_setup(reply_and_close(response_head(304, ETag='"v1"', Content_Length="5"))) as setup:
-        response = await setup.gateway.call("GET", setup.href, headers={"If-None-Match": '"v0", W/"v1"'})
+async def test_unchanged_artifact_is_304(gateway: RunningGateway, href: str) -> None:
+    async with serve_artifact(gateway, reply_and_close(response_head(304, ETag='"v1"', Content_Length="5"))) as server:
+        response = await gateway.call("GET", href, headers={"If-None-Match": '"v0", W/"v1"'})
         assert (response.status_code, response.content, response.headers["etag"]) == (304, b"", '"v1"')
         assert response.headers["cache-control"] == "private, no-cache"
         assert "content-type" not in response.headers
-        assert b'\r\nif-none-match: "v0", w/"v1"\r\n' in setup.server.requests[0][0].lower()
+        assert b'\r\nif-none-match: "v0", w/"v1"\r\n' in server.requests[0][0].lower()
 
 
-async def test_headers_are_not_passed_on(open_setup: OpenSetup) -> None:
+async def test_headers_are_not_passed_on(gateway: RunningGateway, href: str) -> None:
     answer = file_response(
         Content_Disposition='attachment; filename="x.exe"',
         Set_Cookie="a=b",
         ETag='"a\tb"',
         Content_Security_Policy="default-src *",
     )
-    async with open_setup(reply_and_close(answer)) as setup:
+    async with serve_artifact(gateway, reply_and_close(answer)) as server:
         headers = {"Cookie": "a=b", "X-Forwarded-For": "10.0.0.1"}
-        response = await setup.gateway.call("GET", setup.href, headers=headers)
+        response = await gateway.call("GET", href, headers=headers)
         assert response.content == PNG_IMAGE
         assert {"set-cookie", "etag"}.isdisjoint(response.headers)
         assert "exe" not in response.headers["content-disposition"]
         assert response.headers.get_list("content-security-policy") == ["default-src 'none'; sandbox"]
-        names = {line.partition(b":")[0].lower() for line in setup.server.requests[0][0].split(b"\r\n")[1:-2]}
+        names = {line.partition(b":")[0].lower() for line in server.requests[0][0].split(b"\r\n")[1:-2]}
         assert names == {b"host", b"user-agent", b"accept", b"accept-encoding", b"connection"}

@@ -128,18 +128,10 @@ async def test_errors_after_the_acceptance_still_return_201(
         assert (await gateway.call("GET", location)).json()["id"] == response.json()["id"]
         ids.add(location)
     assert len(ids) == await gateway.upstream.count_submits() == len(places)
-
-
-async def test_errors_after_the_acceptance_of_a_legacy_submit(
-    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def failing(*_: Any) -> NoReturn:
-        raise OSError("a fault of the gateway")
-
     monkeypatch.setattr(QuotaReports, "remaining", failing)
     monkeypatch.setattr(MultipartForm, "discard", failing)
-    response = await LegacyClient(gateway.http, gateway.url, gateway.token).submit("submit_vector_task", {})
-    assert response == {"err_code": 0, "task_id": response["task_id"]}
+    accepted = await LegacyClient(gateway.http, gateway.url, gateway.token).submit("submit_vector_task", {})
+    assert accepted == {"err_code": 0, "task_id": accepted["task_id"]}
 
 
 async def test_headers_of_a_task(gateway: RunningGateway) -> None:

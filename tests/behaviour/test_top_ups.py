@@ -26,22 +26,11 @@ async def probing(valkey: Valkey) -> AsyncIterator[BalanceHarness]:
         yield harness
 
 
-@pytest.fixture(params=["submit"])
+@pytest.fixture(params=["submit", "end"])
 async def checking(request: pytest.FixtureRequest, valkey: Valkey) -> AsyncIterator[BalanceHarness]:
     """Yield a gateway over an upstream whose checks report the current balance."""
     async with open_balance_harness(valkey, charge=request.param, checked_balance="now") as harness:
         yield harness
-
-
-@pytest.fixture
-async def checked(checking: BalanceHarness) -> BalanceHarness:
-    """Yield an exhausted account that is known to report current balances."""
-    await exhaust_account(checking)
-    await checking.sandbox.set_balance(1, 0)
-    assert await checking.run_balance_checks() == 1
-    await checking.run_task()
-    assert (await checking.get_account())["state"] == "exhausted"
-    return checking
 
 
 async def exhaust_account(harness: BalanceHarness, uses: int = 2) -> None:
@@ -143,8 +132,7 @@ async def test_invalid_account_is_not_probed(probing: BalanceHarness) -> None:
     assert (await probing.read_counts())["total-tasks"] == (3, 0)
 
 
-@pytest.mark.parametrize("checking", ["submit", "end"], indirect=True)
-async def test_top_up_is_found_by_a_balance_check(checking: BalanceHarness) -> None:
+async def test_top_up_is_found_by_a_balance_check_or_else_by_a_probe(checking: BalanceHarness) -> None:
     await exhaust_account(checking)
     submits_before = await checking.sandbox.count_submits()
     await checking.sandbox.set_balance(3, 0)
@@ -156,17 +144,17 @@ async def test_top_up_is_found_by_a_balance_check(checking: BalanceHarness) -> N
     assert await checking.sandbox.count_submits() == submits_before
     await checking.run_task()
     assert await checking.run_balance_checks(3_600) == 0
-
-
-async def test_probes_resume_after_repeated_failures(checked: BalanceHarness) -> None:
-    await checked.sandbox.set_fault(on="check", refuse="系统繁忙")
+    # When the checks of an account that reports current balances fail, probes resume.
+    await checking.run_tasks(2)
+    assert (await checking.get_account())["state"] == "exhausted"
+    await checking.sandbox.set_fault(on="check", refuse="系统繁忙")
     for _ in range(5):
-        await checked.expect_refused_locally()
-        await checked.run_balance_checks()
-    await checked.gateway.advance(60)
-    await checked.expect_failed_probe()
-    await checked.expect_refused_locally()
-    await checked.sandbox.update_behaviour(faults=())
-    await checked.sandbox.set_balance(1, 0)
-    await checked.gateway.advance(60)
-    await checked.run_task()
+        await checking.expect_refused_locally()
+        await checking.run_balance_checks()
+    await checking.gateway.advance(60)
+    await checking.expect_failed_probe()
+    await checking.expect_refused_locally()
+    await checking.sandbox.update_behaviour(faults=())
+    await checking.sandbox.set_balance(1, 0)
+    await checking.gateway.advance(60)
+    await checking.run_task()

@@ -33,8 +33,8 @@ from service.telemetry import tracing, tracing_otel
 from service.telemetry.gauges import AccountSample, MetricsSnapshot, QuotaSample
 from service.telemetry.metrics import Metrics, Port, RedisOutcome, format_exposition, preregister
 from service.telemetry.tracing import NOOP_TRACER
-from tests.support.network import reserve_port
 from tests.process.gateway import wait_until
+from tests.support.network import reserve_port
 from tests.support.traces import SPAN, TRACE, SpanRecorder, TraceCollector, run_collector
 from tests.unit.asgi_client import App, call_app, make_http_scope, make_receive
 
