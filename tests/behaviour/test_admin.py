@@ -28,14 +28,6 @@ ACCOUNT: dict[str, Any] = {
     "max_price": {"upscale": 0.07, "vectorize": 2},
     "note": "Invoiced\nmonthly.",
 }
-TENANT_DEFAULTS: dict[str, Any] = {
-    "limits": [],
-    "max_active": None,
-    "spending_mode": "count_then_money",
-    "kinds": None,
-    "state": "active",
-    "note": "",
-}
 TENANT: dict[str, Any] = {
     "accounts": ["main"],
     "limits": [{"window": "day", "tasks": 5, "money": 2.5}, {"window": "total", "tasks": None, "money": 100}],
@@ -119,10 +111,12 @@ async def test_put_replaces_accounts_and_tenants(gateway: RunningGateway) -> Non
     assert (await put_json(gateway, "/accounts/main", base_url=url))["base_url"] == url.rstrip("/")
     assert ACCOUNT.items() <= (await put_json(gateway, "/accounts/main", **ACCOUNT)).items()
     assert ACCOUNT_DEFAULTS.items() <= (await put_json(gateway, "/accounts/main")).items()
+    defaults = await get_json(gateway, "/tenants/shop")
     tenant = await put_json(gateway, "/tenants/shop", **TENANT)
     del tenant["webhook"]["disabled_urls"], tenant["webhook"]["secret"]
     assert TENANT.items() <= tenant.items()
-    assert TENANT_DEFAULTS.items() <= (await put_json(gateway, "/tenants/shop", accounts=["main"])).items()
+    assert await put_json(gateway, "/tenants/shop", accounts=["main"]) == defaults
+    assert (defaults["limits"], defaults["max_active"], defaults["spending_mode"]) == ([], None, "count_then_money")
     assert (await gateway.submit()).status_code == 201
 
 

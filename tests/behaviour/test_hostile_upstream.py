@@ -158,15 +158,6 @@ async def test_response_after_the_lease(
     assert await gateway.upstream.count_submits() == 1
 
 
-async def test_busy_upstream_passes_on_retry_after(gateway: RunningGateway) -> None:
-    async with run_server(reply_with(http_response(b"busy", 429, Retry_After="37"))) as server:
-        await gateway.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY, "base_url": server.url})
-        response = await gateway.submit()
-    expect_problem(response, *BUSY)
-    assert response.headers["retry-after"] == "37"
-    assert await read_counts(gateway) == (0, 0, 0)
-
-
 async def test_faulty_check_response_changes_nothing(gateway: RunningGateway) -> None:
     for fault in CHECK_FAULTS:
         task = (await gateway.submit()).json()

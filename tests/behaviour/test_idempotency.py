@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,8 +31,6 @@ from tests.behaviour.requests import (
 from tests.support.valkey import Valkey
 from tests.unit.asgi_client import AsgiResponse, open_raw_connection, read_response
 from tests.unit.multipart_forms import CONTENT_TYPE, encode_file, encode_form
-
-Change = Callable[[RunningGateway], Awaitable[Any]]
 
 DAY = 86_400
 OTHER_IMAGE = make_jpeg(b"b")
@@ -183,26 +180,19 @@ async def test_stored_key_expires_and_is_hashed(gateway: RunningGateway, valkey:
     assert await gateway.upstream.count_submits() == 2
 
 
-def set_policy(**policy: Any) -> Change:
-    return lambda gateway: gateway.put_tenant(**policy)
-
-
-def refuse_next(outcome: SubmitOutcome) -> Change:
-    return lambda gateway: gateway.upstream.refuse_next(outcome, "因为")
-
-
-REFUSALS: list[tuple[Change, int, str]] = [
-    (set_policy(limits=[{"window": "total", "tasks": 0}]), 429, "quota-exceeded"),
-    (refuse_next(SubmitOutcome.REJECTED), 502, "upstream-rejected"),
-    (refuse_next(SubmitOutcome.EXHAUSTED), 402, "balance-exhausted"),
-    (use_unreachable_account, 503, "upstream-unavailable"),
-]
-
-
 async def test_refusals_free_the_key(gateway: RunningGateway) -> None:
-    for number, (refuse, status, code) in enumerate(REFUSALS, 1):
+    await use_unreachable_account(gateway)
+    refusals: list[tuple[dict[str, Any], SubmitOutcome | None, int, str]] = [
+        ({"limits": [{"window": "total", "tasks": 0}]}, None, 429, "quota-exceeded"),
+        ({}, SubmitOutcome.REJECTED, 502, "upstream-rejected"),
+        ({}, SubmitOutcome.EXHAUSTED, 402, "balance-exhausted"),
+        ({"accounts": ["dead"]}, None, 503, "upstream-unavailable"),
+    ]
+    for number, (policy, outcome, status, code) in enumerate(refusals, 1):
         key = f"key-{number}"
-        await refuse(gateway)
+        await gateway.put_tenant(**policy)
+        if outcome is not None:
+            await gateway.upstream.refuse_next(outcome, "因为")
         expect_problem(await submit_with_key(gateway, key=key, image=OTHER_IMAGE), status, code)
         await gateway.call_admin("POST", "/accounts/main/reopen")
         await gateway.put_tenant(**UNREACHABLE_LIMITS)
@@ -214,20 +204,17 @@ async def test_refusals_free_the_key(gateway: RunningGateway) -> None:
         assert await read_counts(gateway) == (number, 0, number)
 
 
-async def delete_account(gateway: RunningGateway) -> None:
-    assert (await gateway.call_admin("DELETE", "/accounts/main?force=true")).status_code == 204
-
-
 async def test_replay_ignores_refusals_of_new_submissions(gateway: RunningGateway) -> None:
     task = expect_created(await submit_with_key(gateway))
-    for hinder, status, code in (
-        (set_policy(limits=[{"window": "total", "tasks": 1}]), 429, "quota-exceeded"),
-        (set_policy(accounts=[]), 503, "account-misconfigured"),
-        (refuse_next(SubmitOutcome.EXHAUSTED), 402, "balance-exhausted"),
-        (delete_account, 503, "account-misconfigured"),
+    limits = [{"window": "total", "tasks": 1}]
+    for method, path, body, status, code in (
+        ("PUT", "/tenants/shop", {"accounts": ["main"], "limits": limits}, 429, "quota-exceeded"),
+        ("PUT", "/tenants/shop", {"accounts": []}, 503, "account-misconfigured"),
+        ("PUT", "/accounts/main", {"floor_count": 100, "floor_money": 1_000}, 402, "balance-exhausted"),
+        ("DELETE", "/accounts/main?force=true", None, 503, "account-misconfigured"),
     ):
         await gateway.put_tenant()
-        await hinder(gateway)
+        assert (await gateway.call_admin(method, path, json=body)).is_success
         expect_problem(await submit_with_key(gateway, key="another"), status, code)
         before = await gateway.upstream.count_submits()
         expect_replayed(await submit_with_key(gateway), task)

@@ -35,12 +35,6 @@ FOLDER = Path(__file__).parents[2] / "openapi"
 HOOK_URL = "https://hooks.example/tasks"
 
 
-def iter_operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for path, item in document["paths"].items():
-        for method, operation in item.items():
-            yield path, method, operation
-
-
 def iter_objects(node: Any) -> Iterator[dict[str, Any]]:
     if isinstance(node, dict):
         yield node
@@ -133,7 +127,9 @@ async def test_generated_requests(valkey: Valkey, monkeypatch: pytest.MonkeyPatc
         poller = asyncio.create_task(gateway.services.task_poller.run())  # else streams and waits would not end
         url, token = (gateway.url, gateway.token) if port == "tenants" else (gateway.ops_url, ADMIN_TOKEN)
         document = (await gateway.http.get(f"{url}/openapi.json")).json()
-        operations = {f"{method.upper()} {path}": operation for path, method, operation in iter_operations(document)}
+        operations: dict[str, Any] = {}
+        for path, item in document["paths"].items():
+            operations |= {f"{method.upper()} {path}": operation for method, operation in item.items()}
         for operation in operations.values():
             del operation["responses"]["default"]  # with it, every status would be documented
         await add_examples(gateway, operations)

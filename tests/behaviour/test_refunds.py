@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from service.sandbox.faults import Fault
 from service.storage.redis import Keys
 from service.usecases.ports import SubmitOutcome
-from tests.behaviour.balance_harness import PRICE_YUAN, BalanceHarness, open_balance_harness
+from tests.behaviour.balance_harness import PRICE_YUAN, open_balance_harness
 from tests.behaviour.gateway_fixture import RunningGateway
 from tests.behaviour.requests import (
     UNREACHABLE_POLICIES,
@@ -20,6 +20,7 @@ from tests.behaviour.requests import (
     expect_invalid,
     expect_json,
     expect_problem,
+    expect_unknown,
     post_refund,
     read_all_usage,
     read_charged_today,
@@ -164,22 +165,6 @@ async def test_money_is_refunded_to_the_fen(valkey: Valkey) -> None:
         assert await read_charged_today(gateway) == (1, PRICE_YUAN)
 
 
-async def submit_with_unknown_outcome(harness: BalanceHarness, balance: tuple[int, int], fault: Fault) -> str:
-    """Let the ledger learn charge timing and price, then lose a submit response; return the submission id."""
-    await harness.sandbox.set_balance(*balance)
-    await harness.run_tasks()
-    await harness.sandbox.update_behaviour(faults=(fault,))
-    response = expect_problem(await harness.submit(), 504, "submission-unknown")
-    await harness.sandbox.control.wait_until_idle()
-    name = str(response["submission_id"])
-    assert await read_suggestion(harness, name) == "cannot-tell"
-    return name
-
-
-async def read_suggestion(harness: BalanceHarness, name: str) -> str:
-    return str((await read_submission(harness.gateway, name))["balance_suggests"])
-
-
 @pytest.mark.parametrize(
     ("charge", "fault", "balance", "suggests"),
     [
@@ -193,6 +178,11 @@ async def test_next_balance_suggests_the_charge(
     valkey: Valkey, charge: str, fault: Fault, balance: tuple[int, int], suggests: str
 ) -> None:
     async with open_balance_harness(valkey, charge=charge, checked_balance="then") as harness:
-        name = await submit_with_unknown_outcome(harness, balance, fault)
-        await harness.expect_accepted()
-        assert await read_suggestion(harness, name) == suggests
+        await harness.sandbox.set_balance(*balance)
+        await harness.run_tasks()  # from which the ledger learns price and time of charging
+        await harness.sandbox.update_behaviour(faults=(fault,))
+        name = expect_unknown(await harness.submit())["submission_id"]
+        await harness.sandbox.control.wait_until_idle()
+        for expected in ("cannot-tell", suggests):
+            assert (await read_submission(harness.gateway, name))["balance_suggests"] == expected
+            await harness.expect_accepted()

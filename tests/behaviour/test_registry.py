@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
-import pytest
 from httpx2 import Response
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from service.usecases.ports import SubmitResult
+from tests.behaviour.clients import wait_until
 from tests.behaviour.gateway_fixture import USER_KEY, RunningGateway
 from tests.behaviour.requests import (
     UNREACHABLE_LIMITS,
@@ -257,18 +257,13 @@ async def test_operators_read_tasks_of_a_deleted_tenant_and_account(gateway: Run
     assert expect_json(await gateway.call_admin("GET", "/tasks?tenant=shop"))["items"] == []
 
 
-async def test_deleted_while_sending(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    upstream = gateway.services.submitter.upstream
-    submit = upstream.submit
-
-    async def submit_and_delete(*args: Any, **more: Any) -> SubmitResult:
-        result = await submit(*args, **more)
+async def test_deleted_while_sending(gateway: RunningGateway) -> None:
+    with gateway.hold_responses() as held:
+        submitting = asyncio.create_task(gateway.submit())
+        await wait_until(lambda: held.count == 1)
         for path in ("/tenants/shop", "/accounts/main"):
             await delete_by_force(gateway, path)
-        return result
-
-    monkeypatch.setattr(upstream, "submit", submit_and_delete)
-    assert (await gateway.submit()).status_code == 201
+    assert (await submitting).status_code == 201
     with capture_logs() as events:
         for _ in range(2):
             await gateway.advance(LOST_AFTER_SECONDS)

@@ -61,8 +61,8 @@ async def test_changes_are_logged(gateway: RunningGateway) -> None:
         await gateway.call_admin("POST", "/accounts/main/reopen")
         await gateway.call_admin("DELETE", "/tenants/shop")
         await gateway.call_admin("DELETE", "/accounts/main")
-        document = {"accounts": {"spare": {"user_key": {"value": OTHER_KEY}}}}
-        document["tenants"] = {"lab": {"accounts": [], "max_active": 3}}
+        spare, lab = {"user_key": {"value": OTHER_KEY}}, {"accounts": [], "max_active": 3}
+        document = {"accounts": {"spare": spare}, "tenants": {"lab": lab}}
         await gateway.call_admin("PUT", "/registry", json=document)
     assert_no_secret([repr(item).encode() for item in logged], OTHER_KEY, made["token"])  # before they are redacted
     changes = [item for item in logged if item["event"].startswith(("account.", "tenant.", "token.", "registry."))]

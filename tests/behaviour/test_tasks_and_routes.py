@@ -8,7 +8,8 @@ import json
 import re
 from datetime import datetime
 from itertools import cycle
-from typing import Any, NoReturn
+from typing import Any
+from unittest.mock import Mock
 from urllib.parse import urljoin, urlsplit
 
 import pytest
@@ -115,12 +116,8 @@ async def test_errors_after_the_acceptance_still_return_201(
     gateway.services.task_cache.close()  # so that no wait lasts
     ids = set()
     for (place, name), error in zip(places, cycle((KeyError, OSError))):
-
-        def failing(*_: Any, error: type[Exception] = error, **__: Any) -> NoReturn:
-            raise error("a fault of the gateway")
-
         with monkeypatch.context() as patched:
-            patched.setattr(place, name, failing)
+            patched.setattr(place, name, Mock(side_effect=error("a fault of the gateway")))
             response = await gateway.submit(headers={"Prefer": "wait=1"})
         assert response.status_code == 201, name
         location = response.headers["location"]
@@ -128,8 +125,8 @@ async def test_errors_after_the_acceptance_still_return_201(
         assert (await gateway.call("GET", location)).json()["id"] == response.json()["id"]
         ids.add(location)
     assert len(ids) == await gateway.upstream.count_submits() == len(places)
-    monkeypatch.setattr(QuotaReports, "remaining", failing)
-    monkeypatch.setattr(MultipartForm, "discard", failing)
+    for place, name in ((QuotaReports, "remaining"), (MultipartForm, "discard")):
+        monkeypatch.setattr(place, name, Mock(side_effect=OSError("a fault of the gateway")))
     accepted = await LegacyClient(gateway.http, gateway.url, gateway.token).submit("submit_vector_task", {})
     assert accepted == {"err_code": 0, "task_id": accepted["task_id"]}
 

@@ -127,7 +127,7 @@ async def test_trace_from_submission_to_webhook(valkey: Valkey, collector: Trace
     assert delivery.links == [(TRACE, request.span_id)]
     (call,) = [span for span in collector.spans if span.parent_id == delivery.span_id]
     sampled, unsampled = receiver.requests
-    assert sampled.headers["traceparent"].startswith(f"00-{call.trace_id}-{call.span_id}")
+    assert sampled.headers["traceparent"].startswith(call.traceparent)
     assert "traceparent" not in unsampled.headers
     fetched = collector.get_span("GET /v1/tasks/{task_id}/artifacts/{name}")
     assert "GET" in [span.name for span in collector.spans if span.parent_id == fetched.span_id]

@@ -26,18 +26,13 @@ async def task(gateway: RunningGateway) -> dict[str, Any]:
     return task
 
 
-def task_path(task: dict[str, Any]) -> str:
-    path: str = task["links"]["self"]
-    return path
-
-
 async def wait_for_subscriptions(gateway: RunningGateway, number: int) -> None:
     await wait_until(lambda: gateway.services.task_cache.subscription_count == number)
 
 
 @pytest.mark.smoke
 async def test_end_wakes_the_waiting_read(gateway: RunningGateway, task: dict[str, Any]) -> None:
-    reading = await start_waiting_read(gateway, task_path(task))
+    reading = await start_waiting_read(gateway, task["links"]["self"])
     await poll_with_outcome(gateway, RUNNING)
     assert not reading.done()
     assert "gateway_waiting_clients 1.0" in (await gateway.http.get(f"{gateway.ops_url}/metrics")).text
@@ -46,23 +41,23 @@ async def test_end_wakes_the_waiting_read(gateway: RunningGateway, task: dict[st
     assert (response.status_code, response.json()["state"]) == (200, "succeeded")
     assert response.headers["preference-applied"] == "wait=60"
     assert "retry-after" not in response.headers
-    assert response.json() == (await gateway.call("GET", task_path(task))).json()
+    assert response.json() == (await gateway.call("GET", task["links"]["self"])).json()
     assert gateway.services.task_cache.subscription_count == 0
     metrics = (await gateway.http.get(f"{gateway.ops_url}/metrics")).text
     for name in ("stream", "request"):  # a wait is no slow request
         labels = '{method="GET",port="tenants",route="/v1/tasks/{task_id}"}'
         assert f"gateway_http_{name}_duration_seconds_count{labels} 1.0" in metrics
     async with asyncio.timeout(20):
-        at_once = await gateway.call("GET", task_path(task), headers=PREFER)
+        at_once = await gateway.call("GET", task["links"]["self"], headers=PREFER)
     assert (at_once.json(), at_once.headers["preference-applied"]) == (response.json(), "wait=60")
 
 
 async def test_timeout_returns_the_current_state(gateway: RunningGateway, task: dict[str, Any]) -> None:
     await poll_with_outcome(gateway, RUNNING)
-    tag = (await gateway.call("GET", task_path(task))).headers["etag"]
+    tag = (await gateway.call("GET", task["links"]["self"])).headers["etag"]
     readings = [
-        await start_waiting_read(gateway, task_path(task), 1),
-        await start_waiting_read(gateway, task_path(task), 1, if_none_match=tag),
+        await start_waiting_read(gateway, task["links"]["self"], 1),
+        await start_waiting_read(gateway, task["links"]["self"], 1, if_none_match=tag),
     ]
     response, unchanged = await asyncio.gather(*readings)
     assert (response.status_code, response.json()["state"]) == (200, "running")
@@ -86,14 +81,14 @@ async def test_waiting_submission_and_replay_return_the_end(gateway: RunningGate
     assert expect_replayed(await repeating, response.json()) == response.json()
     task = response.json()
     assert (response.status_code, task["state"]) == (201, "succeeded")
-    assert response.headers["location"] == task_path(task)
+    assert response.headers["location"] == task["links"]["self"]
     assert response.headers["preference-applied"] == "wait=60"
-    assert response.headers["etag"] == (await gateway.call("GET", task_path(task))).headers["etag"]
+    assert response.headers["etag"] == (await gateway.call("GET", task["links"]["self"])).headers["etag"]
     assert not {"retry-after", "age"} & response.headers.keys()
 
 
 async def test_disconnect_releases_the_subscription(gateway: RunningGateway, task: dict[str, Any]) -> None:
-    reading = await start_waiting_read(gateway, task_path(task))
+    reading = await start_waiting_read(gateway, task["links"]["self"])
     submitting = asyncio.create_task(gateway.submit(headers=PREFER))
     async with open_event_stream(gateway, task) as stream:
         await stream.next_event()
@@ -106,15 +101,15 @@ async def test_disconnect_releases_the_subscription(gateway: RunningGateway, tas
 
 async def test_waits_beyond_the_limit(gateway: RunningGateway, task: dict[str, Any]) -> None:
     gateway.services.task_cache._max_subscriptions = 1
-    reading = await start_waiting_read(gateway, task_path(task))
-    for path in (task_path(task), task["links"]["events"]):
+    reading = await start_waiting_read(gateway, task["links"]["self"])
+    for path in (task["links"]["self"], task["links"]["events"]):
         refused = await gateway.call("GET", path, headers=PREFER)
         expect_problem(refused, 503, "overloaded")
         assert int(refused.headers["retry-after"]) > 0
     accepted = await gateway.submit(headers=PREFER)
     assert (accepted.status_code, accepted.json()["state"]) == (201, "queued")
     assert "preference-applied" not in accepted.headers
-    assert (await gateway.call("GET", task_path(task))).status_code == 200
+    assert (await gateway.call("GET", task["links"]["self"])).status_code == 200
     await poll_with_outcome(gateway, SUCCEEDED)
     assert (await reading).json()["state"] == "succeeded"
 
@@ -122,7 +117,7 @@ async def test_waits_beyond_the_limit(gateway: RunningGateway, task: dict[str, A
 async def test_revoked_token_ends_the_stream(gateway: RunningGateway, task: dict[str, Any]) -> None:
     async with open_event_stream(gateway, task) as stream:
         await stream.next_event()
-        reading = await start_waiting_read(gateway, task_path(task))
+        reading = await start_waiting_read(gateway, task["links"]["self"])
         for token in (await gateway.call_admin("GET", "/tenants/shop")).json()["tokens"]:
             assert (await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{token['id']}")).status_code == 204
         await poll_with_outcome(gateway, SUCCEEDED)
@@ -133,7 +128,7 @@ async def test_revoked_token_ends_the_stream(gateway: RunningGateway, task: dict
 async def test_unauthorized_waits_are_refused_at_once(gateway: RunningGateway, task: dict[str, Any]) -> None:
     await gateway.put_tenant("other")
     other = await gateway.new_token("other")
-    for path in (task_path(task), task["links"]["events"]):
+    for path in (task["links"]["self"], task["links"]["events"]):
         for token, status in ((other, 404), ("", 401)):
             response = await gateway.call("GET", path, token=token, headers=PREFER | {"Last-Event-ID": "3-succeeded"})
             assert response.status_code == status
@@ -153,7 +148,7 @@ async def test_stream_sends_each_change_until_the_end(gateway: RunningGateway, t
         assert stream.retry_ms in range(1_000, 3_000)
         for outcome, event_id in ((RUNNING, "2-running"), (SUCCEEDED, "3-succeeded")):
             await poll_with_outcome(gateway, outcome)
-            shown = (await gateway.call("GET", task_path(task))).json()
+            shown = (await gateway.call("GET", task["links"]["self"])).json()
             assert await stream.next_event() == Event("state", event_id, shown)
         assert await stream.read_remaining() == []
     assert gateway.services.task_cache.subscription_count == 0

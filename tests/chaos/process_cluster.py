@@ -98,15 +98,16 @@ class TenantClient:
         responses: list[httpx2.Response] = []
         for _ in range(_SUBMIT_ROUNDS):
             gateways = islice(cycle(self.cluster.gateways), times - len(responses))
-            received = asyncio.run(send_concurrently([self._build_submission(gateway) for gateway in gateways]))
+            received = asyncio.run(send_concurrently([self.build_submission(gateway) for gateway in gateways]))
             responses += [item for item in received if item.status_code != httpx2.codes.SERVICE_UNAVAILABLE]
             if len(responses) == times:
                 return responses
         raise AssertionError(f"of {times} submits only {len(responses)} got another response than 503")
 
-    def _build_submission(self, gateway: GatewayProcess) -> httpx2.Request:
-        files = {"image": ("a.png", make_png(), "image/png")}
-        return httpx2.Request("POST", f"{gateway.url}/v1/tasks/face-enhance", headers=self.headers, files=files)
+    def build_submission(self, gateway: GatewayProcess, image: bytes = b"", **headers: str) -> httpx2.Request:
+        files = {"image": ("a.png", image or make_png(), "application/octet-stream")}
+        path = f"{gateway.url}/v1/tasks/face-enhance"
+        return httpx2.Request("POST", path, headers=self.headers | headers, files=files)
 
     def count_submits(self) -> int:
         """Return how many of its submits have reached the upstream."""

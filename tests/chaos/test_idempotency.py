@@ -37,10 +37,7 @@ def slow_tenant(cluster: ProcessCluster, *faults: dict[str, Any], seconds: float
 
 
 def build_submission(shop: TenantClient, gateway: GatewayProcess, image: bytes) -> httpx2.Request:
-    """Build a submission with the idempotency key."""
-    headers = shop.headers | {"Idempotency-Key": KEY}
-    files = {"image": ("a.jpg", image, "image/jpeg")}
-    return httpx2.Request("POST", f"{gateway.url}/v1/tasks/face-enhance", headers=headers, files=files)
+    return shop.build_submission(gateway, image, **{"Idempotency-Key": KEY})
 
 
 def send_copies(shop: TenantClient, *images: bytes) -> list[httpx2.Response]:

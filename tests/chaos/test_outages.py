@@ -169,7 +169,7 @@ async def submit_concurrently(gateway: RunningGateway) -> list[Response]:
 
 def test_no_submission_is_lost_or_sent_twice_by_resets() -> None:
 
-    async def run() -> None:
+    async def run() -> None:  # on uvloop, as in production
         async with run_real_gateway(single.server, GATEWAY_REDIS_URL=f"redis://127.0.0.1:{proxy.port}") as gateway:
             await submit_under_resets(gateway, proxy)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from tests.behaviour.requests import UNREACHABLE_LIMITS
+from tests.chaos.process_cluster import call_admin
 from tests.process.gateway import (
     HTTP,
     TIMEOUT_SECONDS,
@@ -46,13 +48,6 @@ def is_closed(url: str) -> bool:
     return False
 
 
-def limit_tenant(gateway: GatewayProcess) -> None:
-    """Limit the tasks of the demo tenant, so that they are counted."""
-    policy = {"accounts": ["demo"], "limits": [{"window": "total", "tasks": 100}], "max_active": 5}
-    headers = {"Authorization": f"Bearer {gateway.environ['GATEWAY_ADMIN_TOKEN']}"}
-    HTTP.put(f"{gateway.ops_url}/admin/v1/tenants/demo", json=policy, headers=headers).raise_for_status()
-
-
 def read_usage(gateway: GatewayProcess) -> tuple[int, int, int]:
     """Return the used, held and active tasks of the demo tenant."""
     tasks, active = gateway.call("GET", "/v1/quota").json()["policies"]
@@ -83,7 +78,7 @@ def test_shutdown_ends_waits_and_finishes_requests(tmp_path: Path, valkey: Valke
 def test_second_signal_ends_at_once(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
     shared = upstream.gateway_settings(valkey)
     with run_gateway(tmp_path / "first", **shared) as gateway, ThreadPoolExecutor() as threads:
-        limit_tenant(gateway)
+        call_admin(gateway, "PUT", "/tenants/demo", json={"accounts": ["demo"], **UNREACHABLE_LIMITS})
         before = upstream.count_requests("submit")
         upstream.set_faults({"on": "submit", "times": 1, "reply": "hang"})
         submitting = threads.submit(gateway.run_curl_example)

@@ -41,6 +41,11 @@ class RecordedSpan:
     event_count: int
     resource: Mapping[str, Any]
 
+    @property
+    def traceparent(self) -> str:
+        """The span as `traceparent`, without flags."""
+        return f"00-{self.trace_id}-{self.span_id}"
+
 
 def read_spans(request: ExportTraceServiceRequest) -> Iterator[RecordedSpan]:
     for resource_spans in request.resource_spans:
