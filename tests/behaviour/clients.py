@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from httpx2 import AsyncClient, Response, Timeout
 
@@ -92,8 +92,7 @@ async def start_waiting_read(
     return reading
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     name: str
     id: str
     task: dict[str, Any]

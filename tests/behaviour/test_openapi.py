@@ -216,26 +216,18 @@ def iter_findings(recorder: Any) -> Iterator[str]:
             if info := check.failure_info:
                 response = recorder.interactions[case_id].response
                 text = response.content.decode(errors="replace")
-                for subject in find_subjects(response.status_code, text):
-                    if not is_excluded(check.name, info.failure.operation, subject):
+                for subject in find_subjects(response):
+                    found = check.name, info.failure.operation, subject
+                    if not any(all(map(re.fullmatch, excluded, found)) for excluded in EXCLUSIONS):
                         yield "\n".join((check.name, subject, info.failure.message, info.code_sample, text[:1_000]))
 
 
-def is_excluded(check: str, operation: str, subject: str) -> bool:
-    return any(
-        check == name and re.fullmatch(operations, operation) and re.fullmatch(subjects, subject)
-        for name, operations, subjects in EXCLUSIONS
-    )
-
-
-def find_subjects(status: int, text: str) -> list[str]:
+def find_subjects(response: Any) -> list[str]:
     """Return the status with each refused field, or with the code of the problem if no field is named."""
-    try:
-        problem = json.loads(text)
-    except ValueError:
+    status = response.status_code
+    if response.headers.get("content-type") != ["application/problem+json"] or not response.content:
         return [str(status)]
-    if not isinstance(problem, dict) or "code" not in problem:
-        return [str(status)]
+    problem = json.loads(response.content)
     fields = [error["field"] for error in problem.get("errors", ())]
     entries = [re.sub(r'^(accounts|tenants)\.("[^"]*"|[^.]+)\.', "", field) for field in fields]
     return [f"{status} {name}" for name in entries or [problem["code"]]]

@@ -23,8 +23,7 @@ class ReceivedWebhook:
 
     @property
     def event(self) -> dict[str, Any]:
-        event: dict[str, Any] = msgspec.json.decode(self.body)
-        return event
+        return msgspec.json.decode(self.body, type=dict[str, Any])
 
     def is_signed_with(self, secret: str) -> bool:
         """Check the signature with the library of Standard Webhooks."""

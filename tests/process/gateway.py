@@ -29,13 +29,6 @@ def gateway_command(*words: str) -> list[str]:
     return [sys.executable, "-m", "tests.support.server_time", *words]
 
 
-def gateway_environment(folder: Path, **settings: str) -> dict[str, str]:
-    """Return the environment of a gateway with its data in a folder and any free ports, without our own settings."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
-    ports = {f"GATEWAY_{name}": "0" for name in ("PORT", "OPS_PORT", "SANDBOX_PORT")}
-    return own | ports | {"GATEWAY_DATA_DIR": str(folder)} | settings
-
-
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
@@ -144,9 +137,11 @@ def run_gateway(folder: Path, words: Sequence[str] = (), **settings: str) -> Ite
 
 @contextmanager
 def start_gateway(folder: Path, words: Sequence[str] = (), **settings: str) -> Iterator[GatewayProcess]:
-    """Start a gateway without waiting for readiness, with the command line `words` if given."""
+    """Start a gateway without waiting for readiness, with the command line `words` if given, on any free ports."""
     folder.mkdir(exist_ok=True, parents=True)
-    environ = gateway_environment(folder, **settings)
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
+    environ |= dict.fromkeys(("GATEWAY_PORT", "GATEWAY_OPS_PORT", "GATEWAY_SANDBOX_PORT"), "0")
+    environ |= {"GATEWAY_DATA_DIR": str(folder)} | settings
     out, log = folder / "out.txt", folder / "log.txt"
     with out.open("wb") as output, log.open("wb") as errors:
         process = subprocess.Popen(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import httpx2
@@ -24,7 +23,6 @@ UPSCALE: dict[str, Any] = {
     "high_fidelity": "false",
     "strong_inpaint": "false",
 }
-NO_FIELDS: Mapping[str, str] = MappingProxyType({})
 
 
 class SandboxClient:
@@ -34,14 +32,14 @@ class SandboxClient:
     async def submit(
         self,
         call: str = "submit_seamless_task",
-        fields: Mapping[str, str] = NO_FIELDS,
+        fields: Mapping[str, str] | None = None,
         *,
         image: bytes | None = None,
         user_key: str = "key",
     ) -> httpx2.Response:
         """Submit a task, by default the quickest."""
         content = images.plain_png() if image is None else image
-        data = {"user_key": user_key, **(UPSCALE if call == "submit_task" else {}), **fields}
+        data = {"user_key": user_key, **(UPSCALE if call == "submit_task" else {}), **(fields or {})}
         return await self.http.post(f"/api/{call}", data=data, files={"input_image": ("x.png", content)})
 
     async def submit_accepted(self, *arguments: Any, **more: Any) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 
 import cv2
 import numpy as np
 from cv2.typing import MatLike
-from PIL import Image
 
 RED, WHITE, BLUE = (200, 30, 40), (255, 255, 255), (20, 60, 180)
 
@@ -19,9 +17,7 @@ def encode_image(image: MatLike, suffix: str = ".png") -> bytes:
 
 
 def plain_png(width: int = 64, height: int = 48) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), RED).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode_image(np.full((height, width, 3), RED[::-1], np.uint8))
 
 
 def png_claiming_size(width: int, height: int) -> bytes:

@@ -34,7 +34,7 @@ async def test_control_over_http(sandbox: RunningSandbox, client: SandboxClient)
     content = {"seconds": 1.5, "faults": [{"on": "submit", "times": 2, "reply": "page", "status": 502}]}
     assert (await client.http.put("/_control/behaviour", json=content)).status_code == 200
     page = await client.submit()
-    assert (page.status_code, page.headers["content-type"], page.text[:6]) == (502, "text/html", "<html>")
+    assert (page.status_code, page.headers["content-type"][:9], page.text[:6]) == (502, "text/html", "<html>")
     for invalid, reason in (
         ({"seconds": -1}, "$.seconds"),
         ({"speling": "Completed"}, "speling"),
