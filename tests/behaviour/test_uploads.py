@@ -18,8 +18,7 @@ from service.app import create_app
 from service.usecases.ports import SubmitOutcome
 from tests.behaviour.gateway_fixture import MAX_BYTES, MAX_PIXELS, RunningGateway
 from tests.behaviour.requests import UNREACHABLE_POLICIES, assert_nothing_happened, expect_problem
-from tests.sandbox.images import png_claiming_size
-from tests.support.images import draw_image, encode_image, make_png
+from tests.support.images import draw_image, encode_image, make_png, png_claiming_size
 from tests.support.network import serve_app
 from tests.support.valkey import Valkey
 from tests.unit.asgi_client import open_raw_connection, read_response

@@ -15,7 +15,7 @@ from redis import Redis
 
 from service.devstack import SANDBOX_USER_KEY
 from service.storage.redis import Keys
-from tests.process.gateway import HTTP, TIMEOUT_SECONDS, gateway_command
+from tests.process.gateway import HTTP, TIMEOUT_SECONDS, GatewayProcess, gateway_command
 from tests.support.valkey import Valkey
 
 ADMIN_TOKEN = "an-admin-token-of-forty-characters-or-so"
@@ -81,3 +81,10 @@ def advance_clock(store: Valkey, prefix: str, seconds: float) -> None:
     now = read_clock(store, prefix)
     with Redis(unix_socket_path=str(store.socket_path)) as client:
         client.set(f"{Keys(prefix).clock}:server", round((now + seconds) * 1000))
+
+
+def call_admin(gateway: GatewayProcess, method: str, path: str, **more: Any) -> Any:
+    headers = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+    answer = HTTP.request(method, f"{gateway.ops_url}/admin/v1{path}", headers=headers, **more)
+    assert answer.is_success, answer.text
+    return answer.json()

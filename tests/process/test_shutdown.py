@@ -12,7 +12,6 @@ import httpx2
 import pytest
 
 from tests.behaviour.requests import UNREACHABLE_LIMITS
-from tests.chaos.process_cluster import call_admin
 from tests.process.gateway import (
     HTTP,
     TIMEOUT_SECONDS,
@@ -22,7 +21,7 @@ from tests.process.gateway import (
     start_gateway,
     wait_until,
 )
-from tests.process.sandbox import SandboxProcess, advance_clock, run_sandbox
+from tests.process.sandbox import SandboxProcess, advance_clock, call_admin, run_sandbox
 from tests.support.valkey import Valkey, run_valkey
 
 SHORT_SHUTDOWN_PROGRAM = """

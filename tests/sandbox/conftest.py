@@ -11,7 +11,7 @@ import pytest
 
 from service.sandbox.app import RunningSandbox, SandboxConfig, open_sandbox
 from service.sandbox.store import AccountBalance
-from tests.sandbox import images
+from tests.support.images import make_png
 
 ACCOUNTS = {"key": AccountBalance(3, 10), "other": AccountBalance(1, 0), "empty": AccountBalance(0, 0)}
 UPSCALE: dict[str, Any] = {
@@ -38,7 +38,7 @@ class SandboxClient:
         user_key: str = "key",
     ) -> httpx2.Response:
         """Submit a task, by default the quickest."""
-        content = images.plain_png() if image is None else image
+        content = make_png() if image is None else image
         data = {"user_key": user_key, **(UPSCALE if call == "submit_task" else {}), **(fields or {})}
         return await self.http.post(f"/api/{call}", data=data, files={"input_image": ("x.png", content)})
 

@@ -11,8 +11,8 @@ from service.sandbox import forms
 from service.sandbox.app import RunningSandbox
 from service.sandbox.faults import Behaviour, Fault, Kind
 from service.sandbox.store import AccountBalance
-from tests.sandbox import images
 from tests.sandbox.conftest import ACCOUNTS, UPSCALE, SandboxClient
+from tests.support.images import make_png, png_claiming_size
 
 USER_KEY_PART = b'--b\r\nContent-Disposition: form-data; name="user_key"\r\n\r\nkey\r\n--b\r\n'
 TASKS: list[tuple[str, dict[str, str], set[str], tuple[int, int]]] = [
@@ -49,7 +49,7 @@ async def test_failed_task_stays_charged_and_its_error_is_logged(
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     task_ids = [
-        await client.submit_accepted(image=images.plain_png(400, 400)[:100]),
+        await client.submit_accepted(image=make_png(400, 400)[:100]),
         await client.submit_accepted("submit_vector_task"),
     ]
     await sandbox.control.set_behaviour(Behaviour(faults=(Fault(fail="内部错误", times=1),)))
@@ -97,13 +97,13 @@ async def test_invalid_fields_are_named_and_cost_nothing(sandbox: RunningSandbox
     for name in UPSCALE:
         fields = {"user_key": "key", **UPSCALE}
         del fields[name]
-        response = await client.http.post("/api/submit_task", data=fields, files={"input_image": images.plain_png()})
+        response = await client.http.post("/api/submit_task", data=fields, files={"input_image": make_png()})
         assert response.json() == {"err_code": 1, "err_msg": f"任务提交失败:缺少参数{name}"}
     assert await sandbox.control.list_accounts() == ACCOUNTS
 
 
 async def test_invalid_images(sandbox: RunningSandbox, client: SandboxClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    too_many_pixels = (images.png_claiming_size(6000, 5000), images.png_claiming_size(30000, 30000))
+    too_many_pixels = (png_claiming_size(6000, 5000), png_claiming_size(30000, 30000))
     for image in (b"", b"GIF89a\xff\xff\xff\xff\x00", b"<svg/>", *too_many_pixels):
         answer = (await client.submit(image=image)).json()
         assert (answer["err_code"], "图片" in answer["err_msg"]) == (1, True)

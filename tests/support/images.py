@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from io import BytesIO
 
 from PIL import Image, ImageDraw
@@ -21,3 +23,10 @@ def encode_image(image: Image.Image, file_format: str, **options: bytes) -> byte
 
 def make_png(width: int = 24, height: int = 16) -> bytes:
     return encode_image(draw_image(width, height), "PNG")
+
+
+def png_claiming_size(width: int, height: int) -> bytes:
+    """Return a small file whose header declares this size."""
+    content = make_png()
+    header = b"IHDR" + struct.pack(">II", width, height) + content[24:29]
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
