@@ -73,15 +73,19 @@ async def test_forms_of_requests(gateway: RunningGateway, client: LegacyClient) 
         assert await client.post("check_task_status", **request) == {"err_code": 0, "status": "Queued"}
 
 
-async def test_unknown_user_key(gateway: RunningGateway) -> None:
+async def test_unknown_keys_and_tasks(gateway: RunningGateway, client: LegacyClient) -> None:
     for key in ("", gateway.token[:-1], "upstream-key-main"):
         unknown_client = LegacyClient(gateway.http, gateway.url, key)
         for call in SUBMIT_FIELDS:
             assert await unknown_client.submit(call) == {"err_code": 1, "err_msg": NO_ACCOUNT}
-    client = LegacyClient(gateway.http, gateway.url, gateway.token)
     keyless = await client.post("submit_face_enhance_task", files={"input_image": ("a.png", make_png())})
     assert keyless == {"err_code": 1, "err_msg": NO_ACCOUNT}
     assert await gateway.upstream.count_submits() == 0
+    task_id = (await client.submit("submit_face_enhance_task"))["task_id"]
+    await gateway.put_tenant("other")
+    other = LegacyClient(gateway.http, gateway.url, await gateway.new_token("other"))
+    for asking, requested_id in ((other, task_id), (client, task_id[:-1])):
+        assert await asking.check(requested_id) == {"err_code": 1, "err_msg": NOT_FOUND}
 
 
 async def test_too_many_active_tasks_and_unknown_outcomes(gateway: RunningGateway, client: LegacyClient) -> None:
@@ -120,14 +124,6 @@ async def test_rejections_use_the_vendors_words(gateway: RunningGateway, client:
         assert refused["err_code"] == 1
         assert refused["err_msg"].startswith(REJECTED)
     assert await gateway.upstream.count_submits() == 1
-
-
-async def test_unknown_task(gateway: RunningGateway, client: LegacyClient) -> None:
-    task_id = (await client.submit("submit_face_enhance_task"))["task_id"]
-    await gateway.put_tenant("other")
-    other = LegacyClient(gateway.http, gateway.url, await gateway.new_token("other"))
-    for asking, requested_id in ((other, task_id), (client, task_id[:-1])):
-        assert await asking.check(requested_id) == {"err_code": 1, "err_msg": NOT_FOUND}
 
 
 async def test_remaining_balance_is_the_least_of_all_policies(gateway: RunningGateway, client: LegacyClient) -> None:

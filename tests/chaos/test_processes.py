@@ -105,18 +105,19 @@ class TenantClient:
         A busy machine causes responses `ledger-unavailable`, after which nothing was sent: these submits are repeated.
         """
         responses: list[httpx2.Response] = []
+        image = make_png()
         for _ in range(_SUBMIT_ROUNDS):
             gateways = islice(cycle(self.cluster.gateways), times - len(responses))
-            received = asyncio.run(send_concurrently([self.build_submission(gateway) for gateway in gateways]))
+            received = asyncio.run(send_concurrently([self.build_submission(gateway, image) for gateway in gateways]))
             responses += [item for item in received if item.status_code != httpx2.codes.SERVICE_UNAVAILABLE]
             if len(responses) == times:
                 return responses
         raise AssertionError(f"of {times} submits only {len(responses)} got another response than 503")
 
-    def build_submission(self, gateway: GatewayProcess, image: bytes = b"", **headers: str) -> httpx2.Request:
-        files = {"image": ("a.png", image or make_png(), "application/octet-stream")}
-        path = f"{gateway.url}/v1/tasks/face-enhance"
-        return httpx2.Request("POST", path, headers=self.headers | headers, files=files)
+    def build_submission(self, gateway: GatewayProcess, image: bytes, key: str = "") -> httpx2.Request:
+        headers = self.headers | ({"Idempotency-Key": key} if key else {})
+        files = {"image": ("a.png", image, "application/octet-stream")}
+        return httpx2.Request("POST", f"{gateway.url}/v1/tasks/face-enhance", headers=headers, files=files)
 
     def count_submits(self) -> int:
         """Return how many of its submits have reached the upstream."""
@@ -172,10 +173,6 @@ def slow_tenant(cluster: ProcessCluster, *faults: dict[str, Any], seconds: float
     return cluster.create_tenant(UNREACHABLE_LIMITS, {"count": 100, "money": 0}, {})
 
 
-def build_submission(shop: TenantClient, gateway: GatewayProcess, image: bytes) -> httpx2.Request:
-    return shop.build_submission(gateway, image, **{"Idempotency-Key": KEY})
-
-
 def send_copies(shop: TenantClient, *images: bytes) -> list[httpx2.Response]:
     """Send copies of one submission, or of several in turn, to the gateways in turn; repeat those in flight."""
     pairs = list(islice(zip(cycle(shop.cluster.gateways), cycle(images), strict=False), COPIES))
@@ -183,7 +180,7 @@ def send_copies(shop: TenantClient, *images: bytes) -> list[httpx2.Response]:
 
     def are_final() -> bool:
         waiting = [index for index in range(COPIES) if index not in responses]
-        answers = asyncio.run(send_concurrently([build_submission(shop, *pairs[index]) for index in waiting]))
+        answers = asyncio.run(send_concurrently([shop.build_submission(*pairs[index], KEY) for index in waiting]))
         for index, answer in zip(waiting, answers, strict=True):
             if answer.status_code == 409:
                 expect_problem(answer, 409, "idempotency-in-flight")
@@ -237,7 +234,7 @@ def test_copies_are_sent_until_one_is_accepted(cluster: ProcessCluster) -> None:
 
 def send_to(shop: TenantClient, number: int, image: bytes | None = None) -> httpx2.Response:
     """Send the submission, or another image with its key, to a gateway."""
-    return HTTP.send(build_submission(shop, shop.cluster.gateways[number], image or make_jpeg()))
+    return HTTP.send(shop.build_submission(shop.cluster.gateways[number], image or make_jpeg(), KEY))
 
 
 @contextmanager
@@ -312,10 +309,6 @@ def expect_accepted(shop: TenantClient, times: int, accepted: int, policy: str =
     return {answer.headers.get("retry-after") for answer in refused}
 
 
-def wait_for_checks(cluster: ProcessCluster, times: int) -> None:
-    wait_until(lambda: cluster.upstream.count_requests("check") >= times, "a check of every task")
-
-
 def test_tasks_per_day_are_exact(cluster: ProcessCluster) -> None:
     limits = [{"window": "day", "tasks": 20}, {"window": "total", "tasks": 1000}]
     shop = cluster.create_tenant({"limits": limits, "max_active": 1000}, MONEY_ONLY, {})
@@ -327,6 +320,10 @@ def test_tasks_per_day_are_exact(cluster: ProcessCluster) -> None:
     policies = shop.finish_tasks()
     counters = [(policies[name]["used"], policies[name]["reserved"]) for name in ("day-tasks", "total-tasks")]
     assert counters == [(20, 0), (40, 0)]
+
+
+def wait_for_checks(cluster: ProcessCluster, times: int) -> None:
+    wait_until(lambda: cluster.upstream.count_requests("check") >= times, "a check of every task")
 
 
 def test_active_tasks_are_exact(cluster: ProcessCluster) -> None:
