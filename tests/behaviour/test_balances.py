@@ -149,10 +149,7 @@ async def read_unexplained(harness: BalanceHarness) -> tuple[int, float]:
     indirect=["harness"],
 )
 async def test_spending_elsewhere_adds_up(
-    harness: BalanceHarness,
-    balance: tuple[int, int],
-    spent: list[tuple[int, int]],
-    unexplained: list[tuple[int, int]],
+    harness: BalanceHarness, balance: tuple[int, int], spent: list[tuple[int, int]], unexplained: list[tuple[int, int]]
 ) -> None:
     await harness.gateway.call_admin("PUT", "/accounts/main", json=MAX_PRICE)
     await harness.sandbox.set_balance(*balance)

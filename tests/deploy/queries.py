@@ -53,9 +53,7 @@ class PanelQuery(NamedTuple):
 def panel_queries() -> Sequence[PanelQuery]:
     return [
         PanelQuery(
-            f"{name}: {panel['title']} ({number})",
-            fill_variables(dashboard, target["expr"]),
-            target["legendFormat"],
+            f"{name}: {panel['title']} ({number})", fill_variables(dashboard, target["expr"]), target["legendFormat"]
         )
         for name, dashboard in DASHBOARDS.items()
         for panel in dashboard["panels"]

@@ -326,12 +326,7 @@ def start_balance_check(state: AccountState, now: int) -> None:
 
 
 def record_balance_check(
-    state: AccountState,
-    policy: AccountPolicy,
-    reservation: str,
-    balance: Balance,
-    sent_at: int,
-    received_at: int,
+    state: AccountState, policy: AccountPolicy, reservation: str, balance: Balance, sent_at: int, received_at: int
 ) -> None:
     """Record a repeated check of the last finished task.
 

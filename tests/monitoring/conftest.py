@@ -129,10 +129,7 @@ class MonitoredSystem(NamedTuple):
 def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredSystem]:
     """Yield both after the workload has run and was scraped."""
     folder = tmp_path_factory.mktemp("monitoring")
-    with (
-        run_monitored_gateway(folder) as gateway,
-        run_prometheus(folder / "prometheus", gateway.targets) as prometheus,
-    ):
+    with run_monitored_gateway(folder) as gateway, run_prometheus(folder / "prometheus", gateway.targets) as prometheus:
         workload.create_tenants(gateway)
         prometheus.wait_for_scrape()  # an increase needs an earlier sample
         workload.run_tasks(gateway)

@@ -438,10 +438,7 @@ async def test_shrunk_upload_lets_another_continue() -> None:
 
 
 PLANS = st.tuples(
-    st.integers(1, 14 * STEP),
-    st.lists(st.floats(0, 1), max_size=6),
-    st.integers(0, 5),
-    st.none() | st.integers(0, 20),
+    st.integers(1, 14 * STEP), st.lists(st.floats(0, 1), max_size=6), st.integers(0, 5), st.none() | st.integers(0, 20)
 )
 """An upload: its length, the parts that arrive, turns of the loop before it, and those until it is cancelled."""
 
