@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 from urllib.parse import quote, quote_plus
 
 import pytest
+import structlog
 from httpx2 import BasicAuth, Response
 from redis.asyncio import Redis
 from structlog.contextvars import merge_contextvars
@@ -18,11 +22,12 @@ from structlog.testing import capture_logs
 from service.clients import vendor_api, webhooks
 from service.clients.http import UpstreamPool
 from service.sandbox.faults import Fault
+from service.telemetry.logging import configure_logging
+from service.telemetry.redaction import Redactor
 from service.usecases.reports import QuotaReports
 from tests.behaviour.clients import LegacyClient
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, USER_KEY, RunningGateway, run_real_gateway
 from tests.behaviour.webhook_receiver import WebhookReceiver, make_secret, run_receiver
-from tests.support.log_capture import capture_log
 from tests.support.traces import run_collector
 from tests.support.valkey import Valkey
 
@@ -35,6 +40,35 @@ METADATA = {"order": "canarymetadata }, ) canaryend"}
 IDEMPOTENCY_KEY = "canary-of-the-idempotency-key"
 PASSWORD = "canary-of-the-password"
 CANARIES = ("canaryprompt", "canarymetadata", "canaryend", QUERY, IDEMPOTENCY_KEY, PASSWORD)
+
+
+class CapturedLog:
+    def __init__(self) -> None:
+        self.stream = io.BytesIO()
+        self.redactor = Redactor()
+
+    @property
+    def text(self) -> str:
+        return self.stream.getvalue().decode()
+
+
+@contextmanager
+def capture_log() -> Iterator[CapturedLog]:
+    """Log everything within the block at debug level, including libraries."""
+    captured, root = CapturedLog(), logging.getLogger()
+    handlers = list(root.handlers)
+    levels = {name: logging.getLogger(name).level for name in ("root", *logging.Logger.manager.loggerDict)}
+    root.handlers.clear()  # they would be closed
+    try:
+        configure_logging(json=True, level="DEBUG", stream=captured.stream, redactor=captured.redactor)
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.DEBUG)
+        yield captured
+    finally:
+        root.handlers[:] = handlers
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        structlog.reset_defaults()
 
 
 def encode_secret(secret: str) -> Mapping[str, str]:

@@ -320,11 +320,6 @@ def is_balance_check_due(state: AccountState, policy: AccountPolicy, now: int, *
     )
 
 
-def start_balance_check(state: AccountState, now: int) -> None:
-    state.last_balance_check_at = now
-    state.failed_balance_checks += 1
-
-
 def record_balance_check(
     state: AccountState, policy: AccountPolicy, reservation: str, balance: Balance, sent_at: int, received_at: int
 ) -> None:

@@ -75,11 +75,6 @@ def is_charged(reservation: Reservation) -> bool:
     return reservation.state in {ACCEPTED, UNKNOWN} and not reservation.refund
 
 
-def money_in_window(reservation: Reservation, window: Window) -> int:
-    """Return the money that it counts for in a window, used or held."""
-    return reservation.cost.money_fen if reservation.cost else reservation.money_holds.get(window, 0)
-
-
 def usage_of(reservation: Reservation) -> Tally:
     """Return what a reservation counts for in the usage of its day."""
     tally, cost, refund = Tally(), reservation.cost, reservation.refund
@@ -136,10 +131,6 @@ def counter_key(counter: WindowCounter) -> int:
     return counter.window_start if counter.replacement_key is None else counter.replacement_key
 
 
-def find_counter(state: TenantState, window: Window, key: int | None) -> WindowCounter | None:
-    return next((counter for counter in _all_counters(state, window) if counter_key(counter) == key), None)
-
-
 def count_reservations(state: TenantState, reservations: Iterable[Reservation]) -> None:
     """Set all counters of a tenant to what its reservations count for, except the overrun."""
     counters = {(window, counter_key(item)): item for window in Window for item in _all_counters(state, window)}
@@ -153,7 +144,8 @@ def count_reservations(state: TenantState, reservations: Iterable[Reservation]) 
             if mine := counters.get((window, key)):
                 mine.tasks_reserved += is_reserved(reservation)
                 mine.tasks += is_charged(reservation)
-                money = money_in_window(reservation, window)
+                cost, held_fen = reservation.cost, reservation.money_holds.get(window, 0)
+                money = cost.money_fen if cost else held_fen
                 mine.money_reserved_fen += is_open(reservation) * money
                 mine.money_fen += (is_charged(reservation) and not is_open(reservation)) * money
     state.active_tasks = sum(state.active_by_kind.values())
@@ -343,7 +335,8 @@ class LedgerModel:
         is_due = accounts.is_balance_check_due(candidate.state, candidate.policy, now, count_only=count_only)
         if account not in self.account_policies or not is_due or candidate.state.last_finished_task is None:
             return None
-        accounts.start_balance_check(candidate.state, now)
+        candidate.state.last_balance_check_at = now
+        candidate.state.failed_balance_checks += 1
         return BalanceCheck(account, candidate.state.last_finished_task.reservation, now)
 
     def record_balance_check(self, check: BalanceCheck, balance: Balance) -> None:
@@ -375,7 +368,8 @@ class LedgerModel:
             reservation.refund = replace(reservation.refund, count=cost.count, money_fen=cost.money_fen)
         tenant = self._store_tenant(reservation.tenant)
         for limit in self._tenant_policy(reservation.tenant).limits:
-            counter = find_counter(tenant, limit.window, reservation.window_starts.get(limit.window))
+            key, counters = reservation.window_starts.get(limit.window), _all_counters(tenant, limit.window)
+            counter = next((counter for counter in counters if counter_key(counter) == key), None)
             if limit.money_fen is not None and counter and not reservation.refund:
                 counter.overrun_fen += min(max(counter.money_fen - limit.money_fen, 0), cost.money_fen)
         self._store_inference(candidate)

@@ -47,8 +47,8 @@ from service.usecases.ports import (
 from tests.model.ledger import is_open, is_reserved, roll_windows
 from tests.model.tasks import StoreModel
 from tests.storage.ledger_strategies import KINDS, WEBHOOKS, SimulatedUpstream, SubmissionPlan
+from tests.storage.seeded_store import RETENTION
 from tests.support.server_time import install_server_time, set_server_time
-from tests.support.tasks import make_retention
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -96,7 +96,7 @@ class LedgerComparison(RuleBasedStateMachine):
         super().__init__()
         install_server_time()
         self.loop = uvloop.new_event_loop()
-        self.retention = make_retention(lost_after_ms=90_000, unusable_after_ms=200_000)
+        self.retention = replace(RETENTION, lost_after_ms=90_000, unusable_after_ms=200_000)
         self.model = StoreModel(START_MS, self.retention)
         self.latest_ms = START_MS
         self.keys = Keys("model")

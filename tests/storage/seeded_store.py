@@ -12,20 +12,27 @@ from service.domain.ledger import Balance, Grant, Idempotency, ReservationState
 from service.domain.tasks import Kind, Task
 from service.domain.tenants import Account, Tenant
 from service.storage.connections import connect
-from service.storage.ledger import RedisLedger
-from service.storage.redis import Keys, RedisScripts
+from service.storage.ledger import RedisLedger, Retention
+from service.storage.redis import DAY_MS, Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.storage.tasks import RedisTaskStore
 from service.usecases.ports import CheckResult, NewTask, RegistryChange, ReserveRequest, Settlement
 from tests.support.server_time import install_server_time, set_server_time
-from tests.support.tasks import make_retention
 
 START_MS = 2_524_607_999_000
 """The server's time at first: a second before the year 2050."""
-RETENTION = make_retention()
 TENANT, FIRST, SECOND = 1, 2, 3
 TENANTS = (Tenant(TENANT, "t", ("a", "b")),)
 ACCOUNTS = (Account(FIRST, "a", b"encrypted"), Account(SECOND, "b", b"encrypted"))
+RETENTION = Retention(
+    lease_ms=180_000,
+    check_interval_ms=2_500,
+    claim_lease_ms=30_000,
+    watched_ms=30_000,
+    lost_after_ms=1_800_000,
+    unusable_after_ms=DAY_MS,
+    keep_finished_ms=30 * DAY_MS,
+)
 
 
 class SeededStore:

@@ -15,7 +15,7 @@ from service.storage.ledger import RedisLedger
 from service.storage.redis import DATA_VERSION, DataVersionError, DataVersionGuard, Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.usecases.ports import RegistryChange
-from tests.support.tasks import make_retention
+from tests.storage.seeded_store import RETENTION
 from tests.support.valkey import RunningStore
 
 KEYS = Keys("versioned")
@@ -31,7 +31,7 @@ class Gateway:
         self.guard = DataVersionGuard(KEYS, self.errors.append, version=version)
         scripts = RedisScripts(client, version_guard=self.guard)
         self.registry = RedisRegistry(scripts, KEYS)
-        self.ledger = RedisLedger(scripts, KEYS, make_retention())
+        self.ledger = RedisLedger(scripts, KEYS, RETENTION)
 
 
 @asynccontextmanager

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import Raw
+from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
 from service import container
 from service.container import Container
 from service.domain.ledger import LedgerClock
-from service.domain.tasks import Kind, State, Task
+from service.domain.tasks import Cost, CostBasis, Kind, State, Task
 from service.settings import Settings
 from service.telemetry import logging
 from service.telemetry.logging import WaitTimer, upstream_wait
@@ -24,7 +26,37 @@ from service.usecases import caches
 from service.usecases.background import TaskSupervisor, cancel_and_wait
 from service.usecases.caches import CachedTask, DurationEstimator, Subscription, TaskCache
 from tests.behaviour.gateway_fixture import ENVIRONMENT
-from tests.support.tasks import CREATED_AT, make_succeeded_task, make_task
+
+CREATED_AT = 1_790_000_000_000
+
+TASK = Task(
+    id="task_1",
+    reservation="r1",
+    tenant=1,
+    account=2,
+    kind=Kind.UPSCALE,
+    state=State.QUEUED,
+    created_at=CREATED_AT,
+    updated_at=CREATED_AT,
+    finished_at=None,
+    options=Raw(b"{}"),
+    metadata=Raw(b"{}"),
+    artifacts=(),
+    error=None,
+    cost=Cost(0, 0, CostBasis.UNKNOWN),
+    version=1,
+    last_checked_at=CREATED_AT,
+)
+
+
+def make_task(**changes: Any) -> Task:
+    return replace(TASK, **changes)
+
+
+def make_succeeded_task(seconds: float, **changes: Any) -> Task:
+    """Make a task that succeeded after so many seconds."""
+    end = CREATED_AT + int(seconds * 1000)
+    return make_task(state=State.SUCCEEDED, updated_at=end, finished_at=end, version=3, **changes)
 
 
 @pytest.mark.parametrize("fails", [False, True])

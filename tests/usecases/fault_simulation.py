@@ -47,8 +47,8 @@ from service.usecases.ports import (
 from service.usecases.settlement import SettlementQueue
 from service.usecases.submit import LEASE_MARGIN_SECONDS, Submission, Submitter
 from service.usecases.task_status import TaskReader
+from tests.storage.seeded_store import RETENTION
 from tests.support.server_time import install_server_time, set_server_time
-from tests.support.tasks import make_retention
 
 T = TypeVar("T")
 
@@ -166,7 +166,7 @@ class FaultyStore:
 
     def __init__(self, url: str, loop: ManualClockLoop, tenants: list[Tenant], accounts: dict[str, Account]) -> None:
         install_server_time()
-        self.loop, self.keys, self.retention = loop, Keys("faulty"), make_retention()
+        self.loop, self.keys, self.retention = loop, Keys("faulty"), RETENTION
         self.connections = connect(url, timeout=5)
         self.client: Any = self.connections.commands
         scripts = RedisScripts(self.client)

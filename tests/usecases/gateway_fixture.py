@@ -40,8 +40,8 @@ from service.usecases.settlement import SettlementQueue
 from service.usecases.submit import Submission, Submitter
 from service.usecases.task_status import TaskReader
 from service.usecases.webhook_delivery import WebhookDispatcher
+from tests.storage.seeded_store import RETENTION
 from tests.support.server_time import install_server_time, set_server_time
-from tests.support.tasks import make_retention
 from tests.support.valkey import Valkey
 
 UNAVAILABLE = LedgerUnavailable("away", retry_after=1)
@@ -173,7 +173,7 @@ class UseCases:
     """The use cases with tenant `shop` on the accounts `main` and `spare`."""
 
     def __init__(self, client: Any) -> None:
-        self.client, self.keys, self.retention = client, Keys("gw"), make_retention()
+        self.client, self.keys, self.retention = client, Keys("gw"), RETENTION
         self.now_ms = START_MS
         scripts, self.faults = RedisScripts(client), Faults()
         self.store = RedisTaskStore(scripts, self.keys, self.retention)
