@@ -107,7 +107,8 @@ def tenants_app(container: Container) -> Litestar:
 def operators_app(container: Container) -> Litestar:
     """Create the operators' application without middleware."""
 
-    def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
+    # Litestar would run a function in a thread, where it can't name the operator for the log.
+    async def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
         container.admin_auth.authenticate(connection)
         refuse_content_encoding(connection.headers)
 

@@ -100,7 +100,7 @@ class Container:
         redactor: Redactor | None = None,
         tracer: Tracer = tracing.NOOP_TRACER,
     ) -> None:
-        if settings.admin_token is None:
+        if not settings.has_admin:
             raise ValueError("the settings are not complete")
         self.metrics = metrics
         self.tracer = tracer
@@ -118,7 +118,7 @@ class Container:
         task_ids = TaskIdCodec(keyring.derive(TASK_ID_PURPOSE))
         settlements = SettlementQueue(ledger, background, registry)
         self.tenant_auth = TenantAuth(registry, now)
-        self.admin_auth = AdminAuth(settings.admin_token)
+        self.admin_auth = AdminAuth(settings.all_operators)
         self.uploads = UploadReader(
             max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels
         )

@@ -254,12 +254,12 @@ async def start_dev_services(settings: Settings) -> AsyncIterator[Settings]:
     Raises DevServiceError or SecretFileError.
     """
     async with AsyncExitStack() as exit_stack:
-        if not settings.secret_keys or not settings.admin_token:
+        if not settings.secret_keys or not settings.has_admin:
             generated = load_or_create_secrets(settings.data_dir)
             settings = replace(
                 settings,
                 secret_keys=settings.secret_keys or generated.secret_keys,
-                admin_token=settings.admin_token or generated.admin_token,
+                admin_token=settings.admin_token if settings.has_admin else generated.admin_token,
             )
         if settings.redis_url is None:
             valkey = await exit_stack.enter_async_context(EmbeddedValkey(settings.data_dir))

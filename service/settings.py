@@ -21,6 +21,7 @@ from msgspec import Struct
 
 from service.crypto import parse_secret_key
 from service.domain.tasks import DEFAULT_CATALOGUE, Catalogue
+from service.domain.tenants import Operator, OperatorRole, hash_token
 from service.storage.connections import RedisAddress, parse_redis_url
 
 PREFIX, FILE_SUFFIX = "GATEWAY_", "_FILE"
@@ -155,6 +156,25 @@ def parse_secret_keys(text: str) -> tuple[bytes, ...]:
     return tuple(keys)
 
 
+_ADMIN = "admin"
+"""The name of the operator with the admin token."""
+_OPERATOR = re.compile(rf"([a-z0-9][a-z0-9._-]{{0,62}}):({'|'.join(OperatorRole)}):([0-9A-Fa-f]{{64}})")
+
+
+def parse_operators(text: str) -> tuple[Operator, ...]:
+    operators: dict[bytes, Operator] = {}
+    for position, entry in enumerate(text.split(","), start=1):
+        match = _OPERATOR.fullmatch(entry.strip())
+        digest = bytes.fromhex(match[3]) if match else b""
+        if not match or match[1] == _ADMIN or digest in operators:
+            raise ValueError(
+                "must be name:role:hash of each token, separated by commas, with the role admin or read-only and the "
+                f"SHA-256 in hex: number {position} is wrong, repeats a token, or has the name {_ADMIN}"
+            )
+        operators[digest] = Operator(match[1], OperatorRole(match[2]), digest)
+    return tuple(operators.values())
+
+
 def parse_catalogue(text: str) -> Mapping[str, str]:
     catalogue: dict[str, str] = {}
     for pair in text.split(","):
@@ -209,7 +229,6 @@ _REQUIRED_IN_PRODUCTION = {
     "redis_url": "the embedded server is for development",
     "upstream_url": "the sandbox is for development",
     "secret_keys": "generated keys are for development",
-    "admin_token": "a generated token is for development",
 }
 _CLEARTEXT_HINT = "if the upstream has no TLS, GATEWAY_UPSTREAM_CLEARTEXT=allow takes the risk"
 _NEW_KEY_HINT = "`openssl rand -base64 32` makes one"
@@ -231,6 +250,8 @@ def production_errors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for field, reason in _REQUIRED_IN_PRODUCTION.items():
         if values.get(field, "faulty") is None:
             yield field, f"must be given in production: {reason}"
+    if not _has_admin(values):
+        yield "admin_token", "must be given in production, or an admin in GATEWAY_OPERATORS"
     if token := values.get("admin_token"):
         yield from _admin_token_errors(token)
     for position, key in enumerate(values.get("secret_keys") or (), start=1):
@@ -257,6 +278,13 @@ def production_warnings(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "redis_url", "has no password, which is acceptable only in a private network"
     if address.tls_options and address.tls_options.get("ssl_cert_reqs") in {"none", "optional"}:
         yield "redis_url", "does not check the server's certificate: leave ssl_cert_reqs out"
+
+
+def _has_admin(values: Mapping[str, Any]) -> bool:
+    """Return whether an operator can make changes, or a setting that may name one is invalid."""
+    if values.get("admin_token", "faulty") or "operators" not in values:
+        return True
+    return any(operator.role is OperatorRole.ADMIN for operator in values["operators"] or ())
 
 
 def _admin_token_errors(token: str) -> Iterator[tuple[str, str]]:
@@ -400,9 +428,15 @@ class Settings:
     admin_token: str | None = _declare(
         parse_printable,
         None,
-        f"The operators' bearer token, in production of at least {MIN_ADMIN_TOKEN_LENGTH} characters.",
-        default_note="generated into the data folder",
+        f"The token of the operator `admin`, in production of at least {MIN_ADMIN_TOKEN_LENGTH} characters. Commands "
+        "send it: for them it can be the token of any operator.",
+        default_note="none if `GATEWAY_OPERATORS` has an admin, else generated into the data folder",
         is_secret=True,
+    )
+    operators: tuple[Operator, ...] = _declare(
+        parse_operators,
+        None,
+        "The other operators, each as `name:role:hash`: `admin` or `read-only`, and the SHA-256 of the token.",
     )
     max_image_bytes: int = _declare(parse_size, "32 MiB", "The largest image that is accepted.", scope=Scope.API)
     max_image_pixels: int = _declare(
@@ -453,7 +487,7 @@ class Settings:
         errors.extend(_find_conflicts(values))
         if errors:
             raise SettingsError(errors)
-        return cls(**values | {"secret_keys": values["secret_keys"] or ()})
+        return cls(**values | {field: values[field] or () for field in ("secret_keys", "operators")})
 
     @property
     def catalogue(self) -> Catalogue:
@@ -462,6 +496,17 @@ class Settings:
     @property
     def is_production(self) -> bool:
         return self.env is Environment.PRODUCTION
+
+    @property
+    def has_admin(self) -> bool:
+        """Whether an operator can make changes."""
+        return _has_admin(vars(self))
+
+    @property
+    def all_operators(self) -> tuple[Operator, ...]:
+        """The operators, first that of the admin token: if another has the same token, it counts."""
+        digests = [hash_token(self.admin_token)] if self.admin_token else []
+        return (*(Operator(_ADMIN, OperatorRole.ADMIN, digest) for digest in digests), *self.operators)
 
     def __repr__(self) -> str:
         values = {setting.field: getattr(self, setting.field) for setting in SETTINGS}

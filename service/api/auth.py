@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import structlog
 from litestar.connection import ASGIConnection
 
 from service.domain import tenants
-from service.domain.errors import TenantDisabled, Unauthenticated
-from service.domain.tenants import Tenant, TenantStatus
+from service.domain.errors import Forbidden, TenantDisabled, Unauthenticated
+from service.domain.tenants import Operator, OperatorRole, Tenant, TenantStatus
 from service.usecases.caches import CachedRegistry
 
 
@@ -41,16 +40,23 @@ class TenantAuth:
         return tenant
 
 
-class AdminAuth:
-    """Authenticates operators by the admin token."""
+_READ_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
-    def __init__(self, token: str) -> None:
-        self._digest = hashlib.sha256(token.encode()).digest()
+
+class AdminAuth:
+    """Authenticates operators by the hashes of their tokens; of two operators with one token, the last counts."""
+
+    def __init__(self, operators: Iterable[Operator]) -> None:
+        self._operators = {operator.digest: operator for operator in operators}
 
     def authenticate(self, request: ASGIConnection[Any, Any, Any, Any]) -> None:
-        digest = hashlib.sha256(_bearer_token(request).encode()).digest()
-        if not hmac.compare_digest(digest, self._digest):
-            raise Unauthenticated("This is not the admin token.")
+        """Add the operator's name to what is logged from now on. Raises Unauthenticated or Forbidden."""
+        operator = self._operators.get(tenants.hash_token(_bearer_token(request)))
+        if operator is None:
+            raise Unauthenticated("This is not the token of an operator.")
+        structlog.contextvars.bind_contextvars(operator=operator.name)
+        if operator.role is OperatorRole.READ_ONLY and request.scope.get("method") not in _READ_METHODS:
+            raise Forbidden(f"The operator {operator.name} may read, but not change anything.")
 
 
 def _bearer_token(request: ASGIConnection[Any, Any, Any, Any]) -> str:

@@ -372,9 +372,10 @@ def operators_config() -> OpenAPIConfig:
     return openapi.openapi_config(
         title="Imaging Gateway: operators",
         description="Accounts at the upstream, the tenants that spend them, and their tokens. `PATCH` changes only "
-        "the fields it has. `PUT` replaces: omitted fields get their defaults, only secrets are kept. Send the "
-        "admin token as `Authorization: Bearer TOKEN`.",
-        bearer="The admin token.",
+        "the fields it has. `PUT` replaces: omitted fields get their defaults, only secrets are kept. Send your "
+        "token as `Authorization: Bearer TOKEN`. Every change is logged with your name; with the role `read-only` you "
+        "can make none.",
+        bearer="An operator's token.",
         tags={
             "Registry": "Accounts, tenants and tokens.",
             "Tasks": "Tasks of all tenants.",

@@ -163,7 +163,7 @@ def operator_submission_routes(submissions: SubmissionReports) -> Sequence[HTTPR
         description="Afterwards it no longer counts in them, whatever its outcome. The usage shows the reason.",
         response_description="The submission",
         responses=openapi.problem_responses(
-            401, 404, "malformed-request", "conflict", "invalid-options", "ledger-unavailable"
+            401, "forbidden", 404, "malformed-request", "conflict", "invalid-options", "ledger-unavailable"
         ),
     )
     async def refund(data: JSONBody[schemas.RefundBody]) -> schemas.Submission:

@@ -79,6 +79,8 @@ def _display_value(settings: Settings, setting: Setting) -> str:
             return redact_url(value)
         case "secret_keys":
             return f"*** ({len(value)} {'key' if len(value) == 1 else 'keys'})"
+        case "operators":
+            return ", ".join(f"{operator.name} ({operator.role})" for operator in value)
     if setting.is_secret:
         return "***"
     return ",".join(f"{name}={item}" for name, item in value.items()) if isinstance(value, Mapping) else str(value)

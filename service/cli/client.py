@@ -179,7 +179,7 @@ def _patch_current(
 
 
 def with_admin_client(command: Callable[..., None]) -> Callable[..., None]:
-    """Pass a client with the operators' token as the first argument, and add the option for its address."""
+    """Pass a client with the operator's token as the first argument, and add the option for its address."""
 
     @click.option(
         "--url", help="Address of the operators' port.  [default: from GATEWAY_OPS_HOST and GATEWAY_OPS_PORT]"
@@ -235,7 +235,7 @@ def _read_admin_token(settings: Settings) -> str:
         return parse_printable(file.read_text().strip())
     except (OSError, ValueError):
         raise CommandError(
-            "there is no operators' token: set GATEWAY_ADMIN_TOKEN or GATEWAY_ADMIN_TOKEN_FILE "
+            "there is no operator's token: set GATEWAY_ADMIN_TOKEN or GATEWAY_ADMIN_TOKEN_FILE to yours "
             f"(a gateway in development generates {file})"
         ) from None
 

@@ -209,6 +209,21 @@ class Token(Struct, frozen=True):
         return self.expires_at is None or now < self.expires_at
 
 
+class OperatorRole(StrEnum):
+    """What an operator may do: make changes, or only read."""
+
+    ADMIN = "admin"
+    READ_ONLY = "read-only"
+
+
+class Operator(Struct, frozen=True):
+    """A token of an operator, whose name is the actor of the changes made with it."""
+
+    name: str
+    role: OperatorRole
+    digest: bytes
+
+
 def generate_token() -> str:
     """Generate a token: a recognisable prefix, 190 random bits and a checksum."""
     secret = "".join(secrets.choice(_TOKEN_ALPHABET) for _ in range(_TOKEN_SECRET_CHARS))

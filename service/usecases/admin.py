@@ -255,12 +255,12 @@ class RegistryAdmin:
         _log.info("account.reopened", account=name)
         return account
 
-    async def reset_clock(self, actor: str) -> int:
+    async def reset_clock(self) -> int:
         """Set ledger time to server time, and all due times with it; return the offset in milliseconds."""
         registry = await self.load_registry()
         tenant_ids = [*(tenant.id for tenant in registry.tenants.values()), *registry.deleted_tenant_names]
         offset = await self.ledger.reset_clock(tenant_ids, [account.id for account in registry.accounts.values()])
-        _log.warning("clock.reset", seconds=offset / 1000, actor=actor)
+        _log.warning("clock.reset", seconds=offset / 1000)
         return offset
 
     async def load_registry(self) -> Registry:

@@ -16,12 +16,13 @@ from redis import Redis
 
 from service.cli.formatting import format_table, format_value
 from service.crypto import generate_secret_key
+from service.domain.tenants import hash_token
 from service.storage.redis import DATA_VERSION
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN
-from tests.cli.conftest import UNREACHABLE_URL, Shell, run_command
+from tests.cli.conftest import UNREACHABLE_URL, Shell, run_command, run_shell
 from tests.contract.scripted_server import Connection, http_response, never_reply, reply_and_close, run_server
 from tests.support.network import create_certificate
-from tests.support.valkey import RunningStore, run_cluster, run_valkey, run_with_sentinel
+from tests.support.valkey import RunningStore, Valkey, run_cluster, run_valkey, run_with_sentinel
 
 ENVIRONMENT = {"GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN}
 _ROOT = Path(__file__).parents[2]
@@ -185,6 +186,16 @@ async def test_token_comes_from_settings_a_file_or_the_data_folder(shell: Shell,
     await shell.run("account", "list")
 
 
+async def test_read_only_operator(valkey: Valkey) -> None:
+    """An operator's own token reads; a change is refused with a problem, and nothing is changed."""
+    digest = hash_token("the-token-of-bob").hex()
+    async with run_shell(valkey, GATEWAY_OPERATORS=f"bob:read-only:{digest}") as shell:
+        shell.environ["GATEWAY_ADMIN_TOKEN"] = "the-token-of-bob"
+        assert (await shell.run_json("tenant", "show", "shop"))["name"] == "shop"
+        assert (await shell.run("tenant", "disable", "shop", code=1)).stderr.startswith("Forbidden: ")
+        assert await shell.is_accepted()
+
+
 async def test_no_name_leads_to_another_resource(shell: Shell) -> None:
     for name in ("main?x", "main#x", "%6Dain", "商店"):
         assert name in (await shell.run("account", "show", name, code=1)).stderr
@@ -227,11 +238,13 @@ def test_settings_are_printed_with_sources_and_weak_ones_reported(tmp_path: Path
     file = tmp_path / "token"
     file.write_text(f"{PRODUCTION_TOKEN}\n")
     environ = PRODUCTION | {"GATEWAY_ADMIN_TOKEN": "", "GATEWAY_ADMIN_TOKEN_FILE": str(file)}
+    environ["GATEWAY_OPERATORS"] = f"alice:admin:{'a' * 64},bob:read-only:{'b' * 64}"
     result = check_config(environ)
     for line in (
         r"GATEWAY_REDIS_URL +rediss://\*\*\*@store/1 +environment",
         r"GATEWAY_SECRET_KEYS +\*\*\* \(2 keys\) +environment",
         rf"GATEWAY_ADMIN_TOKEN +\*\*\* +file {file}",
+        r"GATEWAY_OPERATORS +alice \(admin\), bob \(read-only\) +environment",
     ):
         assert re.search(f"^{line}$", result.stdout, re.MULTILINE), line
     assert result.stderr == ""

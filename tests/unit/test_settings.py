@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from service.devstack import start_dev_services
+from service.domain.tenants import Operator, OperatorRole
 from service.settings import LogLevel, Role, Settings, SettingsError, production_warnings
 from service.storage.connections import (
     Credentials,
@@ -23,6 +25,7 @@ from service.storage.connections import (
 
 KEY = bytes(range(200, 232))
 TOKEN = "3f8a1c5e9b7d2046f1e3a5c7d9b80246"
+HASH = bytes(range(32)).hex()
 PRODUCTION = {
     "GATEWAY_ENV": "production",
     "GATEWAY_REDIS_URL": "redis://store",
@@ -109,6 +112,8 @@ def test_values_from_files(tmp_path: Path) -> None:
         ("UPSTREAM_URL", ["ftp://x", "http://", "http://host:port"]),
         ("UPSTREAM_URL", ["http://me:secret@x", "http://x?y=z"]),
         ("ADMIN_TOKEN", ["schlüssel", "a\nb"]),
+        ("OPERATORS", ["alice", f"alice:owner:{HASH}", f"alice:admin:{HASH[1:]}", f"Alice:admin:{HASH}"]),
+        ("OPERATORS", [f"admin:admin:{HASH}", f"alice:admin:{HASH},", f"alice:admin:{HASH},bob:read-only:{HASH}"]),
         ("SECRET_KEYS", ["a?b", "c2hvcnQ=", f"{base64.b64encode(KEY).decode()},c2hvcnQ="]),
         ("MAX_IMAGE_BYTES", ["1023", "a lot", "1025 MiB"]),
         ("POLL_SECONDS", ["nan", "soon", "0.04"]),
@@ -146,6 +151,22 @@ def test_unknown_variables() -> None:
 )
 def test_conflicts(settings: Mapping[str, str], invalid: list[str]) -> None:
     assert find_invalid(**settings) == invalid
+
+
+async def test_operators(tmp_path: Path) -> None:
+    """Production needs an operator that can make changes, and no other token is generated then."""
+    bare = PRODUCTION | {"GATEWAY_ADMIN_TOKEN": "", "GATEWAY_DATA_DIR": str(tmp_path / "data")}
+    reader, admin = f"bob:read-only:{HASH}", f"alice:admin:{HASH[::-1].upper()}"
+    (error,) = find_errors(bare | {"GATEWAY_OPERATORS": reader})
+    assert error.startswith("GATEWAY_ADMIN_TOKEN ")
+    settings = Settings.load(bare | {"GATEWAY_OPERATORS": f"{reader}, {admin}"})
+    assert settings.all_operators == (
+        Operator("bob", OperatorRole.READ_ONLY, bytes.fromhex(HASH)),
+        Operator("alice", OperatorRole.ADMIN, bytes.fromhex(HASH[::-1])),
+    )
+    async with start_dev_services(settings) as complete:
+        assert complete.all_operators == settings.all_operators
+    assert not (tmp_path / "data").exists()
 
 
 WEAK_KEYS = [bytes(32), b"s" * 32, bytes(range(150, 158)) * 4, b"correct horse battery staple 123"]
