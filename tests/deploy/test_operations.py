@@ -221,14 +221,14 @@ def test_rotate_the_secret_keys(here: ProcedureShell) -> None:
 
 
 def test_drain_and_scale(here: ProcedureShell) -> None:
-    """A replica drains cleanly, the next start has another operators' token, and api and worker do the work of one."""
+    """A replica drains cleanly, operators are named and get another token, and api and worker do the work of one."""
     ask = (
         "curl -sS -o /dev/null -w 'old token: %{http_code}\n' -H \"Authorization: Bearer $OLD\" $OPS/admin/v1/accounts"
     )
     drained = "cp one.log drained.log; start one; OLD=$(cat secrets/admin-token)"
     printed = here.run_installed(
         *(*shell_blocks("Drain a replica"), 'wait "$(cat one.pid)"', drained),
-        *(*shell_blocks("Rotate the operators' token"), ask),
+        *(*shell_blocks("Name the operators"), *shell_blocks("Rotate an operator's token"), ask),
         *(*shell_blocks("Scale api and worker apart"), "submit"),
     )
     assert "gateway_settlements_pending 0" in printed
