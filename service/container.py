@@ -22,7 +22,7 @@ from service.api.uploads import UploadReader
 from service.clients.artifacts import ArtifactClient
 from service.clients.upstream import UpstreamClient
 from service.clients.webhooks import WebhookClient
-from service.crypto import AesSivCipher, Keyring, TaskIdCodec
+from service.crypto import Keyring, TaskIdCodec, UserKeyCipher
 from service.domain.tasks import Kind
 from service.settings import Role, Settings
 from service.storage.connections import connect
@@ -32,6 +32,7 @@ from service.storage.redis import (
     DAY_MS,
     READ_COMMAND,
     SCRIPT_NAMES,
+    UPGRADABLE_VERSION,
     DataVersionError,
     DataVersionGuard,
     Keys,
@@ -69,8 +70,8 @@ Job = Callable[[], Coroutine[Any, Any, None]]
 JOB_RESTART_SECONDS = 1.0
 
 
-TASK_ID_PURPOSE, USER_KEY_PURPOSE, WEBHOOK_SECRET_PURPOSE = "task-id", "user-key", "webhook-secret"
-"""Purposes of encryption, each with derived keys of its own."""
+TASK_ID_PURPOSE, WEBHOOK_SECRET_PURPOSE = "task-id", "webhook-secret"
+"""Purposes of encryption, each with derived keys of its own, beside that of UserKeyCipher."""
 REDIS_TIMEOUT_SECONDS = 5.0
 
 
@@ -91,6 +92,7 @@ class Container:
         tasks: TaskStore,
         deliveries: DeliveryQueue,
         upstream: Upstream,
+        user_keys: UserKeyCipher,
         registry: CachedRegistry,
         task_cache: TaskCache,
         fetch_artifact: FetchArtifact,
@@ -111,7 +113,6 @@ class Container:
         self.drain_seconds = settings.lease_seconds
         self._is_draining = False
         keyring, redactor = Keyring(settings.secret_keys), redactor or Redactor()
-        user_keys = derive_user_key_cipher(settings, redactor)
         webhook_cipher = keyring.derive(
             WEBHOOK_SECRET_PURPOSE, lambda secret: redactor.register_secrets(base64.b64encode(secret).decode())
         )
@@ -225,10 +226,6 @@ class Container:
             await asyncio.sleep(JOB_RESTART_SECONDS)
 
 
-def derive_user_key_cipher(settings: Settings, redactor: Redactor) -> AesSivCipher:
-    return Keyring(settings.secret_keys).derive(USER_KEY_PURPOSE, lambda key: redactor.register_secrets(key.decode()))
-
-
 @asynccontextmanager
 async def open_tracer(url: str | None, sample_ratio: float, redact: Callable[[str], str]) -> AsyncIterator[Tracer]:
     """Open a tracer that exports to a collector at `url`, or the no-op tracer without one.
@@ -263,7 +260,8 @@ async def open_container(
     metrics = Metrics(CollectorRegistry(), max_named_tenants=settings.metrics_tenants)
     preregister(metrics.redis_calls, [READ_COMMAND, *SCRIPT_NAMES], RedisOutcome)
     redactor = redactor or Redactor()
-    user_keys = derive_user_key_cipher(settings, redactor)
+    keyring = Keyring(settings.secret_keys)
+    user_keys = UserKeyCipher(keyring, settings.upstream_url, lambda key: redactor.register_secrets(key.decode()))
     retention = Retention(
         lease_ms=settings.lease_seconds * 1000,
         check_interval_ms=int(settings.poll_seconds * 1000),
@@ -279,7 +277,13 @@ async def open_container(
         tracer = await exit_stack.enter_async_context(tracer_context)
         connections = connect(settings.redis_url, timeout=REDIS_TIMEOUT_SECONDS)
         exit_stack.push_async_callback(connections.aclose)
-        version_guard = DataVersionGuard(keys, on_version_error)
+
+        async def upgrade() -> None:
+            former_guard = DataVersionGuard(keys, lambda _: None, version=UPGRADABLE_VERSION)
+            former_scripts = RedisScripts(connections.commands, version_guard=former_guard)
+            await RedisRegistry(former_scripts, keys).upgrade(user_keys.bind)
+
+        version_guard = DataVersionGuard(keys, on_version_error, upgrade=upgrade)
         monitor = RedisMonitor(metrics)
         scripts = RedisScripts(connections.commands, version_guard=version_guard, monitor=monitor, tracer=tracer)
         registry = CachedRegistry(RedisRegistry(scripts, keys))
@@ -321,6 +325,7 @@ async def open_container(
             tasks=RedisTaskStore(scripts, keys, retention),
             deliveries=RedisDeliveryQueue(scripts, keys),
             upstream=upstream,
+            user_keys=user_keys,
             registry=registry,
             task_cache=task_cache,
             fetch_artifact=artifact_client.fetch,

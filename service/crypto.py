@@ -16,9 +16,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from msgspec import Struct
+from msgspec.structs import replace
 
 from service.domain.errors import NotFound
 from service.domain.tasks import TaskReference
+from service.domain.tenants import Account, url_origin
 
 KEY_BYTES = 32
 _DERIVED_BYTES = 64
@@ -30,7 +32,7 @@ class SecretFileError(Exception):
 
 
 class AesSivCipher:
-    """A cipher for one purpose; ciphertexts of other purposes are not decrypted.
+    """A cipher for one purpose; ciphertexts of other purposes, or with other associated data, are not decrypted.
 
     `on_plaintext` is called with each plaintext before it is encrypted or returned.
     """
@@ -39,16 +41,16 @@ class AesSivCipher:
         self._ciphers = tuple(ciphers)
         self._on_plaintext = on_plaintext
 
-    def encrypt(self, plaintext: bytes) -> bytes:
+    def encrypt(self, plaintext: bytes, *associated_data: bytes) -> bytes:
         """Encrypt with the first key; deterministic."""
         self._on_plaintext(plaintext)
-        return self._ciphers[0].encrypt(plaintext, None)
+        return self._ciphers[0].encrypt(plaintext, list(associated_data))
 
-    def decrypt(self, ciphertext: bytes) -> bytes | None:
+    def decrypt(self, ciphertext: bytes, *associated_data: bytes) -> bytes | None:
         """Decrypt with any of the keys; None if none matches or the bytes were altered."""
         for cipher in self._ciphers:
             with suppress(InvalidTag):
-                plaintext = cipher.decrypt(ciphertext, None)
+                plaintext = cipher.decrypt(ciphertext, list(associated_data))
                 self._on_plaintext(plaintext)
                 return plaintext
         return None
@@ -69,6 +71,36 @@ class Keyring:
         info = f"imaging-gateway/{purpose}".encode()
         derived = [HKDF(SHA256(), _DERIVED_BYTES, salt=None, info=info).derive(key) for key in self._keys]
         return AesSivCipher([AESSIV(key) for key in derived], on_plaintext)
+
+
+class UserKeyCipher:
+    """Encrypts the keys of accounts, each for the id of its account and the origin of its base URL.
+
+    A key is decrypted for no other account or origin, so that no change of the registry sends it elsewhere. The base
+    URL of accounts without one is `default_url`. `on_key` is called as `on_plaintext` of AesSivCipher.
+    """
+
+    def __init__(self, keyring: Keyring, default_url: str, on_key: Callable[[bytes], None] = lambda _: None) -> None:
+        self._cipher = keyring.derive("user-key", on_key)
+        self._default_url = default_url
+
+    def origin(self, account: Account) -> str:
+        return url_origin(account.base_url or self._default_url)
+
+    def encrypt(self, user_key: bytes, account: Account) -> bytes:
+        return self._cipher.encrypt(user_key, *self._associated_data(account))
+
+    def decrypt(self, account: Account) -> bytes | None:
+        """Decrypt the key of an account; None if none of the secret keys does, or it is bound to another origin."""
+        return self._cipher.decrypt(account.user_key, *self._associated_data(account))
+
+    def bind(self, account: Account) -> Account | None:
+        """Bind a key as data version 3 has it, without associated data; None if none of the secret keys decrypts it."""
+        user_key = self._cipher.decrypt(account.user_key)
+        return None if user_key is None else replace(account, user_key=self.encrypt(user_key, account))
+
+    def _associated_data(self, account: Account) -> tuple[bytes, bytes]:
+        return str(account.id).encode(), self.origin(account).encode()
 
 
 TASK_ID_PREFIX = "task_"

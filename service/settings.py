@@ -404,7 +404,10 @@ class Settings:
         parse_key_prefix, "gw", "Every key is `{gw}:...`, so that one Redis can serve several gateways."
     )
     upstream_url: str | None = _declare(
-        parse_http_url, None, "The base address of the upstream.", default_note="the built-in sandbox"
+        parse_http_url,
+        None,
+        "The base address of the upstream. Keys of accounts without a base URL are bound to its scheme, host and port.",
+        default_note="the built-in sandbox",
     )
     upstream_user_key: str | None = _declare(
         parse_printable,

@@ -166,7 +166,12 @@ class AccountSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     base_url: (
         Annotated[
-            str, Meta(max_length=512, description="Of the upstream, if not the default one.", extra_json_schema=_URI)
+            str,
+            Meta(
+                max_length=512,
+                description="Of the upstream, if not the default one. A new scheme, host or port needs the `user_key`.",
+                extra_json_schema=_URI,
+            ),
         ]
         | None
     ) = None

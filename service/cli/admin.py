@@ -55,7 +55,10 @@ _ACCOUNT_OPTIONS = (
     click.option("--user-key-env", metavar="VARIABLE", help="Read the user_key from an environment variable."),
     click.option("--user-key-file", type=click.File("rb"), help="Read it from a file, or from standard input: `-`."),
     click.option("--user-key-prompt", is_flag=True, help="Prompt for it."),
-    click.option("--base-url", help="Address of its upstream.  [default: from GATEWAY_UPSTREAM_URL]"),
+    click.option(
+        "--base-url",
+        help="Address of its upstream; a new scheme, host or port needs the key.  [default: from GATEWAY_UPSTREAM_URL]",
+    ),
     click.option("--floor-count", type=click.IntRange(min=0), help="Prepaid uses that must remain."),
     click.option("--floor-money", type=YUAN, help="Money that must remain."),
     click.option("--max-price", "prices", type=PRICE, multiple=True, help="Maximum price of a kind; repeatable."),

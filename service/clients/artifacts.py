@@ -23,7 +23,7 @@ from opentelemetry.trace import Tracer
 from service.clients.egress import AddressRefused, GuardedTransport, IpAddress, Resolver, is_public, resolve_host
 from service.clients.http import USER_AGENT, OnCall, default_tls, local_error_reason
 from service.clients.vendor_api import unmask_key
-from service.crypto import AesSivCipher
+from service.crypto import UserKeyCipher
 from service.domain.errors import (
     GatewayError,
     Overloaded,
@@ -185,7 +185,7 @@ class ArtifactClient:
         *,
         max_bytes: int,
         on_call: OnCall,
-        user_keys: AesSivCipher | None = None,
+        user_keys: UserKeyCipher | None = None,
         tls: ssl.SSLContext | None = None,
         resolver: Resolver = resolve_host,
         timeouts: FetchTimeouts | None = None,
@@ -218,7 +218,7 @@ class ArtifactClient:
             raise Overloaded("Too many results are being fetched at the moment. Try again.", retry_after=1)
         own_url = httpx2.URL(account.base_url or self._upstream_url) if account else None
         own_host = own_url and own_url.raw_host.decode("ascii").lower()
-        user_key = self._user_keys.decrypt(account.user_key) if account and self._user_keys else None
+        user_key = self._user_keys.decrypt(account) if account and self._user_keys else None
         url = unmask_key(user_key.decode(), artifact.url) if user_key else artifact.url
 
         def is_allowed(host: str, ip: IpAddress) -> bool:

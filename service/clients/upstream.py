@@ -26,7 +26,7 @@ from service.clients.http import (
     default_tls,
 )
 from service.clients.vendor_api import mask_key, remove_key
-from service.crypto import AesSivCipher
+from service.crypto import UserKeyCipher
 from service.domain.tasks import Catalogue, Options, TaskError
 from service.domain.tenants import Account
 from service.telemetry import tracing
@@ -55,7 +55,7 @@ class UpstreamClient:
     def __init__(
         self,
         base_url: str,
-        user_keys: AesSivCipher,
+        user_keys: UserKeyCipher,
         catalogue: Catalogue,
         *,
         on_call: OnCall,
@@ -202,9 +202,9 @@ class UpstreamClient:
         return (account.base_url or self._base_url).rstrip("/")
 
     def _decrypt_user_key(self, account: Account) -> str | None:
-        user_key = self._user_keys.decrypt(account.user_key)
+        user_key = self._user_keys.decrypt(account)
         if user_key is None:
-            detail = "No secret key decrypts its user_key."
+            detail = "No secret key decrypts its user_key, or it was given for another base URL: give it again."
             _log.error("account.decryption_failed", account=account.name, detail=detail)
             return None
         return user_key.decode()

@@ -113,6 +113,16 @@ def strip_query(url: str) -> str:
     return url.partition("?")[0]
 
 
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def url_origin(url: str) -> str:
+    """Return scheme, host and port of a valid HTTP URL: two of one origin lead to the same server."""
+    parts = urlsplit(url)
+    port = _DEFAULT_PORTS[parts.scheme] if parts.port is None else parts.port
+    return f"{parts.scheme}://{parts.hostname}:{port}"
+
+
 def parse_network(entry: str) -> IPNetwork | None:
     try:
         return ip_network(entry)
@@ -184,7 +194,7 @@ class AccountPolicy(Struct, frozen=True):
 
 
 class Account(Struct, frozen=True):
-    """An account at an upstream: an encrypted key; without `base_url`, at the default upstream."""
+    """An account at an upstream: without `base_url`, at the default one. Its key is encrypted for its id and origin."""
 
     id: int
     name: str

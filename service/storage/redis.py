@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import resources
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import structlog
@@ -30,8 +30,10 @@ from service.telemetry.metrics import Metrics, RedisErrorKind, RedisOutcome
 _log = structlog.get_logger(__name__)
 Client = Redis | RedisCluster
 DAY_MS = 86_400_000
-DATA_VERSION = 3
+DATA_VERSION = 4
 """Rises with every change after which an older gateway could misread the data, or this one the older data."""
+UPGRADABLE_VERSION = 3
+"""The data version that the first process of this one converts in place."""
 LATE_CHARGE_MS = 600_000
 """A submission may still be charged this long after its outcome became unknown."""
 MAX_CHECK_INTERVAL_MS = 30_000
@@ -166,6 +168,10 @@ class DataVersionError(LedgerUnavailable):
         self.reason = reason
 
 
+class UpgradeRefused(DataVersionError):
+    """Data of UPGRADABLE_VERSION can't be converted; it is unchanged."""
+
+
 def find_version_error(stored: bytes | None, version: int = DATA_VERSION) -> DataVersionError | None:
     """Return the error for the version that is stored; None if that is this version, or the store is empty."""
     if stored is None or stored == str(version).encode():
@@ -178,6 +184,10 @@ def find_version_error(stored: bytes | None, version: int = DATA_VERSION) -> Dat
     )
 
 
+def is_upgradable(stored: bytes | None) -> bool:
+    return stored == str(UPGRADABLE_VERSION).encode()
+
+
 async def read_data_version(client: Client, keys: Keys) -> bytes | None:
     """Return the version of the stored data; None if there is none. Data without a mark is of version 1."""
     # In this order, since a gateway marks a store before it writes the registry.
@@ -187,14 +197,24 @@ async def read_data_version(client: Client, keys: Keys) -> bytes | None:
 
 
 class DataVersionGuard:
-    """Refuses a store that holds data of another version. `on_mismatch` is called once when that is noticed."""
+    """Refuses a store that holds data of another version. `on_mismatch` is called once when that is noticed.
+
+    `upgrade` converts data of UPGRADABLE_VERSION. It raises UpgradeRefused, and DataVersionError if another process has
+    converted it.
+    """
 
     def __init__(
-        self, keys: Keys, on_mismatch: Callable[[DataVersionError], None], *, version: int = DATA_VERSION
+        self,
+        keys: Keys,
+        on_mismatch: Callable[[DataVersionError], None],
+        *,
+        version: int = DATA_VERSION,
+        upgrade: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.keys = keys
         self.version = version
         self._on_mismatch = on_mismatch
+        self._upgrade = upgrade
         self._error: DataVersionError | None = None
         self.is_checked = False
 
@@ -203,10 +223,21 @@ class DataVersionGuard:
         return self._error is not None
 
     async def check(self, client: Client) -> None:
-        """Compare the version, and mark an empty store; needed until `is_checked`. Raises DataVersionError."""
+        """Compare the version, after an upgrade, and mark an empty store; needed until `is_checked`.
+
+        Raises DataVersionError.
+        """
         if self._error:
             raise self._error
         stored = await read_data_version(client, self.keys)
+        if self._upgrade and is_upgradable(stored):
+            try:
+                await self._upgrade()
+            except UpgradeRefused as error:
+                self._refuse(error)
+            except DataVersionError:
+                pass
+            stored = await read_data_version(client, self.keys)
         if stored is None:
             # The first of several processes that start on an empty store decides. Data can be read even if nothing
             # can be written: the first script marks it then.
@@ -219,12 +250,15 @@ class DataVersionGuard:
         """Compare the version that was just read. Raises DataVersionError, then and with every later `check`."""
         error = find_version_error(stored, self.version)
         if error:
-            self.is_checked = False
-            if self._error is None:
-                self._error = error
-                self._on_mismatch(error)
-            raise self._error
+            self._refuse(error)
         self.is_checked = stored is not None
+
+    def _refuse(self, error: DataVersionError) -> NoReturn:
+        self.is_checked = False
+        if self._error is None:
+            self._error = error
+            self._on_mismatch(error)
+        raise self._error
 
 
 class RedisMonitor:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import msgspec
+from collections.abc import Callable
 
+import msgspec
+import structlog
+from msgspec.structs import replace
+
+from service.domain.errors import field_path
 from service.domain.tenants import Account, Registry, Tenant, Token
-from service.storage.redis import Keys, RedisScripts
+from service.storage.redis import DATA_VERSION, UPGRADABLE_VERSION, Keys, RedisScripts, UpgradeRefused
+from service.usecases.caches import no_change
 from service.usecases.ports import RegistryChange
+
+_log = structlog.get_logger(__name__)
 
 
 class RedisRegistry:
@@ -38,7 +46,27 @@ class RedisRegistry:
         self._scripts.compare_version(data_version)
         return int(version or 0)
 
-    async def write(self, change: RegistryChange) -> bool:
+    async def upgrade(self, bind_user_key: Callable[[Account], Account | None]) -> None:
+        """Bind the keys of all accounts of the former data version, and mark the data as of this version, in one step.
+
+        The scripts are those for the former version. `bind_user_key` returns None for a key that can't be decrypted.
+        Raises UpgradeRefused then, and DataVersionError if another process was faster.
+        """
+        while True:
+            registry = await self.load()
+            bound = {name: bind_user_key(account) for name, account in registry.accounts.items()}
+            if lost := [field_path("accounts", name, "user_key") for name, account in bound.items() if not account]:
+                raise UpgradeRefused(
+                    f"the data in Redis has version {UPGRADABLE_VERSION} and can't be converted: none of the keys in "
+                    f"GATEWAY_SECRET_KEYS decrypts {', '.join(lost)}; add the missing one, or use the former gateway"
+                )
+            change = replace(no_change(registry), accounts=tuple(filter(None, bound.values())))
+            if await self.write(change, new_data_version=DATA_VERSION):
+                version, names = change.version + 1, sorted(bound)
+                _log.warning("registry.upgraded", version=version, data_version=DATA_VERSION, accounts=names)
+                return
+
+    async def write(self, change: RegistryChange, *, new_data_version: int | None = None) -> bool:
         """Write a change. Returns False if the registry is not the version that the change was made from."""
         keys, fields, policies = self._keys, {}, {}
         for tenant in change.tenants:
@@ -63,6 +91,7 @@ class RedisRegistry:
             *(value for field in fields.items() for value in field),
             *policies.values(),
             version=change.version,
+            new_data_version=new_data_version,
             newer_than=change.newer_than,
             channel=keys.registry_channel,
             deleted_fields=deleted_fields,

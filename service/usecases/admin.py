@@ -16,7 +16,7 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
-from service.crypto import AesSivCipher
+from service.crypto import AesSivCipher, UserKeyCipher
 from service.domain import webhooks
 from service.domain.errors import (
     Conflict,
@@ -46,6 +46,7 @@ from service.usecases.registry_plan import (
     RegistryPlan,
     RegistryPlanner,
     affects_availability,
+    encrypt_user_key,
 )
 
 _log = structlog.get_logger(__name__)
@@ -92,7 +93,7 @@ class RegistryAdmin:
 
     registry: CachedRegistry
     ledger: Ledger
-    user_key_cipher: AesSivCipher
+    user_key_cipher: UserKeyCipher
     webhook_cipher: AesSivCipher
     now: Callable[[], float]
     log_fields: LogFields
@@ -100,23 +101,21 @@ class RegistryAdmin:
     async def save_account(self, name: str, desire: Callable[[Account | None], DesiredAccount]) -> Account:
         """Save what `desire` returns for the current account, None for a new one; without a key it keeps its own.
 
-        Reopens the account if the change may allow it to pay again. Raises InvalidOptions if a new account has no key,
-        and what `desire` raises.
+        Reopens the account if the change may allow it to pay again. Raises InvalidOptions without a key if the account
+        is new or gets another origin, and what `desire` raises.
         """
+        cipher = self.user_key_cipher
 
         def change(registry: Registry) -> tuple[RegistryChange, _SavedAccount]:
             before = registry.accounts.get(name)
             desired = desire(before)
-            key = None if desired.user_key is None else self.user_key_cipher.encrypt(desired.user_key)
-            key = key or (before.user_key if before else None)
-            if key is None:
-                raise InvalidOptions([FieldError("user_key", "is required for a new account")])
+            is_same_key = before is not None and desired.user_key in {None, cipher.decrypt(before)}
             account = replace(
                 desired.account,
                 id=before.id if before else self._new_id(registry),
-                user_key=key,
-                secret_ref=before.secret_ref if before and key == before.user_key else None,
+                secret_ref=before.secret_ref if before and is_same_key else None,
             )
+            account = encrypt_user_key(cipher, account, desired.user_key, before)
             next_id = max(registry.next_id, account.id + 1)
             reopens = before is not None and affects_availability(before, account)
             result = _SavedAccount(account, desired.user_key is not None, reopens)
@@ -134,7 +133,7 @@ class RegistryAdmin:
 
     def has_user_key(self, name: str, user_key: str) -> bool:
         account = self.registry.current.accounts.get(name)
-        return account is not None and account.user_key == self.user_key_cipher.encrypt(user_key.encode())
+        return account is not None and self.user_key_cipher.decrypt(account) == user_key.encode()
 
     async def save_tenant(self, name: str, desire: Callable[[Tenant | None], DesiredTenant]) -> SavedTenant:
         """Save what `desire` returns for the current tenant, None for a new one.
@@ -378,10 +377,10 @@ class RegistryAdmin:
         undecryptable: list[str] = []
         accounts, tenants = list[Account](), list[Tenant]()
         for name, account in sorted(registry.accounts.items()):
-            user_key = _reencrypt(self.user_key_cipher, account.user_key)
-            if user_key is None:
+            plaintext = self.user_key_cipher.decrypt(account)
+            if plaintext is None:
                 undecryptable.append(field_path("accounts", name, "user_key"))
-            elif user_key != account.user_key:
+            elif (user_key := self.user_key_cipher.encrypt(plaintext, account)) != account.user_key:
                 accounts.append(replace(account, user_key=user_key))
         for name, tenant in sorted(registry.tenants.items()):
             before = tenant.webhook.secrets

@@ -305,7 +305,7 @@ class SubmitOutcome(StrEnum):
     EXHAUSTED = "exhausted"
     INVALID_ACCOUNT = "invalid-account"
     MISCONFIGURED = "misconfigured"
-    """Not sent: the account's key can't be decrypted."""
+    """Not sent: the account's key can't be decrypted for its base URL."""
     REDIRECTED = "redirected"
     """Refused with a redirect, which is not followed: the base URL is wrong."""
     BUSY = "busy"

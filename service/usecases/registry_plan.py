@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from msgspec import Struct
 from msgspec.structs import replace
 
-from service.crypto import AesSivCipher
+from service.crypto import AesSivCipher, UserKeyCipher
 from service.domain import webhooks
-from service.domain.errors import ErrorCollector, field_path, suggest
+from service.domain.errors import ErrorCollector, FieldError, InvalidOptions, field_path, suggest
 from service.domain.tenants import Account, Registry, SecretRef, Tenant, Token, Webhook, WebhookSecrets
 from service.usecases.caches import no_change
 from service.usecases.ports import RegistryChange
@@ -70,7 +70,7 @@ class RegistryPlanner:
     """Plans once, for one version of the registry at the time `now` (seconds since the epoch)."""
 
     def __init__(
-        self, registry: Registry, now: float, *, user_key_cipher: AesSivCipher, webhook_cipher: AesSivCipher
+        self, registry: Registry, now: float, *, user_key_cipher: UserKeyCipher, webhook_cipher: AesSivCipher
     ) -> None:
         self._registry = registry
         self._now = now
@@ -128,13 +128,11 @@ class RegistryPlanner:
         name, path = desired.account.name, field_path("accounts", desired.account.name)
         before = self._registry.accounts.get(name)
         account = replace(desired.account, id=self._resolve_id(path, desired.account, before))
-        if before and desired.user_key in {None, self._user_key_cipher.decrypt(before.user_key)}:
-            return replace(account, user_key=before.user_key)
-        if desired.user_key is None:
-            self._errors.add(f"{path}.user_key", "is required for a new account, which has none to keep")
-            return account
-        self._changed_keys.add(name)
-        return replace(account, user_key=self._user_key_cipher.encrypt(desired.user_key))
+        cipher, key = self._user_key_cipher, desired.user_key
+        account = self._errors.collect(path, account, encrypt_user_key, cipher, account, key, before)
+        if key is not None and not (before and before.user_key == account.user_key):
+            self._changed_keys.add(name)
+        return account
 
     def _plan_tenant(self, desired: DesiredTenant) -> Tenant:
         tenant, path = desired.tenant, field_path("tenants", desired.tenant.name)
@@ -238,6 +236,25 @@ class RegistryPlanner:
             if counts[token.digest] > 1:
                 path = field_path("tenants", after.tenant_name(token.tenant) or "", "tokens", token.id, "sha256")
                 self._errors.add(path, "is the hash of another token too")
+
+
+def encrypt_user_key(
+    cipher: UserKeyCipher, account: Account, user_key: bytes | None, before: Account | None
+) -> Account:
+    """Return an account with the key that is given, else with the one that it had `before`.
+
+    Raises InvalidOptions if it had none, or if its key is not for the new origin: a change of the base URL sends no key
+    to an address for which it was not given.
+    """
+    kept = before and replace(account, user_key=before.user_key)
+    if user_key is not None and not (kept and cipher.decrypt(kept) == user_key):
+        return replace(account, user_key=cipher.encrypt(user_key, account))
+    if before is None or kept is None:
+        raise InvalidOptions([FieldError("user_key", "is required for a new account, which has none to keep")])
+    if user_key is None and cipher.origin(kept) != cipher.origin(before) and cipher.decrypt(kept) is None:
+        detail = "is required again, since scheme, host or port of the base URL change"
+        raise InvalidOptions([FieldError("user_key", detail)])
+    return kept
 
 
 def _apply_change(registry: Registry, change: RegistryChange) -> Registry:

@@ -28,6 +28,8 @@ ACCOUNT: dict[str, Any] = {
     "max_price": {"upscale": 0.07, "vectorize": 2},
     "note": "Invoiced\nmonthly.",
 }
+WITH_KEY = {"user_key": USER_KEY}
+"""Needed for another base URL."""
 TENANT: dict[str, Any] = {
     "accounts": ["main"],
     "limits": [{"window": "day", "tasks": 5, "money": 2.5}, {"window": "total", "tasks": None, "money": 100}],
@@ -42,7 +44,7 @@ Change = tuple[dict[str, Any], dict[str, Any]]
 """A patch, and what it changes."""
 ACCOUNT_CHANGES: list[Change] = [
     ({"floor_count": 7}, {"floor_count": 7}),
-    ({"base_url": None, "floor_money": None}, {"base_url": None, "floor_money": 0}),
+    ({"base_url": None, "floor_money": None} | WITH_KEY, {"base_url": None, "floor_money": 0}),
     ({"max_price": {"upscale": 3, "vectorize": None}}, {"max_price": {"upscale": 3}}),
     ({"max_price": None, "note": None}, {"max_price": {}, "note": ""}),
 ]
@@ -108,9 +110,9 @@ async def test_account_shows_balance_and_state_without_its_key(gateway: RunningG
 
 async def test_put_replaces_accounts_and_tenants(gateway: RunningGateway) -> None:
     url = "https://[::1]:8443/api/v2//"
-    assert (await put_json(gateway, "/accounts/main", base_url=url))["base_url"] == url.rstrip("/")
-    assert ACCOUNT.items() <= (await put_json(gateway, "/accounts/main", **ACCOUNT)).items()
-    assert ACCOUNT_DEFAULTS.items() <= (await put_json(gateway, "/accounts/main")).items()
+    assert (await put_json(gateway, "/accounts/main", base_url=url, **WITH_KEY))["base_url"] == url.rstrip("/")
+    assert ACCOUNT.items() <= (await put_json(gateway, "/accounts/main", **ACCOUNT, **WITH_KEY)).items()
+    assert ACCOUNT_DEFAULTS.items() <= (await put_json(gateway, "/accounts/main", **WITH_KEY)).items()
     defaults = await get_json(gateway, "/tenants/shop")
     tenant = await put_json(gateway, "/tenants/shop", **TENANT)
     del tenant["webhook"]["disabled_urls"], tenant["webhook"]["secret"]
@@ -161,7 +163,7 @@ async def test_patch_changes_what_it_names(
 
     path, media_type = f"/{section}/{name}", {"Content-Type": "application/merge-patch+json"}
     for patch, changed in changes:
-        await put_json(gateway, path, **settings)
+        await put_json(gateway, path, **settings, **(WITH_KEY if settings is ACCOUNT else {}))
         before = await read_entry()
         response = await gateway.call_admin("PATCH", path, json=patch, headers=media_type)
         patched = expect_json(response)
@@ -192,7 +194,7 @@ async def test_patch_keeps_or_replaces_secrets(gateway: RunningGateway) -> None:
     assert not {*map(str, before)} & {*map(str, after)}
 
 
-@pytest.mark.parametrize(("path", "settings"), [("/accounts/main", ACCOUNT), ("/tenants/shop", TENANT)])
+@pytest.mark.parametrize(("path", "settings"), [("/accounts/main", ACCOUNT | WITH_KEY), ("/tenants/shop", TENANT)])
 async def test_preconditions(gateway: RunningGateway, path: str, settings: dict[str, Any]) -> None:
     etag = (await gateway.call_admin("GET", path)).headers["etag"]
     match = {"If-Match": f'"other", {etag}'}

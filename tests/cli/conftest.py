@@ -15,8 +15,8 @@ import structlog
 from click.testing import CliRunner, Result
 
 from service.cli import main
-from service.container import USER_KEY_PURPOSE
-from service.crypto import Keyring
+from service.crypto import Keyring, UserKeyCipher
+from service.domain.tenants import Account
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, RunningGateway, run_real_gateway
 from tests.support.valkey import Valkey
 
@@ -65,8 +65,15 @@ class Shell:
     def stored_user_key(self, name: str) -> str | None:
         """Return the decrypted user_key of an account."""
         account = self.gateway.services.registry.current.accounts[name]
-        key = Keyring([SECRET_KEY]).derive(USER_KEY_PURPOSE).decrypt(account.user_key)
+        key = self.user_key_cipher(SECRET_KEY).decrypt(account)
         return None if key is None else key.decode()
+
+    @property
+    def upstream_url(self) -> str:
+        return self.gateway.services.registry_admin.user_key_cipher.origin(Account(0, "", b""))
+
+    def user_key_cipher(self, secret_key: bytes) -> UserKeyCipher:
+        return UserKeyCipher(Keyring([secret_key]), self.upstream_url)
 
 
 @asynccontextmanager

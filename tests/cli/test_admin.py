@@ -41,8 +41,8 @@ ACCOUNT_OPTIONS = (
 ACCOUNT_UPDATES: Updates = [
     ("--floor-count 3", {}),
     ("--floor-count 0 --floor-money 0", {"floor_count": None, "floor_money": None}),
-    ("--base-url http://b.test", {"base_url": "http://b.test"}),
-    ("--no-base-url", {"base_url": None}),
+    ("--base-url http://b.test --user-key-env NEW_KEY", {"base_url": "http://b.test"}),
+    ("--no-base-url --user-key-env NEW_KEY", {"base_url": None}),
     ("--max-price upscale=3 --max-price seamless=1", {"max_price": {"upscale": 3, "vectorize": 2, "seamless": 1}}),
     ("--no-max-price vectorize --no-max-price seamless", {"max_price": {"upscale": 3}}),
 ]
@@ -57,6 +57,7 @@ async def test_account_options_set_what_they_name(shell: Shell, tmp_path: Path) 
     assert (shown["minimum uses:"], shown["minimum yuan:"], shown["base URL:"]) == ("3", "0.5", "http://a.test")
     assert shown["maximum price:"] == "upscale 1.25 yuan, vectorize 2 yuan"
     assert await shell.run_json("account", "show", "new") == stored
+    shell.environ["NEW_KEY"] = "key-in-a-file"
     await expect_updates(shell, "account", "new", ACCOUNT_UPDATES)
     printed_changes = await shell.run_table("account", "update", "new", "--floor-count", "1", "--floor-money", "2.5")
     assert printed_changes == [["minimum uses:", "0 -> 1"], ["minimum yuan:", "0 -> 2.5"]]

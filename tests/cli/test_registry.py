@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from service.cli.client import AdminClient, AdminResponse
-from service.container import USER_KEY_PURPOSE, WEBHOOK_SECRET_PURPOSE
+from service.container import WEBHOOK_SECRET_PURPOSE
 from service.crypto import Keyring
 from service.domain.tenants import WebhookSecrets
 from service.usecases.ports import RegistryChange
@@ -139,7 +139,7 @@ async def encrypt_secrets(shell: Shell, user_key: bytes, webhook_key: bytes = OL
     change = RegistryChange(
         version=current.version,
         next_id=current.next_id,
-        accounts=(replace(main, user_key=Keyring([user_key]).derive(USER_KEY_PURPOSE).encrypt(USER_KEY.encode())),),
+        accounts=(replace(main, user_key=shell.user_key_cipher(user_key).encrypt(USER_KEY.encode(), main)),),
         tenants=(replace(shop, webhook=replace(shop.webhook, url="https://hooks.example/", secrets=secrets)),),
     )
     assert await shell.gateway.services.registry.store.write(change)

@@ -8,17 +8,26 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from msgspec.structs import replace
+
 from service.clients.artifacts import ArtifactClient
 from service.clients.upstream import UpstreamClient
-from service.crypto import Keyring
+from service.crypto import Keyring, UserKeyCipher
 from service.domain.tasks import DEFAULT_CATALOGUE, Artifact, ArtifactName, FaceEnhanceOptions, Options
 from service.domain.tenants import Account
 from service.usecases.ports import ArtifactStream, CheckResult, Image, RangeRequest, SubmitResult
 
 MAX_BYTES = 1_000_000
 USER_KEY = "hush-hush-key"
-CIPHER = Keyring([bytes(32)]).derive("user-key")
-ACCOUNT = Account(1, "main", CIPHER.encrypt(USER_KEY.encode()))
+CIPHER = UserKeyCipher(Keyring([bytes(32)]), "http://default.example")
+
+
+def make_account(base_url: str | None = None) -> Account:
+    account = Account(1, "main", b"", base_url)
+    return replace(account, user_key=CIPHER.encrypt(USER_KEY.encode(), account))
+
+
+ACCOUNT = make_account()
 IMAGE = Image(b"\x89PNG" + bytes(range(256)) * 4, b"", "image/png", 8, 8)
 LARGE = Image(bytes(4 << 20), b"", "image/jpeg", 8, 8)
 _FACE = FaceEnhanceOptions()

@@ -25,7 +25,7 @@ from service.domain.tasks import DEFAULT_CATALOGUE, FaceEnhanceOptions, UpscaleO
 from service.domain.tenants import Account
 from service.telemetry import tracing
 from service.usecases.ports import CheckOutcome, SubmitOutcome, SubmitResult
-from tests.contract.client import ACCOUNT, CIPHER, IMAGE, LARGE, USER_KEY, open_caller
+from tests.contract.client import ACCOUNT, CIPHER, IMAGE, LARGE, USER_KEY, make_account, open_caller
 from tests.contract.scripted_server import (
     ACCEPTED_RESPONSE,
     Connection,
@@ -198,7 +198,7 @@ async def test_submit_is_a_form_on_its_own_connection_and_checks_keep_theirs() -
 async def test_links_are_relative_to_the_accounts_own_upstream() -> None:
     response = vendor_response(err_code=0, task_id="t", status="Completed", images_url="/files/1.png", grid_url="2.png")
     async with run_server(reply_with(response)) as peer, open_caller("http://127.0.0.1:1") as caller:
-        account = Account(1, "other", ACCOUNT.user_key, base_url=f"{peer.url}/deep/")
+        account = make_account(f"{peer.url}/deep/")
         assert (await caller.submit(account=account)).outcome is ACCEPTED
         links = [artifact.url for artifact in (await caller.check(account=account)).artifacts]
     assert peer.requests[0][0].startswith(b"POST /deep/api/submit_face_enhance_task HTTP/1.1\r\n")
@@ -298,8 +298,7 @@ async def test_breaker_stops_submits_and_checks_of_an_unreachable_upstream() -> 
             assert (await caller.submit()).outcome is NOT_SENT
             assert (await caller.check()).outcome is CheckOutcome.NO_RESPONSE
             assert peer.connections == 0
-            elsewhere = Account(2, "other", ACCOUNT.user_key, base_url=other.url)
-            assert (await caller.submit(account=elsewhere)).outcome is ACCEPTED
+            assert (await caller.submit(account=make_account(other.url))).outcome is ACCEPTED
 
 
 async def test_a_connected_trial_admits_others_before_its_response(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ class ProcedureShell:
             "redis.example:6379": f"127.0.0.1:{first}",
             "redis.example 6379": f"127.0.0.1 {first}",
             "https://upstream.example": self.upstream.url,
-            "https://vendor.example": self.upstream.url,
+            "https://vendor.example": self.upstream.url.replace("127.0.0.1", "localhost"),
             **self.keys,
         }.items():
             text = text.replace(name, address)
@@ -205,6 +205,14 @@ def test_rotate_a_user_key(here: ProcedureShell) -> None:
     assert "accounts.main.user_key: the secret is changed" in printed
     assert here.count_submits() == [1, 1, 1, 0]
     assert "[accounts.main]" not in (here.folder / "registry.toml").read_text()
+
+
+def test_change_the_upstreams_address(here: ProcedureShell) -> None:
+    """The account sends to the new address before and after the restart, and to no other without its key."""
+    redirect = "if gateway account update main --base-url http://127.0.0.1:9; then exit 1; fi"
+    here.run_installed("submit", redirect, *shell_blocks("Change the upstream's address"), "submit")
+    assert here.count_submits() == [2, 0, 0, 0]
+    assert "base_url" not in (here.folder / "registry.toml").read_text()
 
 
 def test_rotate_the_secret_keys(here: ProcedureShell) -> None:

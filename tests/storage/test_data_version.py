@@ -7,12 +7,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
-from service.domain.tenants import Tenant
+from service.domain.tenants import Account, Tenant
 from service.storage.connections import connect
 from service.storage.ledger import RedisLedger
-from service.storage.redis import DATA_VERSION, DataVersionError, DataVersionGuard, Keys, RedisScripts
+from service.storage.redis import (
+    DATA_VERSION,
+    UPGRADABLE_VERSION,
+    DataVersionError,
+    DataVersionGuard,
+    Keys,
+    RedisScripts,
+)
 from service.storage.registry import RedisRegistry
 from service.usecases.ports import RegistryChange
 from tests.storage.seeded_store import RETENTION
@@ -28,10 +37,18 @@ class Gateway:
 
     def __init__(self, client: Any, version: int) -> None:
         self.errors: list[DataVersionError] = []
-        self.guard = DataVersionGuard(KEYS, self.errors.append, version=version)
+        self.guard = DataVersionGuard(KEYS, self.errors.append, version=version, upgrade=self._upgrade)
+        self.bind: Callable[[Account], Account | None] = lambda _: None
+        self.client = client
         scripts = RedisScripts(client, version_guard=self.guard)
         self.registry = RedisRegistry(scripts, KEYS)
         self.ledger = RedisLedger(scripts, KEYS, RETENTION)
+
+    async def _upgrade(self) -> None:
+        former = RedisScripts(
+            self.client, version_guard=DataVersionGuard(KEYS, lambda _: None, version=UPGRADABLE_VERSION)
+        )
+        await RedisRegistry(former, KEYS).upgrade(self.bind)
 
 
 @asynccontextmanager
@@ -124,3 +141,46 @@ async def test_store_that_refuses_writes(topology: RunningStore) -> None:
             topology.execute("CONFIG", "SET", "min-replicas-to-write", "0")
         await gateway.registry.load()
         assert topology.execute("GET", KEYS.data_version) == MARK
+
+
+async def test_upgrade(topology: RunningStore) -> None:
+    """Of several processes one converts the data of the former version, and what was changed meanwhile too."""
+
+    def store_account(name: str) -> None:
+        topology.execute("HSET", KEYS.registry, f"account:{name}", msgspec.msgpack.encode(Account(7, name, b"key")))
+        topology.execute("HINCRBY", KEYS.registry, "version", "1")
+
+    def bind(account: Account) -> Account:
+        bound.append(account.name)
+        if len(bound) == 1:
+            store_account("late")
+        return replace(account, user_key=account.user_key + b" bound")
+
+    bound: list[str] = []
+    topology.execute("SET", KEYS.data_version, str(UPGRADABLE_VERSION))
+    store_account("main")
+    async with AsyncExitStack() as stack:
+        gateways = [await stack.enter_async_context(open_gateway(topology)) for _ in range(3)]
+        for gateway in gateways:
+            gateway.bind = bind
+        loaded = await asyncio.gather(*(gateway.registry.load() for gateway in gateways))
+    assert topology.execute("GET", KEYS.data_version) == MARK
+    for registry in loaded:
+        keys = {account.name: account.user_key for account in registry.accounts.values()}
+        assert (registry.version, keys) == (3, {"main": b"key bound", "late": b"key bound"})
+    assert [gateway.errors for gateway in gateways] == [[], [], []]
+
+
+async def test_refused_upgrade(topology: RunningStore) -> None:
+    """Data of the former version with a key that can't be decrypted stays as it is, and the process ends."""
+    account = msgspec.msgpack.encode(Account(7, "main", b"key"))
+    topology.execute("HSET", KEYS.registry, "version", "1", "account:main", account)
+    topology.execute("SET", KEYS.data_version, str(UPGRADABLE_VERSION))
+    before = read_all_keys(topology)
+    async with open_gateway(topology) as gateway:
+        for _ in range(2):
+            with pytest.raises(DataVersionError):
+                await gateway.registry.load()
+    (error,) = gateway.errors
+    assert "accounts.main.user_key" in error.reason
+    assert read_all_keys(topology) == before

@@ -97,7 +97,7 @@ class RunningStore:
     url: str
     server: Valkey
 
-    def execute(self, *command: str) -> Any:
+    def execute(self, *command: str | bytes) -> Any:
         """Run a command on the server, bypassing the clients under test."""
         with Redis(unix_socket_path=str(self.server.socket_path)) as client:
             return client.execute_command(*command)

@@ -136,8 +136,8 @@ async def test_failed_jobs_are_restarted(monkeypatch: pytest.MonkeyPatch) -> Non
             third.set()
             await asyncio.Event().wait()
 
-    names = ("ledger", "tasks", "deliveries", "upstream", "registry", "task_cache", "fetch_artifact", "post_webhook")
-    adapters: Any = dict.fromkeys(names)  # which are never called
+    ports = ("ledger", "tasks", "deliveries", "upstream", "registry", "task_cache", "fetch_artifact", "post_webhook")
+    adapters: Any = dict.fromkeys([*ports, "user_keys"])  # which are never called
     settings = Settings.load(ENVIRONMENT | {"GATEWAY_REDIS_URL": "redis://localhost"})
     services = Container(settings, Metrics(CollectorRegistry()), TaskSupervisor(), **adapters)
     services.jobs = [job]

@@ -7,10 +7,12 @@ import os
 import stat
 from pathlib import Path
 
+import httpx2
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from service.api.admin_schemas import AccountBody
 from service.crypto import (
     TASK_ID_PREFIX,
     Keyring,
@@ -19,11 +21,12 @@ from service.crypto import (
     generate_secret_key,
     load_or_create_secrets,
 )
-from service.domain.errors import NotFound
+from service.domain.errors import InvalidOptions, NotFound
 from service.domain.tasks import Kind, TaskReference
+from service.domain.tenants import url_origin
 
 OLD, NEW = b"o" * 32, b"n" * 32
-CIPHER = Keyring([NEW]).derive("user-key")
+CIPHER = Keyring([NEW]).derive("webhook-secret")
 CODEC = TaskIdCodec(Keyring([NEW]).derive("task-id"))
 REFERENCE = TaskReference(7, 3, Kind.SEAMLESS, 1_750_000_000_000, "r-1", "abc-123")
 TASK_ID = CODEC.encode(REFERENCE)
@@ -43,6 +46,19 @@ def test_ciphertext_decrypts_unaltered_and_for_its_purpose_only(plain: bytes, da
     altered[data.draw(st.integers(0, len(encrypted) - 1))] ^= data.draw(st.integers(1, 255))
     for wrong in (bytes(altered), plain):
         assert CIPHER.decrypt(wrong) is None
+
+
+@given(st.sampled_from(["http://", "HTTPS://"]), st.text("aA0.:-_@\\[]/%", max_size=12))
+@example("http://", "[::A]:080/path")
+@example("http://", "a.test\\@b.test")
+def test_origin_is_the_server_to_which_the_client_connects(scheme: str, rest: str) -> None:
+    try:
+        base_url = AccountBody(base_url=scheme + rest).to_desired("main").account.base_url or ""
+        url = httpx2.URL(base_url)
+    except (InvalidOptions, httpx2.InvalidURL):
+        return
+    port = {"http": 80, "https": 443}[url.scheme] if url.port is None else url.port
+    assert url_origin(base_url).lower() == f"{url.scheme}://{url.raw_host.decode()}:{port}".lower()
 
 
 def test_key_rotation() -> None:

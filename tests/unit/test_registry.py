@@ -28,14 +28,15 @@ from service.api.admin_schemas import (
 )
 from service.cli.common import CommandError
 from service.cli.registry import FILE_HEADER, format_registry_file, read_registry_file
-from service.crypto import Keyring
+from service.crypto import Keyring, UserKeyCipher
 from service.domain.errors import InvalidOptions
 from service.domain.tasks import Kind
 from service.domain.tenants import Registry, SpendingMode, TenantStatus, Window
 from service.usecases.registry_plan import RegistryPlan, RegistryPlanner
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
-USER_KEYS, WEBHOOK_SECRETS = (Keyring([b"r" * 32]).derive(name) for name in ("user-key", "webhook-secret"))
+KEYRING = Keyring([b"r" * 32])
+USER_KEYS, WEBHOOK_SECRETS = UserKeyCipher(KEYRING, "https://upstream.example"), KEYRING.derive("webhook-secret")
 
 KEY_VARIABLES = {"KEY_ONE": "key-one", "KEY_TWO": "key-two"}
 WEBHOOK_VARIABLES = {"HOOK_ONE": "whsec_" + "a" * 40, "HOOK_TWO": "whsec_" + "b" * 40}
