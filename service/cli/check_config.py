@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from urllib.parse import urlsplit
 
 import click
@@ -13,7 +13,10 @@ import httpx2
 from service.cli.common import get_environment, print_errors
 from service.cli.dev import SANDBOX_PACKAGES, missing_packages_error
 from service.cli.formatting import format_table
+from service.crypto import Keyring, UserKeyCipher
 from service.devstack import DevServiceError, find_server_binary
+from service.domain.errors import LedgerUnavailable, field_path
+from service.domain.tenants import Account
 from service.settings import (
     FILE_SUFFIX,
     PREFIX,
@@ -26,6 +29,9 @@ from service.settings import (
     variable_source,
 )
 from service.storage.connections import check_server, describe_os_error, redact_url
+from service.storage.connections import connect as connect_to_store
+from service.storage.redis import Keys, RedisScripts
+from service.storage.registry import RedisRegistry
 
 _TIMEOUT_SECONDS = 5.0
 _ENV_VARIABLE = f"{PREFIX}ENV"
@@ -105,20 +111,45 @@ def _production_warnings(settings: Settings, environ: Mapping[str, str]) -> Iter
 
 async def _check_connections(settings: Settings) -> bool:
     """Check the store and the upstream, print the results, and return whether both can be used."""
-    store = _check_store(settings.redis_url, settings.key_prefix)
-    return all(await asyncio.gather(store, _check_upstream(settings.upstream_url)))
+    return all(await asyncio.gather(_check_store(settings), _check_upstream(settings.upstream_url)))
 
 
-async def _check_store(url: str | None, prefix: str) -> bool:
+async def _check_store(settings: Settings) -> bool:
+    url, prefix = settings.redis_url, settings.key_prefix
     if url is None:
         click.echo("`gateway serve` starts the embedded Valkey server.")
         return True
     report = await check_server(url, prefix, timeout=_TIMEOUT_SECONDS)
     print_errors(f"{PREFIX}REDIS_URL {error}" for error in report.errors)
     _print_warnings(f"{PREFIX}REDIS_URL {warning}" for warning in report.warnings)
-    if not report.errors:
-        click.echo(f"{report.server or 'The store'} answers at {redact_url(url)}.")
-    return not report.errors
+    if report.errors:
+        return False
+    click.echo(f"{report.server or 'The store'} answers at {redact_url(url)}.")
+    if not settings.secret_keys or settings.upstream_url is None:
+        return True
+    cipher = UserKeyCipher(Keyring(settings.secret_keys), settings.upstream_url)
+    errors = await _find_undecryptable_keys(url, prefix, cipher.bind if report.is_upgradable else cipher.decrypt)
+    print_errors(errors)
+    return not errors
+
+
+async def _find_undecryptable_keys(
+    redis_url: str, prefix: str, decrypt: Callable[[Account], Account | bytes | None]
+) -> list[str]:
+    """Return an error for each account in the store whose key is not decrypted."""
+    connections = connect_to_store(redis_url, timeout=_TIMEOUT_SECONDS)
+    try:
+        registry = await RedisRegistry(RedisScripts(connections.commands), Keys(prefix)).load()
+    except LedgerUnavailable:
+        return [f"{PREFIX}REDIS_URL became unavailable"]
+    finally:
+        await connections.aclose()
+    return [
+        f"{field_path('accounts', name, 'user_key')} can't be decrypted: it was given for another address than "
+        f"{'its base_url' if account.base_url else f'{PREFIX}UPSTREAM_URL'}, or with another secret key. Give it again"
+        for name, account in sorted(registry.accounts.items())
+        if decrypt(account) is None
+    ]
 
 
 async def _check_upstream(url: str | None) -> bool:

@@ -32,7 +32,7 @@ from redis.exceptions import ClusterDownError, RedisClusterException, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from service.storage.redis import Keys, find_version_error, read_data_version
+from service.storage.redis import Keys, find_version_error, is_upgradable, read_data_version
 
 _SCHEME_PATTERN = re.compile(r"redis(?P<tls>s)?(\+(?P<kind>sentinel|cluster))?|unix")
 _HOST_PATTERN = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>\d{1,5}))?")
@@ -442,10 +442,11 @@ _MIN_REDIS_VERSION = (6, 2)
 class ServerCheck(Struct, frozen=True):
     """The result of a check. With `errors` the store can't be used; with `warnings` it may lose acknowledged data.
 
-    `server` is its name and version, empty if it did not report them.
+    `server` is its name and version, empty if it did not report them. `is_upgradable`: the first process converts it.
     """
 
     server: str = ""
+    is_upgradable: bool = False
     errors: Sequence[str] = ()
     warnings: Sequence[str] = ()
 
@@ -456,7 +457,7 @@ async def check_server(url: str, prefix: str, *, timeout: float) -> ServerCheck:
     try:
         async with asyncio.timeout(timeout):
             infos = await _read_server_info(connections)
-            version_error = find_version_error(await read_data_version(connections.commands, Keys(prefix)))
+            data_version = await read_data_version(connections.commands, Keys(prefix))
     except TimeoutError:
         return ServerCheck(errors=[f"did not answer within {timeout:g} s"])
     except RedisError as error:
@@ -464,10 +465,14 @@ async def check_server(url: str, prefix: str, *, timeout: float) -> ServerCheck:
     finally:
         await connections.aclose()
     errors = [error for info in infos for error in _find_errors(info)]
-    if version_error and not errors:
-        errors = [f"can't be used: {version_error.reason}"]
     warnings = [warning for info in infos for warning in _find_warnings(info)]
-    return ServerCheck(_server_name(infos[0]), list(dict.fromkeys(errors)), list(dict.fromkeys(warnings)))
+    if is_upgradable(data_version):
+        warnings.append("has data of the former version, which the first process converts: stop all others before")
+    elif (version_error := find_version_error(data_version)) and not errors:
+        errors = [f"can't be used: {version_error.reason}"]
+    return ServerCheck(
+        _server_name(infos[0]), is_upgradable(data_version), list(dict.fromkeys(errors)), list(dict.fromkeys(warnings))
+    )
 
 
 def describe_os_error(error: OSError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import re
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from redis import Redis
 from service.cli.formatting import format_table, format_value
 from service.crypto import generate_secret_key
 from service.domain.tenants import hash_token
-from service.storage.redis import DATA_VERSION
-from tests.behaviour.gateway_fixture import ADMIN_TOKEN
+from service.storage.redis import DATA_VERSION, UPGRADABLE_VERSION, Keys
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY
 from tests.cli.conftest import UNREACHABLE_URL, Shell, run_command, run_shell
 from tests.contract.scripted_server import Connection, http_response, never_reply, reply_and_close, run_server
 from tests.support.network import create_certificate
@@ -289,6 +290,9 @@ def test_unsuitable_stores_are_reported_and_not_written(monkeypatch: pytest.Monk
         client.set("{old}:version", 1)
         old = check_config(environ | {"GATEWAY_KEY_PREFIX": "old"}, "--connect", code=1).stderr
         assert f"has version 1, and this gateway uses version {DATA_VERSION}" in old
+        client.set("{old}:version", UPGRADABLE_VERSION)
+        *_, upgrades = check_config(environ | {"GATEWAY_KEY_PREFIX": "old"}, "--connect").stderr.splitlines()
+        assert "the former version" in upgrades
         check_config(environ, "--connect")
         assert client.keys() == [b"{old}:version"]
         with_password = environ | {"GATEWAY_REDIS_URL": store.url.replace("unix://", "unix://me:hush@")}
@@ -300,6 +304,23 @@ def test_unsuitable_stores_are_reported_and_not_written(monkeypatch: pytest.Monk
         monkeypatch.setattr("service.cli.check_config._TIMEOUT_SECONDS", 0.2)
         store.suspend()
         assert "GATEWAY_REDIS_URL" in check_config(environ, "--connect", code=1).stderr
+
+
+async def test_keys_that_are_not_decrypted_for_their_address_are_errors(shell: Shell, valkey: Valkey) -> None:
+    environ = ENVIRONMENT | {"GATEWAY_SECRET_KEYS": base64.b64encode(SECRET_KEY).decode()}
+    environ |= {"GATEWAY_REDIS_URL": valkey.url, "GATEWAY_UPSTREAM_URL": shell.upstream_url}
+    await connect(environ)
+    await shell.run("account", "create", "own", "--user-key-file", "-", "--base-url", "http://a.test", stdin="key")
+    async with run_server(never_reply) as peer:
+        moved = await connect(environ | {"GATEWAY_UPSTREAM_URL": peer.url}, code=1)
+        lost = await connect(environ | {"GATEWAY_SECRET_KEYS": generate_secret_key()}, code=1)
+        with Redis(unix_socket_path=str(valkey.socket_path)) as client:
+            client.set(Keys("gw").data_version, UPGRADABLE_VERSION)
+            former = await connect(environ, code=1)
+            client.set(Keys("gw").data_version, DATA_VERSION)
+    main, own = "accounts.main.user_key", "accounts.own.user_key"
+    named = [{word for word in (main, own) if word in result.stderr} for result in (moved, lost, former)]
+    assert named == [{main}, {main, own}, {main, own}]
 
 
 @pytest.mark.parametrize("run_store", [run_with_sentinel, run_cluster], ids=lambda made: made.__name__)
