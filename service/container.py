@@ -62,7 +62,7 @@ from service.usecases.ports import (
 from service.usecases.reports import QuotaReports, SubmissionReports, UsageReports
 from service.usecases.settlement import SettlementQueue
 from service.usecases.submit import Submitter
-from service.usecases.task_status import FetchArtifact, TaskReader
+from service.usecases.task_status import MAX_DOWNLOADS, MAX_WAITS, FetchArtifact, TaskReader, TenantSlots
 from service.usecases.webhook_delivery import PostWebhook, WebhookAdmin, WebhookDispatcher
 
 Job = Callable[[], Coroutine[Any, Any, None]]
@@ -121,7 +121,9 @@ class Container:
         self.tenant_auth = TenantAuth(registry, now)
         self.admin_auth = AdminAuth(settings.all_operators)
         self.uploads = UploadReader(
-            max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels
+            max_image_bytes=settings.max_image_bytes,
+            max_image_pixels=settings.max_image_pixels,
+            tenant_share=settings.tenant_share,
         )
         self.submitter = Submitter(
             ledger=ledger,
@@ -144,6 +146,8 @@ class Container:
             now=now,
             metrics=metrics,
             interval_seconds=settings.poll_seconds,
+            waits=TenantSlots(MAX_WAITS, settings.tenant_share),
+            downloads=TenantSlots(MAX_DOWNLOADS, settings.tenant_share),
         )
         self.quota = QuotaReports(ledger=ledger, registry=registry)
         self.usage = UsageReports(ledger=ledger, registry=registry)

@@ -448,6 +448,13 @@ class Settings:
     max_artifact_bytes: int = _declare(
         parse_size, "256 MiB", "The largest result that is delivered to a tenant.", scope=Scope.API
     )
+    tenant_share: float = _declare(
+        parse_float(0.01, 1),
+        "0.25",
+        "The part of a process's memory for uploads, of its downloads and of its waits that one tenant may hold; 1 is "
+        "no bound. An image of the largest size always fits.",
+        scope=Scope.API,
+    )
     poll_seconds: float = _declare(parse_float(0.05, 60), "2.5", "The minimum time between two checks of one task.")
     lease_seconds: int = _declare(
         parse_int(90, 3_600), "180", "How long a submission may take; sending ends 60 s before that."

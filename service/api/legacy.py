@@ -113,14 +113,17 @@ def legacy_routes(
             status_code=200,
         )
         async def handler(request: Request[Any, Any, Any]) -> Response[Submitted | Failure]:
-            def check_key(name: str, value: str) -> None:
+            def identify(name: str, value: str) -> int | None:
                 # Programs send their fields before the file, so a refusal comes before the image is received.
-                if name == _USER_KEY_FIELD:
-                    submitter.check_allowed(tenant_auth.authenticate(request, value), kind)
+                if name != _USER_KEY_FIELD:
+                    return None
+                tenant = tenant_auth.authenticate(request, value)
+                submitter.check_allowed(tenant, kind)
+                return tenant.id
 
             async def submit_upload() -> Submitted:
                 async with uploads.receive(
-                    request.scope, request.receive, part=_IMAGE_PART, on_field=check_key
+                    request.scope, request.receive, part=_IMAGE_PART, owner=None, identify=identify
                 ) as upload:
                     tenant = authenticate(request, upload.fields)
                     submitter.check_allowed(tenant, kind)

@@ -117,7 +117,7 @@ def task_routes(
 
     async def submit_upload(request: Request[Any, Any, Any], tenant: Tenant, kind: Kind, key: str | None) -> Submission:
         # A function of its own, so that nothing holds the image while the end of the task is awaited.
-        async with uploads.receive(request.scope, request.receive, part=IMAGE_PART) as upload:
+        async with uploads.receive(request.scope, request.receive, part=IMAGE_PART, owner=tenant.id) as upload:
             extras, option_fields = _split_fields(upload.fields)
             options = parse_options(kind, option_fields, catalogue)
             metadata = parse_metadata(extras.get(_METADATA_FIELD))

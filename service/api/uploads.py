@@ -1,7 +1,7 @@
 """Bounded reading of multipart uploads.
 
-Bodies are read only as far as memory is free, so that many large uploads wait in the network instead of in memory.
-An upload keeps its memory until its submission has been handled.
+A body is read once it has been granted memory, so that many large uploads wait in the network instead of in memory. An
+upload keeps its memory until its submission has been handled.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from encodings.aliases import aliases
 from typing import Any
 from urllib.parse import parse_qsl
@@ -36,117 +37,99 @@ from service.domain.media import inspect_image
 from service.telemetry.gauges import GaugeCollector, GaugeName
 from service.usecases.ports import Image
 
-RESERVATION_STEP_BYTES = 64 * 1024
-"""Allocations grow by this, which bounds how much an upload reserves without having received it."""
+_TENANTS, _UNKNOWN = ("tenants",), ("unknown",)
+"""Labels of the pools of memory in metrics."""
 
 
 class Allocation(Struct, eq=False):
-    """Memory of one upload."""
+    """Memory of one upload: requested, granted, and finally shrunk to nothing.
 
-    needed_bytes: int
-    reserved_bytes: int = 0
+    `owner` is the id of a tenant, None for a caller that is not known yet.
+    """
 
-    @property
-    def missing_bytes(self) -> int:
-        return self.needed_bytes - self.reserved_bytes
-
-
-class _Waiter(Struct, eq=False):
-    allocation: Allocation
-    requested_bytes: int
+    owner: int | None
+    size_bytes: int
     grant: asyncio.Future[None]
 
 
 class UploadMemory:
-    """Memory that uploads share, reserved as their bytes arrive: announcing a large body alone blocks no other upload.
+    """Memory that uploads share. Each is granted all that it needs at once, so that none waits while it holds a part.
 
-    Uploads must never all wait for memory that none can get. So a reservation is granted only if some order remains in
-    which all active uploads can complete, each from the free memory and that of those before it (banker's algorithm).
-    Others wait in order. A waiting upload is overtaken only by active ones that can complete at once, never by a new
-    one: else a large upload could wait forever under load.
+    Uploads are served in order, but those beyond the share of their tenant let those of others pass. Callers that are
+    not known yet share `unknown_bytes` beside the `total_bytes` of tenants.
     """
 
-    def __init__(self, total_bytes: int, wait_seconds: float) -> None:
-        self.total_bytes = self._free_bytes = total_bytes
+    def __init__(self, total_bytes: int, *, share_bytes: int, unknown_bytes: int, wait_seconds: float) -> None:
+        self._total_bytes = total_bytes
+        self._reserved_bytes = 0  # by tenants
+        self._share_bytes = min(share_bytes, total_bytes)
+        self._unknown_bytes = unknown_bytes
         self._wait_seconds = wait_seconds
-        self._active: set[Allocation] = set()
-        self._waiters: list[_Waiter] = []
+        self._held: Counter[int | None] = Counter()
+        self._waiting: dict[Allocation, None] = {}
 
     @property
-    def reserved_bytes(self) -> int:
-        return self.total_bytes - self._free_bytes
+    def limit_bytes(self) -> Mapping[tuple[str, ...], float]:
+        """The limits of the two pools, by their labels."""
+        return {_TENANTS: self._total_bytes, _UNKNOWN: self._unknown_bytes}
 
-    @contextmanager
-    def allocate(self, needed_bytes: int) -> Iterator[Allocation]:
-        """Yield an empty allocation for an upload of at most `needed_bytes`, released after the block.
+    @property
+    def reserved_bytes(self) -> Mapping[tuple[str, ...], float]:
+        return {_TENANTS: self._reserved_bytes, _UNKNOWN: self._held[None]}
 
-        An upload larger than all memory is complete once it has reserved all of it.
-        """
-        allocation = Allocation(min(needed_bytes, self.total_bytes))
-        try:
-            yield allocation
-        finally:
-            self._free_bytes += allocation.reserved_bytes
-            allocation.reserved_bytes = 0
-            self._active.discard(allocation)
-            self._grant_waiting()
-
-    async def reserve(self, allocation: Allocation, size_bytes: int) -> None:
-        """Reserve at least `size_bytes`, or all the upload needs. Raises Overloaded if none come free in time."""
-        requested = min(-(-size_bytes // RESERVATION_STEP_BYTES) * RESERVATION_STEP_BYTES, allocation.needed_bytes)
-        if requested <= allocation.reserved_bytes:
-            return
-        waiter = _Waiter(allocation, requested, asyncio.get_running_loop().create_future())
-        self._waiters.append(waiter)
+    def request(self, owner: int | None, size_bytes: int) -> Allocation:
+        """Request memory, to be awaited with `wait`. An upload larger than its share gets all of it."""
+        grant = asyncio.get_running_loop().create_future()
+        allocation = Allocation(owner, min(size_bytes, self._limit_of(owner)), grant)
+        self._waiting[allocation] = None
         self._grant_waiting()
+        return allocation
+
+    async def wait(self, allocation: Allocation) -> None:
+        """Wait until the memory is granted. Raises Overloaded if it does not come free in time."""
+        if allocation.grant.done():
+            return
         try:
             async with asyncio.timeout(self._wait_seconds):
-                await waiter.grant
+                await allocation.grant
         except TimeoutError:
             detail = "Too many uploads are in progress. Send the image again later."
             raise Overloaded(detail, retry_after=self._wait_seconds) from None
-        finally:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
-                self._grant_waiting()
 
     def shrink(self, allocation: Allocation, size_bytes: int) -> None:
-        """Release what a complete upload of `size_bytes` does not need."""
-        kept = min(size_bytes, allocation.reserved_bytes)
-        self._free_bytes += allocation.reserved_bytes - kept
-        allocation.needed_bytes = allocation.reserved_bytes = kept
+        """Release what exceeds `size_bytes`; a request that was not granted is withdrawn."""
+        if allocation in self._waiting:
+            del self._waiting[allocation]
+        else:
+            released = max(allocation.size_bytes - size_bytes, 0)
+            allocation.size_bytes -= released
+            self._hold(allocation.owner, -released)
         self._grant_waiting()
 
+    def _hold(self, owner: int | None, size_bytes: int) -> None:
+        self._held[owner] += size_bytes
+        if owner is not None:
+            self._reserved_bytes += size_bytes
+        if not self._held[owner]:
+            del self._held[owner]
+
+    def _limit_of(self, owner: int | None) -> int:
+        return self._unknown_bytes if owner is None else self._share_bytes
+
     def _grant_waiting(self) -> None:
-        waiting: list[_Waiter] = []
-        for waiter in self._waiters:
-            if self._can_grant(waiter, is_overtaking=bool(waiting)):
-                self._free_bytes -= waiter.requested_bytes - waiter.allocation.reserved_bytes
-                waiter.allocation.reserved_bytes = waiter.requested_bytes
-                self._active.add(waiter.allocation)
-                if not waiter.grant.done():
-                    waiter.grant.set_result(None)
+        blocked: set[int | None] = set()
+        is_full = False
+        for allocation in list(self._waiting):
+            owner, size_bytes = allocation.owner, allocation.size_bytes
+            if owner in blocked or self._held[owner] + size_bytes > self._limit_of(owner):
+                blocked.add(owner)
+            elif owner is not None and (is_full or self._reserved_bytes + size_bytes > self._total_bytes):
+                is_full = True  # overtaken by smaller uploads, a large one could wait for ever
             else:
-                waiting.append(waiter)
-        self._waiters = waiting
-
-    def _can_grant(self, waiter: _Waiter, *, is_overtaking: bool) -> bool:
-        if is_overtaking:
-            return waiter.allocation.reserved_bytes > 0 and waiter.allocation.missing_bytes <= self._free_bytes
-        return waiter.allocation.missing_bytes <= self._free_bytes or self._is_safe_to_grant(waiter)
-
-    def _is_safe_to_grant(self, waiter: _Waiter) -> bool:
-        # Completing those first that miss least is the best order there is.
-        free = self._free_bytes - (waiter.requested_bytes - waiter.allocation.reserved_bytes)
-        others = [
-            (other.missing_bytes, other.reserved_bytes) for other in self._active if other is not waiter.allocation
-        ]
-        granted = (waiter.allocation.needed_bytes - waiter.requested_bytes, waiter.requested_bytes)
-        for missing, reserved in sorted([*others, granted]):
-            if missing > free:
-                return False
-            free += reserved
-        return True
+                del self._waiting[allocation]
+                self._hold(owner, size_bytes)
+                if not allocation.grant.done():
+                    allocation.grant.set_result(None)
 
 
 MAX_FIELDS = 64
@@ -154,8 +137,8 @@ MAX_NAME_CHARS = 128
 MAX_FIELD_BYTES = 64 * 1024
 MULTIPART = "multipart/form-data"
 URLENCODED = "application/x-www-form-urlencoded"
-OnField = Callable[[str, str], None]
-"""Called with the name and value of a field. What it raises ends the reading."""
+Identify = Callable[[str, str], int | None]
+"""Returns the id of the tenant that a field (name, value) names, if it does. What it raises ends the reading."""
 
 _FILENAME_PARAMETER = re.compile(r";\s*filename\*?\s*=", re.IGNORECASE)
 _MAX_PADDING = 1_000
@@ -175,8 +158,8 @@ class MultipartForm:
     """Incremental parser of a multipart form: feed every chunk, then finish.
 
     The only file accepted is of at most `max_file_bytes` in the part `file_part` (None: no file); everything else
-    together may be `max_other_bytes`. Errors are raised as early as possible. `on_field` is called with each complete
-    field and may raise too.
+    together may be `max_other_bytes`. Errors are raised as early as possible. `identify` is called with each complete
+    field until it returns the `owner`, and may raise too.
     """
 
     def __init__(
@@ -186,7 +169,8 @@ class MultipartForm:
         file_part: str | None,
         max_file_bytes: int,
         max_other_bytes: int,
-        on_field: OnField | None = None,
+        owner: int | None = None,
+        identify: Identify | None = None,
     ) -> None:
         # Latin-1 decodes any header, so a file name in another encoding does no harm; field names are decoded below.
         # Strict parsing would depend on how the body is split into chunks.
@@ -194,7 +178,7 @@ class MultipartForm:
         self._file_part = file_part
         self._max_file_bytes = max_file_bytes
         self._max_other_bytes = max_other_bytes
-        self._on_field = on_field
+        self._identify = identify
         self._received_bytes = 0
         self._digest = hashlib.sha256()
         self._name: str | None = None
@@ -202,6 +186,7 @@ class MultipartForm:
         self._value = bytearray()
         self._file = bytearray()
         self._has_file = False
+        self.owner = owner
         self.fields: list[tuple[str, str]] = []
 
     def feed(self, chunk: bytes) -> None:
@@ -280,8 +265,8 @@ class MultipartForm:
             declared = self._charset.replace("_", "-")
             raise _field_error(self._name, f"must be text in {declared}, as its part declares") from None
         self.fields.append((self._name, value))
-        if self._on_field is not None:
-            self._on_field(self._name, value)
+        if self._identify is not None and self.owner is None:
+            self.owner = self._identify(self._name, value)
 
 
 def _has_file_name(part: Any) -> bool:
@@ -362,9 +347,12 @@ class Upload(Struct, frozen=True):
 class UploadReader:
     """Reads the bodies of submissions and of small forms.
 
-    `idle_seconds` may pass between two chunks, `total_seconds` until the end of the body, `wait_seconds` until some of
-    the `memory_bytes` are free. After `grace_seconds` a submission that is not small must average
-    `min_bytes_per_second`. Only the time spent waiting for the client counts.
+    One tenant may hold the part `tenant_share` of the `memory_bytes`, at least one largest upload. Callers that are not
+    known yet have the memory of one largest upload beside it.
+
+    `idle_seconds` may pass between two chunks, `total_seconds` until the end of the body, `wait_seconds` until memory
+    is granted. After `grace_seconds` a submission that is not small must average `min_bytes_per_second`. Only the time
+    spent waiting for the client counts.
     """
 
     def __init__(
@@ -373,6 +361,7 @@ class UploadReader:
         max_image_bytes: int,
         max_image_pixels: int,
         memory_bytes: int = 80_000_000,
+        tenant_share: float = 1,
         idle_seconds: float = 10,
         total_seconds: float = 120,
         wait_seconds: float = 10,
@@ -382,19 +371,26 @@ class UploadReader:
         self._max_image_bytes = max_image_bytes
         self._max_image_pixels = max_image_pixels
         self._limits = _TimeLimits(idle_seconds, total_seconds, grace_seconds, min_bytes_per_second)
-        self._memory = UploadMemory(memory_bytes, wait_seconds)
+        largest_bytes = min(max_image_bytes + FORM_OVERHEAD_BYTES, memory_bytes)
+        self._memory = UploadMemory(
+            memory_bytes,
+            share_bytes=max(int(memory_bytes * tenant_share), largest_bytes),
+            unknown_bytes=largest_bytes,
+            wait_seconds=wait_seconds,
+        )
 
     def register_metrics(self, gauges: GaugeCollector) -> None:
-        gauges.register(GaugeName.UPLOAD_BYTES, lambda: {(): self._memory.reserved_bytes})
-        gauges.register(GaugeName.UPLOAD_LIMIT_BYTES, lambda: {(): self._memory.total_bytes})
+        gauges.register(GaugeName.UPLOAD_BYTES, lambda: self._memory.reserved_bytes)
+        gauges.register(GaugeName.UPLOAD_LIMIT_BYTES, lambda: self._memory.limit_bytes)
 
     @asynccontextmanager
     async def receive(
-        self, scope: HTTPScope, receive: Receive, *, part: str, on_field: OnField | None = None
+        self, scope: HTTPScope, receive: Receive, *, part: str, owner: int | None, identify: Identify | None = None
     ) -> AsyncIterator[Upload]:
         """Read a submission whose image is in the part `part`. Its memory stays reserved within the block.
 
-        `on_field` is called with each field and may refuse the rest of the body by raising.
+        That of a tenant `owner` is reserved before the body is read. Otherwise `identify` returns the tenant from a
+        field, or refuses the rest of the body by raising; bytes before that take the memory of unknown callers.
         Raises UnsupportedMediaType, ImageTooLarge, InvalidOptions, InvalidImage, MalformedRequest, Overloaded,
         ClientDisconnected.
         """
@@ -413,19 +409,25 @@ class UploadReader:
             file_part=part,
             max_file_bytes=self._max_image_bytes,
             max_other_bytes=FORM_OVERHEAD_BYTES,
-            on_field=on_field,
+            owner=owner,
+            identify=identify,
         )
         is_small = length is not None and length <= MAX_FORM_BYTES
         body = _BodyReader(receive, self._limits, has_min_rate=not is_small)
+        size_bytes = max_bytes if length is None else length
         chunk: bytes | None = b""
         stack = ExitStack()
         stack.callback(form.discard)
-        allocation = stack.enter_context(self._memory.allocate(max_bytes if length is None else length))
+        allocation: Allocation | None = None
         try:
-            while (chunk := await body.read_chunk()) is not None:
-                await self._memory.reserve(allocation, body.received_bytes)
-                form.feed(chunk)
-            self._memory.shrink(allocation, body.received_bytes)
+            while chunk is not None:
+                is_due = form.owner is not None or body.received_bytes > MAX_FORM_BYTES
+                if is_due and (allocation is None or allocation.owner != form.owner):
+                    allocation = await self._reallocate(stack, allocation, form.owner, size_bytes)
+                if (chunk := await body.read_chunk()) is not None:
+                    form.feed(chunk)
+            if allocation:
+                self._memory.shrink(allocation, body.received_bytes)
             form.finish()
             yield Upload(await self._inspect_file(form, part), form.fields)
         finally:
@@ -434,6 +436,16 @@ class UploadReader:
                 stack.close()
             except Exception:  # noqa: BLE001 - must not turn the response to an accepted submission into an error
                 _log.exception("upload.cleanup_error")
+
+    async def _reallocate(
+        self, stack: ExitStack, previous: Allocation | None, owner: int | None, size_bytes: int
+    ) -> Allocation:
+        allocation = self._memory.request(owner, size_bytes)
+        stack.callback(self._memory.shrink, allocation, 0)
+        await self._memory.wait(allocation)
+        if previous:
+            self._memory.shrink(previous, 0)
+        return allocation
 
     async def read_form(self, scope: HTTPScope, receive: Receive) -> list[tuple[str, str]]:
         """Read a form without a file, urlencoded or multipart.

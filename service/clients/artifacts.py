@@ -143,8 +143,6 @@ def _match_or_none(pattern: re.Pattern[str], text: str | None) -> str | None:
     return text if text and pattern.fullmatch(text) else None
 
 
-MAX_CONCURRENT_FETCHES = 100
-"""Per process; each fetch holds two or three connections."""
 MAX_CACHED_TYPES = 10_000
 """Files whose type is cached, so that a partial fetch need not read the start of the file again."""
 MAX_REDIRECTS = 5
@@ -200,7 +198,6 @@ class ArtifactClient:
         self._timeouts = timeouts or FetchTimeouts()
         self._tracer = tracer
         self._types: OrderedDict[bytes, str] = OrderedDict()
-        self._active_fetches = 0
 
     @staticmethod
     def register_metrics(metrics: Metrics) -> None:
@@ -214,8 +211,6 @@ class ArtifactClient:
 
         Raises UpstreamInvalidResponse, UpstreamUnavailable, RangeNotSatisfiable or Overloaded on entry.
         """
-        if self._active_fetches >= MAX_CONCURRENT_FETCHES:
-            raise Overloaded("Too many results are being fetched at the moment. Try again.", retry_after=1)
         own_url = httpx2.URL(account.base_url or self._upstream_url) if account else None
         own_host = own_url and own_url.raw_host.decode("ascii").lower()
         user_key = self._user_keys.decrypt(account) if account and self._user_keys else None
@@ -233,7 +228,6 @@ class ArtifactClient:
             tracer=self._tracer,
             types=self._types,
         )
-        self._active_fetches += 1
         try:
             async with (
                 GuardedTransport(is_allowed, tls=self._tls, resolver=self._resolver) as transport,
@@ -241,7 +235,6 @@ class ArtifactClient:
             ):
                 yield await fetch.start(transport, Artifact(artifact.name, url))
         finally:
-            self._active_fetches -= 1
             self._on_call(ArtifactOperation.FETCH, fetch.outcome, time.monotonic() - started_at)
 
 

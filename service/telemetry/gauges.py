@@ -24,8 +24,12 @@ class GaugeSpec(Struct, frozen=True):
 class GaugeName(Enum):
     REQUESTS_IN_PROGRESS = GaugeSpec("gateway_http_requests_in_progress", "Requests in progress, by port.", ("port",))
     WAITING_CLIENTS = GaugeSpec("gateway_waiting_clients", "Clients that wait for a task or stream its events.")
-    UPLOAD_BYTES = GaugeSpec("gateway_upload_bytes", "Bytes of uploads in memory.")
-    UPLOAD_LIMIT_BYTES = GaugeSpec("gateway_upload_limit_bytes", "Limit of the bytes of uploads in memory.")
+    UPLOAD_BYTES = GaugeSpec(
+        "gateway_upload_bytes", "Bytes of uploads in memory, by pool: of tenants, or of unknown callers.", ("pool",)
+    )
+    UPLOAD_LIMIT_BYTES = GaugeSpec(
+        "gateway_upload_limit_bytes", "Limit of the bytes of uploads in memory, by pool.", ("pool",)
+    )
     UPSTREAM_CONNECTIONS = GaugeSpec(
         "gateway_upstream_connections",
         "Connections to the upstream, by operation and state (busy or idle).",

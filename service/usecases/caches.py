@@ -53,9 +53,6 @@ FINISHED_TTL_SECONDS = 1.0
 """Time for which a finished task is served before the store must confirm it."""
 _MAX_REORDER_MS = 60_000
 """Concurrent reads are reordered by less; a greater difference means that the server clock stepped back."""
-MAX_SUBSCRIPTIONS = 10_000
-"""Waiting clients of one process; each holds a connection and some memory."""
-_FULL_RETRY_SECONDS = 5.0
 
 
 class CachedTask(Struct, frozen=True):
@@ -112,11 +109,10 @@ class TaskCache:
     finds that, and no queue grows.
     """
 
-    def __init__(self, durations: DurationEstimator, *, max_subscriptions: int = MAX_SUBSCRIPTIONS) -> None:
+    def __init__(self, durations: DurationEstimator) -> None:
         self.durations = durations
         self.is_closed = False
         self.subscription_count = 0
-        self._max_subscriptions = max_subscriptions
         self._tasks: OrderedDict[str, CachedTask] = OrderedDict()
         self._subscriptions: dict[str, set[Subscription]] = {}
 
@@ -177,11 +173,7 @@ class TaskCache:
 
     @contextmanager
     def subscribe(self, reservation: str) -> Iterator[Subscription]:
-        """Subscribe to a task within the block. Raises Overloaded if there are too many subscriptions."""
-        if self.subscription_count >= self._max_subscriptions:
-            raise Overloaded(
-                "Too many clients are waiting for tasks. Try again later.", retry_after=_FULL_RETRY_SECONDS
-            )
+        """Subscribe to a task within the block."""
         subscription = Subscription(self, reservation)
         self._subscriptions.setdefault(reservation, set()).add(subscription)
         self.subscription_count += 1

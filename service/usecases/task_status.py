@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ import structlog
 from msgspec import Struct
 
 from service.crypto import TaskIdCodec
-from service.domain.errors import GatewayError, LedgerUnavailable, NotFound, UpstreamUnavailable
+from service.domain.errors import GatewayError, LedgerUnavailable, NotFound, Overloaded, UpstreamUnavailable
 from service.domain.ledger import ReservationState
 from service.domain.tasks import Artifact, State, Task, TaskReference, new_task
 from service.domain.tenants import Account, Tenant
@@ -53,6 +53,39 @@ RECENT_END_SECONDS = 300.0
 """For this long after a task's end, its results may not be in the vendor's store yet."""
 
 
+MAX_WAITS = 10_000
+"""Clients of a process that wait for a task or stream it; each holds a connection and some memory."""
+MAX_DOWNLOADS = 100
+"""Per process; each holds two or three connections."""
+_FULL_RETRY_SECONDS = 5.0
+
+
+class TenantSlots:
+    """Slots of a process for requests that last long; one tenant may hold the part `share` of them, at least one."""
+
+    def __init__(self, limit: int, share: float = 1) -> None:
+        self._limit = limit
+        self._limit_per_tenant = max(int(limit * share), 1)
+        self._used = 0
+        self._used_by_tenant: Counter[int] = Counter()
+
+    @contextmanager
+    def hold(self, tenant: int) -> Iterator[None]:
+        """Hold a slot within the block. Raises Overloaded if there is none for this tenant."""
+        if self._used >= self._limit or self._used_by_tenant[tenant] >= self._limit_per_tenant:
+            detail = "Too many such requests of your service, or of all, are in progress. Try again later."
+            raise Overloaded(detail, retry_after=_FULL_RETRY_SECONDS)
+        self._used += 1
+        self._used_by_tenant[tenant] += 1
+        try:
+            yield
+        finally:
+            self._used -= 1
+            self._used_by_tenant[tenant] -= 1
+            if not self._used_by_tenant[tenant]:
+                del self._used_by_tenant[tenant]
+
+
 FetchArtifact = Callable[[Account | None, Artifact, RangeRequest, bool], AbstractAsyncContextManager[ArtifactStream]]
 """Opens a result of an account's task within the block; the account is None if deleted.
 
@@ -81,6 +114,8 @@ class TaskReader:
     now: Callable[[], float]
     metrics: Metrics
     interval_seconds: float
+    waits: TenantSlots = field(default_factory=lambda: TenantSlots(MAX_WAITS))
+    downloads: TenantSlots = field(default_factory=lambda: TenantSlots(MAX_DOWNLOADS))
     _queries: OrderedDict[str, _Query] = field(default_factory=OrderedDict, init=False)
     _reads: dict[str, asyncio.Task[Sequence[tuple[Task, int] | None]]] = field(default_factory=dict, init=False)
     _subscribed: dict[str, tuple[TaskReference, str]] = field(default_factory=dict, init=False)
@@ -130,14 +165,16 @@ class TaskReader:
     ) -> AsyncIterator[tuple[Task, ArtifactStream]]:
         """Open a result at the vendor's URL within the block.
 
-        Raises before the block: NotFound if there is no such result (yet), else as `read` and FetchArtifact do.
+        Raises before the block: NotFound if there is no such result (yet), Overloaded if too many are open, else as
+        `read` and FetchArtifact do.
         """
         cached = await self.read(tenant, task_id)
         task = cached.task
         artifact = _find_artifact(task, name)
         account = self.registry.current.account_by_id(task.account)
-        async with self.fetch_artifact(account, artifact, range_request, _ended_recently(cached)) as stream:
-            yield task, stream
+        with self.downloads.hold(tenant.id):
+            async with self.fetch_artifact(account, artifact, range_request, _ended_recently(cached)) as stream:
+                yield task, stream
 
     def decode_id(self, tenant: Tenant, task_id: str) -> TaskReference:
         """Decode the id of a task of this tenant. Raises NotFound."""
@@ -169,7 +206,7 @@ class TaskReader:
     @contextmanager
     def _subscribe(self, reference: TaskReference, task_id: str) -> Iterator[Subscription]:
         reservation = reference.reservation
-        with self.cache.subscribe(reservation) as subscription:
+        with self.waits.hold(reference.tenant), self.cache.subscribe(reservation) as subscription:
             self._subscribed[reservation] = reference, task_id
             try:
                 yield subscription

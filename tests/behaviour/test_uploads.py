@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from service.api.uploads import UploadReader
+from service.api.uploads import MultipartForm, UploadReader
 from service.app import create_app
 from service.usecases.ports import SubmitOutcome
 from tests.behaviour.gateway_fixture import MAX_BYTES, MAX_PIXELS, RunningGateway
@@ -151,12 +151,21 @@ async def disconnect_within_the_body(gateway: RunningGateway, path: str) -> None
     before = await count_client_disconnects(gateway)
     part = "input_image" if path == LEGACY else "image"
     body = encode_form(encode_field("user_key", gateway.token), encode_file(part, b"x" * LARGE))
+    received, feed = 0, MultipartForm.feed
+
+    def feed_counting(form: MultipartForm, chunk: bytes) -> None:
+        nonlocal received
+        received += len(chunk)
+        feed(form, chunk)
+
     async with asyncio.timeout(20):
-        async with open_raw_connection(get_port(gateway.url)) as (_, writer):
-            writer.write(make_request_head(gateway, len(body), path=path) + body[:-1])
-            await writer.drain()
-            while gateway.services.uploads._memory.reserved_bytes < LARGE:
-                await asyncio.sleep(0)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(MultipartForm, "feed", feed_counting)
+            async with open_raw_connection(get_port(gateway.url)) as (_, writer):
+                writer.write(make_request_head(gateway, len(body), path=path) + body[:-1])
+                await writer.drain()
+                while received < LARGE:
+                    await asyncio.sleep(0)
         while await count_client_disconnects(gateway) <= before:
             pass
 

@@ -12,6 +12,7 @@ from service.api import tasks
 from service.api.uploads import Upload
 from service.usecases import task_status
 from service.usecases.ports import CheckOutcome
+from service.usecases.task_status import TenantSlots
 from tests.behaviour.clients import Event, open_event_stream, poll_with_outcome, start_waiting_read, wait_until
 from tests.behaviour.gateway_fixture import RunningGateway
 from tests.behaviour.requests import KEY, expect_problem, expect_replayed
@@ -100,7 +101,7 @@ async def test_disconnect_releases_the_subscription(gateway: RunningGateway, tas
 
 
 async def test_waits_beyond_the_limit(gateway: RunningGateway, task: dict[str, Any]) -> None:
-    gateway.services.task_cache._max_subscriptions = 1
+    gateway.services.task_reader.waits = TenantSlots(1)
     reading = await start_waiting_read(gateway, task["links"]["self"])
     for path in (task["links"]["self"], task["links"]["events"]):
         refused = await gateway.call("GET", path, headers=PREFER)

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from service.clients import artifacts
 from service.clients.artifacts import FetchOutcome, FetchTimeouts
-from service.domain.errors import GatewayError, Overloaded, UpstreamInvalidResponse, UpstreamUnavailable
+from service.domain.errors import GatewayError, UpstreamInvalidResponse, UpstreamUnavailable
 from service.domain.media import JPEG, PNG, SVG, WEBP
 from service.domain.tasks import ArtifactName
 from service.usecases.ports import Coverage, RangeRequest, TransferAborted
@@ -267,17 +267,6 @@ async def test_endless_artifact_is_cut_off_at_the_size_limit() -> None:
                     received += len(chunk)
         await disconnected.wait()
     assert MAX_BYTES / 2 < received <= MAX_BYTES
-
-
-async def test_too_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifacts, "MAX_CONCURRENT_FETCHES", 1)
-    caller = make_fetcher()
-    async with run_server(reply_and_close(file_response())) as peer:
-        async with caller.fetch(peer.url):
-            with pytest.raises(Overloaded):
-                await caller.fetch_all(peer.url)
-        await caller.fetch_all(peer.url)
-    assert caller.outcomes == [FetchOutcome.CANCELLED, FetchOutcome.DONE]
 
 
 async def test_failures_are_logged_by_host(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,8 +6,10 @@ import asyncio
 import hashlib
 import itertools
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import nullcontext
+from random import Random
 from typing import Any
 
 import pytest
@@ -23,11 +25,11 @@ from service.api.uploads import (
     MAX_FORM_BYTES,
     MAX_NAME_CHARS,
     URLENCODED,
+    Allocation,
     Upload,
     UploadMemory,
     UploadReader,
 )
-from service.api.uploads import RESERVATION_STEP_BYTES as STEP
 from service.domain.errors import (
     GatewayError,
     ImageTooLarge,
@@ -43,6 +45,8 @@ from tests.unit.asgi_client import Message, make_body_messages, make_http_scope,
 from tests.unit.multipart_forms import BOUNDARY, CONTENT_TYPE, encode_field, encode_file, encode_form, encode_part
 
 MAX_BYTES = 50_000
+TENANT, OTHER = 4, 7
+PART: dict[str, Any] = {"part": "image", "owner": TENANT}
 PNG = make_png()
 IMAGE = encode_file("image", PNG)
 
@@ -67,10 +71,15 @@ def pad_image(size: int) -> bytes:
 
 
 async def read_upload(
-    body: bytes, *, cuts: Iterable[int] = (), reader: UploadReader | None = None, length: int | None = None
+    body: bytes,
+    *,
+    cuts: Iterable[int] = (),
+    reader: UploadReader | None = None,
+    length: int | None = None,
+    owner: int = TENANT,
 ) -> Upload:
     receive = make_receive(make_body_messages(split_body(body, cuts)))
-    async with (reader or make_reader()).receive(make_scope(length), receive, part="image") as upload:
+    async with (reader or make_reader()).receive(make_scope(length), receive, part="image", owner=owner) as upload:
         return upload
 
 
@@ -79,12 +88,13 @@ async def read_form(body: bytes, content_type: str = CONTENT_TYPE, cuts: Iterabl
     return await make_reader().read_form(make_scope(content_type=content_type), receive)
 
 
-def read_gauges(reader: UploadReader) -> tuple[float, float]:
-    """Return the reserved bytes and their limit."""
+def read_gauges(reader: UploadReader) -> dict[str, tuple[float, float]]:
+    """Return the reserved bytes and their limit, by pool."""
     gauges = GaugeCollector()
     reader.register_metrics(gauges)
-    reserved, limit = (family.samples[0].value for family in gauges.collect())
-    return reserved, limit
+    reserved, limits = gauges.collect()
+    pairs = zip(reserved.samples, limits.samples, strict=True)
+    return {held.labels["pool"]: (held.value, limit.value) for held, limit in pairs}
 
 
 async def fail_to_receive() -> Any:
@@ -205,7 +215,7 @@ async def test_body_is_refused_unread(headers: dict[str, str], error: type[Gatew
     sent = {"content-type": CONTENT_TYPE} | headers
     scope["headers"] = [(name.encode(), value.encode("latin-1")) for name, value in sent.items()]
     with pytest.raises(error):
-        async with make_reader().receive(scope, fail_to_receive, part="image"):
+        async with make_reader().receive(scope, fail_to_receive, **PART):
             pass
 
 
@@ -295,7 +305,7 @@ async def test_body_must_arrive_in_time(
     receive = clock.slow_down(split_body(body, range(size, len(body), size)), pauses[0])
     reader = make_reader(max_image_bytes=100_000, **TIME_LIMITS)
     with nullcontext() if in_time else pytest.raises(BodyTimeout):
-        async with reader.receive(make_scope(len(body) if is_announced else None), receive, part="image") as upload:
+        async with reader.receive(make_scope(len(body) if is_announced else None), receive, **PART) as upload:
             assert upload.image.width == 24
 
 
@@ -310,9 +320,10 @@ async def test_waiting_for_memory(clock: LoopClock) -> None:
 
     async def hold(hold_seconds: float) -> asyncio.Task[Upload]:
         """Let another upload wait while one holds the memory."""
-        async with reader.receive(make_scope(), make_receive(make_body_messages([LARGE])), part="image"):
-            assert read_gauges(reader) == (len(LARGE), 110_000)
-            waiting = asyncio.create_task(read_upload(LARGE, reader=reader, length=len(LARGE)))
+        receive = make_receive(make_body_messages([LARGE]))
+        async with reader.receive(make_scope(), receive, **PART):
+            assert read_gauges(reader)["tenants"] == (len(LARGE), 110_000)
+            waiting = asyncio.create_task(read_upload(LARGE, reader=reader, length=len(LARGE), owner=OTHER))
             await clock.advance(hold_seconds)
             return waiting
 
@@ -321,33 +332,44 @@ async def test_waiting_for_memory(clock: LoopClock) -> None:
     with pytest.raises(Overloaded) as refused:
         await (await hold(101))
     assert refused.value.retry_after == 100
-    assert read_gauges(reader) == (0, 110_000)
+    assert read_gauges(reader)["tenants"] == (0, 110_000)
 
 
-async def test_announced_length_reserves_nothing() -> None:
-    reader = make_reader(memory_bytes=1_000_000, max_image_bytes=800_000)
-    begun = make_body_messages([LARGE[:100]])[:-1]
+async def test_memory_before_and_after_the_key() -> None:
+    """A caller counts as unknown until its key arrives, and a small form not at all."""
+    key, image = encode_field("user_key", "x"), encode_file("image", pad_image(99_000))
 
-    async def stall() -> None:
-        async with reader.receive(make_scope(800_000), make_receive(begun, stay_open=True), part="image"):
-            pytest.fail("it never ends")
+    def identify(name: str, _: str) -> int | None:
+        return TENANT if name == "user_key" else None
 
-    connections = [asyncio.create_task(stall()) for _ in range(3)]
-    await run_until_idle()
-    assert read_gauges(reader)[0] == 3 * STEP
-    assert (await read_upload(LARGE, reader=reader, length=800_000)).image.width == 24
-    for connection in connections:
-        connection.cancel()
-    await asyncio.wait(connections)
-    assert read_gauges(reader)[0] == 0
+    def record_memory(reader: UploadReader, receive: Any, held: list[tuple[float, ...]]) -> Any:
+        """Make a `receive` that records the memory that is held before each chunk."""
+
+        async def receive_recording() -> Any:
+            held.append(tuple(reserved for reserved, _ in read_gauges(reader).values()))
+            return await receive()
+
+        return receive_recording
+
+    for body, cuts, expected in (
+        (encode_form(key, image), [len(encode_form(key))], [(0, 0), (1, 0), (1, 0)]),
+        (encode_form(image, key), [MAX_FORM_BYTES, 70_000], [(0, 0), (0, 0), (0, 1), (1, 0)]),
+    ):
+        reader, held = make_reader(max_image_bytes=100_000), list[tuple[float, ...]]()
+        receive = record_memory(reader, make_receive(make_body_messages(split_body(body, cuts))), held)
+        unknown_part, scope = PART | {"owner": None}, make_scope(len(body))
+        async with reader.receive(scope, receive, **unknown_part, identify=identify) as upload:
+            assert upload.image.width == 24
+        assert held == [(len(body) * tenants, len(body) * unknown) for tenants, unknown in expected]
+        assert [reserved for reserved, _ in read_gauges(reader).values()] == [0, 0]
 
 
 async def test_every_failure_releases_the_memory(clock: LoopClock) -> None:
     reader = make_reader()
 
     async def upload(messages: Sequence[Message], *, stay_open: bool) -> None:
-        async with reader.receive(make_scope(), make_receive(messages, stay_open=stay_open), part="image"):
-            assert read_gauges(reader)[0] == len(SMALL)
+        async with reader.receive(make_scope(), make_receive(messages, stay_open=stay_open), **PART):
+            assert read_gauges(reader)["tenants"][0] == len(SMALL)
             raise ZeroDivisionError
 
     for messages, stay_open, error in (
@@ -360,7 +382,7 @@ async def test_every_failure_releases_the_memory(clock: LoopClock) -> None:
         await clock.advance(11)
         with pytest.raises(error):
             await uploading
-        assert read_gauges(reader)[0] == 0
+        assert read_gauges(reader)["tenants"][0] == 0
 
 
 async def test_fault_while_releasing_does_not_fail_an_accepted_submission(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,111 +390,55 @@ async def test_fault_while_releasing_does_not_fail_an_accepted_submission(monkey
         raise ZeroDivisionError
 
     with capture_logs() as events:
-        async with make_reader().receive(make_scope(), make_receive(make_body_messages([SMALL])), part="image"):
+        async with make_reader().receive(make_scope(), make_receive(make_body_messages([SMALL])), **PART):
             monkeypatch.setattr(UploadMemory, "_grant_waiting", fail)
     assert [event["event"] for event in events] == ["upload.cleanup_error"]
 
 
+A, B, C, D = range(1, 5)
+REQUESTS = st.lists(st.tuples(st.none() | st.integers(A, D), st.integers(0, 12)), max_size=12)
+
+
+def request_all(requests: Sequence[tuple[int | None, int]]) -> tuple[UploadMemory, list[Allocation]]:
+    """Request memory for uploads (owner, size) of a memory of ten, with shares of four."""
+    memory = UploadMemory(10, share_bytes=4, unknown_bytes=4, wait_seconds=60)
+    return memory, [memory.request(*request) for request in requests]
+
+
 @pytest.mark.parametrize(
-    ("received", "held", "ended", "then"),
+    ("requests", "granted", "ended", "then"),
     [
-        ([(name, 8, 1) for name in "abcd"], {"a": 1, "b": 1, "c": 1}, "a", {"b": 1, "c": 1, "d": 1}),
-        # These can complete in one order only.
-        (
-            [("a", 4, 2), ("b", 5, 1), ("c", 6, 1), ("d", 9, 3), ("e", 8, 1)],
-            {"a": 2, "b": 1, "c": 1, "d": 3, "e": 1},
-            "a",
-            {"b": 1, "c": 1, "d": 3, "e": 1},
-        ),
-        # A newcomer does not overtake, a begun upload does; an oversized one runs alone.
-        ([("a", 7, 7), ("b", 8, 8), ("c", 1, 1)], {"a": 7}, "a", {"b": 8, "c": 1}),
-        ([("a", 7, 7), ("b", 8, 8), ("c", 1, 1)], {"a": 7}, "b", {"a": 7, "c": 1}),
-        ([("a", 4, 1), ("b", 10, 10), ("a", 4, 4)], {"a": 4}, "a", {"b": 10}),
-        ([("a", 1, 1), ("b", 90, 90), ("c", 1, 1)], {"a": 1}, "a", {"b": 10}),
+        ([(A, 3), (A, 2), (B, 4)], [0, 2], 0, [1, 2]),  # beyond the share of A
+        ([(A, 3), (A, 4), (A, 1)], [0], 0, [1]),
+        ([(A, 4), (B, 4), (C, 4), (D, 1)], [0, 1], 0, [1, 2, 3]),  # a small upload does not overtake
+        ([(A, 4), (B, 4), (C, 4), (D, 1)], [0, 1], 2, [0, 1, 3]),  # C gives up
+        ([(A, 4), (B, 4), (C, 4), (None, 3), (None, 3), (None, 1)], [0, 1, 3], 0, [1, 2, 3]),
+        ([(None, 3), (None, 3), (A, 4), (B, 4)], [0, 2, 3], 0, [1, 2, 3]),
+        ([(A, 90), (A, 1), (B, 1)], [0, 2], 0, [1, 2]),  # larger than all memory
     ],
 )
 async def test_order_of_uploads(
-    received: Sequence[tuple[str, int, int]], held: dict[str, int], ended: str, then: dict[str, int]
+    requests: Sequence[tuple[int | None, int]], granted: Sequence[int], ended: int, then: Sequence[int]
 ) -> None:
-    # Name, length and received bytes of each, in steps of a memory of ten.
-    memory, holders = UploadMemory(10 * STEP, wait_seconds=60), dict[str, int]()
-    sizes, tasks = dict[str, asyncio.Queue[int]](), dict[str, asyncio.Task[None]]()
-
-    async def upload(name: str, length: int) -> None:
-        with memory.allocate(length * STEP) as allocation:
-            try:
-                while True:
-                    await memory.reserve(allocation, await sizes[name].get() * STEP)
-                    holders[name] = allocation.reserved_bytes // STEP
-            finally:
-                holders.pop(name, None)
-
-    async def end(*names: str) -> None:
-        for name in names:
-            tasks[name].cancel()
-        await asyncio.wait([tasks[name] for name in names])
-        await run_until_idle()
-
-    for name, length, size in received:
-        if name not in tasks:
-            sizes[name] = asyncio.Queue()
-            tasks[name] = asyncio.create_task(upload(name, length))
-        sizes[name].put_nowait(size)
-        await run_until_idle()
-    assert holders == held
-    await end(ended)
-    assert holders == then
-    await end(*(tasks.keys() - {ended}))
-    assert (holders, memory.reserved_bytes) == ({}, 0)
+    memory, uploads = request_all(requests)
+    assert [number for number, upload in enumerate(uploads) if upload.grant.done()] == granted
+    memory.shrink(uploads[ended], 0)
+    held = [number for number, upload in enumerate(uploads) if number != ended and upload.grant.done()]
+    assert held == then
 
 
-async def test_shrunk_upload_lets_another_continue() -> None:
-    memory = UploadMemory(10 * STEP, wait_seconds=60)
-    with memory.allocate(10 * STEP) as chunked, memory.allocate(9 * STEP) as other:
-        await memory.reserve(chunked, STEP + 5)
-        waiting = asyncio.create_task(memory.reserve(other, 9 * STEP))
-        await run_until_idle()
-        memory.shrink(chunked, STEP)
-        await waiting
-        assert (chunked.reserved_bytes, other.reserved_bytes) == (STEP, 9 * STEP)
-
-
-PLANS = st.tuples(
-    st.integers(1, 14 * STEP), st.lists(st.floats(0, 1), max_size=6), st.integers(0, 5), st.none() | st.integers(0, 20)
-)
-"""An upload: its length, the parts that arrive, turns of the loop before it, and those until it is cancelled."""
-
-
-@given(st.lists(PLANS, max_size=12))
-async def test_every_interleaving_completes_within_the_memory(
-    plans: Sequence[tuple[int, Sequence[float], int, int | None]],
+@given(REQUESTS, st.randoms(use_true_random=False))
+async def test_every_upload_is_granted_within_the_shares(
+    requests: Sequence[tuple[int | None, int]], random: Random
 ) -> None:
-    total = 10 * STEP
-    memory = UploadMemory(total, wait_seconds=600)
-    reserved: dict[int, int] = {}
-
-    async def upload(name: int, length: int, parts: Sequence[float], delay: int, _: object) -> None:
-        for _ in range(delay):
-            await asyncio.sleep(0)
-        with memory.allocate(length) as allocation:
-            try:
-                for size in [*sorted(int(part * length) for part in parts), length]:
-                    await memory.reserve(allocation, size)
-                    reserved[name] = allocation.reserved_bytes
-                    assert min(size, total) <= allocation.reserved_bytes
-                    assert sum(reserved.values()) <= total
-                    await asyncio.sleep(0)
-            finally:
-                reserved.pop(name, None)
-
-    tasks = [asyncio.create_task(upload(name, *plan)) for name, plan in enumerate(plans)]
-    for turn in range(21):
-        for task, plan in zip(tasks, plans, strict=True):
-            if plan[-1] == turn:
-                task.cancel()
-        await asyncio.sleep(0)
-    async with asyncio.timeout(60):
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-    for result, plan in zip(results, plans, strict=True):
-        assert result is None or (plan[-1] is not None and isinstance(result, asyncio.CancelledError)), result
-    assert memory.reserved_bytes == 0
+    memory, uploads = request_all(requests)
+    while uploads:
+        held = Counter[int | None]()
+        for upload in uploads:
+            held[upload.owner] += upload.size_bytes if upload.grant.done() else 0
+        assert all(size <= 4 for size in held.values())
+        assert held.total() - held[None] <= 10
+        ended = random.choice([upload for upload in uploads if upload.grant.done()])
+        memory.shrink(ended, 0)
+        uploads.remove(ended)
+    assert set(memory.reserved_bytes.values()) == {0}
