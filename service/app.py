@@ -65,7 +65,8 @@ def tenants_app(container: Container) -> Litestar:
         return Redirect("/docs")
 
     def tenant(request: Request[Any, Any, Any]) -> Tenant:
-        return container.tenant_auth.authenticate(request)
+        auth = container.tenant_auth
+        return auth.authenticate_read(request) if request.method == "GET" else auth.authenticate(request)
 
     task_routes = tasks.task_routes(
         submitter=container.submitter,

@@ -455,6 +455,13 @@ class Settings:
         "no bound. An image of the largest size always fits.",
         scope=Scope.API,
     )
+    reads_per_second: int = _declare(
+        parse_int(0, 1_000_000),
+        "200",
+        "How many GET requests per second one token may send to a process, and five times as many in a burst; 0 is no "
+        "limit.",
+        scope=Scope.API,
+    )
     poll_seconds: float = _declare(parse_float(0.05, 60), "2.5", "The minimum time between two checks of one task.")
     lease_seconds: int = _declare(
         parse_int(90, 3_600), "180", "How long a submission may take; sending ends 60 s before that."

@@ -58,7 +58,14 @@ def artifact_routes(reader: TaskReader) -> list[HTTPRouteHandler]:
         response_description="The whole result",
         response_headers=openapi.response_headers("Content-Disposition", "ETag", "Last-Modified", "Accept-Ranges"),
         responses=openapi.problem_responses(
-            401, "tenant-disabled", 404, 416, "upstream-invalid-response", "upstream-unavailable", "overloaded"
+            401,
+            "tenant-disabled",
+            404,
+            416,
+            "rate-limited",
+            "upstream-invalid-response",
+            "upstream-unavailable",
+            "overloaded",
         )
         | openapi.NOT_MODIFIED
         | {206: ResponseSpec(bytes, description="The requested range", generate_examples=False)},

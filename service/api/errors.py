@@ -22,7 +22,7 @@ from structlog.typing import FilteringBoundLogger
 from service.api.schemas import REPLAYED_HEADERS, to_datetime, to_yuan
 from service.domain import errors
 from service.domain.errors import MalformedRequest, RateLimit, expected_format, validate_tree
-from service.domain.ledger import MAX_ACTIVE_POLICY, UNIT_MONEY, UNIT_TASKS, policy_name
+from service.domain.ledger import MAX_ACTIVE_POLICY, READS_POLICY, UNIT_MONEY, UNIT_TASKS, policy_name
 from service.domain.tenants import Window
 
 
@@ -86,7 +86,9 @@ QUOTA_EXCEEDED = ProblemType("quota-exceeded", 429, "Quota exceeded", "A limit o
 HEADERS_TOO_LARGE = ProblemType(
     "headers-too-large", 431, "Header fields too large", "The request line and the header fields exceed the limit."
 )
-RATE_LIMITED = ProblemType("rate-limited", 429, "Rate limited", "The limit of the current minute is used up.")
+RATE_LIMITED = ProblemType(
+    "rate-limited", 429, "Rate limited", "The limit of the current minute, or that on reads of a token, is used up."
+)
 TOO_MANY_ACTIVE_TASKS = ProblemType(
     "too-many-active-tasks", 429, "Too many active tasks", "The tenant has as many active tasks as it may have."
 )
@@ -160,7 +162,7 @@ INTERNAL_ERROR_RESPONSE = ProblemResponse(
     INTERNAL_ERROR, "The gateway failed. Its operators can find the cause by the request id."
 )
 _MONEY_POLICIES = frozenset(policy_name(window, UNIT_MONEY) for window in Window)
-_MINUTE_POLICIES = frozenset(policy_name(Window.MINUTE, unit) for unit in (UNIT_TASKS, UNIT_MONEY))
+_RATE_POLICIES = {READS_POLICY, *(policy_name(Window.MINUTE, unit) for unit in (UNIT_TASKS, UNIT_MONEY))}
 _ERROR_HEADERS: Mapping[type, Mapping[str, str]] = {
     errors.Unauthenticated: {"WWW-Authenticate": 'Bearer realm="imaging-gateway"'},
     errors.UnsupportedCoding: {"Accept-Encoding": "identity"},
@@ -351,4 +353,4 @@ def _parameter_error(request: Request[Any, Any, Any], name: str) -> errors.Field
 def _quota_problem_type(policies: set[str]) -> ProblemType:
     if policies == {MAX_ACTIVE_POLICY}:
         return TOO_MANY_ACTIVE_TASKS
-    return RATE_LIMITED if policies and policies <= _MINUTE_POLICIES else QUOTA_EXCEEDED
+    return RATE_LIMITED if policies and policies <= _RATE_POLICIES else QUOTA_EXCEEDED

@@ -145,7 +145,7 @@ def legacy_routes(
     async def legacy_check(request: Request[Any, Any, Any]) -> Response[Checked | Failure]:
         async def read() -> Checked:
             fields = await uploads.read_form(request.scope, request.receive)
-            tenant = authenticate(request, fields)
+            tenant = tenant_auth.authenticate_read(request, dict(fields).get(_USER_KEY_FIELD, ""))
             task = (await reader.read(tenant, dict(fields).get("task_id", ""))).task
             if task.state is not State.SUCCEEDED:
                 return Checked(0, _STATES[task.state])

@@ -169,7 +169,9 @@ def task_routes(
         description=_READ_DESCRIPTION,
         response_description="The current task",
         response_headers=openapi.response_headers("ETag", "Age", "Retry-After", "Preference-Applied"),
-        responses=openapi.problem_responses(401, "tenant-disabled", 404, "overloaded", "upstream-unavailable")
+        responses=openapi.problem_responses(
+            401, "tenant-disabled", 404, "rate-limited", "overloaded", "upstream-unavailable"
+        )
         | openapi.NOT_MODIFIED,
     )
     async def read_task(
@@ -194,7 +196,9 @@ def task_routes(
         summary="List your tasks, newest first",
         description=_LIST_DESCRIPTION,
         response_description="A page of tasks",
-        responses=openapi.problem_responses(400, 401, "tenant-disabled", "invalid-options", "ledger-unavailable"),
+        responses=openapi.problem_responses(
+            400, 401, "tenant-disabled", "invalid-options", "rate-limited", "ledger-unavailable"
+        ),
     )
     async def list_tasks(
         request: Request[Any, Any, Any],
@@ -255,7 +259,9 @@ def event_routes(*, reader: TaskReader, tenant_auth: TenantAuth) -> Sequence[HTT
         description=_STREAM_DESCRIPTION,
         media_type=EVENT_STREAM_TYPE,
         response_description="The changes of the task",
-        responses=openapi.problem_responses(401, "tenant-disabled", 404, "overloaded", "upstream-unavailable")
+        responses=openapi.problem_responses(
+            401, "tenant-disabled", 404, "rate-limited", "overloaded", "upstream-unavailable"
+        )
         | _STREAM_RESPONSES,
     )
     async def follow_task(

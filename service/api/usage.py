@@ -31,7 +31,7 @@ def quota_routes(quota: QuotaReports) -> Sequence[HTTPRouteHandler]:
         summary="Read your quota",
         description="The present state of your policies, and whether an account can pay.",
         response_description="Your policies",
-        responses=openapi.problem_responses(401, "tenant-disabled", "ledger-unavailable"),
+        responses=openapi.problem_responses(401, "tenant-disabled", "rate-limited", "ledger-unavailable"),
     )
     async def read_quota(tenant: NamedDependency[Tenant]) -> schemas.Quota:
         return schemas.render_quota(await quota.for_tenant(tenant))
@@ -65,7 +65,9 @@ def usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
         summary="Read your usage",
         description=_USAGE_DESCRIPTION,
         response_description="Your usage",
-        responses=openapi.problem_responses(401, "tenant-disabled", "invalid-options", "ledger-unavailable"),
+        responses=openapi.problem_responses(
+            401, "tenant-disabled", "rate-limited", "invalid-options", "ledger-unavailable"
+        ),
     )
     async def read_usage(
         request: Request[Any, Any, Any],
@@ -132,7 +134,7 @@ def submission_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHandl
         summary="Read a submission and its outcome",
         description="The outcome may be provisional: `unknown` becomes `accepted` if its task is discovered.",
         response_description="The submission",
-        responses=openapi.problem_responses(401, "tenant-disabled", 404, "ledger-unavailable"),
+        responses=openapi.problem_responses(401, "tenant-disabled", 404, "rate-limited", "ledger-unavailable"),
     )
     async def read_submission(
         tenant: NamedDependency[Tenant],

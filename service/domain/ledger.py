@@ -55,6 +55,8 @@ def _to_ms(offset_units: int) -> int:
 
 UNIT_MONEY = "money"
 UNIT_TASKS = "tasks"
+READS_POLICY = "second-reads"
+"""Name of the limit on reads, which is counted by each process and not in the ledger."""
 MAX_ACTIVE_POLICY = "max-active"
 
 

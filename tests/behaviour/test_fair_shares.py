@@ -22,7 +22,7 @@ LARGEST = 26 << 20
 """Three of these are more than the memory for uploads."""
 IMAGE = make_png() + b"\0" * (LARGEST - len(make_png()))
 SHARE = "0.01"
-WAITS = 4
+WAITS, READS = 4, 5
 PREFER = {"Prefer": "wait=60"}
 
 
@@ -99,3 +99,20 @@ async def test_downloads(valkey: Valkey) -> None:
         assert int(refused.result().headers["retry-after"]) > 0
         assert (await gateway.call("GET", f"{others_path}/artifacts/image", token=token)).status_code == 200
         download.cancel()
+
+
+async def test_reads(valkey: Valkey) -> None:
+    async with run_real_gateway(valkey, GATEWAY_READS_PER_SECOND="1") as gateway:
+        path = (await gateway.submit()).headers["location"]
+        client = LegacyClient(gateway.http, gateway.url, gateway.token)
+        assert {(await gateway.call("GET", path)).status_code for _ in range(READS)} == {200}
+        async with asyncio.timeout(20):  # a token may send another read each second
+            while (response := await gateway.call("GET", path)).status_code == 200:
+                pass
+            while (await client.check(path.rpartition("/")[2]))["err_code"] == 0:
+                pass
+        (violated,) = expect_problem(response, 429, "rate-limited")["violated_policies"]
+        assert (violated["policy"], violated["limit"]) == ("second-reads", 1)
+        assert response.headers["retry-after"] == "1"
+        assert (await gateway.call("GET", path, token=await gateway.new_token())).status_code == 200
+        assert (await gateway.submit()).status_code == 201

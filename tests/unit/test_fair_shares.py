@@ -1,4 +1,4 @@
-"""Slots that tenants share."""
+"""Slots that tenants share, and the rate of reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from service.domain.errors import Overloaded
+from service.api import auth
+from service.api.auth import ReadLimiter
+from service.domain.errors import Overloaded, QuotaDenied
 from service.usecases.task_status import TenantSlots
 
 
@@ -22,3 +24,25 @@ def test_slots() -> None:
                         pytest.fail("there is no slot")
     with TenantSlots(4, 0.01).hold(1):
         pass
+
+
+def test_rate_of_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "_MAX_IDLE_TOKENS", 1)
+    clock, burst = 100.0, 10
+    limiter = ReadLimiter(2, now=lambda: 1_000.0, monotonic=lambda: clock)
+    for _ in range(2):
+        for _ in range(burst):
+            limiter.count("a")
+        for _ in range(2):  # a refused read does not count
+            with pytest.raises(QuotaDenied) as refused:
+                limiter.count("a")
+            assert refused.value.retry_after == 0.5
+            assert refused.value.violations[0].resets_at == 1_000_501
+        limiter.count("b")
+        clock += 0.5
+        limiter.count("a")
+        clock += burst / 2
+    for token in "cde":
+        limiter.count(token)
+        clock += 1
+    assert len(limiter._full_at) == 2
