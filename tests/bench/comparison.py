@@ -109,6 +109,9 @@ class Candidate:
             "GATEWAY_SECRET_KEYS": env.secret_key,
             "GATEWAY_ADMIN_TOKEN": env.admin_token,
         }
+        if self.checkout and "tenant_share" in (self.checkout / "service/settings.py").read_text():
+            # One tenant and one token send all requests. An older checkout refuses settings that it does not know.
+            settings |= {"GATEWAY_TENANT_SHARE": "1", "GATEWAY_READS_PER_SECOND": "0"}
         environ = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
         environ |= settings | env.settings
         command = ["env", "-C", str(self.checkout), f"{self.checkout}/.venv/bin/python", "-m", "service", "serve"]
