@@ -34,6 +34,9 @@ _BACKLOG = 1024
 _MAX_DESCRIPTORS = 65_536
 _CANCEL_SECONDS = 5.0
 _USER_TIMEOUT_MS = 60_000
+_UNSENT_BYTES = 128 * 1024
+CLIENT_TOO_SLOW = "client_too_slow"
+"""Key in an ASGI scope: the connection was ended because the client read too slowly."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ class Limits:
     would lose the response."""
     discard_idle_seconds: float = 5
     """How long discarding goes on without a byte."""
+    reader_seconds: float = 30
+    """How long a client may be behind `reader_bytes_per_second` with what is written but not sent."""
+    reader_bytes_per_second: int = 32 * 1024
 
 
 def build_text_refusal(_status: int, detail: str, _client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
@@ -78,6 +84,8 @@ def listen(host: str, port: int) -> socket.socket:
     listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it: ends those whose client reads nothing
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # inherited too: the kernel would hold up to 4 MB for each slow reader
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
     return listening
 
 
@@ -216,7 +224,7 @@ class HttpServer:
             default=None,
         )
         if idle:
-            idle.transport.close()
+            idle.close()
         return idle is not None
 
     def _sweep(self) -> None:
@@ -227,6 +235,8 @@ class HttpServer:
         for connection in list(self.connections):
             if connection.deadline <= now:
                 connection.expire()
+            if connection.read_deadline <= now:
+                connection.drop_slow_reader()
         if not self.is_stopping:
             self._start_accepting()
 
@@ -264,7 +274,7 @@ class HttpProtocol(HttpToolsProtocol):
     def __init__(self, server: HttpServer) -> None:
         super().__init__(server.config, server.state, {})
         self.access_log = False
-        self.deadline = float("inf")  # expiry in seconds of the loop's clock
+        self.deadline = self.read_deadline = float("inf")  # expiry in seconds of the loop's clock
         self._server = server
         self._limits = server.limits
         self._active_cycle: RequestResponseCycle | None = None
@@ -277,6 +287,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_bytes = self._head_fields = 0
         self._framing_bytes = 0  # received since the last head or part of a body
         self._pending_refusal: tuple[int, str] | None = None  # sent after the responses in progress
+        self._reader_seconds = server.limits.reader_seconds  # what is left of them
 
     @property
     def is_idle(self) -> bool:
@@ -302,6 +313,27 @@ class HttpProtocol(HttpToolsProtocol):
             self._active_cycle.message_event.set()
         self.cycle = self._active_cycle = None  # type: ignore[assignment] # break the reference cycle
         self._server.on_connection_lost()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._limit_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._reader_seconds = min(self.read_deadline - self.loop.time(), self._limits.reader_seconds)
+        self.read_deadline = float("inf")
+        if self.transport.is_closing():
+            self._limit_reader()
+
+    def _limit_reader(self) -> None:
+        """Set the time by which the client must have read what is written."""
+        seconds = self.transport.get_write_buffer_size() / self._limits.reader_bytes_per_second
+        self.read_deadline = self.loop.time() + self._reader_seconds + seconds
+
+    def drop_slow_reader(self) -> None:
+        if self._active_cycle:
+            cast("dict[str, Any]", self._active_cycle.scope)[CLIENT_TOO_SLOW] = True
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self._is_lingering:
@@ -420,7 +452,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._active_cycle:
             self.cycle.keep_alive = False
         elif self._is_request_complete or self._is_in_head:
-            self.transport.close()
+            self._close_transport()
 
     def is_closing(self) -> bool:
         return self._is_lingering or self.transport.is_closing()
@@ -428,21 +460,27 @@ class HttpProtocol(HttpToolsProtocol):
     def close(self) -> None:
         """Close after a response."""
         if self._is_request_complete:
-            self.transport.close()
+            self._close_transport()
         else:
             self._linger()
+
+    def _close_transport(self) -> None:
+        """Close after the written data, which the client must read in time."""
+        self.transport.close()
+        if self.read_deadline == float("inf"):
+            self._limit_reader()
 
     def abort(self) -> None:
         self.transport.abort()
 
     def expire(self) -> None:
-        """End a connection whose deadline has passed; once, since buffered data may take time to leave."""
+        """End a connection whose deadline has passed; once, since written data may take time to leave."""
         self.deadline = float("inf")
         if self._is_in_head and not self._is_lingering:
             seconds = f"{self._limits.head_seconds:g}"
             self._send_refusal(400, f"The head of the request did not arrive within {seconds} s.", linger=False)
         elif self._is_request_complete:
-            self.transport.close()
+            self._close_transport()
         else:
             self.transport.abort()
 
@@ -541,4 +579,4 @@ class HttpProtocol(HttpToolsProtocol):
         if linger:
             self._linger()
         else:
-            self.transport.close()
+            self._close_transport()

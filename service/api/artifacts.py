@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
@@ -17,7 +16,7 @@ from litestar.params import HeaderParameter, PathParameter
 from litestar.response.base import ASGIResponse
 
 from service.api import openapi
-from service.api.asgi import HEAD_KEY, Send, run_until_disconnect
+from service.api.asgi import HEAD_KEY, Send, disconnect_outcome, run_until_disconnect
 from service.api.errors import OUTCOME, ClientDisconnected
 from service.api.schemas import PRIVATE_HEADERS
 from service.domain.media import EXTENSIONS
@@ -25,9 +24,6 @@ from service.domain.tasks import ArtifactName, Task
 from service.domain.tenants import Tenant
 from service.usecases.ports import ArtifactStream, Coverage, RangeRequest, TransferAborted
 from service.usecases.task_status import TaskReader
-
-READER_TIMEOUT_SECONDS = 60.0
-"""A client that reads nothing for this long is dropped, since it also occupies a connection to the upstream."""
 
 _DESCRIPTION = (
     "The bytes come through the gateway, so that you need not be able to reach the upstream's store. Fetch them soon "
@@ -122,12 +118,10 @@ class ArtifactResponse(Response[bytes]):
                 return
             if not self._is_started:
                 raise
-            state[OUTCOME] = "client-disconnected"
+            state[OUTCOME] = disconnect_outcome(scope)
         # Returning before the end of the body makes the server close the connection, which the client notices.
         except TransferAborted:
             state[OUTCOME] = "transfer-aborted"
-        except TimeoutError:
-            state[OUTCOME] = "client-too-slow"
 
     async def _send(self, send: Send) -> None:
         async with self._artifact as (task, stream):
@@ -139,8 +133,7 @@ class ArtifactResponse(Response[bytes]):
                 self._is_complete = True
             else:
                 async for chunk in stream.chunks:
-                    async with asyncio.timeout(READER_TIMEOUT_SECONDS):
-                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 self._is_complete = True
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -20,6 +20,7 @@ from opentelemetry.trace import Span, Tracer
 from structlog.typing import FilteringBoundLogger
 
 from service.api import errors
+from service.server import CLIENT_TOO_SLOW
 from service.telemetry import logging, tracing
 from service.telemetry.logging import OUTCOME_ANSWERED, WaitTimer
 from service.telemetry.metrics import OTHER_LABEL, UNMATCHED_ROUTE, Metrics, Port
@@ -73,6 +74,10 @@ async def run_until_disconnect(request: Request[Any, Any, Any], work: Coroutine[
 async def _wait_for_disconnect(request: Request[Any, Any, Any]) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def disconnect_outcome(scope: Any) -> str:
+    return "client-too-slow" if CLIENT_TOO_SLOW in scope else "client-disconnected"
 
 
 class RequestMiddleware:
@@ -133,7 +138,7 @@ class RequestMiddleware:
         try:
             await self._app(scope, receive, recorder.send)
         except errors.ClientDisconnected:
-            state[errors.OUTCOME] = "client-disconnected"
+            state[errors.OUTCOME] = disconnect_outcome(scope)
         except Exception:
             self._logger.exception("request.error")
             state[errors.OUTCOME] = errors.INTERNAL_ERROR_RESPONSE.type.code

@@ -16,10 +16,11 @@ import pytest
 from httpx2 import Response
 from structlog.testing import capture_logs
 
-from service.api import artifacts
+from service.app import create_app
 from service.clients.artifacts import ArtifactClient
 from service.domain.tasks import Artifact
 from service.domain.tenants import Account
+from service.server import Limits
 from service.usecases.ports import ArtifactStream, RangeRequest
 from tests.behaviour.gateway_fixture import RunningGateway
 from tests.behaviour.requests import expect_problem
@@ -36,6 +37,7 @@ from tests.contract.scripted_server import (
     run_server,
 )
 from tests.support.images import make_png
+from tests.support.network import serve_app
 from tests.unit.asgi_client import open_raw_connection
 
 MIB = 1 << 20
@@ -218,11 +220,9 @@ async def test_disconnect_ends_the_fetch(gateway: RunningGateway, href: str) -> 
     assert artifact_log_fields(logs) == (200, "client-disconnected")
 
 
-async def test_stalled_client_is_disconnected(
-    gateway: RunningGateway, href: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(artifacts, "READER_TIMEOUT_SECONDS", 0.1)
+async def test_slow_client_is_disconnected(gateway: RunningGateway, href: str) -> None:
     disconnected = asyncio.Event()
+    limits = Limits(reader_seconds=0.1, reader_bytes_per_second=10**9)
 
     async def serve(connection: Connection) -> None:
         await connection.receive()
@@ -234,7 +234,11 @@ async def test_stalled_client_is_disconnected(
             disconnected.set()
 
     with capture_logs() as logs:
-        async with serve_artifact(gateway, serve), download(gateway, href):
+        async with (
+            serve_artifact(gateway, serve),
+            serve_app(create_app(gateway.services), limits=limits) as gateway.url,
+            download(gateway, href),
+        ):
             await disconnected.wait()
     assert artifact_log_fields(logs) == (200, "client-too-slow")
 

@@ -9,19 +9,20 @@ import re
 import socket
 import weakref
 from collections.abc import AsyncIterator, Iterable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
 import pytest
 
 from service import server
-from service.server import HttpServer, Limits, base_url, listen
+from service.server import CLIENT_TOO_SLOW, HttpServer, Limits, base_url, listen
 from tests.contract.scripted_server import chunked_body
 from tests.support.network import serve_app
 from tests.unit.asgi_client import open_raw_connection
 
 IDLE_LIMITS = Limits(head_seconds=60, idle_seconds=60, discard_seconds=60, discard_idle_seconds=60)
+LARGE_BYTES = 20_000_000
 SHORT_LIMITS = Limits(head_seconds=0.05, idle_seconds=60, discard_seconds=0.05)
 
 
@@ -60,7 +61,7 @@ class Application:
                 leaving.cancel()
                 status, body = 200, b"watched"
             case "/large":
-                status, body = 200, bytes(20_000_000)
+                status, body = 200, bytes(LARGE_BYTES)
             case "/unframed":
                 await send({"type": "http.response.start", "status": 200, "headers": []})
                 await send({"type": "http.response.body", "body": b"one ", "more_body": True})
@@ -381,6 +382,62 @@ async def test_a_server_that_stops_cuts_off_what_does_not_end() -> None:
         await running.stop()
         assert parse_statuses(await reader.read()) == []
     assert app.disconnected.is_set()
+
+
+@pytest.mark.parametrize("fields", [(), ("Connection: close",)])
+async def test_a_client_that_reads_nothing_is_dropped(fields: tuple[str, ...]) -> None:
+    limits = Limits(reader_seconds=0.05, reader_bytes_per_second=10**9, idle_seconds=60)
+    async with (
+        run_http_server(Application(), limits=limits) as (running, url),
+        open_connection(url) as (_, writer),
+        asyncio.timeout(20),
+    ):
+        writer.write(build_request("/large", *fields))
+        while not running.connections:
+            await asyncio.sleep(0)
+        while running.connections:
+            await asyncio.sleep(0)
+
+
+async def test_a_client_that_always_reads_too_slowly_is_dropped() -> None:
+    scopes = []
+
+    async def app(scope: Any, _: Any, send: Any) -> None:
+        scopes.append(scope)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(100_000):
+            await send({"type": "http.response.body", "body": bytes(65_536), "more_body": True})
+
+    limits = Limits(reader_seconds=0.5, reader_bytes_per_second=10**12)
+    async with serve_app(app, limits=limits) as url, open_connection(url) as (reader, writer), asyncio.timeout(20):
+        writer.write(build_request())
+        with suppress(ConnectionResetError):
+            while await reader.read(4_096):
+                pass
+    assert [CLIENT_TOO_SLOW in scope for scope in scopes] == [True]
+
+
+async def test_a_client_has_more_time_for_more_bytes() -> None:
+    limits = Limits(reader_seconds=0, reader_bytes_per_second=LARGE_BYTES // 60)
+    async with serve_app(Application(), limits=limits) as url:
+        received = await exchange(url, build_request("/large", "Connection: close"))
+    assert len(received.partition(b"\r\n\r\n")[2]) == LARGE_BYTES
+
+
+async def test_a_rest_that_stays_unread_does_not_keep_a_closed_connection() -> None:
+    limits = Limits(reader_seconds=0, reader_bytes_per_second=10**9, idle_seconds=0.05)
+    async with (
+        run_http_server(Application(), limits=limits) as (running, url),
+        open_connection(url) as (_, writer),
+        asyncio.timeout(20),
+    ):
+        while not running.connections:
+            await asyncio.sleep(0)
+        (connection,) = running.connections
+        connection.transport.set_write_buffer_limits(high=2 * LARGE_BYTES)  # as if it were a small rest
+        writer.write(build_request("/large"))
+        while running.connections:
+            await asyncio.sleep(0)
 
 
 async def test_a_client_that_disconnects_is_noticed_also_with_requests_behind_the_first() -> None:
