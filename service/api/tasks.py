@@ -5,7 +5,6 @@ Streams are server-sent events (https://html.spec.whatwg.org/multipage/server-se
 
 from __future__ import annotations
 
-import asyncio
 import re
 import secrets
 import time
@@ -22,10 +21,10 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import HeaderParameter, PathParameter, QueryParameter
 from litestar.response.base import ASGIResponse
-from litestar.types import HTTPResponseBodyEvent, HTTPResponseStartEvent, Receive, Scope, Send
+from litestar.types import Receive, Scope, Send
 
 from service.api import openapi, schemas
-from service.api.asgi import run_until_disconnect
+from service.api.asgi import disconnect_outcome, run_until_disconnect
 from service.api.auth import TenantAuth
 from service.api.errors import OUTCOME, ClientDisconnected, rate_limit_headers
 from service.api.params import check_query, parse_wait_seconds
@@ -46,8 +45,6 @@ IMAGE_PART = "image"
 EVENT_STREAM_TYPE = "text/event-stream"
 MAX_STREAM_SECONDS = 600.0
 """A stream ends after this time. Its client reconnects, to any process, which checks its token again."""
-WRITE_TIMEOUT_SECONDS = 30.0
-"""A client that reads nothing for this long is disconnected. At most one event waits for it."""
 
 _METADATA_FIELD, _WEBHOOK_FIELD = "metadata", "webhook_url"
 _NON_OPTION_FIELDS = frozenset({_METADATA_FIELD, _WEBHOOK_FIELD})
@@ -287,10 +284,6 @@ def encode_event(task: schemas.Task, version: int) -> bytes:
     return b"event: state\nid: %d-%s\ndata: %s\n\n" % (version, task.state.encode(), msgspec.json.encode(task))
 
 
-class ClientStalled(Exception):
-    """The client does not read what it is sent."""
-
-
 class EventStreamResponse(Response[str | None]):
     """Streams changes until `authorize` raises or the client disconnects.
 
@@ -316,15 +309,13 @@ class EventStreamResponse(Response[str | None]):
         try:
             await run_until_disconnect(self._request, self._send(send))
         except ClientDisconnected:
-            scope["state"][OUTCOME] = "client-disconnected"
-        except ClientStalled:  # returning before the end of the body makes the server close the connection
-            scope["state"][OUTCOME] = "client-stalled"
+            scope["state"][OUTCOME] = disconnect_outcome(scope)
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self._changes) as changes:
             first = await anext(changes)
             headers = [(name.lower().encode(), value.encode()) for name, value in _STREAM_HEADERS.items()]
-            await _send_with_timeout(send, {"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
             # Spread, so that the clients of a process that ends do not all reconnect at the same moment.
             retry = b"retry: %d\n" % (_RETRY_MS + secrets.randbelow(2 * _RETRY_MS))
             await _send_body(send, retry + _encode_change(first))
@@ -348,15 +339,7 @@ def _encode_change(change: CachedTask | None) -> bytes:
 
 
 async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
-    await _send_with_timeout(send, {"type": "http.response.body", "body": body, "more_body": more})
-
-
-async def _send_with_timeout(send: Send, message: HTTPResponseStartEvent | HTTPResponseBodyEvent) -> None:
-    try:
-        async with asyncio.timeout(WRITE_TIMEOUT_SECONDS):
-            await send(message)
-    except TimeoutError:
-        raise ClientStalled from None
+    await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 async def _accepted_response(

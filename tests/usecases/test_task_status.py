@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import structlog
 from msgspec.structs import replace
 
-from service.api import tasks as task_routes
 from service.app import create_app
 from service.domain.errors import NotFound, UpstreamUnavailable
 from service.domain.ledger import ReservationState
@@ -251,12 +249,3 @@ async def test_only_the_newest_event_is_queued(reader: SlowReader) -> None:
     await reading
     ids = [body.partition(b"id: ")[2].split(b"\n")[0] for body in reader.bodies]
     assert (ids[0], ids[-2:], len(ids) <= 4) == (b"", [b"1000-failed", b""], True)
-
-
-async def test_stalled_reader_is_disconnected(reader: SlowReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task_routes, "WRITE_TIMEOUT_SECONDS", 0.01)
-    with structlog.testing.capture_logs() as lines:
-        async with asyncio.timeout(60):
-            await reader.read()
-    assert [line["outcome"] for line in lines if line["event"] == "request.ended"] == ["client-stalled"]
-    assert reader.gateway.services.task_cache.subscription_count == 0
