@@ -14,7 +14,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Any
 
+import anyio
+import anyio.abc
+import httpcore2
 import httpx2
+from httpcore2._backends.anyio import AnyIOStream
 
 IpAddress = IPv4Address | IPv6Address
 Resolver = Callable[[str], Awaitable[Sequence[IpAddress]]]
@@ -83,6 +87,77 @@ async def resolve_host(host: str) -> Sequence[IpAddress]:
     return list(dict.fromkeys(ip_address(sockaddr[0]) for *_, sockaddr in infos))
 
 
+class _SocketStream(anyio.abc.ByteStream):
+    """A connection of which nothing is read ahead.
+
+    anyio's own reads until its reader runs again: with uvloop all that the kernel holds, up to 6 MB.
+    """
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._loop = asyncio.get_running_loop()
+
+    async def receive(self, max_bytes: int = 65_536) -> bytes:
+        try:
+            data = await self._loop.sock_recv(self._socket, max_bytes)
+        except OSError as error:
+            raise anyio.BrokenResourceError from error
+        if not data:
+            raise anyio.EndOfStream
+        return data
+
+    async def send(self, item: bytes) -> None:
+        try:
+            await self._loop.sock_sendall(self._socket, item)
+        except OSError as error:
+            raise anyio.BrokenResourceError from error
+
+    async def send_eof(self) -> None:
+        self._socket.shutdown(socket.SHUT_WR)
+
+    async def aclose(self) -> None:
+        self._socket.close()
+
+
+class _UnbufferedBackend(httpcore2.AnyIOBackend):
+    """Connects to IP addresses."""
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 - as the base class has it
+        *_: Any,
+        **__: Any,
+    ) -> httpcore2.AsyncNetworkStream:
+        connecting: socket.socket | None = None
+        try:
+            connecting = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+            connecting.setblocking(False)
+            connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            async with asyncio.timeout(timeout):
+                await asyncio.get_running_loop().sock_connect(connecting, (host, port))
+            stream, connecting = _SocketStream(connecting), None
+        except TimeoutError as error:
+            raise httpcore2.ConnectTimeout(str(error)) from error
+        except OSError as error:
+            raise httpcore2.ConnectError(str(error)) from error
+        finally:
+            if connecting:
+                connecting.close()
+        return AnyIOStream(stream)
+
+
+class _UnbufferedTransport(httpx2.AsyncHTTPTransport):
+    """A transport that keeps no connection, and reads of a response only what is asked for."""
+
+    def __init__(self, tls: ssl.SSLContext) -> None:
+        super().__init__(verify=tls, trust_env=False)
+        self._pool = httpcore2.AsyncConnectionPool(  # the transport has no parameter for the backend
+            ssl_context=tls, max_connections=None, max_keepalive_connections=0, network_backend=_UnbufferedBackend()
+        )
+
+
 class GuardedTransport(httpx2.AsyncBaseTransport):
     """A transport to allowed addresses only, each request over a new connection.
 
@@ -94,8 +169,7 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
     def __init__(self, allow: AllowAddress, *, tls: ssl.SSLContext, resolver: Resolver = resolve_host) -> None:
         self._allow = allow
         self._resolve = resolver
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
-        self._inner = httpx2.AsyncHTTPTransport(verify=tls, trust_env=False, limits=limits)
+        self._inner = _UnbufferedTransport(tls)
 
     async def aclose(self) -> None:
         await self._inner.aclose()
