@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import formatdate
+from heapq import nsmallest
 from typing import Any, cast
 from urllib.parse import unquote
 
@@ -30,6 +31,9 @@ Takes status, detail and client address; returns header fields, without those of
 """
 _SWEEP_SECONDS = 1.0
 _MAX_ACCEPTS_PER_ITERATION = 128
+_SILENT_SECONDS = 1.0
+_CLOSED_SHARE = 64
+"""At the limit of connections, this part of them makes room if idle."""
 _BACKLOG = 1024
 _MAX_DESCRIPTORS = 65_536
 _CANCEL_SECONDS = 5.0
@@ -44,7 +48,7 @@ class Limits:
     """Limits of one port."""
 
     connections: int = 10_000
-    """Further ones replace idle ones, or wait in the kernel's queue."""
+    """Further ones replace idle or silent ones, or wait in the kernel's queue."""
     head_bytes: int = 32 * 1024
     """Of request line and header fields together, and of the trailer fields."""
     head_fields: int = 100
@@ -217,15 +221,18 @@ class HttpServer:
             accepted.close()
 
     def _close_longest_idle(self) -> bool:
-        """Close the connection that has been idle for longest; return whether there is one."""
-        idle = min(
+        """Close the connections that have been idle for longest; return whether there are any.
+
+        Several at once, since finding them takes milliseconds if there are many.
+        """
+        idle = nsmallest(
+            max(self.limits.connections // _CLOSED_SHARE, 1),
             (connection for connection in self.connections if connection.is_idle),
             key=lambda connection: connection.deadline,
-            default=None,
         )
-        if idle:
-            idle.close()
-        return idle is not None
+        for connection in idle:
+            connection.close()
+        return bool(idle)
 
     def _sweep(self) -> None:
         """Expire connections once a second, so that a request needs no timer."""
@@ -291,8 +298,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     @property
     def is_idle(self) -> bool:
+        """Whether no request is expected at once: a new connection is idle after a second without a byte."""
         return (
-            self._has_had_request
+            (self._has_had_request or self.deadline - self.loop.time() < self._limits.head_seconds - _SILENT_SECONDS)
             and self._active_cycle is None
             and self._is_request_complete
             and not self.transport.is_closing()

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import httpx2
@@ -19,6 +20,7 @@ from redis import Redis
 from deploy import healthcheck
 from service.clients.http import BREAKER_THRESHOLD
 from service.crypto import generate_secret_key
+from service.server import Limits
 from service.storage.redis import DATA_VERSION, Keys
 from tests.behaviour.requests import KEY, UNREACHABLE_LIMITS, make_jpeg
 from tests.cli.conftest import run_command
@@ -26,6 +28,7 @@ from tests.process.gateway import (
     HTTP,
     TIMEOUT_SECONDS,
     GatewayProcess,
+    gateway_command,
     is_alive,
     run_gateway,
     start_gateway,
@@ -36,6 +39,7 @@ from tests.support.network import exhaust_descriptors
 from tests.support.traces import run_collector
 from tests.support.valkey import Valkey, run_valkey
 
+HEAD_TIME = timedelta(seconds=Limits().head_seconds)
 ROOT = Path(__file__).parents[2]
 
 
@@ -142,6 +146,29 @@ def test_lack_of_descriptors_costs_nothing(tmp_path: Path, valkey: Valkey, upstr
         accepted = submit()
         assert (accepted.status_code, "idempotent-replayed" in accepted.headers) == (201, False)
         assert upstream.count_requests("submit") == before + 1
+
+
+def test_silent_connections(tmp_path: Path, valkey: Valkey, upstream: SandboxProcess) -> None:
+    """More connections than descriptors leave some for operators and tasks, and do not keep tenants out."""
+    upstream.set_faults(seconds=2)  # the connections are open by then
+    words = ["prlimit", "--nofile=256:256", *gateway_command("serve")]
+    with run_gateway(tmp_path, words, **upstream.gateway_settings(valkey)) as gateway, ExitStack() as stack:
+        task = gateway.run_curl_example().json()["links"]["self"]
+        address = httpx2.URL(gateway.url)
+        for _ in range(400):
+            connection = stack.enter_context(socket.socket())
+            connection.setblocking(False)
+            connection.connect_ex((address.host, address.port or 0))
+        opened = Path(f"/proc/{gateway.process.pid}/fd")
+        wait_until(lambda: len(list(opened.iterdir())) > 128, "the cap")
+        admin = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+        for _ in range(3):
+            for path in ("/healthz", "/metrics", "/admin/v1/accounts"):
+                assert HTTP.get(gateway.ops_url + path, headers=admin).status_code == 200
+        gateway.wait_for_log("task.finished")
+        response = gateway.call("GET", task)  # silent connections make room
+        assert (response.status_code, response.elapsed < HEAD_TIME) == (200, True)
+        assert "can't be accepted" not in gateway.log_path.read_text()
 
 
 def expect_start_error(gateway: GatewayProcess) -> str:
