@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Collection, Sequence
 from datetime import date
@@ -11,17 +12,33 @@ from typing import Any, TypeVar
 import msgspec
 from litestar import Request
 from litestar.connection import ASGIConnection
+from litestar.exceptions import InternalServerException
 from litestar.handlers import BaseRouteHandler
 from litestar.params import QueryParameter
 
+from service.api.errors import BodyTimeout, ClientDisconnected
 from service.domain.errors import FieldError, InvalidOptions, MalformedRequest, check_json
 
 _NONE = "none"
 E = TypeVar("E", bound=StrEnum)
 
 
+BODY_SECONDS = 30.0
+"""Time limit of a JSON body."""
+
+
 class JsonRequest(Request[Any, Any, Any]):
     """A request with a strict JSON body: valid, without repeated names."""
+
+    async def body(self) -> bytes:
+        """Read the body. Raises BodyTimeout or ClientDisconnected."""
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                return await super().body()
+        except TimeoutError:
+            raise BodyTimeout("The body of the request did not arrive in time. Send it again.") from None
+        except InternalServerException:  # what litestar raises for it
+            raise ClientDisconnected from None
 
     async def json(self) -> Any:
         """Decode the body. Raises MalformedRequest."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+from structlog.testing import capture_logs
 
+from service.api import params
 from service.domain import tenants
 from service.domain.tasks import MAX_METADATA_BYTES, Kind
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN, RunningGateway
 from tests.behaviour.requests import UNREACHABLE_POLICIES, assert_nothing_happened, expect_invalid, expect_problem
 from tests.support.images import make_png
 from tests.support.valkey import Valkey
+from tests.unit.asgi_client import open_raw_connection
 
 UPSCALE = "/v1/tasks/upscale"
 FILE = ("picture.png", make_png(), "image/png")
@@ -275,3 +280,23 @@ async def test_invalid_names_and_bodies_of_operators(gateway: RunningGateway) ->
             expect_problem(await gateway.call_admin(method, path, content=body), 400, "malformed-request")
     large = b'{"user_key": "' + b"x" * 1_000_000 + b'"}'
     expect_problem(await gateway.call_admin("PUT", "/accounts/main", content=large), 400, "malformed-request")
+
+
+async def test_operators_bodies_that_never_arrive(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(params, "BODY_SECONDS", 0.05)
+    before = (await gateway.call_admin("GET", "/registry")).json()
+    fields = f"Host: x\r\nAuthorization: Bearer {ADMIN_TOKEN}\r\nContent-Length: 20\r\n\r\n"
+    with capture_logs() as logs:
+        for method, path in OPERATORS_BODIES:
+            request = f"{method} /admin/v1{path} HTTP/1.1\r\n{fields}{{".encode()
+            async with open_raw_connection(urlsplit(gateway.ops_url).port or 0) as (reader, writer):
+                writer.write(request)
+                async with asyncio.timeout(20):
+                    received = await reader.read()
+            assert received.startswith(b"HTTP/1.1 400 ")
+            assert b"\nconnection: close\r" in received.lower()
+            async with open_raw_connection(urlsplit(gateway.ops_url).port or 0) as (_, writer):
+                writer.write(request)
+        assert (await gateway.call_admin("GET", "/registry")).json() == before
+    outcomes = {line.get("outcome") for line in logs if line["path"] != "/admin/v1/registry" or line["method"] != "GET"}
+    assert outcomes == {"malformed-request", "client-disconnected"}
