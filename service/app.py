@@ -106,11 +106,15 @@ def tenants_app(container: Container) -> Litestar:
 
 
 def operators_app(container: Container) -> Litestar:
-    """Create the operators' application without middleware."""
+    """Create the operators' application without middleware: in a worker only health and metrics."""
+    health = Router("/", route_handlers=health_routes(container.health), tags=["Service"], security=[{}])
+    metrics = metrics_route(container.metrics, container.ledger_snapshot)
+    if (admin_auth := container.admin_auth) is None:
+        return _create_litestar(container, [health, metrics], operators_config())
 
     # Litestar would run a function in a thread, where it can't name the operator for the log.
     async def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-        container.admin_auth.authenticate(connection)
+        admin_auth.authenticate(connection)
         refuse_content_encoding(connection.headers)
 
     registry_routes = [
@@ -136,8 +140,6 @@ def operators_app(container: Container) -> Litestar:
         # Responses show the present state, and one of them a token.
         cache_control=CacheControlHeader(no_store=True),
     )
-    health = Router("/", route_handlers=health_routes(container.health), tags=["Service"], security=[{}])
-    metrics = metrics_route(container.metrics, container.ledger_snapshot)
     return _create_litestar(container, [admin_routes, health, metrics, *docs_routes()], operators_config())
 
 

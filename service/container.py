@@ -119,7 +119,7 @@ class Container:
         task_ids = TaskIdCodec(keyring.derive(TASK_ID_PURPOSE))
         settlements = SettlementQueue(ledger, background, registry)
         self.tenant_auth = TenantAuth(registry, now, settings.reads_per_second)
-        self.admin_auth = AdminAuth(settings.all_operators)
+        self.admin_auth = None if settings.role is Role.WORKER else AdminAuth(settings.all_operators)
         self.uploads = UploadReader(
             max_image_bytes=settings.max_image_bytes,
             max_image_pixels=settings.max_image_pixels,

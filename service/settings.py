@@ -281,8 +281,8 @@ def production_warnings(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _has_admin(values: Mapping[str, Any]) -> bool:
-    """Return whether an operator can make changes, or a setting that may name one is invalid."""
-    if values.get("admin_token", "faulty") or "operators" not in values:
+    """Return whether an operator can make changes, none is needed, or a setting that may name one is invalid."""
+    if values.get("role") is Role.WORKER or values.get("admin_token", "faulty") or "operators" not in values:
         return True
     return any(operator.role is OperatorRole.ADMIN for operator in values["operators"] or ())
 
@@ -432,7 +432,7 @@ class Settings:
         parse_printable,
         None,
         f"The token of the operator `admin`, in production of at least {MIN_ADMIN_TOKEN_LENGTH} characters. Commands "
-        "send it: for them it can be the token of any operator.",
+        "send it: for them it can be the token of any operator. A worker has none.",
         default_note="none if `GATEWAY_OPERATORS` has an admin, else generated into the data folder",
         is_secret=True,
     )
@@ -467,7 +467,9 @@ class Settings:
         parse_int(90, 3_600), "180", "How long a submission may take; sending ends 60 s before that."
     )
     task_retention_days: int = _declare(parse_int(1, 365), "30", "How long a task is kept after its end.")
-    role: Role = _declare(parse_choice(Role), "all", "`api` or `worker` to scale them apart.")
+    role: Role = _declare(
+        parse_choice(Role), "all", "`api` or `worker` to scale them apart; a worker serves only health and metrics."
+    )
     models: Mapping[str, str] = _declare(
         parse_catalogue, _format_pairs(DEFAULT_CATALOGUE.models), "Names of models, each with the upstream's own."
     )
@@ -501,6 +503,9 @@ class Settings:
                 errors.append(f"{setting.name} {error}")
         if "ops_host" in values and "host" in values:
             values["ops_host"] = values["ops_host"] or values["host"]
+        if values.get("role") is Role.WORKER:
+            # It serves no operators, even where it shares its variables with others.
+            values |= {"admin_token": None, "operators": None}
         errors.extend(_find_conflicts(values))
         if errors:
             raise SettingsError(errors)
@@ -516,7 +521,7 @@ class Settings:
 
     @property
     def has_admin(self) -> bool:
-        """Whether an operator can make changes."""
+        """Whether an operator can make changes, or none is needed."""
         return _has_admin(vars(self))
 
     @property

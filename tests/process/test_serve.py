@@ -97,6 +97,7 @@ def test_production_generates_nothing_and_logs_json(tmp_path: Path, valkey: Valk
 
 
 def test_api_and_worker_started_at_once_share_the_work(tmp_path: Path, upstream: SandboxProcess) -> None:
+    """The worker has no tenants' port, and at the operators' port only health and metrics."""
     with run_valkey() as store, socket.create_server(("127.0.0.1", 0)) as taken:
         shared = upstream.gateway_settings(store)
         port = str(taken.getsockname()[1])  # which a worker does not open
@@ -110,6 +111,10 @@ def test_api_and_worker_started_at_once_share_the_work(tmp_path: Path, upstream:
             assert api.wait_finished(task)["state"] == "succeeded"
             worker.wait_for_log("task.finished")
             assert "task.finished" not in api.log_path.read_text()
+            admin = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+            paths = ("/healthz", "/readyz", "/metrics", "/admin/v1/accounts", "/docs", "/openapi.json")
+            statuses = [HTTP.get(worker.ops_url + path, headers=admin).status_code for path in paths]
+            assert statuses == [200, 200, 200, 404, 404, 404]
             assert [gateway.stop() for gateway in (api, worker)] == [0, 0]
 
 

@@ -78,7 +78,9 @@ def test_given_values() -> None:
     assert settings.is_production
     assert (settings.host, settings.port, settings.ops_host) == ("::", 80, "10.0.0.1")
     assert settings.upstream_url == "https://images.example"
-    assert (settings.secret_keys, settings.admin_token) == ((KEY, KEY), TOKEN)
+    assert (settings.secret_keys, settings.admin_token) == ((KEY, KEY), None)  # a worker has none
+    assert Settings.load(PRODUCTION).admin_token == TOKEN
+    assert find_errors(PRODUCTION | {"GATEWAY_ROLE": "worker", "GATEWAY_ADMIN_TOKEN": ""}) == ()
     assert (settings.poll_seconds, settings.role, settings.log_level) == (0.5, Role.WORKER, LogLevel.WARNING)
     assert settings.models == {"general": "通用模型", "anime": "动漫"}
     assert settings.max_image_bytes == 5 << 20

@@ -55,7 +55,7 @@ def test_names(name: str) -> None:
 
 
 def test_selectors() -> None:
-    """The selectors of a role match exactly its pods; the operators' Service selects both roles, but not the Job."""
+    """The selectors of a role match exactly its pods; only the Service of the metrics selects both, none the Job."""
     resources = render_release("production")
     labels = {owner: pod["metadata"]["labels"] for owner, pod in pod_templates(resources)}
 
@@ -69,9 +69,9 @@ def test_selectors() -> None:
         selectors = [deployment["selector"], budget["selector"], *(item["labelSelector"] for item in spread)]
         for selector in selectors:
             assert selected(selector["matchLabels"]) == [f"photos-imaging-gateway-{role}"]
-    tenants, operators = (get_resource(resources, "Service", name)["spec"] for name in ("", "-operators"))
-    assert selected(tenants["selector"]) == ["photos-imaging-gateway-api"]
-    assert selected(operators["selector"]) == [f"photos-imaging-gateway-{role}" for role in ROLES]
+    for suffix, roles in (("", ["api"]), ("-operators", ["api"]), ("-metrics", ROLES)):
+        service = get_resource(resources, "Service", suffix)["spec"]
+        assert selected(service["selector"]) == [f"photos-imaging-gateway-{role}" for role in roles]
     (path,) = get_resource(resources, "Ingress")["spec"]["rules"][0]["http"]["paths"]
     assert path["backend"]["service"] == {"name": "photos-imaging-gateway", "port": {"name": "tenants"}}
 
@@ -152,7 +152,7 @@ def test_egress(name: str, redis: list[int]) -> None:
 
 
 def test_monitoring() -> None:
-    """Rules and dashboards are included unchanged but for their links; Prometheus scrapes the operators' port."""
+    """Rules and dashboards are included unchanged but for their links; Prometheus scrapes both roles."""
     resources = render_release("production", 'fullnameOverride="other"')
     rules = {item["metadata"]["name"]: item["spec"] for item in resources_of_kind(resources, "PrometheusRule")}
     assert rules.keys() == {f"other-{file.stem}" for file in RULE_FILES}
@@ -168,9 +168,10 @@ def test_monitoring() -> None:
     assert dashboards == {f"imaging-gateway-{name}.json": dashboard for name, dashboard in DASHBOARDS.items()}
     (monitor,) = [item["spec"] for item in resources_of_kind(resources, "ServiceMonitor")]
     services = {item["metadata"]["name"]: item for item in resources_of_kind(resources, "Service")}
-    labels = services["other-operators"]["metadata"]["labels"]
+    labels = services["other-metrics"]["metadata"]["labels"]
     assert matches_selector(monitor["selector"]["matchLabels"], labels)
-    assert not matches_selector(monitor["selector"]["matchLabels"], services["other"]["metadata"]["labels"])
+    for name in ("other", "other-operators"):
+        assert not matches_selector(monitor["selector"]["matchLabels"], services[name]["metadata"]["labels"])
     assert labels[monitor["jobLabel"]] == "imaging-gateway"  # which the rules select
     assert [(item["port"], item["path"]) for item in monitor["endpoints"]] == [("operators", "/metrics")]
 
@@ -254,6 +255,8 @@ def test_settings(name: str, role: str, tmp_path: Path) -> None:
     settings = pod_settings(tmp_path, name, role)
     assert settings.is_production
     assert (settings.role, settings.redis_url) == (Role(role), REDIS_URL)
+    mounted = pod_environment(pod_template(name, role), tmp_path)
+    assert ("GATEWAY_ADMIN_TOKEN_FILE" in mounted) == (role == "api")
     (container,) = pod_template(name, role)["spec"]["containers"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"operators": settings.ops_port} | ({"tenants": settings.port} if role == "api" else {})

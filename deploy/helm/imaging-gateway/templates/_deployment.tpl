@@ -4,6 +4,8 @@
 {{- $role := .role -}}
 {{- $values := .values -}}
 {{- with .root -}}
+{{- /* A worker serves no operators. */ -}}
+{{- $secrets := $api | ternary .Values.secrets (omit .Values.secrets "adminToken") -}}
 apiVersion: apps/v1
 kind: Deployment
 metadata:
@@ -99,7 +101,7 @@ spec:
             - name: GATEWAY_{{ snakecase $name | upper }}
               value: {{ include "gateway.setting" $value | quote }}
             {{- end }}
-            {{- range $name, $_ := .Values.secrets }}
+            {{- range $name, $_ := $secrets }}
             - name: GATEWAY_{{ snakecase $name | upper }}_FILE
               value: {{ include "gateway.secretFolder" $ }}/{{ kebabcase $name }}
             {{- end }}
@@ -151,7 +153,7 @@ spec:
           projected:
             defaultMode: 0440
             sources:
-              {{- range $name, $secret := .Values.secrets }}
+              {{- range $name, $secret := $secrets }}
               {{- include "gateway.secretSource" (dict "name" $name "secret" $secret) | nindent 14 }}
               {{- end }}
         # For libraries that need one. The gateway itself keeps uploads in memory.
