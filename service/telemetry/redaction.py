@@ -8,8 +8,10 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
+from itertools import chain
 from typing import Any
-from urllib.parse import quote, quote_plus
+from urllib.parse import quote_plus
 
 import msgspec
 
@@ -18,46 +20,81 @@ from service.domain.webhooks import SECRET_PREFIX
 
 _MIN_SECRET_LENGTH = 8
 """A shorter encoding would also match within ordinary words."""
-_PERCENT_ESCAPE = re.compile(r"%[0-9A-F]{2}")
+_MAX_STRIDE = 16
+_OCTET_ESCAPE = r"(?:%(?:25){0,8}|\\{1,8}+(?:x|u00))"
+"""Before two hex digits in URLs, escaped any number of times, and in literals of Python and JSON."""
+_ESCAPE = re.compile(
+    rf"{_OCTET_ESCAPE}([0-9a-f]{{2}})|&#(?:x0{{0,6}}([0-9a-f]{{2}})|0{{0,6}}([0-9]{{2,3}}));", re.IGNORECASE
+)
+
+
+def replace_secret(secret: str, replacement: str, text: str) -> str:
+    """Return a text without a secret, however it is spelled.
+
+    Found in any case, with any of its characters escaped for URLs, literals or HTML, and within base64 and hex.
+    """
+    return _spelling_pattern(secret).sub(replacement, text)
 
 
 class KnownSecrets:
     """Registered secrets, to be replaced in texts.
 
-    A text is split into fragments of a fixed length, and each encoding is long enough to contain one wherever it
-    occurs. Only a text with a known fragment is searched, so that the cost does not grow with the number of secrets.
+    A text is sampled at regular distances; distance and length of samples are so short that each encoding of a secret
+    contains a whole one. Only a text with a sample of a secret is searched for it, so that the cost does not grow with
+    the number of secrets.
     """
 
     def __init__(self) -> None:
         self._secrets: set[str] = set()
-        self._encodings: set[str] = set()
-        self._fragments: set[str] = set()
-        self._fragment_length = 0
+        self._samples: dict[str, tuple[str, ...]] = {}
+        """The secrets that a sample may be part of."""
+        self._min_length = 0
+        self._stride = self._sample_length = 0
 
     def add(self, secret: str) -> bool:
         """Register a secret; return False if it is already known or too short."""
         if secret in self._secrets or len(secret) < _MIN_SECRET_LENGTH:
             return False
         self._secrets.add(secret)
-        added = {encoding for encoding in encodings(secret) if len(encoding) >= _MIN_SECRET_LENGTH}
-        self._encodings |= added
-        # An encoding of twice this length contains a whole fragment at any offset.
-        length = (min(map(len, self._encodings)) + 1) // 2
-        if length != self._fragment_length:
-            self._fragment_length, self._fragments, added = length, set(), self._encodings
-        for encoding in added:
-            self._fragments.update(encoding[start : start + length] for start in range(len(encoding) - length + 1))
+        length, added = min(map(len, encodings(secret))), {secret}
+        if not self._min_length or length < self._min_length:
+            self._min_length, self._stride = length, min(length // 2, _MAX_STRIDE)
+            self._sample_length = length - self._stride + 1
+            self._samples, added = {}, self._secrets
+        for item in added:
+            for encoding in encodings(item):
+                for start in range(self._stride):
+                    sample = encoding[start : start + self._sample_length]
+                    secrets = self._samples.get(sample, ())
+                    self._samples[sample] = secrets if item in secrets else (*secrets, item)
         return True
 
     def replace_secrets(self, text: str, replacement: str) -> str:
-        length = self._fragment_length
-        if not length or len(text) < length:
+        if len(text) < self._min_length or not self._secrets:
             return text
-        if self._fragments.isdisjoint([text[start : start + length] for start in range(0, len(text), length)]):
-            return text
-        for encoding in sorted(self._encodings, key=len, reverse=True):  # a longer one may contain a shorter one
-            text = text.replace(encoding, replacement)
+        views = [text.lower()]
+        if "%" in text or "\\" in text or "&#" in text:
+            views.append(_ESCAPE.sub(_unescape, text).lower())
+        for view in views:
+            if not self._samples.keys().isdisjoint(self._split(view)):
+                return self._replace_found(text, replacement, views)
         return text
+
+    def _split(self, view: str) -> list[str]:
+        length = self._sample_length
+        return [view[start : start + length] for start in range(0, len(view), self._stride)]
+
+    def _replace_found(self, text: str, replacement: str, views: Sequence[str]) -> str:
+        samples = chain.from_iterable(map(self._split, views))
+        candidates = {secret for sample in samples for secret in self._samples.get(sample, ())}
+        for secret in sorted(candidates, key=len, reverse=True):  # one may contain another
+            if any(encoding in view for encoding in encodings(secret) for view in views):
+                text = replace_secret(secret, replacement, text)
+        return text
+
+
+def _unescape(match: re.Match[str]) -> str:
+    return chr(int(match[3]) if match[3] else int(match[1] or match[2], 16))
 
 
 _LITERALS: Sequence[Callable[[str], str]] = (
@@ -69,20 +106,39 @@ _LITERALS: Sequence[Callable[[str], str]] = (
 )
 
 
-def encodings(secret: str) -> Iterator[str]:
-    """Yield a secret as it is and as encoded in URLs, JSON and Python literals, HTML, base64 and hex."""
+def encodings(secret: str) -> set[str]:
+    """Return a secret as it is and as encoded in literals, HTML, forms, base64 and hex, all in lower case."""
     plain = secret.encode(errors="surrogatepass")
-    yield secret
-    yield html.escape(secret)
-    for encoded in (quote(plain), quote(plain, safe=""), quote_plus(plain)):
-        yield encoded
-        yield _PERCENT_ESCAPE.sub(lambda match: match[0].lower(), encoded)
+    found = {secret, plain.decode("latin-1"), html.escape(secret), quote_plus(plain)}
     for literal in _LITERALS:
         once = literal(secret)
-        yield once
-        yield literal(once)
-    yield from hex_encodings(secret)
-    yield from base64_encodings(plain)
+        found |= {once, literal(once)}
+    for cased in {secret, secret.lower(), secret.upper()}:
+        cased_plain = cased.encode(errors="surrogatepass")
+        found |= {cased_plain.hex(), *base64_encodings(cased_plain)}
+    return {secret.lower(), *(encoding.lower() for encoding in found if len(encoding) >= _MIN_SECRET_LENGTH)}
+
+
+@lru_cache(maxsize=1_000)
+def _spelling_pattern(secret: str) -> re.Pattern[str]:
+    if not secret:
+        return re.compile(r"(?!)")
+    encoded = (
+        "".join(character if character.isalnum() else _spell(character) for character in encoding)
+        for encoding in sorted(encodings(secret), key=len, reverse=True)
+    )
+    return re.compile("|".join(("".join(map(_spell, secret)), *encoded)), re.IGNORECASE)
+
+
+def _spell(character: str) -> str:
+    """Return a pattern of a character in both cases, as it is and as escapes."""
+    spellings = []
+    for cased in sorted({character.lower(), character.upper()}):
+        octets = cased.encode(errors="surrogatepass")
+        spellings.append("".join(f"{_OCTET_ESCAPE}{octet:02x}" for octet in octets))
+        if len(octets) == 1:
+            spellings.append(rf"&\#(?:x0{{0,6}}{octets[0]:x}|0{{0,6}}{octets[0]});")
+    return f"(?:{'|'.join(spellings)}|{re.escape(character)})"  # an escape may begin with the character
 
 
 def hex_encodings(text: str) -> tuple[str, str]:

@@ -6,7 +6,8 @@ import base64
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import Any
 from urllib.parse import quote
 
@@ -26,7 +27,7 @@ from service.domain.tenants import generate_token
 from service.domain.webhooks import generate_secret
 from service.telemetry.logging import configure_logging
 from service.telemetry.metrics import Metrics, Port
-from service.telemetry.redaction import Redactor
+from service.telemetry.redaction import Redactor, replace_secret
 from tests.unit.asgi_client import call_app
 
 SECRET = "hunter2-hunter2"
@@ -195,6 +196,8 @@ def list_encodings(secret: str) -> list[str]:
         *(secret, repr(secret), ascii(secret), json.dumps(json.dumps(secret)), quote(secret, safe="")),
         *(repr(plain), plain.hex(), base64.urlsafe_b64encode(b"###" + plain).decode()),
         *(base64.b64encode(b"#" * before + plain).decode() for before in range(3)),
+        *(secret.swapcase(), secret.lower().encode().hex().upper(), base64.b64encode(secret.upper().encode()).decode()),
+        quote(base64.b64encode(plain).decode(), safe=""),
     ]
 
 
@@ -206,6 +209,30 @@ def test_secrets_are_redacted_in_every_encoding(secret: str) -> None:
         event = redactor(None, "info", {"event": "x", "value": value})
         for written in (redactor.redact_text(f"a<{item}>b"), json.dumps(event, ensure_ascii=False), str(event)):
             assert item[4:-4] not in written
+
+
+SPELLINGS: list[Callable[[str], str]] = [
+    *(str, str.swapcase),
+    lambda character: f"%{ord(character):02X}",
+    lambda character: f"%2525{ord(character.swapcase()):02x}",
+    lambda character: f"\\\\u{ord(character):04x}",
+    lambda character: f"\\x{ord(character):02X}",
+    lambda character: f"&#{ord(character)};",
+    lambda character: f"&#x{ord(character):X};",
+]
+
+
+@given(
+    st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="\\"), min_size=8),
+    st.lists(st.sampled_from(SPELLINGS), min_size=1),
+    st.sampled_from(["", "x", "%", "%2", "密"]),
+)
+def test_secrets_are_found_whatever_the_spelling_of_each_character(
+    secret: str, spellings: list[Callable[[str], str]], around: str
+) -> None:
+    text = "".join(spell(character) for spell, character in zip(cycle(spellings), secret, strict=False))
+    assert replace_secret(secret, "", f"{around}{text}{around}") == 2 * around
+    assert Redactor([secret, SECRET, ODD_SECRET]).redact_text(f"{around} {text}") == f"{around} [redacted]"
 
 
 @given(st.recursive(st.text() | st.floats() | st.binary() | st.integers(), lambda it: st.lists(it) | st.tuples(it)))
