@@ -45,7 +45,6 @@ REFUSAL_LOG_SECONDS = 60.0
 """Refused requests of one address are logged at most once in this time."""
 
 _MAX_LOGGED_ADDRESSES = 1_000
-_MAX_PATH_CHARS = 500
 _REQUEST_ID_HEADER = b"x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _ALLOW_HEADER = b"allow"
@@ -132,7 +131,8 @@ class RequestMiddleware:
     async def _serve(
         self, scope: Message, receive: Receive, recorder: _ResponseRecorder, upstream_wait: WaitTimer, span: Span
     ) -> None:
-        method, path = scope["method"], quote(scope["path"])[:_MAX_PATH_CHARS]  # read now: Litestar changes it
+        # Read now: Litestar changes it. The log cuts the path again.
+        method, path = scope["method"], quote(scope["path"])[: 4 * logging.MAX_PATH_CHARS]
         state = scope["state"]
         started_at = time.perf_counter()
         try:

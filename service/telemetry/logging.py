@@ -84,6 +84,7 @@ _LIBRARIES = ("asyncio", "httpcore2", "httpx2", "litestar", "redis", "uvicorn", 
 _LEVELS = (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO)
 REQUEST_EVENT = "request.ended"
 OUTCOME_ANSWERED = "answered"
+MAX_PATH_CHARS = 500
 Event = MutableMapping[str, Any]
 
 
@@ -106,6 +107,7 @@ def configure_logging(*, json: bool, level: str, stream: BinaryIO, redactor: Red
         structlog.processors.format_exc_info,
         _order_fields,
         redactor,
+        _cut_path,
         *([_add_timestamp, _to_json] if json else [_format_for_console, console, _to_bytes]),
     ]
     structlog.configure(
@@ -147,6 +149,13 @@ def _order_fields(_logger: object, _method: str, event: Event) -> Event:
     fields = {name: value for name, value in event.items() if value is not None}
     request_fields = structlog.contextvars.get_contextvars()
     return first | fields | {name: value for name, value in request_fields.items() if name not in fields}
+
+
+def _cut_path(_logger: object, _method: str, event: Event) -> Event:
+    """Cut the path of a request once it is redacted: a part of a secret is not recognised."""
+    if event["event"] == REQUEST_EVENT:
+        event["path"] = event["path"][:MAX_PATH_CHARS]
+    return event
 
 
 def _add_timestamp(_logger: object, _method: str, event: Event) -> Event:

@@ -63,7 +63,7 @@ class LinkAwareSampler(TraceIdRatioBased):
 class RedactingProcessor(SpanProcessor):
     """Redacts names and attributes of spans as they start.
 
-    Values are truncated afterwards: a part of a secret is not recognised.
+    Values are truncated afterwards: a part of a secret is not recognised. A very long value is not searched as a whole.
     """
 
     def __init__(self, redact: Callable[[str], str]) -> None:
@@ -73,7 +73,7 @@ class RedactingProcessor(SpanProcessor):
         span.update_name(self._redact(span.name))
         for name, value in dict(span.attributes or {}).items():
             if isinstance(value, str):
-                span.set_attribute(name, self._redact(value)[:MAX_VALUE_LENGTH])
+                span.set_attribute(name, self._redact(value[: 4 * MAX_VALUE_LENGTH])[:MAX_VALUE_LENGTH])
 
 
 def create_provider(sample_ratio: float, redact: Callable[[str], str]) -> TracerProvider:

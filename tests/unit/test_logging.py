@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from typing import Any
+from unittest.mock import AsyncMock
 from urllib.parse import quote
 
 import msgspec
@@ -79,6 +80,14 @@ async def test_console_lines_include_the_traceback() -> None:
     assert not [secret for secret in (SECRET, "abcdef", "\x1b[") if secret in log.output]
     await call_app(RequestMiddleware(app, Metrics(CollectorRegistry()), log.logger, Port.TENANTS), "GET", "/somewhere")
     assert "GET /somewhere 204" in log.output
+
+
+async def test_a_long_path_is_cut_once_it_is_redacted() -> None:
+    log = LogSetup()
+    app = RequestMiddleware(AsyncMock(), Metrics(CollectorRegistry()), log.logger, Port.TENANTS)
+    await call_app(app, "GET", "/" + "x" * 490 + SECRET)
+    assert len(log.event["path"]) == 500
+    assert SECRET[:6] not in log.output
 
 
 def test_invalid_trace_headers_are_not_logged() -> None:
