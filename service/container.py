@@ -70,7 +70,7 @@ Job = Callable[[], Coroutine[Any, Any, None]]
 JOB_RESTART_SECONDS = 1.0
 
 
-TASK_ID_PURPOSE, WEBHOOK_SECRET_PURPOSE = "task-id", "webhook-secret"
+TASK_ID_PURPOSE, WEBHOOK_SECRET_PURPOSE, LINK_PURPOSE = "task-id", "webhook-secret", "artifact-link"
 """Purposes of encryption, each with derived keys of its own, beside that of UserKeyCipher."""
 REDIS_TIMEOUT_SECONDS = 5.0
 
@@ -266,6 +266,7 @@ async def open_container(
     redactor = redactor or Redactor()
     keyring = Keyring(settings.secret_keys)
     user_keys = UserKeyCipher(keyring, settings.upstream_url, lambda key: redactor.register_secrets(key.decode()))
+    links = keyring.derive(LINK_PURPOSE)
     retention = Retention(
         lease_ms=settings.lease_seconds * 1000,
         check_interval_ms=int(settings.poll_seconds * 1000),
@@ -303,6 +304,7 @@ async def open_container(
                 user_keys,
                 settings.catalogue,
                 on_call=metrics.record_upstream_call,
+                links=links,
                 tracer=tracer,
             )
         )
@@ -312,6 +314,7 @@ async def open_container(
             max_bytes=settings.max_artifact_bytes,
             on_call=metrics.record_upstream_call,
             user_keys=user_keys,
+            links=links,
             tracer=tracer,
         )
         artifact_client.register_metrics(metrics)

@@ -58,7 +58,7 @@ class Artifact(Struct, frozen=True):
     """A result."""
 
     name: ArtifactName
-    url: Annotated[str, Meta(description="At the upstream, which may remove it.")]
+    url: Annotated[str, Meta(description="At the upstream, which may remove it. Secrets in it are left out.")]
     href: Annotated[str, Meta(description="Path to fetch it through the gateway.")]
 
 

@@ -22,8 +22,7 @@ from opentelemetry.trace import Tracer
 
 from service.clients.egress import AddressRefused, GuardedTransport, IpAddress, Resolver, is_public, resolve_host
 from service.clients.http import USER_AGENT, OnCall, default_tls, local_error_reason
-from service.clients.vendor_api import unmask_key
-from service.crypto import UserKeyCipher
+from service.crypto import AesSivCipher, UserKeyCipher
 from service.domain.errors import (
     GatewayError,
     Overloaded,
@@ -37,6 +36,7 @@ from service.domain.tenants import Account
 from service.telemetry import tracing
 from service.telemetry.logging import upstream_wait
 from service.telemetry.metrics import Metrics, preregister
+from service.telemetry.redaction import replace_secret
 from service.usecases.ports import ArtifactStream, Coverage, RangeRequest, TransferAborted
 
 _log = structlog.get_logger(__name__)
@@ -66,12 +66,13 @@ class ArtifactMetadata(Struct, frozen=True, kw_only=True):
 
 
 def _parse_metadata(
-    response: httpx2.Response, range_request: RangeRequest, max_bytes: int, *, is_recent: bool
+    response: httpx2.Response, range_request: RangeRequest, max_bytes: int, *, is_recent: bool, user_key: str
 ) -> ArtifactMetadata:
     """Check the head of a response that is no redirect.
 
-    Content-Type and Content-Encoding are ignored: stores repeat them for bytes that are plain. A file that `is_recent`
-    may not have arrived in its store yet. Raises UpstreamInvalidResponse, UpstreamUnavailable or RangeNotSatisfiable.
+    Content-Type and Content-Encoding are ignored: stores repeat them for bytes that are plain; validators with the
+    account's key are left out. A file that `is_recent` may not have arrived in its store yet. Raises
+    UpstreamInvalidResponse, UpstreamUnavailable or RangeNotSatisfiable.
     """
     headers = response.headers
     coverage = _classify_status(response.status_code, headers, range_request, is_recent=is_recent)
@@ -93,8 +94,8 @@ def _parse_metadata(
         exact_length=exact,
         is_from_start=first == 0,
         content_range=content_range,
-        etag=_match_or_none(_ETAG, headers.get("etag")),
-        last_modified=_match_or_none(_HTTP_DATE, headers.get("last-modified")),
+        etag=_match_or_none(_ETAG, headers.get("etag"), user_key),
+        last_modified=_match_or_none(_HTTP_DATE, headers.get("last-modified"), user_key),
         accept_ranges="bytes" if headers.get("accept-ranges", "").lower() == "bytes" else None,
     )
 
@@ -139,8 +140,9 @@ def _parse_content_range(content_range: str) -> tuple[int, int, int | None]:
     return first, last - first + 1, size
 
 
-def _match_or_none(pattern: re.Pattern[str], text: str | None) -> str | None:
-    return text if text and pattern.fullmatch(text) else None
+def _match_or_none(pattern: re.Pattern[str], text: str | None, user_key: str = "") -> str | None:
+    is_shown = text and pattern.fullmatch(text) and replace_secret(user_key, "", text) == text
+    return text if is_shown else None
 
 
 MAX_CACHED_TYPES = 10_000
@@ -174,7 +176,7 @@ class ArtifactClient:
     """Client for results of at most `max_bytes`, each over connections of its own.
 
     A private address is allowed only if it is the host of the account's own upstream. `user_keys` decrypts the
-    accounts' keys, which the URL of a result may contain.
+    accounts' keys, which no header of a result shows, and `links` the URLs that contain one.
     """
 
     def __init__(
@@ -184,6 +186,7 @@ class ArtifactClient:
         max_bytes: int,
         on_call: OnCall,
         user_keys: UserKeyCipher | None = None,
+        links: AesSivCipher | None = None,
         tls: ssl.SSLContext | None = None,
         resolver: Resolver = resolve_host,
         timeouts: FetchTimeouts | None = None,
@@ -193,6 +196,7 @@ class ArtifactClient:
         self._max_bytes = max_bytes
         self._on_call = on_call
         self._user_keys = user_keys
+        self._links = links
         self._tls = tls or default_tls()
         self._resolver = resolver
         self._timeouts = timeouts or FetchTimeouts()
@@ -214,7 +218,7 @@ class ArtifactClient:
         own_url = httpx2.URL(account.base_url or self._upstream_url) if account else None
         own_host = own_url and own_url.raw_host.decode("ascii").lower()
         user_key = self._user_keys.decrypt(account) if account and self._user_keys else None
-        url = unmask_key(user_key.decode(), artifact.url) if user_key else artifact.url
+        url = self._decrypt_url(artifact)
 
         def is_allowed(host: str, ip: IpAddress) -> bool:
             return host == own_host or is_public(ip)
@@ -227,6 +231,7 @@ class ArtifactClient:
             timeouts=self._timeouts,
             tracer=self._tracer,
             types=self._types,
+            user_key=user_key.decode() if user_key else "",
         )
         try:
             async with (
@@ -236,6 +241,14 @@ class ArtifactClient:
                 yield await fetch.start(transport, Artifact(artifact.name, url))
         finally:
             self._on_call(ArtifactOperation.FETCH, fetch.outcome, time.monotonic() - started_at)
+
+    def _decrypt_url(self, artifact: Artifact) -> str:
+        if artifact.encrypted_url is None:
+            return artifact.url
+        url = self._links and self._links.decrypt(artifact.encrypted_url)
+        if not url:
+            raise UpstreamInvalidResponse("The URL of this result can't be decrypted any more.")
+        return url.decode()
 
 
 @dataclass(kw_only=True)
@@ -248,6 +261,7 @@ class _Fetch:
     timeouts: FetchTimeouts
     tracer: Tracer
     types: OrderedDict[bytes, str]
+    user_key: str
     host: str = ""  # only the host is logged: path and query may grant access
     exit_stack: AsyncExitStack = field(default_factory=AsyncExitStack)
     outcome: FetchOutcome = FetchOutcome.CANCELLED
@@ -350,7 +364,10 @@ class _Fetch:
                 self.exit_stack.push_async_callback(response.aclose)
                 tracing.record_status(span, response.status_code)
             if response.status_code not in _REDIRECT_STATUSES:
-                return response, _parse_metadata(response, range_request, self.max_bytes, is_recent=self.is_recent)
+                metadata = _parse_metadata(
+                    response, range_request, self.max_bytes, is_recent=self.is_recent, user_key=self.user_key
+                )
+                return response, metadata
             target = url.join(response.headers.get("location", ""))
             await response.aclose()
             if target.scheme != "https" and (url.scheme == "https" or target.scheme != "http"):

@@ -25,20 +25,22 @@ from service.clients.http import (
     UpstreamResponse,
     default_tls,
 )
-from service.clients.vendor_api import mask_key, remove_key
-from service.crypto import UserKeyCipher
-from service.domain.tasks import Catalogue, Options, TaskError
+from service.crypto import AesSivCipher, UserKeyCipher
+from service.domain.tasks import Artifact, Catalogue, Options
 from service.domain.tenants import Account
 from service.telemetry import tracing
 from service.telemetry.gauges import GaugeName
 from service.telemetry.logging import upstream_wait
 from service.telemetry.metrics import Metrics, preregister
+from service.telemetry.redaction import replace_secret
 from service.usecases.ports import CheckOutcome, CheckResult, Image, SubmitOutcome, SubmitResult
 
 _log = structlog.get_logger(__name__)
 _MAX_REPORTED_LINKS = 1_000
 CHECK_SECONDS = 20.0
 """Time limit of a check, including the wait for a slot."""
+_HIDDEN_KEY = "%7Buser_key%7D"
+"""Stands for the account's key in a link that tenants see."""
 
 
 class UpstreamOperation(StrEnum):
@@ -49,7 +51,8 @@ class UpstreamOperation(StrEnum):
 class UpstreamClient:
     """Client for the upstreams of all accounts; an async context manager.
 
-    `user_keys` decrypts the accounts' keys, which appear in no log, error or message for tenants.
+    `user_keys` decrypts the accounts' keys, which appear in no log, error, message or link for tenants; `links`
+    encrypts links that contain one.
     """
 
     def __init__(
@@ -59,10 +62,12 @@ class UpstreamClient:
         catalogue: Catalogue,
         *,
         on_call: OnCall,
+        links: AesSivCipher,
         tracer: Tracer = tracing.NOOP_TRACER,
     ) -> None:
         self._base_url = base_url
         self._user_keys = user_keys
+        self._links = links
         self._catalogue = catalogue
         self._on_call = on_call
         # The gauge of the usual upstream exists from the start.
@@ -155,10 +160,11 @@ class UpstreamClient:
         except ResponseLost as error:
             self._log_failure(UpstreamOperation.SUBMIT, account, error)
             return SubmitResult(outcome=SubmitOutcome.UNKNOWN)
-        result = vendor_api.parse_submit_response(response.body, response.status, response.retry_after_seconds)
+        hide = partial(replace_secret, user_key, "…")
+        result = vendor_api.parse_submit_response(response.body, response.status, response.retry_after_seconds, hide)
         if result.outcome in {SubmitOutcome.UNKNOWN, SubmitOutcome.REDIRECTED}:
             self._log_failure(UpstreamOperation.SUBMIT, account, _describe_unusable(response))
-        return replace(result, reason=remove_key(user_key, result.reason))
+        return result
 
     async def _check(self, account: Account, upstream_id: str) -> CheckResult:
         user_key = self._decrypt_user_key(account)
@@ -180,13 +186,16 @@ class UpstreamClient:
 
         body = response.body if 200 <= response.status < 300 else b""
         url = self._account_url(account) + vendor_api.CHECK_PATH
-        result = vendor_api.parse_check_response(body, url, report, partial(mask_key, user_key))
+        result = vendor_api.parse_check_response(body, url, report, partial(replace_secret, user_key, "…"))
         if result.outcome in {CheckOutcome.NO_RESPONSE, CheckOutcome.INVALID} and not unusable_fields:
             self._log_failure(UpstreamOperation.CHECK, account, _describe_unusable(response))
-        if result.error:
-            task_error = TaskError(result.error.code, remove_key(user_key, result.error.detail))
-            result = replace(result, error=task_error)
-        return result
+        return replace(result, artifacts=tuple(self._hide_key(user_key, artifact) for artifact in result.artifacts))
+
+    def _hide_key(self, user_key: str, artifact: Artifact) -> Artifact:
+        shown = replace_secret(user_key, _HIDDEN_KEY, artifact.url)
+        if shown == artifact.url:
+            return artifact
+        return Artifact(artifact.name, shown, self._links.encrypt(artifact.url.encode()))
 
     def _log_unusable_link(self, account: Account, upstream_id: str, field: str, value: object) -> None:
         """Log an unusable link only once, though its task is checked repeatedly."""

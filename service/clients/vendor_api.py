@@ -9,18 +9,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from enum import Enum
-from functools import lru_cache
 from http import HTTPStatus
 from itertools import chain, islice
 from typing import Any
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import msgspec
 
 from service.clients.http import decode_object
 from service.domain.ledger import Balance
 from service.domain.tasks import VENDOR_FIELDS, Artifact, ArtifactName, Catalogue, Kind, Options, TaskError
-from service.telemetry.redaction import encodings
 from service.usecases.ports import CheckOutcome, CheckResult, SubmitOutcome, SubmitResult
 
 _MAX_MESSAGE_LENGTH = 500
@@ -53,55 +51,17 @@ _ADDRESS = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 """A URL, IPv4, IPv6, dotted name, name with a port, or path."""
-_KEY_PLACEHOLDER = "%7Buser_key%7D"
-"""Stands for the account's key in a stored link; put back when the result is fetched."""
-_MIN_ENCODING_LENGTH = 8
-"""A shorter encoding of a key may be part of an ordinary word, unless the key itself is as short."""
+HideKey = Callable[[str], str]
+"""Returns a text without the account's key."""
 
 
-def remove_key(user_key: str, text: str) -> str:
-    """Return a text without the key, in any encoding."""
-    if not user_key or not text:
-        return text
-    return _key_pattern(user_key).sub("…", text)
-
-
-@lru_cache
-def _key_pattern(user_key: str) -> re.Pattern[str]:
-    parts = {part for part in encodings(user_key) if len(part) >= min(len(user_key), _MIN_ENCODING_LENGTH)}
-    return re.compile("|".join(re.escape(part) for part in sorted(parts, key=len, reverse=True)), re.IGNORECASE)
-
-
-def mask_key(user_key: str, url: str) -> str:
-    """Return a link with a placeholder for the key.
-
-    Returns an empty text if the key can't be put back later, or if the link contains the placeholder itself: the key
-    would be sent where it does not belong.
-    """
-    if _KEY_PLACEHOLDER in url:
-        return ""
-    if len(user_key) < _MIN_ENCODING_LENGTH or remove_key(user_key, url) == url:
-        return url
-    parts = urlsplit(url)
-    start = len(f"{parts.scheme}://{parts.netloc}")
-    rest = url[start:]
-    for encoding in (quote(user_key, safe=""), quote(user_key), user_key):
-        rest = rest.replace(encoding, _KEY_PLACEHOLDER)
-    masked = url[:start] + rest
-    return masked if remove_key(user_key, masked) == masked else ""
-
-
-def unmask_key(user_key: str, url: str) -> str:
-    """Return a link of `mask_key` with the key in it again."""
-    return url.replace(_KEY_PLACEHOLDER, quote(user_key, safe=""))
-
-
-def clean_message(value: object) -> str:
-    """Return a message as one printable line; empty if it is no text."""
+def clean_message(value: object, hide: HideKey = str) -> str:
+    """Return a message as one printable line without the key; empty if it is no text."""
     if not isinstance(value, str):
         return ""
-    printable = "".join(character if character.isprintable() else " " for character in value[: 4 * _MAX_MESSAGE_LENGTH])
-    return " ".join(printable.split())
+    # Cut only then: a part of a key is not recognised.
+    text = hide(value)[: 4 * _MAX_MESSAGE_LENGTH]
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
 def parse_refusal(message: str) -> SubmitResult:
@@ -193,8 +153,10 @@ class ErrCode(Enum):
     ABSENT = 2
 
 
-def parse_submit_response(body: bytes, status: int = 200, retry_after: float | None = None) -> SubmitResult:
-    """Return the outcome of a submit.
+def parse_submit_response(
+    body: bytes, status: int = 200, retry_after: float | None = None, hide: HideKey = str
+) -> SubmitResult:
+    """Return the outcome of a submit; its reason has passed through `hide`.
 
     A body that declares success and names a task is an acceptance, whatever its status. Otherwise a 4xx is a refusal,
     with the vendor's message if there is one, and so is a redirect to another base address. Anything else has an
@@ -203,12 +165,12 @@ def parse_submit_response(body: bytes, status: int = 200, retry_after: float | N
     response = decode_object(body)
     declares_success = _parse_err_code(response.get("err_code")) is ErrCode.SUCCESS
     if 200 <= status < 300 or (declares_success and _parse_task_id(response.get("task_id"))):
-        return _parse_successful_submit(response)
+        return _parse_successful_submit(response, hide)
     if status in {301, 302, 307, 308}:  # the base address is wrong
         return SubmitResult(outcome=SubmitOutcome.REDIRECTED)
     if not 400 <= status < 500:
         return SubmitResult(outcome=SubmitOutcome.UNKNOWN)
-    message = clean_message(response.get("err_msg"))
+    message = clean_message(response.get("err_msg"), hide)
     refusal = parse_refusal(message) if message else SubmitResult(outcome=SubmitOutcome.REJECTED)
     if refusal.outcome is not SubmitOutcome.REJECTED:
         return refusal
@@ -219,7 +181,7 @@ def parse_submit_response(body: bytes, status: int = 200, retry_after: float | N
     )
 
 
-def _parse_successful_submit(response: Mapping[str, Any]) -> SubmitResult:
+def _parse_successful_submit(response: Mapping[str, Any], hide: HideKey) -> SubmitResult:
     """Return the outcome of a submit whose status is 2xx.
 
     `err_code` may contradict the rest. A task id is trusted unless an error is declared, since it is all that is left
@@ -228,7 +190,7 @@ def _parse_successful_submit(response: Mapping[str, Any]) -> SubmitResult:
     """
     err_code = _parse_err_code(response.get("err_code"))
     upstream_id = _parse_task_id(response.get("task_id"))
-    message = clean_message(response.get("err_msg"))
+    message = clean_message(response.get("err_msg"), hide)
     if upstream_id and err_code is ErrCode.ERROR:
         return SubmitResult(outcome=SubmitOutcome.UNKNOWN)
     if upstream_id:
@@ -244,16 +206,15 @@ def parse_check_response(
     body: bytes,
     base_url: str = "",
     on_unusable_link: OnUnusableLink = lambda _field, _value: None,
-    clean_link: Callable[[str], str] = str,
+    hide: HideKey = str,
 ) -> CheckResult:
     """Return the result of a check; a body without a JSON object is not the vendor's.
 
-    Links are resolved against `base_url` and passed through `clean_link`, which returns an empty text for a link that
-    must not be used.
+    Links are resolved against `base_url`. The message has passed through `hide`, the links have not.
     """
     response = decode_object(body)
     err_code = _parse_err_code(response.get("err_code"))
-    message = clean_message(response.get("err_msg"))
+    message = clean_message(response.get("err_msg"), hide)
     if not response:
         return CheckResult(outcome=CheckOutcome.NO_RESPONSE)
     if err_code is ErrCode.ERROR or (err_code is ErrCode.ABSENT and message):
@@ -261,9 +222,7 @@ def parse_check_response(
         return CheckResult(outcome=CheckOutcome.NOT_FOUND if is_unknown_task else CheckOutcome.INVALID)
     if err_code is ErrCode.ABSENT and "status" not in response:
         return CheckResult(outcome=CheckOutcome.INVALID)
-    return _parse_status(
-        response, message, lambda value: clean_link(_first_usable_link(value, base_url)), on_unusable_link
-    )
+    return _parse_status(response, message, lambda value: _first_usable_link(value, base_url), on_unusable_link)
 
 
 def _parse_status(

@@ -192,11 +192,15 @@ def parse_metadata(text: str | None) -> dict[str, str]:
         raise InvalidOptions([FieldError("metadata", "must be a JSON object of strings, each name once")]) from None
 
 
-class Artifact(Struct, frozen=True):
-    """A result of a task, at the upstream's URL."""
+class Artifact(Struct, frozen=True, omit_defaults=True):
+    """A result of a task, at the upstream's URL.
+
+    If that contains the account's key, `url` is without it and `encrypted_url` is the whole.
+    """
 
     name: ArtifactName
     url: str
+    encrypted_url: bytes | None = None
 
 
 class TaskError(Struct, frozen=True):

@@ -28,6 +28,7 @@ from service.usecases.reports import QuotaReports
 from tests.behaviour.clients import LegacyClient
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, USER_KEY, RunningGateway, run_real_gateway
 from tests.behaviour.webhook_receiver import WebhookReceiver, make_secret, run_receiver
+from tests.contract.scripted_server import PNG_IMAGE, Connection, file_response, run_server, vendor_response
 from tests.support.traces import run_collector
 from tests.support.valkey import Valkey
 
@@ -132,6 +133,33 @@ async def test_redis_holds_no_secret(gateway: RunningGateway, valkey: Valkey) ->
             assert_no_secret(dumps, USER_KEY, OTHER_KEY, gateway.token, other, ADMIN_TOKEN, HOOK_SECRET, rotated)
             assert not [item for item in dumps if base64.b64decode(HOOK_SECRET[6:]) in item]
             await gateway.wait_for_task(task["id"])
+
+
+async def test_a_link_with_the_key_is_neither_shown_nor_stored(gateway: RunningGateway, valkey: Valkey) -> None:
+    spellings = [USER_KEY, USER_KEY.title(), "".join(f"%{octet:02X}" for octet in USER_KEY.encode())]
+    spellings += [quote(USER_KEY.replace("-", "%2d")), USER_KEY.encode().hex().upper()]
+    spellings += [base64.urlsafe_b64encode(b"x" * letters + USER_KEY.encode()).decode() for letters in range(3)]
+    link = ""
+
+    async def serve(connection: Connection) -> None:
+        while head := await connection.receive():
+            image = file_response(ETag=f'"{link}"', Last_Modified=spellings[0])
+            task = vendor_response(err_code=0, task_id=f"t{len(link)}", status="Completed", images_url=link)
+            await connection.send(task if head.startswith("POST") else image)
+
+    async with run_server(serve) as server, Redis(unix_socket_path=str(valkey.socket_path)) as store:
+        await gateway.call_admin("PUT", "/accounts/main", json={"user_key": USER_KEY, "base_url": server.url})
+        await store.config_set("rdbcompression", "no")
+        for spelling in spellings:
+            link = f"/{spelling}/1.png?k={spelling}"
+            task = await gateway.wait_for_task((await gateway.submit()).json()["id"])
+            checked = await LegacyClient(gateway.http, gateway.url, gateway.token).check(task["id"])
+            fetched = await gateway.call("GET", task["artifacts"][0]["href"])
+            assert (fetched.content, server.requests[-1][0].split()[1]) == (PNG_IMAGE, link.encode())
+            dumps = [await store.dump(name) or b"" for name in await store.keys()]
+            assert any(b"/1.png" in item for item in dumps)
+            texts = [json.dumps([task, checked]).encode(), repr(fetched.headers).encode(), *dumps]
+            assert [text for text in texts if spelling[4:-4].lower().encode() in text.lower()] == [], spelling
 
 
 def make_exceptions(token: str) -> list[Exception]:

@@ -20,6 +20,7 @@ from service.usecases.ports import ArtifactStream, CheckResult, Image, RangeRequ
 MAX_BYTES = 1_000_000
 USER_KEY = "hush-hush-key"
 CIPHER = UserKeyCipher(Keyring([bytes(32)]), "http://default.example")
+LINKS = Keyring([bytes(32)]).derive("artifact-link")
 
 
 def make_account(base_url: str | None = None) -> Account:
@@ -58,7 +59,7 @@ async def open_caller(base_url: str) -> AsyncIterator[Caller]:
         assert 0 <= seconds < 60
         event.append((operation, outcome))
 
-    async with UpstreamClient(base_url, CIPHER, DEFAULT_CATALOGUE, on_call=observe) as client:
+    async with UpstreamClient(base_url, CIPHER, DEFAULT_CATALOGUE, on_call=observe, links=LINKS) as client:
         yield Caller(client, event)
 
 
@@ -92,5 +93,6 @@ def make_fetcher(upstream_url: str = "http://127.0.0.1", **options: Any) -> Fetc
     def observe(_operation: StrEnum, outcome: StrEnum, _seconds: float) -> None:
         outcomes.append(outcome)
 
-    client = ArtifactClient(upstream_url, max_bytes=MAX_BYTES, on_call=observe, user_keys=CIPHER, **options)
+    ciphers: Any = {"user_keys": CIPHER, "links": LINKS}
+    client = ArtifactClient(upstream_url, max_bytes=MAX_BYTES, on_call=observe, **ciphers, **options)
     return Fetcher(client, outcomes)

@@ -30,7 +30,18 @@ from service.domain.tenants import Webhook
 from service.storage.redis import RedisScripts
 from service.telemetry import tracing
 from service.usecases.ports import CheckOutcome, SubmitOutcome, WebhookResponse
-from tests.contract.client import ACCOUNT, CIPHER, IMAGE, LARGE, USER_KEY, Caller, Fetcher, make_fetcher, open_caller
+from tests.contract.client import (
+    ACCOUNT,
+    CIPHER,
+    IMAGE,
+    LARGE,
+    LINKS,
+    USER_KEY,
+    Caller,
+    Fetcher,
+    make_fetcher,
+    open_caller,
+)
 from tests.contract.scripted_server import (
     ACCEPTED_RESPONSE,
     Connection,
@@ -273,7 +284,9 @@ def record_request(recorder: SpanRecorder) -> Iterator[list[RecordedSpan]]:
 async def test_submit(serve: Handler, attributes: Mapping[str, Any], recorder: SpanRecorder) -> None:
     async with (
         run_server(serve) as peer,
-        UpstreamClient(peer.url, CIPHER, DEFAULT_CATALOGUE, on_call=lambda *_: None, tracer=recorder.tracer) as client,
+        UpstreamClient(
+            peer.url, CIPHER, DEFAULT_CATALOGUE, on_call=lambda *_: None, links=LINKS, tracer=recorder.tracer
+        ) as client,
     ):
         with record_request(recorder) as calls:
             seconds = 0.2 if serve is never_reply else 10

@@ -25,9 +25,10 @@ from service.clients.egress import (
     resolve_host,
 )
 from service.domain.errors import UpstreamInvalidResponse, UpstreamUnavailable
+from service.domain.tasks import Artifact, ArtifactName
 from service.domain.tenants import Account
 from service.usecases.ports import RangeRequest
-from tests.contract.client import USER_KEY, make_fetcher
+from tests.contract.client import make_fetcher
 from tests.contract.scripted_server import (
     PNG_IMAGE,
     Connection,
@@ -228,10 +229,18 @@ async def test_redirects_keep_the_request() -> None:
             f"{peer.url}/a/1.png?k=%7Buser_key%7D", requested=RangeRequest(range="bytes=0-", if_range='"v1"')
         )
     lines = [sent.decode().split("\r\n") for sent, _ in peer.requests]
-    paths = [f"/a/1.png?k={USER_KEY}", "/2.png", "/3.png?a=b", "/4.png", "/5", "/6"]
+    paths = ["/a/1.png?k=%7Buser_key%7D", "/2.png", "/3.png?a=b", "/4.png", "/5", "/6"]
     assert content == PNG_IMAGE
     assert [line[0].split()[1] for line in lines] == paths
     assert all('If-Range: "v1"' in line for line in lines)
+
+
+async def test_a_link_that_was_encrypted_with_a_lost_secret_is_not_fetched() -> None:
+    async with run_server(reply_and_close(file_response())) as peer:
+        artifact = Artifact(ArtifactName.IMAGE, peer.url, b"encrypted by another")
+        with pytest.raises(UpstreamInvalidResponse):
+            await make_fetcher().client.fetch(None, artifact, RangeRequest()).__aenter__()
+    assert peer.connections == 0
 
 
 @pytest.mark.parametrize("location", ["/", "file:///etc/passwd", "//", "http://["])

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import time
+from base64 import b64encode
 from typing import Any
 from unittest.mock import AsyncMock, Mock
 
@@ -25,7 +26,7 @@ from service.domain.tasks import DEFAULT_CATALOGUE, FaceEnhanceOptions, UpscaleO
 from service.domain.tenants import Account
 from service.telemetry import tracing
 from service.usecases.ports import CheckOutcome, SubmitOutcome, SubmitResult
-from tests.contract.client import ACCOUNT, CIPHER, IMAGE, LARGE, USER_KEY, make_account, open_caller
+from tests.contract.client import ACCOUNT, CIPHER, IMAGE, LARGE, LINKS, USER_KEY, make_account, open_caller
 from tests.contract.scripted_server import (
     ACCEPTED_RESPONSE,
     Connection,
@@ -46,7 +47,6 @@ from tests.support.network import reserve_port
 ACCEPTED, REJECTED, UNKNOWN = SubmitOutcome.ACCEPTED, SubmitOutcome.REJECTED, SubmitOutcome.UNKNOWN
 REDIRECTED, NOT_SENT = SubmitOutcome.REDIRECTED, SubmitOutcome.NOT_SENT
 BODY = ACCEPTED_RESPONSE.partition(b"\r\n\r\n")[2]
-HEX_KEY = USER_KEY.encode().hex()
 INVALID = json.dumps({"err_code": 1, "err_msg": "账户不存在"}).encode()
 EXHAUSTED = json.dumps({"err_code": 1, "err_msg": "账户剩余次数不足"}).encode()
 GZIP = {"Content_Encoding": "gzip"}
@@ -169,7 +169,7 @@ async def test_faults_after_the_response_do_not_lose_the_task(
     fail = Mock(side_effect=RuntimeError("a fault after the response"))
     async with (
         run_server(reply_with(ACCEPTED_RESPONSE)) as peer,
-        UpstreamClient(peer.url, CIPHER, DEFAULT_CATALOGUE, on_call=fail) as client,
+        UpstreamClient(peer.url, CIPHER, DEFAULT_CATALOGUE, on_call=fail, links=LINKS) as client,
     ):
         with monkeypatch.context() as patched, capture_logs():  # a traceback on the console is slow
             patched.setattr(where, name, fail)
@@ -225,22 +225,28 @@ async def test_unusable_links_are_logged_once_per_task_and_field() -> None:
     assert "secret" not in str(logs)
 
 
-@pytest.mark.parametrize(
-    "serve",
-    [
-        reply_with(http_response(json.dumps({"err_code": 1, "err_msg": f"bad key {USER_KEY.upper()}"}).encode(), 400)),
-        reply_with(vendor_response(err_code=0, status="Failed", err_msg=f"bad key {HEX_KEY}!")),
-        reply_with(vendor_response(err_code=0, status="Completed", images_url=f"/1?k={USER_KEY}", grid_url=HEX_KEY)),
-    ],
-)
-async def test_key_stays_secret(serve: Handler, caplog: pytest.LogCaptureFixture) -> None:
+KEY_SPELLINGS = [
+    *(USER_KEY, USER_KEY.upper(), "".join(f"%{octet:02x}" for octet in USER_KEY.encode())),
+    *(USER_KEY.replace("-", "%252D"), USER_KEY.encode().hex(), b64encode(USER_KEY.encode()).decode()),
+]
+
+
+@pytest.mark.parametrize("spelling", KEY_SPELLINGS)
+@pytest.mark.parametrize("before", ["", "x" * 490, " " * 1_990])
+async def test_key_stays_secret(spelling: str, before: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A message is cut only once the key is removed: at 500 characters, and at 2,000 with its spaces."""
     caplog.set_level(logging.DEBUG)
+    answer = {"err_msg": f"bad {before} {spelling} !", "images_url": f"/{spelling}.png", "grid_url": f"/?k={spelling}"}
+    text: list[object] = []
     with capture_logs() as logs:
-        async with run_server(serve) as peer, open_caller(peer.url) as caller:
-            text = [await caller.submit(), await caller.check(), vars(caller.client), logs, caplog.text]
-    assert len(peer.requests) == 2
-    assert USER_KEY not in repr(text).lower()
-    assert HEX_KEY not in repr(text)
+        for fields in ({"err_code": 1}, {"err_code": 0, "status": "Failed"}, {"err_code": 0, "status": "Completed"}):
+            async with (
+                run_server(reply_with(vendor_response(**answer, **fields))) as peer,
+                open_caller(peer.url) as caller,
+            ):
+                text += [await caller.submit(), await caller.check(), vars(caller.client), logs, caplog.text]
+                assert len(peer.requests) == 2
+    assert spelling[:5] not in repr(text)
 
 
 async def test_slow_connect_ends_at_the_deadline_or_its_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from base64 import b64encode
 from typing import Any
 
 import pytest
@@ -14,10 +13,8 @@ from hypothesis import strategies as st
 
 from service.clients.vendor_api import (
     build_form_fields,
-    mask_key,
     parse_check_response,
     parse_submit_response,
-    unmask_key,
 )
 from service.domain.ledger import Balance
 from service.domain.tasks import (
@@ -297,24 +294,6 @@ PARTS = {
     "长" * 600: "长" * 500,
 }
 """Messages, and what tenants see of them."""
-
-
-KEY = "hush/hush+key"
-
-
-@pytest.mark.parametrize(
-    ("link", "shown", "fetched"),
-    [
-        ("http://x/1.png?a=b", "http://x/1.png?a=b", "http://x/1.png?a=b"),
-        (f"http://x/{KEY}/1.png", "http://x/%7Buser_key%7D/1.png", "http://x/hush%2Fhush%2Bkey/1.png"),
-        ("http://x/1?k=hush%2Fhush%2Bkey", "http://x/1?k=%7Buser_key%7D", "http://x/1?k=hush%2Fhush%2Bkey"),
-        *((f"http://x/{text}/1.png", "", "") for text in (KEY.encode().hex(), b64encode(KEY.encode()).decode())),
-        *(("http://hush%2Fhush%2Bkey@x/1.png", "", ""), ("http://x/%7Buser_key%7D/1.png", "", "")),
-    ],
-)
-def test_links_with_the_key(link: str, shown: str, fetched: str) -> None:
-    assert (mask_key(KEY, link), unmask_key(KEY, shown)) == (shown, fetched)
-    assert mask_key("png", "http://x/1.png") == "http://x/1.png"  # a short key may be an ordinary word
 
 
 @pytest.mark.parametrize(("message", "shown"), [*((text, "") for text in PRIVATE_MESSAGES), *PARTS.items()])
