@@ -64,19 +64,21 @@ def tenants_app(container: Container) -> Litestar:
     async def root() -> Redirect:
         return Redirect("/docs")
 
+    auth = container.tenant_auth
+
     def tenant(request: Request[Any, Any, Any]) -> Tenant:
-        auth = container.tenant_auth
         return auth.authenticate_read(request) if request.method == "GET" else auth.authenticate(request)
 
     task_routes = tasks.task_routes(
+        tenant_auth=auth,
         submitter=container.submitter,
         reader=container.task_reader,
         uploads=container.uploads,
         catalogue=container.catalogue,
         estimator=container.task_cache.durations,
     )
-    artifact_routes = artifacts.artifact_routes(container.task_reader)
-    event_routes = tasks.event_routes(reader=container.task_reader, tenant_auth=container.tenant_auth)
+    artifact_routes = artifacts.artifact_routes(container.task_reader, auth)
+    event_routes = tasks.event_routes(reader=container.task_reader, tenant_auth=auth)
     usage_routes = [*usage.usage_routes(container.usage), *usage.submission_routes(container.submissions)]
     v1 = Router(
         "/v1",
@@ -91,7 +93,7 @@ def tenants_app(container: Container) -> Litestar:
     old = Router(
         "/api",
         route_handlers=legacy.legacy_routes(
-            tenant_auth=container.tenant_auth,
+            tenant_auth=auth,
             submitter=container.submitter,
             reader=container.task_reader,
             quota=container.quota,

@@ -16,9 +16,11 @@ from litestar.params import HeaderParameter, PathParameter
 from litestar.response.base import ASGIResponse
 
 from service.api import openapi
-from service.api.asgi import HEAD_KEY, Send, disconnect_outcome, run_until_disconnect
-from service.api.errors import OUTCOME, ClientDisconnected
+from service.api.asgi import HEAD_KEY, Send, disconnect_outcome
+from service.api.auth import TenantAuth
+from service.api.errors import OUTCOME, ClientDisconnected, to_problem
 from service.api.schemas import PRIVATE_HEADERS
+from service.domain.errors import TenantDisabled, Unauthenticated
 from service.domain.media import EXTENSIONS
 from service.domain.tasks import ArtifactName, Task
 from service.domain.tenants import Tenant
@@ -46,7 +48,7 @@ _ETAG_OR_DATE = re.compile(rf"{_ETAG}|{_DATE.pattern}")
 ArtifactContext = AbstractAsyncContextManager[tuple[Task, ArtifactStream]]
 
 
-def artifact_routes(reader: TaskReader) -> list[HTTPRouteHandler]:
+def artifact_routes(reader: TaskReader, tenant_auth: TenantAuth) -> list[HTTPRouteHandler]:
     @get(
         "/tasks/{task_id:str}/artifacts/{name:str}",
         summary="Fetch a result",
@@ -87,7 +89,8 @@ def artifact_routes(reader: TaskReader) -> list[HTTPRouteHandler]:
     ) -> Response[bytes]:
         del range_, if_range, if_none_match, if_modified_since  # declared for the OpenAPI document
         range_request = _parse_range_request(request.headers, is_head=HEAD_KEY in request.scope)
-        return ArtifactResponse(request, reader.open_artifact(tenant, task_id, name, range_request))
+        artifact = reader.open_artifact(tenant, task_id, name, range_request)
+        return ArtifactResponse(request, artifact, tenant_auth)
 
     return [read_artifact]
 
@@ -98,9 +101,10 @@ class ArtifactResponse(Response[bytes]):
     The artifact is opened when it is sent, so that one block holds all that it keeps open.
     """
 
-    def __init__(self, request: Request[Any, Any, Any], artifact: ArtifactContext) -> None:
+    def __init__(self, request: Request[Any, Any, Any], artifact: ArtifactContext, tenant_auth: TenantAuth) -> None:
         super().__init__(b"")
         self._request = request
+        self._tenant_auth = tenant_auth
         self._artifact = artifact
         self._is_started = False
         self._is_complete = False
@@ -112,13 +116,17 @@ class ArtifactResponse(Response[bytes]):
         del receive  # the request reads it
         state = scope["state"]
         try:
-            await run_until_disconnect(self._request, self._send(send))
+            await self._tenant_auth.run_while_authorized(self._request, self._send(send))
         except ClientDisconnected:
             if self._is_complete:
                 return
             if not self._is_started:
                 raise
             state[OUTCOME] = disconnect_outcome(scope)
+        except (Unauthenticated, TenantDisabled) as error:
+            if not self._is_started:
+                raise
+            state[OUTCOME] = to_problem(error).type.code
         # Returning before the end of the body makes the server close the connection, which the client notices.
         except TransferAborted:
             state[OUTCOME] = "transfer-aborted"

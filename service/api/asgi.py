@@ -20,6 +20,7 @@ from opentelemetry.trace import Span, Tracer
 from structlog.typing import FilteringBoundLogger
 
 from service.api import errors
+from service.domain.errors import GatewayError
 from service.server import CLIENT_TOO_SLOW
 from service.telemetry import logging, tracing
 from service.telemetry.logging import OUTCOME_ANSWERED, WaitTimer
@@ -34,8 +35,10 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 T = TypeVar("T")
 
 TENANT = "tenant"
+TOKEN_ID = "token_id"  # noqa: S105 - a key
 LONG_LIVED = "held"
-"""Keys in the state of an ASGI scope: the tenant's name, and a mark of requests that last long on purpose."""
+"""Keys in the state of an ASGI scope: the tenant's name, the id of its token, a mark of requests that last long on
+purpose."""
 HEAD_KEY = "imaging_gateway.head"
 """Key in an ASGI scope: the request is a HEAD, so no content needs to be made."""
 
@@ -50,19 +53,21 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _ALLOW_HEADER = b"allow"
 
 
-async def run_until_disconnect(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`, which is cancelled if the client disconnects first. Raises ClientDisconnected.
+async def run_until_disconnect(
+    request: Request[Any, Any, Any], work: Coroutine[Any, Any, T], refusal: asyncio.Future[GatewayError]
+) -> T:
+    """Return the result of `work`, which is cancelled if the client disconnects first, or if `refusal` is done.
 
-    The body of the request must have been read.
+    The body of the request must have been read. Raises ClientDisconnected, or the refusal.
     """
     request.scope["state"][LONG_LIVED] = True
     running = asyncio.ensure_future(work)
     disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
-        await asyncio.wait((running, disconnect), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((running, disconnect, refusal), return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             return running.result()
-        raise errors.ClientDisconnected
+        raise refusal.result() if refusal.done() else errors.ClientDisconnected
     finally:
         for future in (running, disconnect):
             future.cancel()

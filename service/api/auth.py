@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import structlog
+from litestar import Request
 from litestar.connection import ASGIConnection
 
+from service.api.asgi import TENANT, TOKEN_ID, run_until_disconnect
 from service.domain import tenants
-from service.domain.errors import Forbidden, QuotaDenied, TenantDisabled, Unauthenticated, Violation
+from service.domain.errors import Forbidden, GatewayError, QuotaDenied, TenantDisabled, Unauthenticated, Violation
 from service.domain.ledger import READS_POLICY
 from service.domain.tenants import Operator, OperatorRole, Tenant, TenantStatus, Token
 from service.usecases.caches import CachedRegistry
@@ -18,6 +23,17 @@ from service.usecases.caches import CachedRegistry
 READ_BURST_SECONDS = 5
 """A token that has not read for this long may send the reads of this time at once."""
 _MAX_IDLE_TOKENS = 10_000
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class _OpenRequest:
+    """A request that lasts long: `refusal` is done once its token or its tenant has lost access."""
+
+    token_id: str
+    refusal: asyncio.Future[GatewayError]
+    expiry: asyncio.TimerHandle | None = None
 
 
 class TenantAuth:
@@ -30,6 +46,8 @@ class TenantAuth:
         self._registry = registry
         self._now = now
         self._reads = ReadLimiter(reads_per_second, now) if reads_per_second else None
+        self._open_requests: set[_OpenRequest] = set()
+        registry.on_change.append(self._check_open_requests)
 
     def authenticate(self, request: ASGIConnection[Any, Any, Any, Any], token: str | None = None) -> Tenant:
         """Return the tenant of a token, by default the bearer token, and record it for log and metrics.
@@ -49,15 +67,66 @@ class TenantAuth:
         token = _bearer_token(request) if token is None else token
         is_well_formed = tenants.has_valid_checksum(token)
         owner = self._registry.current.tenant_by_token(tenants.hash_token(token)) if is_well_formed else None
-        if owner is None or not owner[1].is_valid_at(self._now()):
-            raise Unauthenticated(
-                "This token is not valid or has expired. Request a new one from the operators of the gateway."
-            )
-        tenant = owner[0]
-        request.scope["state"]["tenant"] = tenant.name
-        if tenant.state is TenantStatus.DISABLED:
-            raise TenantDisabled("This tenant is disabled. Ask the operators of the gateway.")
+        if owner is None:
+            raise _invalid_token()
+        state = request.scope["state"]
+        state[TENANT], state[TOKEN_ID] = owner[0].name, owner[1].id
+        if refusal := self._find_refusal(*owner):
+            raise refusal
         return owner
+
+    async def run_while_authorized(self, request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
+        """Return the result of `work`, which is cancelled if the client disconnects or loses its access.
+
+        The request must have been authenticated. Raises ClientDisconnected, Unauthenticated or TenantDisabled.
+        """
+        with self._watch(request.scope["state"][TOKEN_ID]) as refusal:
+            return await run_until_disconnect(request, work, refusal)
+
+    @contextmanager
+    def _watch(self, token_id: str) -> Iterator[asyncio.Future[GatewayError]]:
+        watched = _OpenRequest(token_id, asyncio.get_running_loop().create_future())
+        self._open_requests.add(watched)
+        try:
+            self._check(watched)
+            yield watched.refusal
+        finally:
+            self._open_requests.discard(watched)
+            if watched.expiry:
+                watched.expiry.cancel()
+
+    def _check_open_requests(self) -> None:
+        for watched in self._open_requests:
+            self._check(watched)
+
+    def _check(self, watched: _OpenRequest) -> None:
+        """Check an open request after a change of the registry, or when its token may have expired."""
+        registry = self._registry.current
+        token = registry.tokens.get(watched.token_id)
+        tenant = registry.tenant_by_id(token.tenant) if token else None
+        refusal = self._find_refusal(tenant, token) if tenant and token else _invalid_token()
+        if watched.expiry:
+            watched.expiry.cancel()
+            watched.expiry = None
+        if refusal:
+            if not watched.refusal.done():
+                watched.refusal.set_result(refusal)
+        elif token and token.expires_at is not None:
+            seconds = token.expires_at - self._now()
+            watched.expiry = asyncio.get_running_loop().call_later(seconds, self._check, watched)
+
+    def _find_refusal(self, tenant: Tenant, token: Token) -> GatewayError | None:
+        if not token.is_valid_at(self._now()):
+            return _invalid_token()
+        if tenant.state is TenantStatus.DISABLED:
+            return TenantDisabled("This tenant is disabled. Ask the operators of the gateway.")
+        return None
+
+
+def _invalid_token() -> Unauthenticated:
+    return Unauthenticated(
+        "This token is not valid or has expired. Request a new one from the operators of the gateway."
+    )
 
 
 class ReadLimiter:

@@ -24,9 +24,9 @@ from litestar.response.base import ASGIResponse
 from litestar.types import Receive, Scope, Send
 
 from service.api import openapi, schemas
-from service.api.asgi import disconnect_outcome, run_until_disconnect
+from service.api.asgi import disconnect_outcome
 from service.api.auth import TenantAuth
-from service.api.errors import OUTCOME, ClientDisconnected, rate_limit_headers
+from service.api.errors import OUTCOME, ClientDisconnected, rate_limit_headers, to_problem
 from service.api.params import check_query, parse_wait_seconds
 from service.api.uploads import UploadReader
 from service.domain.errors import FieldError, GatewayError, InvalidOptions, TenantDisabled, Unauthenticated
@@ -96,6 +96,7 @@ Cursor = Annotated[str | None, QueryParameter(description="`next_cursor` of the 
 
 def task_routes(
     *,
+    tenant_auth: TenantAuth,
     submitter: Submitter,
     reader: TaskReader,
     uploads: UploadReader,
@@ -106,7 +107,7 @@ def task_routes(
         request: Request[Any, Any, Any], tenant: Tenant, task_id: str, wait: int
     ) -> tuple[CachedTask, dict[str, str]]:
         reading = reader.read(tenant, task_id, wait_seconds=wait)
-        cached = await (run_until_disconnect(request, reading) if wait else reading)
+        cached = await (tenant_auth.run_while_authorized(request, reading) if wait else reading)
         headers = schemas.task_headers(cached, estimator)
         if wait:
             headers["Preference-Applied"] = f"wait={wait}"
@@ -115,6 +116,8 @@ def task_routes(
     async def submit_upload(request: Request[Any, Any, Any], tenant: Tenant, kind: Kind, key: str | None) -> Submission:
         # A function of its own, so that nothing holds the image while the end of the task is awaited.
         async with uploads.receive(request.scope, request.receive, part=IMAGE_PART, owner=tenant.id) as upload:
+            tenant = tenant_auth.authenticate(request)  # again: the upload may have taken minutes
+            submitter.check_allowed(tenant, kind)
             extras, option_fields = _split_fields(upload.fields)
             options = parse_options(kind, option_fields, catalogue)
             metadata = parse_metadata(extras.get(_METADATA_FIELD))
@@ -274,7 +277,7 @@ def event_routes(*, reader: TaskReader, tenant_auth: TenantAuth) -> Sequence[HTT
             reader.decode_id(tenant, task_id)
             return Response(None, status_code=204, headers=_NO_STORE_HEADERS)
         changes = reader.stream_changes(tenant, task_id, after_version=version, max_seconds=MAX_STREAM_SECONDS)
-        return EventStreamResponse(request, changes, lambda: tenant_auth.authenticate(request))
+        return EventStreamResponse(request, changes, tenant_auth)
 
     return [follow_task]
 
@@ -285,7 +288,7 @@ def encode_event(task: schemas.Task, version: int) -> bytes:
 
 
 class EventStreamResponse(Response[str | None]):
-    """Streams changes until `authorize` raises or the client disconnects.
+    """Streams changes until the client disconnects or loses its access.
 
     Errors of the first read of the task are raised before anything is sent.
     """
@@ -294,12 +297,13 @@ class EventStreamResponse(Response[str | None]):
         self,
         request: Request[Any, Any, Any],
         changes: AsyncGenerator[CachedTask | None, None],
-        authorize: Callable[[], object],
+        tenant_auth: TenantAuth,
     ) -> None:
         super().__init__(None)
         self._request = request
         self._changes = changes
-        self._authorize = authorize
+        self._tenant_auth = tenant_auth
+        self._is_started = False
 
     def to_asgi_response(self, *_: Any, **__: Any) -> ASGIResponse:
         return cast("ASGIResponse", self)  # Litestar only calls it as an ASGI application
@@ -307,25 +311,27 @@ class EventStreamResponse(Response[str | None]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         del receive  # the request reads it
         try:
-            await run_until_disconnect(self._request, self._send(send))
+            try:
+                await self._tenant_auth.run_while_authorized(self._request, self._send_changes(send))
+            except (Unauthenticated, TenantDisabled) as error:
+                if not self._is_started:
+                    raise
+                scope["state"][OUTCOME] = to_problem(error).type.code
+            await _send_body(send, b"", more=False)
         except ClientDisconnected:
             scope["state"][OUTCOME] = disconnect_outcome(scope)
 
-    async def _send(self, send: Send) -> None:
+    async def _send_changes(self, send: Send) -> None:
         async with aclosing(self._changes) as changes:
             first = await anext(changes)
             headers = [(name.lower().encode(), value.encode()) for name, value in _STREAM_HEADERS.items()]
+            self._is_started = True
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             # Spread, so that the clients of a process that ends do not all reconnect at the same moment.
             retry = b"retry: %d\n" % (_RETRY_MS + secrets.randbelow(2 * _RETRY_MS))
             await _send_body(send, retry + _encode_change(first))
             async for change in changes:
-                try:
-                    self._authorize()
-                except (Unauthenticated, TenantDisabled):
-                    break
                 await _send_body(send, _encode_change(change))
-        await _send_body(send, b"", more=False)
 
 
 def _parse_event_id(event_id: str) -> tuple[int, State | None]:

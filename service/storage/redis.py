@@ -42,7 +42,7 @@ AGE_PER_CHECK_INTERVAL = 20
 """The older a task is, the less often it is checked: an interval is this part of its age."""
 RETRY_AFTER_SECONDS = 2.0
 RECONNECT_SECONDS = 1.0
-REFRESH_SECONDS = 5.0
+REFRESH_SECONDS = 4.0
 """A process that missed a published change of the registry reads it after at most this long."""
 QUIET_SECONDS = 5.0
 """An outage has ended when Redis responds and nothing has failed for this long."""
@@ -442,6 +442,7 @@ class Subscriber:
                 await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _receive(self) -> None:
+        await self._handle(None)  # also if no subscription succeeds
         async with await self._open_pubsub() as pubsub:
             await pubsub.subscribe(self._channel)
             message = None

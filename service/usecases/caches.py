@@ -224,13 +224,14 @@ class CachedRegistry:
     """The registry in the memory of this process, kept up to date by `refresh`.
 
     Reading `current` never waits. It is empty and not ready until `refresh` has succeeded once. While Redis is away it
-    stays as it was, and it is written back to a Redis that has lost it.
+    stays as it was, and it is written back to a Redis that has lost it. `on_change` is called after each change of it.
     """
 
     def __init__(self, store: RegistryStore) -> None:
         self.store = store
         self.is_ready = False
         self.current = Registry()
+        self.on_change: list[Callable[[], None]] = []
         self._lock = asyncio.Lock()
 
     async def refresh(self) -> None:
@@ -241,8 +242,12 @@ class CachedRegistry:
                 return
             if version < held.version:
                 await self._restore(held)
-        self.current = await self.store.load()
-        self.is_ready = True
+        loaded = await self.store.load()
+        if self.is_ready and loaded.version <= self.current.version:  # a concurrent call has loaded a later one
+            return
+        self.current, self.is_ready = loaded, True
+        for notify in self.on_change:
+            notify()
 
     async def write_change(
         self,

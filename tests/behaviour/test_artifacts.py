@@ -220,6 +220,18 @@ async def test_disconnect_ends_the_fetch(gateway: RunningGateway, href: str) -> 
     assert artifact_log_fields(logs) == (200, "client-disconnected")
 
 
+async def test_revoked_token_closes_the_download(gateway: RunningGateway, href: str) -> None:
+    disconnected = asyncio.Event()
+    serve = reply_and_hold(response_head(Content_Length="1000"), PNG_IMAGE, disconnected=disconnected)
+    with capture_logs() as logs:
+        async with serve_artifact(gateway, serve), download(gateway, href) as reader:
+            assert await reader.readexactly(len(PNG_IMAGE)) == PNG_IMAGE
+            await gateway.call_admin("POST", "/tenants/shop/revoke-all")
+            assert await reader.read() == b""
+            await disconnected.wait()
+    assert artifact_log_fields(logs) == (200, "unauthenticated")
+
+
 async def test_slow_client_is_disconnected(gateway: RunningGateway, href: str) -> None:
     disconnected = asyncio.Event()
     limits = Limits(reader_seconds=0.1, reader_bytes_per_second=10**9)

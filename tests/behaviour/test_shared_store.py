@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+from redis.exceptions import ConnectionError  # noqa: A004
 
 from service.app import create_app
 from service.container import open_container
 from service.domain.errors import NotFound
-from service.domain.tenants import Tenant
+from service.domain.tenants import Registry, Tenant
 from service.settings import Settings
 from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
@@ -215,3 +217,48 @@ async def test_restored_registry_brings_back_no_token_and_keeps_new_tenants(
     assert gateway.services.registry.current.deleted_tenant_names == {first: "later", first + 1: "late"}
     assert (await gateway.call("GET", "/v1/quota", token=revoked)).status_code == 401
     assert (await gateway.call("GET", "/v1/quota")).status_code == 200
+
+
+@pytest.mark.parametrize(("is_subscribed", "seconds"), [(True, 2), (False, 5)])
+async def test_revocation_reaches_other_processes(
+    gateway: RunningGateway,
+    reader: RunningGateway,
+    store: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    is_subscribed: bool,
+    seconds: float,
+) -> None:
+    """A wait there ends in time, later if no process can subscribe to changes."""
+
+    async def fail(*_: Any) -> None:
+        raise ConnectionError
+
+    reading = await start_waiting_read(reader, (await gateway.submit()).json()["links"]["self"])
+    if not is_subscribed:
+        monkeypatch.setattr(PubSub, "subscribe", fail)
+        await store.client_kill_filter(_type="pubsub")
+    async with asyncio.timeout(seconds):
+        await gateway.call_admin("POST", "/tenants/shop/revoke-all")
+        expect_problem(await reading, 401, "unauthenticated")
+
+
+async def test_slow_read_of_the_registry(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that ends after a later one does not bring a revoked token back."""
+    registry, released = gateway.services.registry, asyncio.Event()
+    load = registry.store.load
+
+    async def load_slowly() -> Registry:
+        loaded = await load()
+        await released.wait()
+        return loaded
+
+    monkeypatch.setattr(registry.store, "load", load_slowly)
+    registry.is_ready = False  # so that it is read although it has not changed
+    reading = asyncio.create_task(registry.refresh())
+    await asyncio.sleep(0)
+    monkeypatch.undo()
+    await registry.refresh()
+    await gateway.call_admin("POST", "/tenants/shop/revoke-all")
+    released.set()
+    await reading
+    expect_problem(await gateway.call("GET", "/v1/quota"), 401, "unauthenticated")

@@ -7,6 +7,7 @@ import gc
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from service.api import tasks
 from service.api.uploads import Upload
@@ -115,15 +116,37 @@ async def test_waits_beyond_the_limit(gateway: RunningGateway, task: dict[str, A
     assert (await reading).json()["state"] == "succeeded"
 
 
-async def test_revoked_token_ends_the_stream(gateway: RunningGateway, task: dict[str, Any]) -> None:
-    async with open_event_stream(gateway, task) as stream:
-        await stream.next_event()
-        reading = await start_waiting_read(gateway, task["links"]["self"])
-        for token in (await gateway.call_admin("GET", "/tenants/shop")).json()["tokens"]:
-            assert (await gateway.call_admin("DELETE", f"/tenants/shop/tokens/{token['id']}")).status_code == 204
-        await poll_with_outcome(gateway, SUCCEEDED)
-        assert await stream.read_remaining() == []
-    assert (await reading).status_code == 200  # it was authorized when it began
+@pytest.mark.parametrize(
+    ("change", "body", "problem"),
+    [
+        ("DELETE /tenants/shop/tokens/{token}", None, (401, "unauthenticated")),
+        ("DELETE /tenants/shop/tokens/{token}?grace=0.2", None, (401, "unauthenticated")),
+        ("POST /tenants/shop/revoke-all", None, (401, "unauthenticated")),
+        ("PATCH /tenants/shop", {"state": "disabled"}, (403, "tenant-disabled")),
+        ("DELETE /tenants/shop?force=true", None, (401, "unauthenticated")),
+    ],
+)
+async def test_lost_access_ends_all_waits(
+    gateway: RunningGateway, task: dict[str, Any], change: str, body: Any, problem: tuple[int, str]
+) -> None:
+    """A submission, which may have been charged, is answered with its task; a stream ends without an event."""
+    submitting = asyncio.create_task(gateway.submit(headers=PREFER))
+    await wait_for_subscriptions(gateway, 1)
+    reading = await start_waiting_read(gateway, task["links"]["self"])
+    (token,) = (await gateway.call_admin("GET", "/tenants/shop")).json()["tokens"]
+    with capture_logs() as logs:
+        async with open_event_stream(gateway, task) as stream, asyncio.timeout(20):
+            await stream.next_event()
+            await gateway.call_admin("PATCH", "/accounts/main", json={"note": "Another change."})
+            assert not reading.done()
+            await gateway.call_admin(*change.format(token=token["id"]).split(), json=body)
+            assert await stream.read_remaining() == []
+        expect_problem(await reading, *problem)
+        accepted = await submitting
+    assert (accepted.status_code, accepted.json()["state"]) == (201, "queued")
+    outcomes = {log["status"]: log["outcome"] for log in logs if log.get("tenant") == "shop" and "status" in log}
+    assert outcomes == {201: "answered", problem[0]: problem[1], 200: problem[1]}
+    await wait_for_subscriptions(gateway, 0)
 
 
 async def test_unauthorized_waits_are_refused_at_once(gateway: RunningGateway, task: dict[str, Any]) -> None:

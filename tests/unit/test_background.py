@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -24,7 +24,7 @@ from service.telemetry.logging import WaitTimer, upstream_wait
 from service.telemetry.metrics import Metrics
 from service.usecases import caches
 from service.usecases.background import TaskSupervisor, cancel_and_wait
-from service.usecases.caches import CachedTask, DurationEstimator, Subscription, TaskCache
+from service.usecases.caches import CachedRegistry, CachedTask, DurationEstimator, Subscription, TaskCache
 from tests.behaviour.gateway_fixture import ENVIRONMENT
 
 CREATED_AT = 1_790_000_000_000
@@ -136,8 +136,9 @@ async def test_failed_jobs_are_restarted(monkeypatch: pytest.MonkeyPatch) -> Non
             third.set()
             await asyncio.Event().wait()
 
-    ports = ("ledger", "tasks", "deliveries", "upstream", "registry", "task_cache", "fetch_artifact", "post_webhook")
+    ports = ("ledger", "tasks", "deliveries", "upstream", "task_cache", "fetch_artifact", "post_webhook")
     adapters: Any = dict.fromkeys([*ports, "user_keys"])  # which are never called
+    adapters["registry"] = CachedRegistry(cast("Any", None))
     settings = Settings.load(ENVIRONMENT | {"GATEWAY_REDIS_URL": "redis://localhost"})
     services = Container(settings, Metrics(CollectorRegistry()), TaskSupervisor(), **adapters)
     services.jobs = [job]
