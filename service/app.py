@@ -54,6 +54,7 @@ def _add_middleware(app: Litestar, container: Container, port: Port) -> RequestM
         logger=container.logger,
         port=port,
         tracer=container.tracer,
+        trusted_proxies=container.trusted_proxies,
     )
 
 

@@ -110,6 +110,7 @@ class Container:
         self.registry = registry
         self.task_cache = task_cache
         self.catalogue = settings.catalogue
+        self.trusted_proxies = settings.trusted_proxies
         self.drain_seconds = settings.lease_seconds
         self._is_draining = False
         keyring, redactor = Keyring(settings.secret_keys), redactor or Redactor()

@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from service.crypto import parse_secret_key
 from service.domain.tasks import DEFAULT_CATALOGUE, Catalogue
-from service.domain.tenants import Operator, OperatorRole, hash_token
+from service.domain.tenants import IPNetwork, Operator, OperatorRole, hash_token, parse_network
 from service.storage.connections import RedisAddress, parse_redis_url
 
 PREFIX, FILE_SUFFIX = "GATEWAY_", "_FILE"
@@ -173,6 +173,14 @@ def parse_operators(text: str) -> tuple[Operator, ...]:
             )
         operators[digest] = Operator(match[1], OperatorRole(match[2]), digest)
     return tuple(operators.values())
+
+
+def parse_networks(text: str) -> tuple[IPNetwork, ...]:
+    networks = [parse_network(entry.strip()) for entry in text.split(",")]
+    known = tuple(network for network in networks if network and network.prefixlen)
+    if len(known) < len(networks):
+        raise ValueError("must be addresses and networks such as 10.1.2.3,fd00::/8, and not all addresses")
+    return known
 
 
 def parse_catalogue(text: str) -> Mapping[str, str]:
@@ -389,6 +397,12 @@ class Settings:
     port: int = _declare(_parse_port, "8080", "The tenants' port; 0 selects a free one.", scope=Scope.API)
     ops_host: str = _declare(parse_host, None, "The address of the operators' port.", default_note="as `GATEWAY_HOST`")
     ops_port: int = _declare(_parse_port, "8081", "The operators' port; 0 selects a free one.")
+    trusted_proxies: tuple[IPNetwork, ...] = _declare(
+        parse_networks,
+        None,
+        "The addresses and networks of the proxies in front of both ports, separated by commas. The client of their "
+        "requests is the last address in `X-Forwarded-For` that is none of them.",
+    )
     data_dir: Path = _declare(
         parse_folder, ".gateway", "The folder for local data in development.", scope=Scope.DEVELOPMENT
     )
@@ -509,7 +523,7 @@ class Settings:
         errors.extend(_find_conflicts(values))
         if errors:
             raise SettingsError(errors)
-        return cls(**values | {field: values[field] or () for field in ("secret_keys", "operators")})
+        return cls(**values | {field: values[field] or () for field in ("secret_keys", "operators", "trusted_proxies")})
 
     @property
     def catalogue(self) -> Catalogue:

@@ -18,9 +18,11 @@ import structlog
 from litestar import Request
 from opentelemetry.trace import Span, Tracer
 from structlog.typing import FilteringBoundLogger
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from service.api import errors
 from service.domain.errors import GatewayError
+from service.domain.tenants import IPNetwork
 from service.server import CLIENT_TOO_SLOW
 from service.telemetry import logging, tracing
 from service.telemetry.logging import OUTCOME_ANSWERED, WaitTimer
@@ -48,6 +50,7 @@ REFUSAL_LOG_SECONDS = 60.0
 """Refused requests of one address are logged at most once in this time."""
 
 _MAX_LOGGED_ADDRESSES = 1_000
+_MAX_ADDRESS_CHARS = 45
 _REQUEST_ID_HEADER = b"x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _ALLOW_HEADER = b"allow"
@@ -85,12 +88,24 @@ def disconnect_outcome(scope: Any) -> str:
 
 
 class RequestMiddleware:
-    """Gives every request of one port an id, a log line and its place in the metrics."""
+    """Gives every request of one port an id, a log line and its place in the metrics.
+
+    A request of one of the `trusted_proxies` is that of the last client before them in `X-Forwarded-For`.
+    """
 
     def __init__(
-        self, app: App, metrics: Metrics, logger: FilteringBoundLogger, port: Port, tracer: Tracer = tracing.NOOP_TRACER
+        self,
+        app: App,
+        metrics: Metrics,
+        logger: FilteringBoundLogger,
+        port: Port,
+        tracer: Tracer = tracing.NOOP_TRACER,
+        trusted_proxies: Collection[IPNetwork] = (),
     ) -> None:
         self._app = app
+        self._handle: Any = self._handle_request
+        if trusted_proxies:
+            self._handle = ProxyHeadersMiddleware(self._handle, [str(network) for network in trusted_proxies])
         self._metrics = metrics
         self._logger = logger
         self._port = port
@@ -98,9 +113,9 @@ class RequestMiddleware:
         self._refusal_logged_at: dict[str, float] = {}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+        await (self._handle if scope["type"] == "http" else self._app)(scope, receive, send)
+
+    async def _handle_request(self, scope: Any, receive: Any, send: Any) -> None:
         # The server may share one state among all requests.
         state = scope["state"] = {**scope.get("state", {})}
         sent_id = next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID_HEADER), "")
@@ -166,7 +181,9 @@ class RequestMiddleware:
                 status=status,
                 seconds=round(seconds, 6),
                 upstream_seconds=None if upstream_wait.seconds is None else round(upstream_wait.seconds, 6),
+                client=scope["client"][0][:_MAX_ADDRESS_CHARS] if scope["client"] else None,
                 tenant=tenant,
+                token_id=state.get(TOKEN_ID),
                 outcome=outcome,
                 route=route,
                 port=self._port,

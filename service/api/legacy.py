@@ -18,7 +18,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service.api import openapi
 from service.api.auth import TenantAuth
-from service.api.errors import BodyTimeout
+from service.api.errors import OUTCOME, BodyTimeout, to_problem
 from service.api.uploads import UploadReader
 from service.domain import errors
 from service.domain.ledger import MAX_ACTIVE_POLICY
@@ -131,7 +131,7 @@ def legacy_routes(
                     accepted = await submitter.submit(tenant, options, {}, upload.image)
                 return Submitted(0, accepted.task.id, **await _remaining_fields(quota, tenant))
 
-            return await _respond(submit_upload, _submit_message)
+            return await _respond(request, submit_upload, _submit_message)
 
         return handler
 
@@ -152,7 +152,7 @@ def legacy_routes(
             urls: dict[str, Any] = {_URL_FIELDS[artifact.name]: artifact.url for artifact in task.artifacts}
             return Checked(0, _STATES[task.state], **urls, **await _remaining_fields(quota, tenant))
 
-        return await _respond(read, _check_message)
+        return await _respond(request, read, _check_message)
 
     return [*(make_submit_handler(kind) for kind in Kind), legacy_check]
 
@@ -210,18 +210,20 @@ async def _remaining_fields(quota: QuotaReports, tenant: Tenant) -> dict[str, An
 
 
 async def _respond(
-    handle: Callable[[], Awaitable[A]], message: Callable[[errors.GatewayError], str]
+    request: Request[Any, Any, Any],
+    handle: Callable[[], Awaitable[A]],
+    message: Callable[[errors.GatewayError], str],
 ) -> Response[A | Failure]:
     """Return the result of `handle`, or its error in the closest message of the upstream."""
     try:
         return Response(await handle())
-    except (errors.Unauthenticated, errors.TenantDisabled):
-        return Response(Failure(1, NO_ACCOUNT))
-    except BodyTimeout as error:
-        # Else a client that keeps sending slowly would keep its connection.
-        return Response(Failure(1, message(error)), headers={"Connection": "close"})
     except errors.GatewayError as error:
-        return Response(Failure(1, message(error)))
+        request.scope["state"][OUTCOME] = to_problem(error).type.code
+        if isinstance(error, errors.Unauthenticated | errors.TenantDisabled):
+            return Response(Failure(1, NO_ACCOUNT))
+        # Else a client that keeps sending slowly would keep its connection.
+        headers = {"Connection": "close"} if isinstance(error, BodyTimeout) else None
+        return Response(Failure(1, message(error)), headers=headers)
 
 
 def _submit_message(error: errors.GatewayError) -> str:

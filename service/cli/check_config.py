@@ -89,7 +89,9 @@ def _display_value(settings: Settings, setting: Setting) -> str:
             return ", ".join(f"{operator.name} ({operator.role})" for operator in value)
     if setting.is_secret:
         return "***"
-    return ",".join(f"{name}={item}" for name, item in value.items()) if isinstance(value, Mapping) else str(value)
+    if isinstance(value, Mapping):
+        value = tuple(f"{name}={item}" for name, item in value.items())
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _value_source(environ: Mapping[str, str], setting: Setting) -> str:

@@ -116,6 +116,7 @@ def test_values_from_files(tmp_path: Path) -> None:
         ("ADMIN_TOKEN", ["schlüssel", "a\nb"]),
         ("OPERATORS", ["alice", f"alice:owner:{HASH}", f"alice:admin:{HASH[1:]}", f"Alice:admin:{HASH}"]),
         ("OPERATORS", [f"admin:admin:{HASH}", f"alice:admin:{HASH},", f"alice:admin:{HASH},bob:read-only:{HASH}"]),
+        ("TRUSTED_PROXIES", ["proxy.internal", "10.0.0.1/8", "10.0.0.0/8,", "0.0.0.0/0", "fd00::/8,::/0"]),
         ("SECRET_KEYS", ["a?b", "c2hvcnQ=", f"{base64.b64encode(KEY).decode()},c2hvcnQ="]),
         ("MAX_IMAGE_BYTES", ["1023", "a lot", "1025 MiB"]),
         ("POLL_SECONDS", ["nan", "soon", "0.04"]),

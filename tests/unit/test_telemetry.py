@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping
 from functools import partial
+from ipaddress import ip_network
 from typing import Any, cast
 from unittest.mock import AsyncMock
 
@@ -62,7 +63,7 @@ async def thing(request: Request[Any, Any, Any], thing: FromPath[str]) -> Respon
 class ObservedApp:
     """An application behind the middleware, with its log events, metrics and spans."""
 
-    def __init__(self, app: App | None = None, recorder: SpanRecorder | None = None) -> None:
+    def __init__(self, app: App | None = None, recorder: SpanRecorder | None = None, *proxies: str) -> None:
         self.recorder = recorder or SpanRecorder(secrets=[ADMIN_TOKEN])
         capture, level = LogCapture(), structlog.make_filtering_bound_logger("INFO")
         processors = structlog.contextvars.merge_contextvars, capture
@@ -71,7 +72,10 @@ class ObservedApp:
         handlers: dict[Any, Any] = dict(exception_handlers(logger))
         self.registry = CollectorRegistry()
         inner: Any = app or Litestar([thing], exception_handlers=handlers, openapi_config=None, logging_config=None)
-        self.app: App = RequestMiddleware(inner, Metrics(self.registry), logger, Port.TENANTS, self.recorder.tracer)
+        networks = [ip_network(proxy) for proxy in proxies]
+        self.app: App = RequestMiddleware(
+            inner, Metrics(self.registry), logger, Port.TENANTS, self.recorder.tracer, networks
+        )
 
     @property
     def access_event(self) -> Mapping[str, Any]:
@@ -136,6 +140,26 @@ async def test_texts_of_clients_are_cut_and_no_span_names() -> None:
     assert ADMIN_TOKEN[:19] not in str(unmatched)
     assert unknown.name.split()[0] == "HTTP"
     assert unknown.attributes["http.request.method"] == "_OTHER"
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "client"),
+    [
+        ("203.0.113.9", "203.0.113.9"),
+        ("192.0.2.1, 203.0.113.9,10.1.2.3", "203.0.113.9"),
+        ("10.1.2.3, 127.0.0.1", "10.1.2.3"),
+        ("203.0.113.9:4711, [fd00::1]:80", "203.0.113.9"),
+        ("192.0.2.1, 2001:db8::1", "2001:db8::1"),
+        ("", "127.0.0.1"),
+        ("192.0.2.1, unknown", "unknown"),
+        ("\x1b[31m" + "x" * 100, "\x1b[31m" + "x" * 40),
+    ],
+)
+async def test_client_behind_trusted_proxies(forwarded: str, client: str) -> None:
+    for proxies in (["127.0.0.1", "10.0.0.0/8", "fd00::/8"], ["10.0.0.0/8"], []):
+        observed = ObservedApp(None, None, *proxies)
+        await call_app(observed.app, headers={"X-Forwarded-For": forwarded})
+        assert observed.access_event["client"] == (client if "127.0.0.1" in proxies else "127.0.0.1")
 
 
 async def test_sampling_follows_the_parent() -> None:
