@@ -17,6 +17,7 @@ from litestar.types import ControllerRouterHandler
 
 from service.api import admin, artifacts, legacy, openapi, tasks, usage
 from service.api.asgi import HeadMiddleware, RequestMiddleware
+from service.api.auth import FailureLimiter
 from service.api.docs import docs_routes
 from service.api.errors import exception_handlers
 from service.api.health import health_routes, metrics_route
@@ -25,6 +26,7 @@ from service.api.params import JsonRequest, check_query
 from service.api.schemas import PRIVATE_HEADERS
 from service.api.uploads import refuse_content_encoding
 from service.container import Container
+from service.domain.errors import Unauthenticated
 from service.domain.tenants import Tenant
 from service.telemetry.metrics import Port, preregister
 
@@ -66,9 +68,14 @@ def tenants_app(container: Container) -> Litestar:
         return Redirect("/docs")
 
     auth = container.tenant_auth
+    failures = FailureLimiter(container.metrics.authentication_failures.labels(Port.TENANTS))
 
-    def tenant(request: Request[Any, Any, Any]) -> Tenant:
-        return auth.authenticate_read(request) if request.method == "GET" else auth.authenticate(request)
+    async def tenant(request: Request[Any, Any, Any]) -> Tenant:
+        try:
+            return auth.authenticate_read(request) if request.method == "GET" else auth.authenticate(request)
+        except Unauthenticated:
+            await failures.delay(request)
+            raise
 
     task_routes = tasks.task_routes(
         tenant_auth=auth,
@@ -88,13 +95,14 @@ def tenants_app(container: Container) -> Litestar:
             Router("/", route_handlers=usage.quota_routes(container.quota), tags=["Quota"]),
             Router("/", route_handlers=usage_routes, tags=["Usage"]),
         ],
-        dependencies={"tenant": Provide(tenant, sync_to_thread=False)},
+        dependencies={"tenant": Provide(tenant)},
         response_headers=[ResponseHeader(name=name, value=value) for name, value in PRIVATE_HEADERS.items()],
     )
     old = Router(
         "/api",
         route_handlers=legacy.legacy_routes(
             tenant_auth=auth,
+            failures=failures,
             submitter=container.submitter,
             reader=container.task_reader,
             quota=container.quota,
@@ -115,9 +123,15 @@ def operators_app(container: Container) -> Litestar:
     if (admin_auth := container.admin_auth) is None:
         return _create_litestar(container, [health, metrics], operators_config())
 
+    failures = FailureLimiter(container.metrics.authentication_failures.labels(Port.OPERATORS))
+
     # Litestar would run a function in a thread, where it can't name the operator for the log.
     async def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-        admin_auth.authenticate(connection)
+        try:
+            admin_auth.authenticate(connection)
+        except Unauthenticated:
+            await failures.delay(connection)
+            raise
         refuse_content_encoding(connection.headers)
 
     registry_routes = [

@@ -42,7 +42,7 @@ _REQUESTS_ROW = Row(
             " line falls to zero while tenants send requests.",
             PER_SECOND,
             {"{{port}}": rate(_REQUESTS, "port")},
-            width=THIRD,
+            width=QUARTER,
         ),
         graph(
             "Responses by status",
@@ -50,7 +50,7 @@ _REQUESTS_ROW = Row(
             " 5xx: 502 and 504 come from the vendor, 503 from Redis or the vendor, 500 is a bug of the gateway.",
             PER_SECOND,
             {"{{status}}": rate(_REQUESTS, "status", where=('port="tenants"',))},
-            width=THIRD,
+            width=QUARTER,
             stacked=True,
         ),
         graph(
@@ -59,7 +59,15 @@ _REQUESTS_ROW = Row(
             " dependency, all routes to Redis or the process.",
             PER_MINUTE,
             {"{{route}} {{status}}": per_minute(_REQUESTS, "route", "status", where=('status=~"5.."',))},
-            width=THIRD,
+            width=QUARTER,
+        ),
+        graph(
+            "Requests without a valid token",
+            "Requests per minute whose token is missing, wrong, expired or revoked. A few are programs with an old"
+            " token; worry when it stays high, since tokens may be guessed. The log names the clients.",
+            PER_MINUTE,
+            {"{{port}}": per_minute("gateway_authentication_failures_total", "port")},
+            width=QUARTER,
         ),
         graph(
             "Duration",

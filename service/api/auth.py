@@ -1,4 +1,4 @@
-"""Bearer tokens of tenants and of operators."""
+"""Bearer tokens of tenants and of operators, and the delay of responses to wrong ones."""
 
 from __future__ import annotations
 
@@ -7,15 +7,25 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address, ip_network
 from typing import Any, TypeVar
 
 import structlog
 from litestar import Request
 from litestar.connection import ASGIConnection
+from prometheus_client import Counter
 
 from service.api.asgi import TENANT, TOKEN_ID, run_until_disconnect
 from service.domain import tenants
-from service.domain.errors import Forbidden, GatewayError, QuotaDenied, TenantDisabled, Unauthenticated, Violation
+from service.domain.errors import (
+    Forbidden,
+    GatewayError,
+    QuotaDenied,
+    TenantDisabled,
+    TooManyFailures,
+    Unauthenticated,
+    Violation,
+)
 from service.domain.ledger import READS_POLICY
 from service.domain.tenants import Operator, OperatorRole, Tenant, TenantStatus, Token
 from service.usecases.caches import CachedRegistry
@@ -181,3 +191,58 @@ def _bearer_token(request: ASGIConnection[Any, Any, Any, Any]) -> str:
     if scheme.lower() != "bearer" or not token:
         raise Unauthenticated("Send your token as `Authorization: Bearer TOKEN`.")
     return token
+
+
+FREE_FAILURES = 10
+"""Failed authentications of one address in FAILURE_SECONDS whose response is not delayed."""
+FAILURE_SECONDS = 60.0
+DELAY_SECONDS = 1.0
+_MAX_DELAYED = 100
+_MAX_SOURCES = 10_000
+
+
+class FailureLimiter:
+    """Delays the responses to failed authentications, by address, on one port of this process.
+
+    A valid token is never delayed. Only the latest sources are remembered.
+    """
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._failures: dict[str, tuple[float, int]] = {}
+        self._delayed = 0
+
+    async def delay(self, request: ASGIConnection[Any, Any, Any, Any]) -> None:
+        """Count a failure; return at once, or after a delay. Raises TooManyFailures if too many are delayed."""
+        self._counter.inc()
+        source, now = _find_source(request), time.monotonic()
+        began_at, count = self._failures.pop(source, (now, 0))
+        if now - began_at >= FAILURE_SECONDS:
+            began_at, count = now, 0
+        if len(self._failures) >= _MAX_SOURCES:
+            del self._failures[next(iter(self._failures))]
+        self._failures[source] = began_at, count + 1  # the latest one comes last
+        if count < FREE_FAILURES:
+            return
+        if self._delayed >= _MAX_DELAYED:
+            raise TooManyFailures(
+                "Too many requests without a valid token come from your address. Correct the token.",
+                retry_after=began_at + FAILURE_SECONDS - now,
+            )
+        self._delayed += 1
+        try:
+            await asyncio.sleep(DELAY_SECONDS)
+        finally:
+            self._delayed -= 1
+
+
+def _find_source(request: ASGIConnection[Any, Any, Any, Any]) -> str:
+    """Return the client's address, of an IPv6 host its network: it may have all of the addresses there."""
+    host = request.client.host if request.client else ""
+    try:
+        address = ip_address(host)
+    except ValueError:  # a proxy has forwarded some text
+        return ""
+    if address.version == 4 or address.ipv4_mapped:
+        return host
+    return str(ip_network((address, 64), strict=False))

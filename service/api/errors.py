@@ -87,7 +87,10 @@ HEADERS_TOO_LARGE = ProblemType(
     "headers-too-large", 431, "Header fields too large", "The request line and the header fields exceed the limit."
 )
 RATE_LIMITED = ProblemType(
-    "rate-limited", 429, "Rate limited", "The limit of the current minute, or that on reads of a token, is used up."
+    "rate-limited",
+    429,
+    "Rate limited",
+    "The limit of the current minute, that on reads of a token, or that on requests without a valid token is used up.",
 )
 TOO_MANY_ACTIVE_TASKS = ProblemType(
     "too-many-active-tasks", 429, "Too many active tasks", "The tenant has as many active tasks as it may have."
@@ -98,6 +101,7 @@ INTERNAL_ERROR = ProblemType(
 _PROBLEM_TYPES: Mapping[type[errors.GatewayError], ProblemType] = {
     errors.MalformedRequest: MALFORMED_REQUEST,
     errors.Unauthenticated: UNAUTHENTICATED,
+    errors.TooManyFailures: RATE_LIMITED,
     errors.BalanceExhausted: ProblemType(
         "balance-exhausted", 402, "Balance exhausted", "No upstream account of the tenant can pay at the moment."
     ),
@@ -153,7 +157,7 @@ _PROBLEM_TYPES: Mapping[type[errors.GatewayError], ProblemType] = {
         "submission-unknown", 504, "Submission unknown", "It was sent and may have been charged; do not send it again."
     ),
 }
-_UNMAPPED_TYPES = {METHOD_NOT_ALLOWED, HEADERS_TOO_LARGE, RATE_LIMITED, TOO_MANY_ACTIVE_TASKS, INTERNAL_ERROR}
+_UNMAPPED_TYPES = {METHOD_NOT_ALLOWED, HEADERS_TOO_LARGE, TOO_MANY_ACTIVE_TASKS, INTERNAL_ERROR}
 PROBLEMS: tuple[ProblemType, ...] = tuple(
     sorted({*_PROBLEM_TYPES.values(), *_UNMAPPED_TYPES}, key=lambda problem: (problem.status, problem.code))
 )

@@ -17,7 +17,7 @@ from litestar.handlers import HTTPRouteHandler
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service.api import openapi
-from service.api.auth import TenantAuth
+from service.api.auth import FailureLimiter, TenantAuth
 from service.api.errors import OUTCOME, BodyTimeout, to_problem
 from service.api.uploads import UploadReader
 from service.domain import errors
@@ -94,6 +94,7 @@ A = TypeVar("A", Submitted, Checked)
 def legacy_routes(
     *,
     tenant_auth: TenantAuth,
+    failures: FailureLimiter,
     submitter: Submitter,
     reader: TaskReader,
     quota: QuotaReports,
@@ -131,7 +132,7 @@ def legacy_routes(
                     accepted = await submitter.submit(tenant, options, {}, upload.image)
                 return Submitted(0, accepted.task.id, **await _remaining_fields(quota, tenant))
 
-            return await _respond(request, submit_upload, _submit_message)
+            return await _respond(request, failures, submit_upload, _submit_message)
 
         return handler
 
@@ -152,7 +153,7 @@ def legacy_routes(
             urls: dict[str, Any] = {_URL_FIELDS[artifact.name]: artifact.url for artifact in task.artifacts}
             return Checked(0, _STATES[task.state], **urls, **await _remaining_fields(quota, tenant))
 
-        return await _respond(request, read, _check_message)
+        return await _respond(request, failures, read, _check_message)
 
     return [*(make_submit_handler(kind) for kind in Kind), legacy_check]
 
@@ -211,12 +212,17 @@ async def _remaining_fields(quota: QuotaReports, tenant: Tenant) -> dict[str, An
 
 async def _respond(
     request: Request[Any, Any, Any],
+    failures: FailureLimiter,
     handle: Callable[[], Awaitable[A]],
     message: Callable[[errors.GatewayError], str],
 ) -> Response[A | Failure]:
     """Return the result of `handle`, or its error in the closest message of the upstream."""
     try:
-        return Response(await handle())
+        try:
+            return Response(await handle())
+        except errors.Unauthenticated:
+            await failures.delay(request)
+            raise
     except errors.GatewayError as error:
         request.scope["state"][OUTCOME] = to_problem(error).type.code
         if isinstance(error, errors.Unauthenticated | errors.TenantDisabled):

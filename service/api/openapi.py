@@ -28,7 +28,7 @@ from litestar.openapi.spec import (
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service import __version__
-from service.api.errors import MEDIA_TYPE, PROBLEMS, ProblemType
+from service.api.errors import MEDIA_TYPE, PROBLEMS, RATE_LIMITED, UNAUTHENTICATED, ProblemType
 from service.domain.tasks import MAX_METADATA_BYTES, OPTIONS, Catalogue, Kind
 from service.domain.webhooks import MAX_URL_CHARS
 
@@ -87,10 +87,14 @@ _FILE_SCHEMA = {
 
 
 def problem_responses(*codes_or_statuses: int | str) -> dict[int, ResponseSpec]:
-    """Return the problems of an operation, by codes, or by statuses for all of that status."""
+    """Return the problems of an operation, by codes, or by statuses for all of that status.
+
+    Where a token is needed, too many wrong ones are refused.
+    """
     by_status: dict[int, list[ProblemType]] = {}
     for kind in PROBLEMS:
-        if kind.code in codes_or_statuses or kind.status in codes_or_statuses:
+        is_named = kind.code in codes_or_statuses or kind.status in codes_or_statuses
+        if is_named or (kind is RATE_LIMITED and UNAUTHENTICATED.status in codes_or_statuses):
             by_status.setdefault(kind.status, []).append(kind)
     return {status: _problem_response(kinds) for status, kinds in by_status.items()}
 

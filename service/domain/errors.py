@@ -38,6 +38,10 @@ class Unauthenticated(CallerFault):
     """The token is missing, wrong, expired or revoked."""
 
 
+class TooManyFailures(CallerFault):
+    """Too many requests without a valid token."""
+
+
 class Forbidden(CallerFault):
     """The token is valid, but does not permit this."""
 

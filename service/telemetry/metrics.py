@@ -174,6 +174,10 @@ class Metrics:
             _STREAM_SECONDS,
             *route,
         )
+        self.authentication_failures = counter(
+            "gateway_authentication_failures", "Requests without a valid token, by port.", "port"
+        )
+        preregister(self.authentication_failures, Port)
         call = ("operation", "outcome")
         self.upstream_requests = counter(
             "gateway_upstream_requests", "Requests to the upstream, by operation and outcome.", *call
