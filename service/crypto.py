@@ -19,8 +19,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from service.domain.errors import NotFound
+from service.domain.hosts import url_origin
 from service.domain.tasks import TaskReference
-from service.domain.tenants import Account, url_origin
+from service.domain.tenants import Account
 
 KEY_BYTES = 32
 _DERIVED_BYTES = 64

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from importlib.util import find_spec
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 
 from service.crypto import parse_secret_key
+from service.domain.hosts import is_cleartext, is_private_host, parse_ip
 from service.domain.tasks import DEFAULT_CATALOGUE, Catalogue
 from service.domain.tenants import IPNetwork, Operator, OperatorRole, hash_token, parse_network
 from service.storage.connections import RedisAddress, parse_redis_url
@@ -232,7 +232,6 @@ MIN_ADMIN_TOKEN_LENGTH = 32
 _MIN_DISTINCT_CHARACTERS = 6
 _MIN_DISTINCT_BYTES = 16
 """Of 32 random bytes about 30 differ; fewer than 16 are no coincidence."""
-_PRIVATE_DOMAINS = ("localhost", "local", "internal", "svc", "home.arpa")
 _REQUIRED_IN_PRODUCTION = {
     "redis_url": "the embedded server is for development",
     "upstream_url": "the sandbox is for development",
@@ -266,7 +265,7 @@ def production_errors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if _looks_guessable(key):
             yield "secret_keys", f"must be random bytes in production, which number {position} is not: {_NEW_KEY_HINT}"
     url = values.get("upstream_url")
-    if url and values.get("upstream_cleartext") is Cleartext.REFUSE and _is_cleartext(url):
+    if url and values.get("upstream_cleartext") is Cleartext.REFUSE and is_cleartext(url):
         yield "upstream_url", f"must be https:// in production, since every call carries a user_key: {_CLEARTEXT_HINT}"
     if url := values.get("redis_url"):
         yield from _redis_errors(parse_redis_url(url))
@@ -276,10 +275,10 @@ def production_warnings(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield fields with questionable values, each with a warning."""
     if values["log_level"] == "debug":
         yield "log_level", "is debug: many lines per request, useful only while debugging"
-    if values["upstream_cleartext"] is Cleartext.ALLOW and _is_cleartext(values["upstream_url"]):
+    if values["upstream_cleartext"] is Cleartext.ALLOW and is_cleartext(values["upstream_url"]):
         yield "upstream_url", "has no TLS: anyone on the network path can read the user_keys and spend with them"
     address = parse_redis_url(values["redis_url"])
-    if not address.path and not all(_is_private_host(host) for host, _ in address.hosts):
+    if not address.path and not all(is_private_host(host) for host, _ in address.hosts):
         if address.tls_options is None:
             yield "redis_url", "has no TLS, which is acceptable only in a private network: use rediss://"
         if _has_no_authentication(address):
@@ -304,7 +303,7 @@ def _admin_token_errors(token: str) -> Iterator[tuple[str, str]]:
 
 def _redis_errors(address: RedisAddress) -> Iterator[tuple[str, str]]:
     # Only for literal addresses: the public name of a managed store often has a private address.
-    if any(ip is not None and ip.is_global for ip in (_parse_ip(host) for host, _ in address.hosts)):
+    if any(ip is not None and ip.is_global for ip in (parse_ip(host) for host, _ in address.hosts)):
         if address.tls_options is None:
             yield "redis_url", "must be rediss:// in production, since its address is public"
         if _has_no_authentication(address):
@@ -313,27 +312,6 @@ def _redis_errors(address: RedisAddress) -> Iterator[tuple[str, str]]:
 
 def _has_no_authentication(address: RedisAddress) -> bool:
     return not address.credentials.password and not (address.tls_options and "ssl_certfile" in address.tls_options)
-
-
-def _is_cleartext(url: str) -> bool:
-    parts = urlsplit(url)
-    return parts.scheme == "http" and not _is_private_host(parts.hostname or "")
-
-
-def _is_private_host(host: str) -> bool:
-    """Return whether a host is this machine or in a private network, judged by its name."""
-    ip = _parse_ip(host)
-    if ip is not None:
-        return not ip.is_global
-    name = host.rstrip(".").lower()
-    return "." not in name or name.endswith(tuple(f".{domain}" for domain in _PRIVATE_DOMAINS))
-
-
-def _parse_ip(host: str) -> IPv4Address | IPv6Address | None:
-    try:
-        return ip_address(host)
-    except ValueError:
-        return None
 
 
 def _looks_guessable(key: bytes) -> bool:

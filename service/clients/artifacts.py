@@ -20,7 +20,7 @@ from httpx2 import Headers
 from msgspec import Struct
 from opentelemetry.trace import Tracer
 
-from service.clients.egress import AddressRefused, GuardedTransport, IpAddress, Resolver, is_public, resolve_host
+from service.clients.egress import AddressRefused, GuardedTransport, Resolver, resolve_host
 from service.clients.http import USER_AGENT, OnCall, default_tls, local_error_reason
 from service.crypto import AesSivCipher, UserKeyCipher
 from service.domain.errors import (
@@ -30,6 +30,7 @@ from service.domain.errors import (
     UpstreamInvalidResponse,
     UpstreamUnavailable,
 )
+from service.domain.hosts import IpAddress, is_public
 from service.domain.media import BITMAP_SNIFF_BYTES, OCTET_STREAM, SNIFF_BYTES, is_allowed_type, sniff_type
 from service.domain.tasks import Artifact
 from service.domain.tenants import Account

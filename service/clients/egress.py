@@ -11,7 +11,7 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import ip_address
 from typing import Any
 
 import anyio
@@ -20,45 +20,12 @@ import httpcore2
 import httpx2
 from httpcore2._backends.anyio import AnyIOStream
 
-IpAddress = IPv4Address | IPv6Address
+from service.domain.hosts import IpAddress
+
 Resolver = Callable[[str], Awaitable[Sequence[IpAddress]]]
 """Returns the addresses of a host, best first. Raises UnknownHost."""
 AllowAddress = Callable[[str, IpAddress], bool]
 """Returns whether a host (lower case, as in the URL) may be reached at an address."""
-_NON_PUBLIC_IPV4 = tuple(
-    IPv4Network(network)
-    for network in (
-        "0.0.0.0/8",  # this network
-        "10.0.0.0/8",
-        "100.64.0.0/10",  # behind carrier-grade NAT; also the metadata service of one cloud
-        "127.0.0.0/8",
-        "168.63.129.16/32",  # public range, but the host agent of another cloud
-        "169.254.0.0/16",  # link-local, with the metadata services of most clouds
-        "172.16.0.0/12",
-        "192.0.0.0/24",
-        "192.0.2.0/24",  # for documentation, as the two further down
-        "192.88.99.0/24",  # 6to4 relays
-        "192.168.0.0/16",
-        "198.18.0.0/15",  # benchmarks
-        "198.51.100.0/24",
-        "203.0.113.0/24",
-        "224.0.0.0/4",  # multicast
-        "240.0.0.0/4",  # reserved, and broadcast
-    )
-)
-_GLOBAL_IPV6 = IPv6Network("2000::/3")
-"""All allocated addresses. Loopback, mapped, unique local, link-local, site-local and multicast lie outside."""
-_NON_PUBLIC_IPV6 = tuple(
-    IPv6Network(network)
-    for network in (
-        "2001::/23",  # for protocols, with Teredo among them
-        "2001:db8::/32",  # for documentation, as the last
-        "2002::/16",  # 6to4: leads to an IPv4 address
-        "3fff::/20",
-    )
-)
-_NAT64 = IPv6Network("64:ff9b::/96")
-"""Embeds an IPv4 address in the last 32 bits; common in networks without IPv4."""
 
 
 class UnknownHost(httpx2.ConnectError):
@@ -67,15 +34,6 @@ class UnknownHost(httpx2.ConnectError):
 
 class AddressRefused(httpx2.ConnectError):
     """No address of the host is allowed."""
-
-
-def is_public(ip: IpAddress) -> bool:
-    """Return whether an address is public and does not embed or tunnel to a private one."""
-    if isinstance(ip, IPv4Address):
-        return not any(ip in network for network in _NON_PUBLIC_IPV4)
-    if ip in _NAT64:
-        return is_public(IPv4Address(ip.packed[-4:]))
-    return ip in _GLOBAL_IPV6 and not any(ip in network for network in _NON_PUBLIC_IPV6)
 
 
 async def resolve_host(host: str) -> Sequence[IpAddress]:

@@ -12,14 +12,13 @@ from opentelemetry.trace import Tracer
 from service.clients.egress import (
     AddressRefused,
     GuardedTransport,
-    IpAddress,
     Resolver,
     UnknownHost,
-    is_public,
     resolve_host,
 )
 from service.clients.http import USER_AGENT, Deadline, default_tls, local_error_reason, parse_retry_after
 from service.domain.errors import Overloaded
+from service.domain.hosts import IpAddress, is_public
 from service.domain.tenants import Webhook
 from service.telemetry import tracing
 from service.usecases.ports import WebhookResponse

@@ -8,13 +8,14 @@ import secrets
 import zlib
 from collections.abc import Mapping
 from enum import StrEnum
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Annotated
 from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
+from service.domain.hosts import IpAddress, IpNetwork, parse_network
 from service.domain.tasks import Kind
 
 NAME_RULE = "be up to 63 lower-case letters, digits, dots, dashes and underscores, a letter or digit first"
@@ -31,10 +32,8 @@ _TOKEN_CHECKSUM_CHARS = 6
 
 MAX_DISABLED_URLS = 100
 """The latest disabled URLs of a tenant that are remembered."""
-IPAddress = IPv4Address | IPv6Address
-IPNetwork = IPv4Network | IPv6Network
 
-_PRIVATE_NETWORKS: tuple[IPNetwork, ...] = (
+_PRIVATE_NETWORKS: tuple[IpNetwork, ...] = (
     IPv4Network("10.0.0.0/8"),
     IPv4Network("172.16.0.0/12"),
     IPv4Network("192.168.0.0/16"),
@@ -85,11 +84,11 @@ class Webhook(Struct, frozen=True):
             return False
         return any(ip in network for network in self._allowed_networks())
 
-    def allows_address(self, ip: IPAddress) -> bool:
+    def allows_address(self, ip: IpAddress) -> bool:
         """Whether a host may resolve to an address that is not public: a private one, or one of `allow`."""
         return any(ip in network for network in (*_PRIVATE_NETWORKS, *self._allowed_networks()))
 
-    def _allowed_networks(self) -> list[IPNetwork]:
+    def _allowed_networks(self) -> list[IpNetwork]:
         return [network for network in map(parse_network, self.allow) if network]
 
     def with_secret(self, current: WebhookSecrets | None, new_secret: bytes | None, generated_secret: bytes) -> Webhook:
@@ -111,23 +110,6 @@ class Webhook(Struct, frozen=True):
 def strip_query(url: str) -> str:
     """Return a URL as it may be logged and shown: queries tend to hold credentials."""
     return url.partition("?")[0]
-
-
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-
-
-def url_origin(url: str) -> str:
-    """Return scheme, host and port of a valid HTTP URL: two of one origin lead to the same server."""
-    parts = urlsplit(url)
-    port = _DEFAULT_PORTS[parts.scheme] if parts.port is None else parts.port
-    return f"{parts.scheme}://{parts.hostname}:{port}"
-
-
-def parse_network(entry: str) -> IPNetwork | None:
-    try:
-        return ip_network(entry)
-    except ValueError:
-        return None
 
 
 class Window(StrEnum):

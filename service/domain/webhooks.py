@@ -13,8 +13,9 @@ from ipaddress import IPv6Address
 from urllib.parse import urlsplit
 
 from service.domain.errors import FieldError, InvalidOptions
+from service.domain.hosts import parse_network
 from service.domain.tasks import State
-from service.domain.tenants import Webhook, parse_network
+from service.domain.tenants import Webhook
 
 SECRET_PREFIX = "whsec_"  # noqa: S105 - a public prefix by which scanners recognise a leaked secret
 _NEW_SECRET_BYTES = 32

@@ -18,13 +18,12 @@ from service.clients.egress import (
     AddressRefused,
     AllowAddress,
     GuardedTransport,
-    IpAddress,
     Resolver,
     UnknownHost,
-    is_public,
     resolve_host,
 )
 from service.domain.errors import UpstreamInvalidResponse, UpstreamUnavailable
+from service.domain.hosts import IpAddress, is_public
 from service.domain.tasks import Artifact, ArtifactName
 from service.domain.tenants import Account
 from service.usecases.ports import RangeRequest

@@ -22,8 +22,8 @@ from service.crypto import (
     load_or_create_secrets,
 )
 from service.domain.errors import InvalidOptions, NotFound
+from service.domain.hosts import url_origin
 from service.domain.tasks import Kind, TaskReference
-from service.domain.tenants import url_origin
 
 OLD, NEW = b"o" * 32, b"n" * 32
 CIPHER = Keyring([NEW]).derive("webhook-secret")

@@ -1,0 +1,89 @@
+"""Rules for hosts and addresses: which are public, which private."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from urllib.parse import urlsplit
+
+IpAddress = IPv4Address | IPv6Address
+IpNetwork = IPv4Network | IPv6Network
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_PRIVATE_DOMAINS = ("localhost", "local", "internal", "svc", "home.arpa")
+_NON_PUBLIC_IPV4 = tuple(
+    IPv4Network(network)
+    for network in (
+        "0.0.0.0/8",  # this network
+        "10.0.0.0/8",
+        "100.64.0.0/10",  # behind carrier-grade NAT; also the metadata service of one cloud
+        "127.0.0.0/8",
+        "168.63.129.16/32",  # public range, but the host agent of another cloud
+        "169.254.0.0/16",  # link-local, with the metadata services of most clouds
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.0.2.0/24",  # for documentation, as the two further down
+        "192.88.99.0/24",  # 6to4 relays
+        "192.168.0.0/16",
+        "198.18.0.0/15",  # benchmarks
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, and broadcast
+    )
+)
+_GLOBAL_IPV6 = IPv6Network("2000::/3")
+"""All allocated addresses. Loopback, mapped, unique local, link-local, site-local and multicast lie outside."""
+_NON_PUBLIC_IPV6 = tuple(
+    IPv6Network(network)
+    for network in (
+        "2001::/23",  # for protocols, with Teredo among them
+        "2001:db8::/32",  # for documentation, as the last
+        "2002::/16",  # 6to4: leads to an IPv4 address
+        "3fff::/20",
+    )
+)
+_NAT64 = IPv6Network("64:ff9b::/96")
+"""Embeds an IPv4 address in the last 32 bits; common in networks without IPv4."""
+
+
+def is_public(ip: IpAddress) -> bool:
+    """Return whether an address is public and does not embed or tunnel to a private one."""
+    if isinstance(ip, IPv4Address):
+        return not any(ip in network for network in _NON_PUBLIC_IPV4)
+    if ip in _NAT64:
+        return is_public(IPv4Address(ip.packed[-4:]))
+    return ip in _GLOBAL_IPV6 and not any(ip in network for network in _NON_PUBLIC_IPV6)
+
+
+def is_cleartext(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme == "http" and not is_private_host(parts.hostname or "")
+
+
+def is_private_host(host: str) -> bool:
+    """Return whether a host is this machine or in a private network, judged by its name."""
+    ip = parse_ip(host)
+    if ip is not None:
+        return not ip.is_global
+    name = host.rstrip(".").lower()
+    return "." not in name or name.endswith(tuple(f".{domain}" for domain in _PRIVATE_DOMAINS))
+
+
+def url_origin(url: str) -> str:
+    """Return scheme, host and port of a valid HTTP URL: two of one origin lead to the same server."""
+    parts = urlsplit(url)
+    port = _DEFAULT_PORTS[parts.scheme] if parts.port is None else parts.port
+    return f"{parts.scheme}://{parts.hostname}:{port}"
+
+
+def parse_ip(host: str) -> IpAddress | None:
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
+
+
+def parse_network(entry: str) -> IpNetwork | None:
+    try:
+        return ip_network(entry)
+    except ValueError:
+        return None
