@@ -20,7 +20,7 @@ import httpcore2
 import httpx2
 from httpcore2._backends.anyio import AnyIOStream
 
-from service.domain.hosts import IpAddress
+from service.domain.hosts import IpAddress, is_metadata
 
 Resolver = Callable[[str], Awaitable[Sequence[IpAddress]]]
 """Returns the addresses of a host, best first. Raises UnknownHost."""
@@ -117,7 +117,7 @@ class _UnbufferedTransport(httpx2.AsyncHTTPTransport):
 
 
 class GuardedTransport(httpx2.AsyncBaseTransport):
-    """A transport to allowed addresses only, each request over a new connection.
+    """A transport to allowed addresses only, each request over a new connection; never to a metadata service.
 
     A kept connection would be reused without a check, and for another name at the same address. Raises AddressRefused
     or UnknownHost, which are ConnectErrors: nothing was sent. `Host` and TLS server name remain those of the URL. The
@@ -142,7 +142,7 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
                 addresses = await self._resolve(host)
         except TimeoutError:
             raise httpx2.ConnectTimeout(f"{host} could not be resolved in time") from None
-        allowed = [ip for ip in addresses if self._allow(host, ip)]
+        allowed = [ip for ip in addresses if not is_metadata(ip) and self._allow(host, ip)]
         if not allowed:
             raise AddressRefused(f"{host} has no address that may be reached")
         while True:

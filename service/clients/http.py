@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from functools import cache
+from ipaddress import ip_address
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -27,6 +28,7 @@ from msgspec import Struct
 from opentelemetry.trace import Tracer
 
 from service import __version__
+from service.domain.hosts import is_metadata
 from service.telemetry import tracing
 
 _log = structlog.get_logger(__name__)
@@ -466,14 +468,24 @@ class RequestTrace:
         if self._attempt is None:
             raise NotSent("the breaker is open")
 
-    async def __call__(self, event: str, _: Mapping[str, Any]) -> None:
+    async def __call__(self, event: str, info: Mapping[str, Any]) -> None:
         if event.startswith("connection."):
             self._is_connecting = True
+            if event == "connection.connect_tcp.complete":
+                await self._check_address(info["return_value"])
         elif not self._is_sent:
             self._is_sent = True
             self._notify_breaker(self._breaker.on_connected)
         if self._deadline and event.endswith("receive_response_headers.started"):
             self._deadline.reset_idle_timeout(READ_SECONDS)
+
+    @staticmethod
+    async def _check_address(stream: Any) -> None:
+        """Close a connection to a metadata service, whatever name led there. Raises NotSent."""
+        address = stream.get_extra_info("server_addr")  # none if the server has reset the connection already
+        if address and is_metadata(ip_address(address[0])):
+            await stream.aclose()
+            raise NotSent("its address is a metadata service")
 
     def classify_error(self, error: Exception) -> NotSent | ResponseLost:
         """Return NotSent only if the trace proves it: a resent submission would be paid twice."""

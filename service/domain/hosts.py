@@ -1,4 +1,4 @@
-"""Rules for hosts and addresses: which are public, which private."""
+"""Rules for hosts and addresses: which are public, which private, and which are never called."""
 
 from __future__ import annotations
 
@@ -43,6 +43,24 @@ _NON_PUBLIC_IPV6 = tuple(
 )
 _NAT64 = IPv6Network("64:ff9b::/96")
 """Embeds an IPv4 address in the last 32 bits; common in networks without IPv4."""
+_METADATA = tuple(
+    ip_network(network)
+    for network in (
+        "169.254.0.0/16",  # link-local: the metadata services of most clouds, and of their containers
+        "100.100.100.200/32",  # Alibaba
+        "168.63.129.16/32",  # the host agent of Azure
+        "192.0.0.192/32",  # Oracle, formerly
+        "fd00:ec2::/32",  # Amazon
+        "fd20:ce::254/128",  # Google
+        "fd00:c1::a9fe:a9fe/128",  # Oracle
+        "fd00:42::42/128",  # Scaleway
+        "fd00:a9fe:a9fe::1/128",  # Akamai
+        "fe80::/10",  # link-local, with OpenStack's
+    )
+)
+"""Services that give credentials of this machine to every client on it."""
+_EMBEDDING = (_NAT64, IPv6Network("64:ff9b:1::/48"), IPv6Network("::/96"), IPv6Network("::ffff:0:0/96"))
+"""Networks with an IPv4 address in the last 32 bits; the second is for translators of one's own."""
 
 
 def is_public(ip: IpAddress) -> bool:
@@ -52,6 +70,15 @@ def is_public(ip: IpAddress) -> bool:
     if ip in _NAT64:
         return is_public(IPv4Address(ip.packed[-4:]))
     return ip in _GLOBAL_IPV6 and not any(ip in network for network in _NON_PUBLIC_IPV6)
+
+
+def is_metadata(ip: IpAddress) -> bool:
+    """Return whether an address belongs to a cloud's metadata service, also if an IPv6 address embeds it."""
+    if isinstance(ip, IPv6Address):
+        embedded = IPv4Address(ip.packed[-4:]) if any(ip in network for network in _EMBEDDING) else ip.sixtofour
+        if embedded is not None and is_metadata(embedded):
+            return True
+    return any(ip in network for network in _METADATA)
 
 
 def is_cleartext(url: str) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from unittest.mock import AsyncMock
 
@@ -22,13 +22,15 @@ from service.clients.egress import (
     UnknownHost,
     resolve_host,
 )
+from service.domain import hosts
 from service.domain.errors import UpstreamInvalidResponse, UpstreamUnavailable
 from service.domain.hosts import IpAddress, is_public
 from service.domain.tasks import Artifact, ArtifactName
 from service.domain.tenants import Account
-from service.usecases.ports import RangeRequest
-from tests.contract.client import make_fetcher
+from service.usecases.ports import CheckOutcome, RangeRequest, SubmitOutcome
+from tests.contract.client import make_fetcher, open_caller
 from tests.contract.scripted_server import (
+    ACCEPTED_RESPONSE,
     PNG_IMAGE,
     Connection,
     Handler,
@@ -58,6 +60,29 @@ PRIVATE = [
 def test_private_reserved_and_translating_addresses_are_not_public() -> None:
     public = ["8.8.8.8", "172.32.0.1", "2606:4700::1111", "64:ff9b::808:808"]
     assert [text for text in PRIVATE + public if is_public(ip_address(text))] == public
+
+
+METADATA = [
+    *("169.254.169.254", "169.254.170.2", "100.100.100.200", "168.63.129.16", "192.0.0.192", "::ffff:169.254.169.254"),
+    *("fd00:ec2::254", "fd00:ec2:1::", "fd20:ce::254", "fe80::a9fe:a9fe%1", "64:ff9b::a9fe:a9fe"),
+    *("64:ff9b:1::a9fe:a9fe", "2002:a9fe:a9fe::1", "::169.254.169.254"),
+]
+
+
+async def test_metadata_services_are_never_called() -> None:
+    for text in METADATA:
+        async with open_client(AsyncMock(return_value=[ip_address(text)])) as caller:
+            with pytest.raises(AddressRefused):
+                await caller.get("http://allowed.example", timeout=0.01)
+
+
+async def test_an_upstream_whose_name_leads_to_a_metadata_service_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
+        assert (await caller.submit()).outcome is SubmitOutcome.ACCEPTED
+        monkeypatch.setattr(hosts, "_METADATA", (ip_network("127.0.0.0/8"),))
+        assert (await caller.submit()).outcome is SubmitOutcome.NOT_SENT
+        assert (await caller.check()).outcome is CheckOutcome.NO_RESPONSE
+        assert len(peer.requests) == 1
 
 
 async def test_names() -> None:
