@@ -313,6 +313,7 @@ async def open_container(
         artifact_client = ArtifactClient(
             settings.upstream_url,
             max_bytes=settings.max_artifact_bytes,
+            private_domains=settings.private_domains,
             on_call=metrics.record_upstream_call,
             user_keys=user_keys,
             links=links,

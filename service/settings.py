@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 
 from service.crypto import parse_secret_key
-from service.domain.hosts import is_cleartext, is_private_host, parse_ip
+from service.domain.hosts import DEFAULT_PRIVATE_DOMAINS, is_cleartext, is_private_host, is_public, parse_ip
 from service.domain.tasks import DEFAULT_CATALOGUE, Catalogue
 from service.domain.tenants import IPNetwork, Operator, OperatorRole, hash_token, parse_network
 from service.storage.connections import RedisAddress, parse_redis_url
@@ -183,6 +183,13 @@ def parse_networks(text: str) -> tuple[IPNetwork, ...]:
     return known
 
 
+def parse_domains(text: str) -> tuple[str, ...]:
+    domains = tuple(domain.strip().lower() for domain in text.split(","))
+    if not all(re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", domain) for domain in domains):
+        raise ValueError("must be domains such as internal,corp.example")
+    return domains
+
+
 def parse_catalogue(text: str) -> Mapping[str, str]:
     catalogue: dict[str, str] = {}
     for pair in text.split(","):
@@ -265,7 +272,7 @@ def production_errors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if _looks_guessable(key):
             yield "secret_keys", f"must be random bytes in production, which number {position} is not: {_NEW_KEY_HINT}"
     url = values.get("upstream_url")
-    if url and values.get("upstream_cleartext") is Cleartext.REFUSE and is_cleartext(url):
+    if url and values.get("upstream_cleartext") is Cleartext.REFUSE and _is_cleartext(values, url):
         yield "upstream_url", f"must be https:// in production, since every call carries a user_key: {_CLEARTEXT_HINT}"
     if url := values.get("redis_url"):
         yield from _redis_errors(parse_redis_url(url))
@@ -275,10 +282,10 @@ def production_warnings(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield fields with questionable values, each with a warning."""
     if values["log_level"] == "debug":
         yield "log_level", "is debug: many lines per request, useful only while debugging"
-    if values["upstream_cleartext"] is Cleartext.ALLOW and is_cleartext(values["upstream_url"]):
+    if values["upstream_cleartext"] is Cleartext.ALLOW and _is_cleartext(values, values["upstream_url"]):
         yield "upstream_url", "has no TLS: anyone on the network path can read the user_keys and spend with them"
     address = parse_redis_url(values["redis_url"])
-    if not address.path and not all(is_private_host(host) for host, _ in address.hosts):
+    if not address.path and not all(is_private_host(host, values["private_domains"]) for host, _ in address.hosts):
         if address.tls_options is None:
             yield "redis_url", "has no TLS, which is acceptable only in a private network: use rediss://"
         if _has_no_authentication(address):
@@ -294,6 +301,10 @@ def _has_admin(values: Mapping[str, Any]) -> bool:
     return any(operator.role is OperatorRole.ADMIN for operator in values["operators"] or ())
 
 
+def _is_cleartext(values: Mapping[str, Any], url: str) -> bool:
+    return is_cleartext(url, values.get("private_domains", DEFAULT_PRIVATE_DOMAINS))
+
+
 def _admin_token_errors(token: str) -> Iterator[tuple[str, str]]:
     if len(token) < MIN_ADMIN_TOKEN_LENGTH:
         yield "admin_token", f"must have at least {MIN_ADMIN_TOKEN_LENGTH} characters in production"
@@ -303,7 +314,7 @@ def _admin_token_errors(token: str) -> Iterator[tuple[str, str]]:
 
 def _redis_errors(address: RedisAddress) -> Iterator[tuple[str, str]]:
     # Only for literal addresses: the public name of a managed store often has a private address.
-    if any(ip is not None and ip.is_global for ip in (parse_ip(host) for host, _ in address.hosts)):
+    if any(ip is not None and is_public(ip) for ip in (parse_ip(host) for host, _ in address.hosts)):
         if address.tls_options is None:
             yield "redis_url", "must be rediss:// in production, since its address is public"
         if _has_no_authentication(address):
@@ -412,6 +423,12 @@ class Settings:
         parse_choice(Cleartext),
         "refuse",
         "`allow` lets production call an upstream in another network by unencrypted `http://`.",
+    )
+    private_domains: tuple[str, ...] = _declare(
+        parse_domains,
+        ",".join(DEFAULT_PRIVATE_DOMAINS),
+        "Domains whose hosts count as private, as private addresses and names without a dot do: production may call "
+        "them by `http://`, and an upstream there may have its results at a private address.",
     )
     secret_keys: tuple[bytes, ...] = _declare(
         parse_secret_keys,

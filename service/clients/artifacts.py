@@ -7,7 +7,7 @@ import re
 import ssl
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -30,7 +30,7 @@ from service.domain.errors import (
     UpstreamInvalidResponse,
     UpstreamUnavailable,
 )
-from service.domain.hosts import IpAddress, is_public
+from service.domain.hosts import DEFAULT_PRIVATE_DOMAINS, IpAddress, is_private_host, is_public, url_address
 from service.domain.media import BITMAP_SNIFF_BYTES, OCTET_STREAM, SNIFF_BYTES, is_allowed_type, sniff_type
 from service.domain.tasks import Artifact
 from service.domain.tenants import Account
@@ -176,8 +176,9 @@ class FetchTimeouts(Struct, frozen=True):
 class ArtifactClient:
     """Client for results of at most `max_bytes`, each over connections of its own.
 
-    A private address is allowed only if it is the host of the account's own upstream. `user_keys` decrypts the
-    accounts' keys, which no header of a result shows, and `links` the URLs that contain one.
+    An address that is not public is allowed only for host and port of the account's own upstream, and only if that is
+    a private address or a name in one of the `private_domains`. `user_keys` decrypts the accounts' keys, which no
+    header of a result shows, and `links` the URLs that contain one.
     """
 
     def __init__(
@@ -186,6 +187,7 @@ class ArtifactClient:
         *,
         max_bytes: int,
         on_call: OnCall,
+        private_domains: Sequence[str] = DEFAULT_PRIVATE_DOMAINS,
         user_keys: UserKeyCipher | None = None,
         links: AesSivCipher | None = None,
         tls: ssl.SSLContext | None = None,
@@ -196,6 +198,7 @@ class ArtifactClient:
         self._upstream_url = upstream_url
         self._max_bytes = max_bytes
         self._on_call = on_call
+        self._private_domains = private_domains
         self._user_keys = user_keys
         self._links = links
         self._tls = tls or default_tls()
@@ -216,13 +219,14 @@ class ArtifactClient:
 
         Raises UpstreamInvalidResponse, UpstreamUnavailable, RangeNotSatisfiable or Overloaded on entry.
         """
-        own_url = httpx2.URL(account.base_url or self._upstream_url) if account else None
-        own_host = own_url and own_url.raw_host.decode("ascii").lower()
+        # A public name may resolve to any address: only a host that is known to be private may be at a private one.
+        own = url_address(account.base_url or self._upstream_url) if account else None
+        own = own if own and is_private_host(own[0], self._private_domains) else None
         user_key = self._user_keys.decrypt(account) if account and self._user_keys else None
         url = self._decrypt_url(artifact)
 
-        def is_allowed(host: str, ip: IpAddress) -> bool:
-            return host == own_host or is_public(ip)
+        def is_allowed(host: str, port: int, ip: IpAddress) -> bool:
+            return is_public(ip) or (host, port) == own
 
         started_at = time.monotonic()
         fetch = _Fetch(

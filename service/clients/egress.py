@@ -24,8 +24,8 @@ from service.domain.hosts import IpAddress, is_metadata
 
 Resolver = Callable[[str], Awaitable[Sequence[IpAddress]]]
 """Returns the addresses of a host, best first. Raises UnknownHost."""
-AllowAddress = Callable[[str, IpAddress], bool]
-"""Returns whether a host (lower case, as in the URL) may be reached at an address."""
+AllowAddress = Callable[[str, int, IpAddress], bool]
+"""Returns whether a host (lower case, as in the URL) may be reached at a port of an address."""
 
 
 class UnknownHost(httpx2.ConnectError):
@@ -134,6 +134,7 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         host = request.url.raw_host.decode("ascii").lower()
+        port = request.url.port or (443 if request.url.scheme == "https" else 80)
         timeout: dict[str, Any] = request.extensions.get("timeout", {})
         seconds: float | None = timeout.get("connect")
         deadline = None if seconds is None else time.monotonic() + seconds
@@ -142,7 +143,7 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
                 addresses = await self._resolve(host)
         except TimeoutError:
             raise httpx2.ConnectTimeout(f"{host} could not be resolved in time") from None
-        allowed = [ip for ip in addresses if not is_metadata(ip) and self._allow(host, ip)]
+        allowed = [ip for ip in addresses if not is_metadata(ip) and self._allow(host, port, ip)]
         if not allowed:
             raise AddressRefused(f"{host} has no address that may be reached")
         while True:

@@ -60,7 +60,7 @@ class WebhookClient:
         Raises Overloaded if this machine lacks a resource for the call: that must not count against the receiver.
         """
 
-        def is_allowed(_host: str, ip: IpAddress) -> bool:
+        def is_allowed(_host: str, _port: int, ip: IpAddress) -> bool:
             return is_public(ip) or webhook.allows_address(ip)
 
         try:

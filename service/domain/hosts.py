@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from urllib.parse import urlsplit
 
 IpAddress = IPv4Address | IPv6Address
 IpNetwork = IPv4Network | IPv6Network
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-_PRIVATE_DOMAINS = ("localhost", "local", "internal", "svc", "home.arpa")
+DEFAULT_PRIVATE_DOMAINS = ("home.arpa", "internal", "local", "localhost", "svc")
+_PRIVATE = tuple(
+    ip_network(network)
+    for network in (
+        "10.0.0.0/8",
+        "100.64.0.0/10",  # behind carrier-grade NAT
+        "127.0.0.0/8",
+        "172.16.0.0/12",
+        "192.168.0.0/16",
+        "::1/128",
+        "fc00::/7",
+    )
+)
+"""Addresses of this machine and of private networks; most other addresses that are not public lead nowhere."""
 _NON_PUBLIC_IPV4 = tuple(
     IPv4Network(network)
     for network in (
@@ -81,32 +96,45 @@ def is_metadata(ip: IpAddress) -> bool:
     return any(ip in network for network in _METADATA)
 
 
-def is_cleartext(url: str) -> bool:
-    parts = urlsplit(url)
-    return parts.scheme == "http" and not is_private_host(parts.hostname or "")
+def is_cleartext(url: str, private_domains: Sequence[str]) -> bool:
+    """Return whether calls of a URL are readable in other networks."""
+    return urlsplit(url).scheme == "http" and not is_private_host(url_address(url)[0], private_domains)
 
 
-def is_private_host(host: str) -> bool:
-    """Return whether a host is this machine or in a private network, judged by its name."""
+def is_private_host(host: str, private_domains: Sequence[str]) -> bool:
+    """Return whether a host is this machine or in a private network, judged by its address or name."""
     ip = parse_ip(host)
     if ip is not None:
-        return not ip.is_global
+        return any(ip in network for network in _PRIVATE)
     name = host.rstrip(".").lower()
-    return "." not in name or name.endswith(tuple(f".{domain}" for domain in _PRIVATE_DOMAINS))
+    return "." not in name or f".{name}".endswith(tuple(f".{domain}" for domain in private_domains))
+
+
+def url_address(url: str) -> tuple[str, int]:
+    """Return the host, in lower case and without brackets, and the port of a valid HTTP URL."""
+    parts = urlsplit(url)
+    default_port = 443 if parts.scheme == "https" else 80
+    return parts.hostname or "", default_port if parts.port is None else parts.port
 
 
 def url_origin(url: str) -> str:
     """Return scheme, host and port of a valid HTTP URL: two of one origin lead to the same server."""
-    parts = urlsplit(url)
-    port = _DEFAULT_PORTS[parts.scheme] if parts.port is None else parts.port
-    return f"{parts.scheme}://{parts.hostname}:{port}"
+    host, port = url_address(url)
+    return f"{urlsplit(url).scheme}://{host}:{port}"
 
 
 def parse_ip(host: str) -> IpAddress | None:
-    try:
-        return ip_address(host)
-    except ValueError:
-        return None
+    """Return the address that a host is, in every spelling that resolvers accept; None for a name.
+
+    0x7f000001, 2130706433, 127.1 and ::ffff:127.0.0.1 are 127.0.0.1.
+    """
+    text = host.removesuffix(".")
+    with suppress(ValueError):
+        ip = ip_address(text)
+        return (isinstance(ip, IPv6Address) and ip.ipv4_mapped) or ip
+    with suppress(OSError, ValueError):
+        return IPv4Address(socket.inet_aton(text))
+    return None
 
 
 def parse_network(entry: str) -> IpNetwork | None:

@@ -148,8 +148,8 @@ async def test_failure_before_the_first_byte_is_a_problem(gateway: RunningGatewa
 @asynccontextmanager
 async def serve_artifact(gateway: RunningGateway, serve: Handler) -> AsyncIterator[ScriptedServer]:
     """Have the artifact of the finished task on a scripted server."""
-    client = ArtifactClient("http://127.0.0.1", max_bytes=LARGE, on_call=lambda *_: None)
     async with asyncio.timeout(60), run_server(serve) as server:
+        client = ArtifactClient(server.url, max_bytes=LARGE, on_call=lambda *_: None)
 
         def fetch(
             account: Account | None, artifact: Artifact, requested: RangeRequest, is_recent: bool = False

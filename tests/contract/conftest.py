@@ -8,6 +8,14 @@ from collections.abc import Callable, Mapping
 import pytest
 import uvloop
 
+from service.clients import artifacts
+
+
+@pytest.fixture
+def public_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the results of tests be at public addresses, which those of loopback stand for."""
+    monkeypatch.setattr(artifacts, "is_public", lambda _: True)
+
 
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item

@@ -62,6 +62,7 @@ from tests.support.traces import RecordedSpan, SpanRecorder
 from tests.support.valkey import Valkey
 from tests.unit.asgi_client import make_http_scope
 
+pytestmark = pytest.mark.usefixtures("public_loopback")
 NO_RESPONSE = CheckOutcome.NO_RESPONSE
 NOT_SENT = (SubmitOutcome.NOT_SENT, NO_RESPONSE, "failed", UpstreamUnavailable)
 LOST = (SubmitOutcome.UNKNOWN, NO_RESPONSE, "failed", UpstreamInvalidResponse)
@@ -96,9 +97,8 @@ class Clients:
 
 
 @asynccontextmanager
-async def open_clients(url: str, *, host: str = "127.0.0.1", seconds: float = 10) -> AsyncIterator[Clients]:
-    """Open clients of an upstream; artifacts may be fetched from `host`."""
-    artifacts = make_fetcher(f"http://{host}", timeouts=FetchTimeouts(first_byte_seconds=seconds, idle_seconds=seconds))
+async def open_clients(url: str, *, seconds: float = 10) -> AsyncIterator[Clients]:
+    artifacts = make_fetcher(timeouts=FetchTimeouts(first_byte_seconds=seconds, idle_seconds=seconds))
     async with open_caller(url) as caller:
         yield Clients(caller, WebhookClient(timeout_seconds=seconds), artifacts)
 
@@ -180,7 +180,7 @@ async def test_nothing_is_sent_to_untrusted_servers(tmp_path: Path, monkeypatch:
 async def test_lack_of_descriptors_is_not_sent_and_does_not_count_against_the_server(host: str) -> None:
     async with run_server(reply_with(http_response(b"x", 500))) as peer:
         url = peer.url.replace("127.0.0.1", host)
-        async with open_clients(url, host=host) as clients:
+        async with open_clients(url) as clients:
             with exhaust_descriptors():
                 for _ in range(6):
                     assert await clients.call(url) == NO_DESCRIPTOR

@@ -31,6 +31,7 @@ from tests.contract.scripted_server import (
 from tests.support.images import encode_image
 from tests.support.network import reserve_port
 
+pytestmark = pytest.mark.usefixtures("public_loopback")
 IMAGE, VECTOR, GRID = ArtifactName.IMAGE, ArtifactName.VECTOR, ArtifactName.GRID
 LAST_MODIFIED = "Sat, 31 Jan 2026 12:00:00 GMT"
 CHUNKED = response_head(Transfer_Encoding="chunked")

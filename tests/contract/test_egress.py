@@ -97,7 +97,7 @@ async def test_names() -> None:
 @asynccontextmanager
 async def open_client(
     resolver: Resolver,
-    allow: AllowAddress = lambda _host, _ip: True,
+    allow: AllowAddress = lambda _host, _port, _ip: True,
     *,
     tls: ssl.SSLContext | None = None,
     seconds: float = 10,
@@ -113,10 +113,10 @@ def with_hostname(url: str) -> str:
 
 
 async def test_each_request_is_resolved_and_checked_once() -> None:
-    requested: list[tuple[str, IpAddress]] = []
+    requested: list[tuple[str, int, IpAddress]] = []
 
-    def allow(host: str, ip: IpAddress) -> bool:
-        requested.append((host, ip))
+    def allow(host: str, port: int, ip: IpAddress) -> bool:
+        requested.append((host, port, ip))
         return ip == LOOPBACK
 
     async with (
@@ -126,7 +126,8 @@ async def test_each_request_is_resolved_and_checked_once() -> None:
         assert (await caller.post(with_hostname(peer.url), content=b"x")).content == b"fine"
         with pytest.raises(AddressRefused):
             await caller.post(with_hostname(peer.url), content=b"x")
-        assert requested == [("files.example", LOOPBACK), ("files.example", UNUSED_ADDRESS)]
+        port = int(peer.url.rpartition(":")[2])
+        assert requested == [("files.example", port, LOOPBACK), ("files.example", port, UNUSED_ADDRESS)]
         assert peer.connections == 1
 
 
@@ -139,7 +140,7 @@ async def test_the_next_allowed_address_gets_the_whole_request() -> None:
         assert head.startswith(b"POST /a?b=c HTTP/1.1\r\n")
         assert f"\r\nhost: files.example:{answer.request.url.port}\r\n".encode() in head.lower()
         async with open_client(
-            AsyncMock(side_effect=[[LOOPBACK, UNUSED_ADDRESS]]), lambda _host, ip: ip == UNUSED_ADDRESS
+            AsyncMock(side_effect=[[LOOPBACK, UNUSED_ADDRESS]]), lambda _host, _port, ip: ip == UNUSED_ADDRESS
         ) as caller:
             with pytest.raises(httpx2.ConnectError):
                 await caller.post(with_hostname(peer.url), content=b"x")
@@ -205,48 +206,59 @@ def redirect_through(*locations: str) -> Handler:
         "http://[::ffff:127.0.0.1]:{port}/1.png",
         "http://2130706433:{port}/1.png",
         "http://169.254.169.254/latest/meta-data/",
-        "http://upstream.example@127.0.0.1:{port}/1.png",
+        "http://upstream.internal:{port}/1.png",
+        "http://upstream.internal@127.0.0.1:{port}/1.png",
     ],
 )
 async def test_artifacts_at_private_addresses_are_refused(url: str) -> None:
-    names = dict.fromkeys(("upstream.example", "localhost", "2130706433"), "127.0.0.1")
+    names = dict.fromkeys(("upstream.internal", "localhost", "2130706433"), "127.0.0.1")
     names |= {text: text for text in ("127.0.0.1", "::ffff:127.0.0.1", "169.254.169.254")}
-    caller = make_fetcher("http://upstream.example", resolver=resolve_from(names))
     async with run_server(reply_and_close(file_response())) as inside:
         target = url.format(port=inside.url.rpartition(":")[2])
-        with pytest.raises(UpstreamInvalidResponse) as caught:
-            await caller.fetch_all(target)
-        assert "127.0.0.1" not in str(caught.value)
         async with run_server(redirect_through(target)) as peer:
+            upstream_url = peer.url.replace("127.0.0.1", "upstream.internal")
+            caller = make_fetcher(upstream_url, resolver=resolve_from(names))
+            with pytest.raises(UpstreamInvalidResponse) as caught:
+                await caller.fetch_all(target)
+            assert "127.0.0.1" not in str(caught.value)
             with pytest.raises(UpstreamInvalidResponse):
-                await caller.fetch_all(peer.url.replace("127.0.0.1", "upstream.example"))
+                await caller.fetch_all(upstream_url)
             assert len(peer.requests) == 1
         assert inside.connections == 0
     assert caller.outcomes == [FetchOutcome.INVALID] * 2
 
 
-async def test_a_private_address_is_allowed_for_the_account_whose_upstream_has_it() -> None:
-    names = dict.fromkeys(("files.internal", "other.example"), "127.0.0.1")
-    caller = make_fetcher("http://other.example", resolver=resolve_from(names))
-    own = Account(1, "own", b"", base_url="http://FILES.internal:9000/base")
-    other = Account(2, "other", b"")
+@pytest.mark.parametrize(
+    ("base_url", "host", "allowed"),
+    [
+        ("http://FILES.internal:{port}/base", "files.internal", True),
+        ("http://files.internal:9000", "files.internal", False),
+        ("http://files.internal", "files.internal", False),
+        ("http://other.internal:{port}", "files.internal", False),
+        ("http://127.1:{port}", "127.1", True),
+        ("http://corp.example:{port}", "corp.example", True),  # as set
+        ("http://upstream.example:{port}", "upstream.example", False),  # its owner may resolve it to any address
+        (None, "files.internal", False),
+    ],
+)
+async def test_private_addresses_are_for_an_account_of_that_host_and_port(
+    base_url: str | None, host: str, allowed: bool
+) -> None:
+    names = dict.fromkeys(("127.1", "files.internal", "corp.example", "upstream.example"), "127.0.0.1")
+    caller = make_fetcher(resolver=resolve_from(names), private_domains=["internal", "corp.example"])
     async with run_server(reply_and_close(file_response())) as peer:
-        for host, account, allowed in (
-            ("files.internal", own, True),
-            ("files.internal", other, False),
-            ("files.internal", None, False),
-            ("other.example", other, True),
-            ("other.example", own, False),
-        ):
-            fetching = caller.fetch_all(peer.url.replace("127.0.0.1", host), account=account)
-            if allowed:
-                assert (await fetching)[1] == PNG_IMAGE
-            else:
-                with pytest.raises(UpstreamInvalidResponse):
-                    await fetching
-        assert len(peer.requests) == 2
+        port = peer.url.rpartition(":")[2]
+        account = Account(1, "own", b"", base_url=base_url and base_url.format(port=port))
+        fetching = caller.fetch_all(f"http://{host}:{port}", account=account)
+        if allowed:
+            assert (await fetching)[1] == PNG_IMAGE
+        else:
+            with pytest.raises(UpstreamInvalidResponse):
+                await fetching
+        assert len(peer.requests) == allowed
 
 
+@pytest.mark.usefixtures("public_loopback")
 async def test_redirects_keep_the_request() -> None:
     async with run_server(redirect_through("/2.png", "{url}/3.png?a=b", "4.png", "/5", "/6")) as peer:
         _, content = await make_fetcher().fetch_all(
@@ -267,6 +279,7 @@ async def test_a_link_that_was_encrypted_with_a_lost_secret_is_not_fetched() -> 
     assert peer.connections == 0
 
 
+@pytest.mark.usefixtures("public_loopback")
 @pytest.mark.parametrize("location", ["/", "file:///etc/passwd", "//", "http://["])
 async def test_endless_and_invalid_redirects(location: str) -> None:
     async with run_server(redirect_through(*[location] * 9)) as peer:
@@ -275,6 +288,7 @@ async def test_endless_and_invalid_redirects(location: str) -> None:
     assert len(peer.requests) <= MAX_REDIRECTS + 1
 
 
+@pytest.mark.usefixtures("public_loopback")
 async def test_a_redirect_from_https_to_http_is_refused(tmp_path: Path) -> None:
     trusted, context = create_certificate(tmp_path)
     fetcher = make_fetcher(tls=ssl.create_default_context(cafile=str(trusted)))

@@ -117,6 +117,7 @@ def test_values_from_files(tmp_path: Path) -> None:
         ("OPERATORS", ["alice", f"alice:owner:{HASH}", f"alice:admin:{HASH[1:]}", f"Alice:admin:{HASH}"]),
         ("OPERATORS", [f"admin:admin:{HASH}", f"alice:admin:{HASH},", f"alice:admin:{HASH},bob:read-only:{HASH}"]),
         ("TRUSTED_PROXIES", ["proxy.internal", "10.0.0.1/8", "10.0.0.0/8,", "0.0.0.0/0", "fd00::/8,::/0"]),
+        ("PRIVATE_DOMAINS", [",", ".example", "a b", "http://a"]),
         ("SECRET_KEYS", ["a?b", "c2hvcnQ=", f"{base64.b64encode(KEY).decode()},c2hvcnQ="]),
         ("MAX_IMAGE_BYTES", ["1023", "a lot", "1025 MiB"]),
         ("POLL_SECONDS", ["nan", "soon", "0.04"]),
@@ -183,6 +184,11 @@ WEAK_KEYS = [bytes(32), b"s" * 32, bytes(range(150, 158)) * 4, b"correct horse b
         *(("SECRET_KEYS", base64.b64encode(key).decode()) for key in WEAK_KEYS),
         ("SECRET_KEYS", f"{PRODUCTION['GATEWAY_SECRET_KEYS']},{base64.b64encode(WEAK_KEYS[1]).decode()}"),
         *(("UPSTREAM_URL", f"http://{host}") for host in ("images.example/api", "8.8.8.8", "[2606:4700::1111]:80")),
+        *(
+            ("UPSTREAM_URL", f"http://{host}")
+            for host in ("134744072", "0x8.010.0x808", "8.8.8.8.", "[::ffff:8.8.8.8]")
+        ),
+        *(("UPSTREAM_URL", f"http://{host}") for host in ("[64:ff9b::808:808]", "[2002:808:808::1]")),
         ("REDIS_URL", "redis://:hush@8.8.8.8"),
         ("REDIS_URL", "rediss://8.8.8.8"),
         ("REDIS_URL", "redis://8.8.8.8"),  # both TLS and a password are missing
@@ -206,7 +212,7 @@ def test_production_refuses_weak_settings(tmp_path: Path, name: str, text: str) 
         # It may be an egress proxy.
         *(
             ("UPSTREAM_URL", f"http://{host}", 0)
-            for host in ("localhost:1", "10.1.2.3", "[fd00::1]", "egress.shop.svc")
+            for host in ("localhost:1", "10.1.2.3", "[fd00::1]", "egress.shop.svc", "2130706433", "[::ffff:10.1.2.3]")
         ),
         ("UPSTREAM_URL", "http://images.example", 1),
         *(("REDIS_URL", url, 0) for url in ("redis://10.0.0.1", "unix:///run/store.sock", "rediss://:word@8.8.8.8")),
@@ -221,6 +227,13 @@ def test_production_warnings(name: str, text: str, warnings: int) -> None:
         environ["GATEWAY_UPSTREAM_CLEARTEXT"] = "allow"
     loaded = Settings.load(environ)
     assert [field for field, _ in production_warnings(vars(loaded))] == [name.lower()] * warnings
+
+
+def test_private_domains() -> None:
+    """A host in one of these domains, and no other, counts as private."""
+    environ = PRODUCTION | {"GATEWAY_PRIVATE_DOMAINS": "corp.example, Internal"}
+    for host, is_private in (("corp.example", 1), ("a.CORP.example.", 1), ("evilcorp.example", 0), ("a.local", 0)):
+        assert (find_errors(environ | {"GATEWAY_UPSTREAM_URL": f"http://{host}"}) == ()) == is_private, host
 
 
 def test_repr_hides_secrets() -> None:
