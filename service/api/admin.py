@@ -94,12 +94,15 @@ def _apply_patch(
 
 
 def _patch_tenant(tenant: tenants.Tenant, patch: Mapping[str, Any]) -> DesiredTenant:
-    """Return the patched tenant; disabled URLs are enabled by a patch of its webhook. Raises InvalidOptions."""
-    desired = _apply_patch(schemas.TenantBody, schemas.tenant_spec(tenant), patch).to_desired(tenant.name)
+    """Return the patched tenant; disabled URLs are enabled by a patch of its webhook. Raises InvalidOptions.
+
+    A webhook that is not in the patch stays as it is, also if it would not be accepted any more.
+    """
+    spec = schemas.tenant_spec(tenant)
     if "webhook" in patch:
-        return desired
-    webhook = replace(desired.tenant.webhook, disabled_urls=tenant.webhook.disabled_urls)
-    return replace(desired, tenant=replace(desired.tenant, webhook=webhook))
+        return _apply_patch(schemas.TenantBody, spec, patch).to_desired(tenant.name)
+    desired = _apply_patch(schemas.TenantBody, replace(spec, webhook=None), patch).to_desired(tenant.name)
+    return replace(desired, tenant=replace(desired.tenant, webhook=tenant.webhook))
 
 
 def _merge(target: Any, patch: Any) -> Any:

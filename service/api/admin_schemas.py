@@ -66,8 +66,9 @@ class WebhookSpec(Struct, frozen=True, forbid_unknown_fields=True):
         list[Annotated[str, Meta(max_length=255)]],
         Meta(
             max_length=MAX_ALLOW_ENTRIES,
-            description="Hosts allowed in the `webhook_url` of a task, beside that of `url`, at public and private "
-            "addresses; networks such as 127.0.0.0/8 allow other addresses.",
+            description="Hosts allowed in the `webhook_url` of a task, beside that of `url`, and networks such as "
+            "10.0.0.0/8: an address that is not public is called only if one of them has it. Each is for the ports 80 "
+            "and 443, or for its own: hooks.example:8443, 10.0.0.0/8:8080.",
         ),
     ] = []
 
@@ -266,6 +267,7 @@ class TenantSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             webhook = tenants.Webhook(
                 url, errors.collect("", (), webhooks.parse_allow_list, "webhook.allow", self.webhook.allow)
             )
+            errors.collect("", None, webhooks.check_address, "webhook.url", webhook)
         tenant = tenants.Tenant(
             id=0,
             name=name,

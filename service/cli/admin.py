@@ -75,7 +75,8 @@ _TENANT_OPTIONS = (
     click.option(
         "--webhook-allow",
         multiple=True,
-        help="A further host for its tasks, or a network for hosts such as 127.0.0.0/8; repeatable.",
+        help="A further host for its tasks, or a network for private addresses such as 10.0.0.0/8; with its port, such "
+        "as 10.0.0.0/8:8080, unless that is 80 or 443; repeatable.",
     ),
     click.option(
         "--webhook-secret-file",

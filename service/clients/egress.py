@@ -20,7 +20,7 @@ import httpcore2
 import httpx2
 from httpcore2._backends.anyio import AnyIOStream
 
-from service.domain.hosts import IpAddress, is_metadata
+from service.domain.hosts import WEB_PORT, WEB_PORT_TLS, IpAddress, is_metadata
 
 Resolver = Callable[[str], Awaitable[Sequence[IpAddress]]]
 """Returns the addresses of a host, best first. Raises UnknownHost."""
@@ -134,7 +134,7 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         host = request.url.raw_host.decode("ascii").lower()
-        port = request.url.port or (443 if request.url.scheme == "https" else 80)
+        port = request.url.port or (WEB_PORT_TLS if request.url.scheme == "https" else WEB_PORT)
         timeout: dict[str, Any] = request.extensions.get("timeout", {})
         seconds: float | None = timeout.get("connect")
         deadline = None if seconds is None else time.monotonic() + seconds

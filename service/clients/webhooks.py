@@ -60,8 +60,8 @@ class WebhookClient:
         Raises Overloaded if this machine lacks a resource for the call: that must not count against the receiver.
         """
 
-        def is_allowed(_host: str, _port: int, ip: IpAddress) -> bool:
-            return is_public(ip) or webhook.allows_address(ip)
+        def is_allowed(_host: str, port: int, ip: IpAddress) -> bool:
+            return is_public(ip) or webhook.allows_address(ip, port)
 
         try:
             with tracing.start_client_span(self._tracer, "POST", url) as span:
@@ -94,7 +94,7 @@ def _describe_error(error: Exception, seconds: float) -> str:
         case TimeoutError() | httpx2.TimeoutException():
             return f"It took longer than {seconds:g} seconds."
         case AddressRefused():
-            return "The address of its host is not allowed."
+            return "The address of its host is not public, and no network allowed for the tenant has it with this port."
         case UnknownHost():
             return "Its host has no address."
         case httpx2.ConnectError():

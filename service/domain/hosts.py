@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from urllib.parse import urlsplit
+
+from msgspec import Struct
 
 IpAddress = IPv4Address | IPv6Address
 IpNetwork = IPv4Network | IPv6Network
@@ -24,6 +27,11 @@ _PRIVATE = tuple(
     )
 )
 """Addresses of this machine and of private networks; most other addresses that are not public lead nowhere."""
+HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?")
+_DESTINATION = re.compile(r"(?:\[(?P<ip>[^]]*:[^]]*)\]|(?P<place>[^:/]+|[^/]+/[0-9]+))(?::(?P<port>[1-9][0-9]{0,4}))?")
+_MAX_PORT = 65_535
+WEB_PORT, WEB_PORT_TLS = 80, 443
+WEB_PORTS = frozenset({WEB_PORT, WEB_PORT_TLS})
 _NON_PUBLIC_IPV4 = tuple(
     IPv4Network(network)
     for network in (
@@ -113,7 +121,7 @@ def is_private_host(host: str, private_domains: Sequence[str]) -> bool:
 def url_address(url: str) -> tuple[str, int]:
     """Return the host, in lower case and without brackets, and the port of a valid HTTP URL."""
     parts = urlsplit(url)
-    default_port = 443 if parts.scheme == "https" else 80
+    default_port = WEB_PORT_TLS if parts.scheme == "https" else WEB_PORT
     return parts.hostname or "", default_port if parts.port is None else parts.port
 
 
@@ -137,8 +145,34 @@ def parse_ip(host: str) -> IpAddress | None:
     return None
 
 
-def parse_network(entry: str) -> IpNetwork | None:
-    try:
-        return ip_network(entry)
-    except ValueError:
-        return None
+class Destination(Struct, frozen=True):
+    """A host or the addresses of a network, at one port, or without it at those of HTTP and HTTPS."""
+
+    place: str | IpNetwork
+    port: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.place) if self.port is None else f"{self.place}:{self.port}"
+
+    def has_port(self, port: int) -> bool:
+        return port in WEB_PORTS if self.port is None else port == self.port
+
+    def has_address(self, ip: IpAddress) -> bool:
+        return not isinstance(self.place, str) and ip in self.place
+
+
+def parse_destination(entry: str) -> Destination | None:
+    """Return the destination of a text such as hooks.example:8443, 10.0.0.0/8 or [fd00::1]:8080, None if invalid."""
+    match = _DESTINATION.fullmatch(entry)
+    text = (match["ip"] or match["place"]) if match else entry
+    port = int(match["port"]) if match and match["port"] else None
+    place = _parse_network(text) or text.lower()
+    is_valid = (port or 0) <= _MAX_PORT and (not isinstance(place, str) or HOST_NAME.fullmatch(place))
+    return Destination(place, port) if is_valid else None
+
+
+def _parse_network(text: str) -> IpNetwork | None:
+    with suppress(ValueError):
+        return ip_network(text)
+    ip = parse_ip(text)
+    return ip and ip_network(ip)

@@ -8,14 +8,12 @@ import secrets
 import zlib
 from collections.abc import Mapping
 from enum import StrEnum
-from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from service.domain.hosts import IpAddress, IpNetwork, parse_network
+from service.domain.hosts import WEB_PORTS, Destination, IpAddress, parse_destination, parse_ip, url_address
 from service.domain.tasks import Kind
 
 NAME_RULE = "be up to 63 lower-case letters, digits, dots, dashes and underscores, a letter or digit first"
@@ -32,13 +30,6 @@ _TOKEN_CHECKSUM_CHARS = 6
 
 MAX_DISABLED_URLS = 100
 """The latest disabled URLs of a tenant that are remembered."""
-
-_PRIVATE_NETWORKS: tuple[IpNetwork, ...] = (
-    IPv4Network("10.0.0.0/8"),
-    IPv4Network("172.16.0.0/12"),
-    IPv4Network("192.168.0.0/16"),
-    IPv6Network("fc00::/7"),
-)
 
 
 class SecretRef(Struct, frozen=True, omit_defaults=True):
@@ -62,7 +53,7 @@ class WebhookSecrets(Struct, frozen=True):
 
 
 class Webhook(Struct, frozen=True):
-    """A tenant's webhook: events go to `url`, or where a task asks for it at a host of `allow`.
+    """A tenant's webhook: events go to `url`, or where a task asks for it at a destination of `allow`.
 
     Without a `url` nothing is sent; the secrets are kept. `disabled_urls` answered 410.
     """
@@ -73,23 +64,24 @@ class Webhook(Struct, frozen=True):
     disabled_urls: tuple[str, ...] = ()
 
     def allows_url(self, url: str) -> bool:
-        host = urlsplit(url).hostname
-        if self.url is None or host is None:
+        """Whether a task may name a URL: its host and port are those of `url`, or listed in `allow`."""
+        if self.url is None:
             return False
-        if host in {urlsplit(self.url).hostname, *self.allow}:
-            return True
-        try:
-            ip = ip_address(host)
-        except ValueError:
-            return False
-        return any(ip in network for network in self._allowed_networks())
+        own_host, own_port = url_address(self.url)
+        own = Destination(own_host, None if own_port in WEB_PORTS else own_port)
+        host, port = url_address(url)
+        ip = parse_ip(host)
+        return any(
+            entry.has_port(port) and (entry.place == host or (ip is not None and entry.has_address(ip)))
+            for entry in (own, *self._destinations())
+        )
 
-    def allows_address(self, ip: IpAddress) -> bool:
-        """Whether a host may resolve to an address that is not public: a private one, or one of `allow`."""
-        return any(ip in network for network in (*_PRIVATE_NETWORKS, *self._allowed_networks()))
+    def allows_address(self, ip: IpAddress, port: int) -> bool:
+        """Whether webhooks may go to an address that is not public: only a network of `allow` permits it."""
+        return any(entry.has_address(ip) and entry.has_port(port) for entry in self._destinations())
 
-    def _allowed_networks(self) -> list[IpNetwork]:
-        return [network for network in map(parse_network, self.allow) if network]
+    def _destinations(self) -> list[Destination]:
+        return [destination for destination in map(parse_destination, self.allow) if destination]
 
     def with_secret(self, current: WebhookSecrets | None, new_secret: bytes | None, generated_secret: bytes) -> Webhook:
         """Return a copy with the new secret, else the current one, else the generated one if it has a URL."""

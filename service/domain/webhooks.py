@@ -13,7 +13,7 @@ from ipaddress import IPv6Address
 from urllib.parse import urlsplit
 
 from service.domain.errors import FieldError, InvalidOptions
-from service.domain.hosts import parse_network
+from service.domain.hosts import HOST_NAME, is_metadata, is_public, parse_destination, parse_ip, url_address
 from service.domain.tasks import State
 from service.domain.tenants import Webhook
 
@@ -31,7 +31,6 @@ _JITTER_RATIO = 0.2
 _URL_FORMAT = (
     f"must be a URL such as https://host/path, at most {MAX_URL_CHARS} characters long, without credentials or fragment"
 )
-_HOST_PATTERN = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?")
 _STATUS_GONE = 410
 _BUSY_STATUSES = frozenset({429, 503})
 
@@ -115,7 +114,7 @@ def retry_delay(
 
 
 def parse_url(field: str, text: str) -> str:
-    """Validate and normalise a webhook URL. Raises InvalidOptions."""
+    """Validate and normalise a webhook URL. Raises InvalidOptions, also if its host is a metadata service."""
     try:
         parts = urlsplit(text)
         host, _ = parts.hostname, parts.port  # reading the port validates it
@@ -123,26 +122,32 @@ def parse_url(field: str, text: str) -> str:
     except ValueError:
         raise InvalidOptions([FieldError(field, _URL_FORMAT)]) from None
     is_plain = re.fullmatch(r"[!-~]+", text) and "\\" not in text and "@" not in parts.netloc and "#" not in text
-    is_host = _HOST_PATTERN.fullmatch(host or "") or (bracketed and not bracketed.scope_id)
+    is_host = HOST_NAME.fullmatch(host or "") or (bracketed and not bracketed.scope_id)
     if not is_plain or not is_host or parts.scheme not in {"http", "https"} or len(text) > MAX_URL_CHARS:
         raise InvalidOptions([FieldError(field, _URL_FORMAT)])
+    ip = parse_ip(host or "")
+    if ip and is_metadata(ip):
+        raise InvalidOptions([FieldError(field, "must not be the address of a metadata service")])
     return parts._replace(netloc=parts.netloc.lower(), path=parts.path or "/").geturl()
 
 
 def parse_allow_list(field: str, entries: Sequence[str]) -> tuple[str, ...]:
     """Normalise hosts and networks. Raises InvalidOptions with all invalid entries."""
-    allowed, errors = [], []
-    for index, entry in enumerate(entries):
-        network = parse_network(entry)
-        if network:
-            allowed.append(str(network))
-        elif _HOST_PATTERN.fullmatch(entry.lower()) and "/" not in entry:
-            allowed.append(entry.lower())
-        else:
-            errors.append(FieldError(f"{field}[{index}]", "must be a host, or a network such as 10.0.0.0/8"))
+    destinations = [parse_destination(entry) for entry in entries]
+    rule = "must be a host, or a network such as 10.0.0.0/8; with a port, such as host:8443, unless it is 80 or 443"
+    errors = [FieldError(f"{field}[{index}]", rule) for index, parsed in enumerate(destinations) if parsed is None]
     if errors:
         raise InvalidOptions(errors)
-    return tuple(dict.fromkeys(allowed))
+    return tuple(dict.fromkeys(map(str, destinations)))
+
+
+def check_address(field: str, webhook: Webhook) -> None:
+    """Raise InvalidOptions if the host of the URL is an address to which nothing may be sent."""
+    host, port = url_address(webhook.url or "")
+    ip = parse_ip(host)
+    if ip and not is_public(ip) and not webhook.allows_address(ip, port):
+        rule = "must be at a public address, or at one of a network in `allow`, with its port unless that is 80 or 443"
+        raise InvalidOptions([FieldError(field, rule)])
 
 
 def resolve_webhook_url(webhook: Webhook, requested: str | None) -> str | None:
@@ -151,6 +156,6 @@ def resolve_webhook_url(webhook: Webhook, requested: str | None) -> str | None:
         return None
     url = parse_url("webhook_url", requested)
     if not webhook.allows_url(url):
-        detail = "must be at a host that the operators of the gateway have allowed you"
+        detail = "must be at a host and port that the operators of the gateway have allowed you"
         raise InvalidOptions([FieldError("webhook_url", detail)])
     return url

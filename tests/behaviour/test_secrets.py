@@ -227,7 +227,7 @@ async def call_as_tenant(gateway: RunningGateway) -> None:
 
 
 async def provoke_upstream_faults(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
-    hook = {"url": f"{receiver.url}?key={QUERY}", "secret": HOOK_SECRET, "allow": ["127.0.0.0/8"]}
+    hook = {"url": f"{receiver.url}?key={QUERY}", "secret": HOOK_SECRET, "allow": [receiver.network]}
     await gateway.put_tenant(webhook=hook)
     echoes = [f"任务提交失败:{item}" for item in encode_secret(USER_KEY)]
     faulty = [

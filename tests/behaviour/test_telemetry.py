@@ -105,7 +105,7 @@ async def test_trace_from_submission_to_webhook(valkey: Valkey, collector: Trace
         run_receiver() as receiver,
         run_real_gateway(valkey, GATEWAY_TRACES_URL=collector.url, GATEWAY_TRACES_SHARE="0") as gateway,
     ):
-        await gateway.put_tenant(webhook={"url": receiver.url, "secret": make_secret(), "allow": ["127.0.0.0/8"]})
+        await gateway.put_tenant(webhook={"url": receiver.url, "secret": make_secret(), "allow": [receiver.network]})
         for headers in (traced, {}):
             task = await gateway.wait_for_task((await gateway.submit(headers=headers)).json()["id"])
             await gateway.deliver_due_webhooks()

@@ -6,7 +6,11 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
+from msgspec.structs import replace
 
+from service.domain.tenants import Webhook, WebhookSecrets
+from service.usecases.admin import require
+from service.usecases.registry_plan import DesiredTenant
 from tests.behaviour.gateway_fixture import RunningGateway
 from tests.behaviour.requests import expect_invalid, expect_json, expect_problem
 from tests.behaviour.webhook_receiver import WebhookReceiver, make_secret, run_receiver
@@ -20,8 +24,8 @@ async def receiver() -> AsyncIterator[WebhookReceiver]:
         yield webhook_receiver
 
 
-async def set_webhook(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
-    hook = {"url": f"{receiver.url}?key=hidden", "secret": SECRET, "allow": ["127.0.0.0/8"]}
+async def set_webhook(gateway: RunningGateway, receiver: WebhookReceiver, *allow: str) -> None:
+    hook = {"url": f"{receiver.url}?key=hidden", "secret": SECRET, "allow": [receiver.network, *allow]}
     await gateway.put_tenant(webhook=hook)
 
 
@@ -64,6 +68,8 @@ async def test_webhook_url_per_task(gateway: RunningGateway, receiver: WebhookRe
     assert receiver.requests[0].event["data"]["metadata"] == {}
     async with run_receiver() as other:
         own_url = {"webhook_url": f"{other.url}/4711"}
+        expect_invalid(await gateway.submit(fields=own_url), "webhook_url")  # its port is not listed
+        await set_webhook(gateway, receiver, other.network)
         await finish_task(gateway, **own_url)
         assert [request.path for request in other.requests] == ["/ended/4711"]
         assert other.requests[0].is_signed_with(SECRET)
@@ -73,11 +79,34 @@ async def test_webhook_url_per_task(gateway: RunningGateway, receiver: WebhookRe
     assert [response.status_code for response in responses] == [201, 201, 422]
 
 
+async def test_private_addresses_and_ports_are_listed(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
+    for allow in ([], ["127.0.0.0/8"], ["10.0.0.0/8", "127.0.0.1:1"]):
+        body = {"accounts": ["main"], "webhook": {"url": receiver.url, "allow": allow}}
+        expect_invalid(await gateway.call_admin("PUT", "/tenants/shop", json=body), "webhook.url")
+    for url in ("http://169.254.169.254/", "http://0xA9FEA9FE/", "http://[fd00:ec2::254]/"):
+        body = {"accounts": ["main"], "webhook": {"url": url, "allow": ["0.0.0.0/0", "::/0"]}}
+        expect_invalid(await gateway.call_admin("PUT", "/tenants/shop", json=body), "webhook.url")
+    by_name = receiver.url.replace("127.0.0.1", "localhost")
+    for allow, is_delivered in (([], False), (["127.0.0.0/8", "localhost"], False), ([receiver.network], True)):
+        await gateway.put_tenant(webhook={"url": by_name, "allow": allow})
+        await finish_task(gateway)
+        assert bool(receiver.requests) == is_delivered
+
+
+async def test_a_webhook_of_former_rules_does_not_hinder_other_changes(gateway: RunningGateway) -> None:
+    admin = gateway.services.registry_admin
+    hook = Webhook("http://10.0.0.1:8080/", secrets=WebhookSecrets(b"encrypted"))
+    await admin.save_tenant("shop", lambda before: DesiredTenant(replace(require(before, "", ""), webhook=hook)))
+    response = await gateway.call_admin("PATCH", "/tenants/shop", json={"state": "disabled"})
+    assert expect_json(response)["webhook"]["url"] == hook.url
+    expect_invalid(await gateway.call_admin("PATCH", "/tenants/shop", json={"webhook": {}}), "webhook.url")
+
+
 async def test_secret_is_shown_once_and_rotated(gateway: RunningGateway, receiver: WebhookReceiver) -> None:
-    body = {"accounts": ["main"], "webhook": {"url": receiver.url, "allow": ["127.0.0.0/8"]}}
+    body = {"accounts": ["main"], "webhook": {"url": receiver.url, "allow": [receiver.network]}}
     old = (await gateway.call_admin("PUT", "/tenants/shop", json=body)).json()["webhook"]["secret"]
     assert old.startswith("whsec_")
-    shown = {"url": receiver.url, "allow": ["127.0.0.0/8"], "disabled_urls": []}
+    shown = {"url": receiver.url, "allow": [receiver.network], "disabled_urls": []}
     assert (await gateway.call_admin("GET", "/tenants/shop")).json()["webhook"] == shown
     assert (await gateway.call_admin("PUT", "/tenants/shop", json={"accounts": ["main"]})).json()["webhook"] is None
     assert (await gateway.call_admin("PUT", "/tenants/shop", json=body)).json()["webhook"] == shown

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 from standardwebhooks.webhooks import Webhook as Verifier
@@ -39,6 +40,11 @@ class WebhookReceiver:
     url: str = ""
     statuses: list[int] = field(default_factory=list)
     requests: list[ReceivedWebhook] = field(default_factory=list)
+
+    @property
+    def network(self) -> str:
+        """Return the entry of an allow list that permits its address and port."""
+        return f"127.0.0.0/8:{urlsplit(self.url).port}"
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         message = await receive()

@@ -326,7 +326,7 @@ async def test_webhook_secrets_are_set_generated_and_rotated(shell: Shell, tmp_p
     update = ("tenant", "update", "shop")
     (tmp_path / "secret").write_text(make_secret() + "\n")
     async with run_receiver() as receiver:
-        hook = ("--webhook-url", receiver.url, "--webhook-allow", "127.0.0.0/8", "--webhook-allow", "hooks.test")
+        hook = ("--webhook-url", receiver.url, "--webhook-allow", receiver.network, "--webhook-allow", "hooks.test")
         generated = await shell.run(*update, *hook)
         assert generated.stdout.count("whsec_") == 1
         unchanged, shown = await shell.run(*update, *hook), await shell.run("tenant", "show", "shop")
@@ -349,7 +349,7 @@ async def test_webhook_secrets_are_set_generated_and_rotated(shell: Shell, tmp_p
 async def test_failed_deliveries_are_listed_and_redelivered(shell: Shell) -> None:
     async with run_receiver() as receiver:
         update = ("tenant", "update", "shop", "--webhook-url", receiver.url)
-        await shell.run(*update, "--webhook-allow", "127.0.0.0/8")
+        await shell.run(*update, "--webhook-allow", receiver.network)
         receiver.statuses = [410]
         await deliver_webhook(shell)
         _, line = await shell.run_table("webhook", "failed", "--limit", "1")

@@ -71,6 +71,11 @@ NO_DESCRIPTOR = (SubmitOutcome.NOT_SENT, NO_RESPONSE, Overloaded, Overloaded)
 Results = tuple[SubmitOutcome, CheckOutcome, int | str | type[GatewayError], type]
 
 
+def network(url: str) -> str:
+    """Return the entry of an allow list for a URL on loopback."""
+    return f"127.0.0.0/8:{url.rpartition(':')[2].partition('/')[0]}"
+
+
 @dataclass
 class Clients:
     upstream: Caller
@@ -83,7 +88,7 @@ class Clients:
         checked = await self.upstream.check()
         webhook: int | str | type[GatewayError]
         try:
-            response = await self.webhooks.post(url, {}, b"{}", Webhook(url, ("127.0.0.0/8", "::1/128")))
+            response = await self.webhooks.post(url, {}, b"{}", Webhook(url, (network(url), "::1/128")))
             webhook = response.status or "failed"
         except GatewayError as error:
             webhook = type(error)
@@ -200,10 +205,10 @@ async def test_no_proxy_of_the_environment_and_no_cookies(monkeypatch: pytest.Mo
     assert not [head for head, _ in peer.requests if b"cookie" in head.lower() or b"authorization" in head.lower()]
 
 
-async def send_webhook(serve: Handler, *, allow: str = "127.0.0.0/8") -> tuple[WebhookResponse, ScriptedServer]:
+async def send_webhook(serve: Handler, *, allow: str | None = None) -> tuple[WebhookResponse, ScriptedServer]:
     async with run_server(serve) as peer:
         url = f"{peer.url}/ended?key=1"
-        return await WebhookClient().post(url, {}, b"{}", Webhook(url, (allow,))), peer
+        return await WebhookClient().post(url, {}, b"{}", Webhook(url, (allow or network(url),))), peer
 
 
 async def test_redirect_is_not_followed() -> None:
@@ -233,8 +238,9 @@ async def test_a_status_counts_even_if_the_body_never_ends(
     assert (await send_webhook(serve))[0] == WebhookResponse(status=status, excerpt=excerpt)
 
 
-async def test_loopback_is_refused_even_if_its_host_is_allowed() -> None:
-    reply, peer = await send_webhook(reply_with(http_response(b"")), allow="127.0.0.1.example")
+@pytest.mark.parametrize("allow", ["127.0.0.1.example", "10.0.0.0/8", "127.0.0.0/8", "127.0.0.0/8:1"])
+async def test_loopback_is_refused_without_its_network_and_port(allow: str) -> None:
+    reply, peer = await send_webhook(reply_with(http_response(b"")), allow=allow)
     assert reply.error
     assert peer.connections == 0
 
@@ -300,7 +306,7 @@ async def test_submit(serve: Handler, attributes: Mapping[str, Any], recorder: S
 
 async def test_webhook_carries_the_trace_and_its_url_is_recorded_without_the_path(recorder: SpanRecorder) -> None:
     async with run_server(reply_with(http_response(b"", 204))) as peer:
-        hook = Webhook(peer.url, ("127.0.0.0/8",))
+        hook = Webhook(peer.url, (network(peer.url),))
         with record_request(recorder) as calls:
             await WebhookClient(tracer=recorder.tracer).post(f"{peer.url}/secret-path?key=secret", {}, b"{}", hook)
     (span,) = calls

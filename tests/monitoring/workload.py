@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
@@ -202,7 +203,8 @@ def create_tenants(gateway: MonitoredGateway) -> None:
     for name, policy in DENYING_POLICIES.items():
         gateway.create_tenant(name, _ACCOUNT.get(name, "money"), **policy)
     for name, status in RECEIVER_STATUSES.items():
-        hook = {"url": f"{gateway.receiver_url}/{status}", "allow": ["127.0.0.0/8"]}
+        network = f"127.0.0.0/8:{urlsplit(gateway.receiver_url).port}"
+        hook = {"url": f"{gateway.receiver_url}/{status}", "allow": [network]}
         gateway.create_tenant(name, "main", webhook=hook)
     wait_until(lambda: gateway.call(name, "GET", "/v1/quota").status_code == 200, "the update of the registry")
 

@@ -16,7 +16,8 @@ from service.domain import tenants, webhooks
 from service.domain.errors import InvalidOptions
 from service.domain.tenants import Webhook
 
-HOOK = Webhook("https://hooks.test/ended?key=1", ("other.test", "10.0.0.0/8", "127.0.0.0/8", "::1/128"))
+NETWORKS = ("10.0.0.0/8", "127.0.0.0/8:9", "::1/128", "fd00::/8:9")
+HOOK = Webhook("https://hooks.test:8443/ended?key=1", ("other.test", "other.test:81", *NETWORKS))
 KEYS = st.binary(min_size=24, max_size=64)
 
 
@@ -86,8 +87,10 @@ def test_urls_are_normalised_or_refused(text: str, url: str | None) -> None:
     assert [error.field for error in refused.value.errors] == ["webhook_url"]
 
 
-ALLOWED = ("hooks.test:81/x", "other.test/", "10.1.2.3/", "127.0.0.1:9/", "[::1]/")
-DISALLOWED = ("hooks.test.evil.test/", "sub.other.test/", "11.1.2.3/", "[::2]/", "0/")
+ALLOWED = ("hooks.test:8443/x", "other.test/", "other.test:443/", "other.test:81/", "10.1.2.3/", "127.0.0.1:9/")
+ALLOWED += ("[::1]/", "[fd00::5]:9/", "167837955/")
+DISALLOWED = ("hooks.test.evil.test/", "sub.other.test/", "11.1.2.3/", "[::2]/", "0/", "hooks.test/", "other.test:82/")
+DISALLOWED += ("10.1.2.3:9/", "127.0.0.1/", "[::1]:9/", "[fd00::5]/", "other.test:0/")
 
 
 def test_a_task_may_name_allowed_urls_only() -> None:
@@ -100,29 +103,41 @@ def test_a_task_may_name_allowed_urls_only() -> None:
 
 
 def test_allow_list() -> None:
-    entries = ["Other.Test", "10.0.0.0/8", "127.0.0.1", "::1", "other.test"]
-    expected = ("other.test", "10.0.0.0/8", "127.0.0.1/32", "::1/128")
+    entries = ["Other.Test", "10.0.0.0/8", "127.0.0.1", "::1", "other.test", "Other.Test:81", "10.0.0.0/8:81"]
+    entries += ["[::1]:81", "fd00::/8:81", "127.1"]
+    expected = ("other.test", "10.0.0.0/8", "127.0.0.1/32", "::1/128", "other.test:81", "10.0.0.0/8:81")
+    expected += ("::1/128:81", "fd00::/8:81")
     assert webhooks.parse_allow_list("webhook.allow", entries) == expected
+    assert webhooks.parse_allow_list("webhook.allow", expected) == expected
+    wrong = [
+        "10.0.0.1/8",
+        "http://x.test",
+        "*.test",
+        "a.test/x",
+        "a.test:",
+        "a.test:0",
+        "a.test:65536",
+        "[::1",
+        "::1/8:1",
+    ]
     with pytest.raises(InvalidOptions) as refused:
-        webhooks.parse_allow_list("webhook.allow", ["fine.test", "10.0.0.1/8", "http://x.test", "*.test", "a.test/x"])
-    assert [error.field for error in refused.value.errors] == [f"webhook.allow[{place}]" for place in (1, 2, 3, 4)]
+        webhooks.parse_allow_list("webhook.allow", ["fine.test", *wrong])
+    assert [error.field for error in refused.value.errors] == [f"webhook.allow[{index + 1}]" for index in range(9)]
 
 
 @pytest.mark.parametrize(
-    ("ip", "by_default", "allowed"),
+    ("ip", "ports"),
     [
-        ("10.1.2.3", True, True),
-        ("fd00::1", True, True),
-        ("127.0.0.1", False, True),
-        ("169.254.169.254", False, False),
-        ("fe80::1", False, False),
-        ("::ffff:127.0.0.1", False, False),
-        ("0.0.0.0", False, False),
+        ("10.1.2.3", {80, 443}),
+        ("fd00::1", {9}),
+        ("127.0.0.1", {9}),
+        *((ip, set()) for ip in ("192.168.0.1", "fe80::1", "::ffff:127.0.0.1", "0.0.0.0")),
     ],
 )
-def test_allowed_addresses(ip: str, by_default: bool, allowed: bool) -> None:
-    assert Webhook("https://hooks.test/").allows_address(ip_address(ip)) is by_default
-    assert HOOK.allows_address(ip_address(ip)) is allowed
+def test_private_addresses_by_network_only(ip: str, ports: set[int]) -> None:
+    for port in (9, 80, 443, 8443):
+        assert not Webhook("https://hooks.test/").allows_address(ip_address(ip), port)
+        assert HOOK.allows_address(ip_address(ip), port) is (port in ports)
 
 
 def test_disabled_urls_are_bounded() -> None:
