@@ -163,6 +163,7 @@ class Container:
             webhook_cipher=webhook_cipher,
             now=now,
             log_fields=log_fields,
+            base_url_error=settings.base_url_error,
         )
         self.webhook_admin = WebhookAdmin(registry=registry, deliveries=deliveries, cipher=webhook_cipher, now=now)
         self.task_poller = TaskPoller(

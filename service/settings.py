@@ -14,12 +14,18 @@ from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 from msgspec import Struct
 
 from service.crypto import parse_secret_key
-from service.domain.hosts import DEFAULT_PRIVATE_DOMAINS, is_cleartext, is_private_host, is_public, parse_ip
+from service.domain.hosts import (
+    DEFAULT_PRIVATE_DOMAINS,
+    is_cleartext,
+    is_private_host,
+    is_public,
+    parse_base_url,
+    parse_ip,
+)
 from service.domain.tasks import DEFAULT_CATALOGUE, Catalogue
 from service.domain.tenants import IPNetwork, Operator, OperatorRole, hash_token, parse_network
 from service.storage.connections import RedisAddress, parse_redis_url
@@ -129,19 +135,6 @@ def parse_pattern(pattern: str, expected: str) -> Callable[[str], str]:
 parse_host = parse_pattern(r"[A-Za-z0-9_.:-]+", "a host name or an IP address to listen on")
 parse_key_prefix = parse_pattern(r"[A-Za-z0-9._-]{1,32}", "1 to 32 letters, digits, dots, dashes or underscores")
 parse_printable = parse_pattern(r"[!-~]+", "printable ASCII without spaces")
-
-
-def parse_http_url(text: str) -> str:
-    try:
-        parts = urlsplit(text)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        raise ValueError("must be a URL with a valid host and port") from None
-    if parts.scheme not in {"http", "https"} or not host or not re.fullmatch(r"[!-~]+", text):
-        raise ValueError("must be a URL such as http://host or https://host/path")
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ValueError("must be a URL without credentials, query or fragment")
-    return text.rstrip("/")
 
 
 def parse_secret_keys(text: str) -> tuple[bytes, ...]:
@@ -271,9 +264,8 @@ def production_errors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for position, key in enumerate(values.get("secret_keys") or (), start=1):
         if _looks_guessable(key):
             yield "secret_keys", f"must be random bytes in production, which number {position} is not: {_NEW_KEY_HINT}"
-    url = values.get("upstream_url")
-    if url and values.get("upstream_cleartext") is Cleartext.REFUSE and _is_cleartext(values, url):
-        yield "upstream_url", f"must be https:// in production, since every call carries a user_key: {_CLEARTEXT_HINT}"
+    if (url := values.get("upstream_url")) and (error := _cleartext_error(values, url)):
+        yield "upstream_url", error
     if url := values.get("redis_url"):
         yield from _redis_errors(parse_redis_url(url))
 
@@ -303,6 +295,13 @@ def _has_admin(values: Mapping[str, Any]) -> bool:
 
 def _is_cleartext(values: Mapping[str, Any], url: str) -> bool:
     return is_cleartext(url, values.get("private_domains", DEFAULT_PRIVATE_DOMAINS))
+
+
+def _cleartext_error(values: Mapping[str, Any], url: str) -> str | None:
+    """Return why production does not call an upstream at a base URL, None if it does."""
+    if values.get("upstream_cleartext") is not Cleartext.REFUSE or not _is_cleartext(values, url):
+        return None
+    return f"must be https:// in production, since every call carries a user_key: {_CLEARTEXT_HINT}"
 
 
 def _admin_token_errors(token: str) -> Iterator[tuple[str, str]]:
@@ -407,7 +406,7 @@ class Settings:
         parse_key_prefix, "gw", "Every key is `{gw}:...`, so that one Redis can serve several gateways."
     )
     upstream_url: str | None = _declare(
-        parse_http_url,
+        parse_base_url,
         None,
         "The base address of the upstream. Keys of accounts without a base URL are bound to its scheme, host and port.",
         default_note="the built-in sandbox",
@@ -493,7 +492,7 @@ class Settings:
     )
     log_level: LogLevel = _declare(parse_choice(LogLevel), "info", "The lowest level that is logged.")
     traces_url: str | None = _declare(
-        parse_http_url, None, "The collector for traces, by OTLP over HTTP, at `/v1/traces` unless the URL has a path."
+        parse_base_url, None, "The collector for traces, by OTLP over HTTP, at `/v1/traces` unless the URL has a path."
     )
     traces_share: float = _declare(
         parse_float(0, 1), "1", "The share of requests to trace; requests that clients trace always are."
@@ -527,6 +526,10 @@ class Settings:
     @property
     def is_production(self) -> bool:
         return self.env is Environment.PRODUCTION
+
+    def base_url_error(self, url: str) -> str | None:
+        """Return why an account may not have a base URL, None if it may."""
+        return _cleartext_error(vars(self), url) if self.is_production else None
 
     @property
     def has_admin(self) -> bool:

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -28,6 +27,7 @@ from service.api.schemas import (
 )
 from service.domain import tasks, tenants, webhooks
 from service.domain.errors import ErrorCollector, FieldError, InvalidOptions, field_path
+from service.domain.hosts import parse_base_url
 from service.domain.ledger import AccountState, AccountStatus, BalanceReading, ReadingSource
 from service.domain.tasks import Kind
 from service.domain.tenants import (
@@ -476,22 +476,10 @@ def _to_fen(field: str, amount: float) -> int:
 
 def _parse_base_url(url: str | None) -> str | None:
     """Return a base URL without a trailing slash. Raises InvalidOptions."""
-    if url is None:
-        return None
-    if not _is_base_url(url):
-        rule = "must be a URL such as http://host or https://host/path, without credentials, query or fragment"
-        raise InvalidOptions([FieldError("base_url", rule)])
-    return url.rstrip("/")
-
-
-def _is_base_url(text: str) -> bool:
     try:
-        parts = urlsplit(text)
-        host, _ = parts.hostname, parts.port  # reading them validates them
-    except ValueError:
-        return False
-    is_plain = re.fullmatch(r"[!-~]+", text) and "@" not in parts.netloc and "?" not in text and "#" not in text
-    return bool(is_plain and host and parts.scheme in {"http", "https"})
+        return None if url is None else parse_base_url(url)
+    except ValueError as error:
+        raise InvalidOptions([FieldError("base_url", str(error))]) from None
 
 
 def _find_repeated(field: str, noun: str, values: Sequence[str]) -> Sequence[FieldError]:

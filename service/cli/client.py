@@ -13,7 +13,8 @@ import msgspec
 
 from service.cli.common import CommandError, json_option, load_settings
 from service.cli.formatting import Fields, format_record, format_value, single_line
-from service.settings import Settings, parse_http_url, parse_printable
+from service.domain.hosts import parse_base_url
+from service.settings import Settings, parse_printable
 
 T = TypeVar("T")
 _OUTDATED = 412
@@ -190,7 +191,7 @@ def with_admin_client(command: Callable[..., None]) -> Callable[..., None]:
         base = (url or _admin_url(settings)).rstrip("/")
         headers = {"Authorization": f"Bearer {_read_admin_token(settings)}"}
         try:
-            parse_http_url(base)
+            parse_base_url(base)
             # A proxy from the environment would receive the token.
             http = httpx2.Client(base_url=base, headers=headers, timeout=_HTTP_TIMEOUT, trust_env=False)
         except (ValueError, httpx2.InvalidURL):

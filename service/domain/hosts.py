@@ -29,6 +29,7 @@ _PRIVATE = tuple(
 """Addresses of this machine and of private networks; most other addresses that are not public lead nowhere."""
 HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?")
 _DESTINATION = re.compile(r"(?:\[(?P<ip>[^]]*:[^]]*)\]|(?P<place>[^:/]+|[^/]+/[0-9]+))(?::(?P<port>[1-9][0-9]{0,4}))?")
+_BASE_URL_RULE = "must be a URL such as http://host or https://host/path, without credentials, query or fragment"
 _MAX_PORT = 65_535
 WEB_PORT, WEB_PORT_TLS = 80, 443
 WEB_PORTS = frozenset({WEB_PORT, WEB_PORT_TLS})
@@ -129,6 +130,23 @@ def url_origin(url: str) -> str:
     """Return scheme, host and port of a valid HTTP URL: two of one origin lead to the same server."""
     host, port = url_address(url)
     return f"{urlsplit(url).scheme}://{host}:{port}"
+
+
+def parse_base_url(text: str) -> str:
+    """Return a base URL without a trailing slash. Raises ValueError, which does not repeat the text."""
+    try:
+        parts = urlsplit(text)
+        host, _ = (parts.hostname or "").removesuffix("."), parts.port  # reading the port validates it
+        is_host = HOST_NAME.fullmatch(host) or IPv6Address(host)
+    except ValueError:
+        raise ValueError(_BASE_URL_RULE) from None
+    is_plain = re.fullmatch(r"[!-~]+", text) and "@" not in parts.netloc and "?" not in text and "#" not in text
+    if not is_host or not is_plain or parts.scheme not in {"http", "https"}:
+        raise ValueError(_BASE_URL_RULE)
+    ip = parse_ip(host)
+    if ip and is_metadata(ip):
+        raise ValueError("must not be the address of a metadata service")
+    return text.rstrip("/")
 
 
 def parse_ip(host: str) -> IpAddress | None:

@@ -47,6 +47,7 @@ from service.usecases.registry_plan import (
     RegistryPlanner,
     affects_availability,
     encrypt_user_key,
+    find_base_url_error,
 )
 
 _log = structlog.get_logger(__name__)
@@ -97,18 +98,22 @@ class RegistryAdmin:
     webhook_cipher: AesSivCipher
     now: Callable[[], float]
     log_fields: LogFields
+    base_url_error: Callable[[str], str | None]
+    """Returns why an account may not have a base URL. One that it keeps is not checked, so that it can be changed."""
 
     async def save_account(self, name: str, desire: Callable[[Account | None], DesiredAccount]) -> Account:
         """Save what `desire` returns for the current account, None for a new one; without a key it keeps its own.
 
         Reopens the account if the change may allow it to pay again. Raises InvalidOptions without a key if the account
-        is new or gets another origin, and what `desire` raises.
+        is new or gets another origin, if the base URL is not permitted, and what `desire` raises.
         """
         cipher = self.user_key_cipher
 
         def change(registry: Registry) -> tuple[RegistryChange, _SavedAccount]:
             before = registry.accounts.get(name)
             desired = desire(before)
+            if error := find_base_url_error(before, desired.account, self.base_url_error):
+                raise InvalidOptions([FieldError("base_url", error)])
             is_same_key = before is not None and desired.user_key in {None, cipher.decrypt(before)}
             account = replace(
                 desired.account,
@@ -303,7 +308,11 @@ class RegistryAdmin:
         if not version_matches(registry.version):
             raise VersionConflict("The registry was changed since you read it. Read it again, and compare.")
         planner = RegistryPlanner(
-            registry, self.now(), user_key_cipher=self.user_key_cipher, webhook_cipher=self.webhook_cipher
+            registry,
+            self.now(),
+            user_key_cipher=self.user_key_cipher,
+            webhook_cipher=self.webhook_cipher,
+            base_url_error=self.base_url_error,
         )
         plan = planner.plan(desired)
         if plan.change is None:

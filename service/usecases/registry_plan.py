@@ -8,7 +8,7 @@ one is greater than all before.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -70,12 +70,19 @@ class RegistryPlanner:
     """Plans once, for one version of the registry at the time `now` (seconds since the epoch)."""
 
     def __init__(
-        self, registry: Registry, now: float, *, user_key_cipher: UserKeyCipher, webhook_cipher: AesSivCipher
+        self,
+        registry: Registry,
+        now: float,
+        *,
+        user_key_cipher: UserKeyCipher,
+        webhook_cipher: AesSivCipher,
+        base_url_error: Callable[[str], str | None],
     ) -> None:
         self._registry = registry
         self._now = now
         self._user_key_cipher = user_key_cipher
         self._webhook_cipher = webhook_cipher
+        self._base_url_error = base_url_error
         self._errors = ErrorCollector()
         self._changed_keys: set[str] = set()
         self._changed_secrets: set[str] = set()
@@ -128,6 +135,8 @@ class RegistryPlanner:
         name, path = desired.account.name, field_path("accounts", desired.account.name)
         before = self._registry.accounts.get(name)
         account = replace(desired.account, id=self._resolve_id(path, desired.account, before))
+        if error := find_base_url_error(before, account, self._base_url_error):
+            self._errors.add(f"{path}.base_url", error)
         cipher, key = self._user_key_cipher, desired.user_key
         account = self._errors.collect(path, account, encrypt_user_key, cipher, account, key, before)
         if key is not None and not (before and before.user_key == account.user_key):
@@ -289,6 +298,14 @@ def _list_paths(registry: Registry, unlisted: RegistryChange) -> tuple[str, ...]
         *(field_path("tenants", tenant.name) for tenant in unlisted.drop_tenants),
         *(field_path("tenants", registry.tenant_name(token.tenant) or "", "tokens", token.id) for token in tokens),
     )
+
+
+def find_base_url_error(
+    before: Account | None, account: Account, base_url_error: Callable[[str], str | None]
+) -> str | None:
+    """Return why a new base URL is not permitted, None if it is, or if it is the one from before."""
+    is_kept = before is not None and before.base_url == account.base_url
+    return None if account.base_url is None or is_kept else base_url_error(account.base_url)
 
 
 def affects_availability(old: Account, new: Account) -> bool:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from service.crypto import generate_secret_key
 from service.devstack import ensure_demo_token
+from tests.behaviour import gateway_fixture
 from tests.behaviour.clients import LegacyClient
-from tests.behaviour.gateway_fixture import ADMIN_TOKEN, USER_KEY, RunningGateway
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, USER_KEY, RunningGateway, run_real_gateway
 from tests.behaviour.requests import (
     expect_invalid,
     expect_json,
@@ -19,6 +21,7 @@ from tests.behaviour.requests import (
     submission_id_of,
     submit_and_lose_response,
 )
+from tests.support.valkey import Valkey
 
 ACCOUNT_DEFAULTS = {"floor_count": 0, "floor_money": 0, "max_price": {}, "base_url": None, "note": ""}
 ACCOUNT: dict[str, Any] = {
@@ -106,6 +109,29 @@ async def test_account_shows_balance_and_state_without_its_key(gateway: RunningG
     assert account["remaining_count"]["seen_at"] >= task["created_at"]
     assert (await get_json(gateway, "/accounts"))["items"] == [account]
     assert await put_json(gateway, "/accounts/main", user_key=USER_KEY) == account
+
+
+async def test_base_urls_without_tls_in_production(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "3f8a1c5e9b7d2046f1e3a5c7d9b80246"
+    monkeypatch.setattr(gateway_fixture, "ADMIN_TOKEN", token)
+    secrets = {"GATEWAY_SECRET_KEYS": generate_secret_key(), "GATEWAY_ADMIN_TOKEN": token}
+    async with run_real_gateway(valkey, GATEWAY_ENV="production", **secrets) as gateway:
+        before = gateway.services.registry.current
+        for host in ("images.example", "134744072", "0x8.010.0x808", "8.8.8.8.", "[::ffff:8.8.8.8]"):
+            spec = {"base_url": f"http://{host}/api", "user_key": USER_KEY}
+            for path in ("/accounts/new", "/accounts/main"):
+                expect_invalid(await gateway.call_admin("PUT", path, json=spec), "base_url")
+            expect_invalid(await gateway.call_admin("PATCH", "/accounts/main", json=spec), "base_url")
+            document = {"accounts": {"new": spec | {"user_key": {"value": USER_KEY}}}}
+            refused = await gateway.call_admin("PUT", "/registry", json=document)
+            expect_invalid(refused, "accounts.new.base_url")
+        assert gateway.services.registry.current is before
+        for url in ("https://images.example", "http://egress.svc:8080", "http://10.1.2.3"):
+            await put_json(gateway, "/accounts/main", base_url=url, user_key=USER_KEY)
+        with monkeypatch.context() as former_rules:
+            former_rules.setattr(gateway.services.registry_admin, "base_url_error", lambda _: None)
+            await put_json(gateway, "/accounts/main", base_url="http://images.example", user_key=USER_KEY)
+        expect_json(await gateway.call_admin("PATCH", "/accounts/main", json={"floor_count": 9}))  # it keeps its URL
 
 
 async def test_put_replaces_accounts_and_tenants(gateway: RunningGateway) -> None:

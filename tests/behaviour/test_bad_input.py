@@ -55,6 +55,7 @@ FAULTY_PARTS: list[tuple[list[tuple[str, Any]], str]] = [
 ]
 INVALID_URLS: list[Any] = ["", "upstream.example", "//host", "http://:80", "http://host:99999", "http://[::1", 5]
 INVALID_URLS += ["ftp://host", "http://u:password@host", "http://host/?q=1", "http://ho st", "http://bücher.example"]
+INVALID_URLS += ["http://169.254.169.254", "http://0xA9FEA9FE:80/", "https://[fd00:ec2::254]", "http://%31.example"]
 MONEY = (-1, 0.005, 1e11, True, "sNaN")
 COUNTS = (-1, 0.5, 10**13, True, "many")
 INVALID_ACCOUNTS: Mapping[str, Sequence[Any]] = {

@@ -55,7 +55,9 @@ ANY_EXPIRY = NOT_EXPIRED | _past_dates
 
 
 def plan_document(registry: Registry, body: RegistryBody, *, prune: bool = False) -> RegistryPlan:
-    planner = RegistryPlanner(registry, NOW, user_key_cipher=USER_KEYS, webhook_cipher=WEBHOOK_SECRETS)
+    planner = RegistryPlanner(
+        registry, NOW, user_key_cipher=USER_KEYS, webhook_cipher=WEBHOOK_SECRETS, base_url_error=lambda _: None
+    )
     return planner.plan(body.to_desired(prune=prune))
 
 

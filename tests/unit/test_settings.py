@@ -112,7 +112,7 @@ def test_values_from_files(tmp_path: Path) -> None:
         ("DATA_DIR", ["a\0b"]),
         ("KEY_PREFIX", ["a{b}", "x" * 33]),
         ("UPSTREAM_URL", ["ftp://x", "http://", "http://host:port"]),
-        ("UPSTREAM_URL", ["http://me:secret@x", "http://x?y=z"]),
+        ("UPSTREAM_URL", ["http://me:secret@x", "http://x?y=z", "http://2852039166", "https://[fd00:ec2::254]"]),
         ("ADMIN_TOKEN", ["schlüssel", "a\nb"]),
         ("OPERATORS", ["alice", f"alice:owner:{HASH}", f"alice:admin:{HASH[1:]}", f"Alice:admin:{HASH}"]),
         ("OPERATORS", [f"admin:admin:{HASH}", f"alice:admin:{HASH},", f"alice:admin:{HASH},bob:read-only:{HASH}"]),
