@@ -229,9 +229,10 @@ class Setting(Struct, frozen=True, kw_only=True):
 
 
 MIN_ADMIN_TOKEN_LENGTH = 32
-_MIN_DISTINCT_CHARACTERS = 6
-_MIN_DISTINCT_BYTES = 16
-"""Of 32 random bytes about 30 differ; fewer than 16 are no coincidence."""
+_MIN_GUESSES = 10**26
+"""The least estimate of 4,400 for 32 random hexadecimal digits was 10^26.5; that for phrases is mostly below 10^26."""
+_MAX_ESTIMATED_CHARACTERS = 72
+_LIKELY_WORDS = ("imaging", "gateway", "admin", "operator", "production", "secret", "token")
 _REQUIRED_IN_PRODUCTION = {
     "redis_url": "the embedded server is for development",
     "upstream_url": "the sandbox is for development",
@@ -262,7 +263,7 @@ def production_errors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if token := values.get("admin_token"):
         yield from _admin_token_errors(token)
     for position, key in enumerate(values.get("secret_keys") or (), start=1):
-        if _looks_guessable(key):
+        if _is_text(key) or _is_guessable(key.decode("latin-1")):
             yield "secret_keys", f"must be random bytes in production, which number {position} is not: {_NEW_KEY_HINT}"
     if (url := values.get("upstream_url")) and (error := _cleartext_error(values, url)):
         yield "upstream_url", error
@@ -307,7 +308,7 @@ def _cleartext_error(values: Mapping[str, Any], url: str) -> str | None:
 def _admin_token_errors(token: str) -> Iterator[tuple[str, str]]:
     if len(token) < MIN_ADMIN_TOKEN_LENGTH:
         yield "admin_token", f"must have at least {MIN_ADMIN_TOKEN_LENGTH} characters in production"
-    elif len(set(token)) < _MIN_DISTINCT_CHARACTERS or token in (token + token)[1:-1]:  # a repetition
+    elif _is_guessable(token):
         yield "admin_token", f"must not be one that can be guessed in production: {_NEW_TOKEN_HINT}"
 
 
@@ -324,9 +325,17 @@ def _has_no_authentication(address: RedisAddress) -> bool:
     return not address.credentials.password and not (address.tls_options and "ssl_certfile" in address.tls_options)
 
 
-def _looks_guessable(key: bytes) -> bool:
-    """Return whether a key is text or a pattern, which random bytes never are."""
-    return len(set(key)) < _MIN_DISTINCT_BYTES or (key.isascii() and key.decode().isprintable())
+def _is_text(key: bytes) -> bool:
+    """Return whether a key is text, which random bytes never are."""
+    return key.isascii() and key.decode().isprintable()
+
+
+def _is_guessable(secret: str) -> bool:
+    """Return whether a secret is found with fewer guesses of words, patterns and characters than the minimum."""
+    from zxcvbn import zxcvbn  # noqa: PLC0415 - loading its lists of words takes 0.1 s, in production only
+
+    estimate = zxcvbn(secret[:_MAX_ESTIMATED_CHARACTERS], user_inputs=_LIKELY_WORDS)
+    return bool(estimate["guesses"] < _MIN_GUESSES)
 
 
 class SettingsError(Exception):
@@ -439,8 +448,8 @@ class Settings:
     admin_token: str | None = _declare(
         parse_printable,
         None,
-        f"The token of the operator `admin`, in production of at least {MIN_ADMIN_TOKEN_LENGTH} characters. Commands "
-        "send it: for them it can be the token of any operator. A worker has none.",
+        f"The token of the operator `admin`, in production random and of at least {MIN_ADMIN_TOKEN_LENGTH} characters. "
+        "Commands send it: for them it can be the token of any operator. A worker has none.",
         default_note="none if `GATEWAY_OPERATORS` has an admin, else generated into the data folder",
         is_secret=True,
     )

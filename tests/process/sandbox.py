@@ -18,7 +18,7 @@ from service.storage.redis import Keys
 from tests.process.gateway import HTTP, TIMEOUT_SECONDS, GatewayProcess, gateway_command
 from tests.support.valkey import Valkey
 
-ADMIN_TOKEN = "an-admin-token-of-forty-characters-or-so"
+ADMIN_TOKEN = "7d0c5be19a4f4c2f8e6b3a9d15c07f42"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from service.storage.connections import (
     redact_url,
 )
 
-KEY = bytes(range(200, 232))
+KEY = sha256(b"random").digest()
 TOKEN = "3f8a1c5e9b7d2046f1e3a5c7d9b80246"
 HASH = bytes(range(32)).hex()
 PRODUCTION = {
@@ -173,14 +174,21 @@ async def test_operators(tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
-WEAK_KEYS = [bytes(32), b"s" * 32, bytes(range(150, 158)) * 4, b"correct horse battery staple 123"]
+WEAK_KEYS = [bytes(32), b"s" * 32, bytes(range(150, 158)) * 4, b"correct horse battery staple 123", bytes(range(32))]
+WEAK_TOKENS = ["t" * 40, "changeme" * 4, "abcde" * 8 + "abc", "0123456789abcdef" * 2, "hush!!" * 6, "0123456789" * 9]
+WEAK_TOKENS += [
+    "replace-me-with-32-random-characters",
+    "Imaging-Gateway-Production-Token-1",
+    "SuperSecretPassword1234567890!!!",
+]
+WEAK_TOKENS += ["qwertyuiopasdfghjklzxcvbnm1234567890", "deadbeefdeadbeefcafebabecafebabe"]
+STRONG_TOKENS = [KEY.hex(), KEY.hex()[:32], base64.b64encode(KEY).decode(), KEY.hex() * 2]
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        *(("ADMIN_TOKEN", token) for token in (TOKEN[:31], "t" * 40, "changeme" * 4, "abcde" * 8 + "abc")),
-        *(("ADMIN_TOKEN", token) for token in ("0123456789abcdef" * 2, "hush!!" * 6)),
+        *(("ADMIN_TOKEN", token) for token in (TOKEN[:31], *WEAK_TOKENS)),
         *(("SECRET_KEYS", base64.b64encode(key).decode()) for key in WEAK_KEYS),
         ("SECRET_KEYS", f"{PRODUCTION['GATEWAY_SECRET_KEYS']},{base64.b64encode(WEAK_KEYS[1]).decode()}"),
         *(("UPSTREAM_URL", f"http://{host}") for host in ("images.example/api", "8.8.8.8", "[2606:4700::1111]:80")),
@@ -204,6 +212,15 @@ def test_production_refuses_weak_settings(tmp_path: Path, name: str, text: str) 
         assert [error.split()[0] for error in errors] == [f"GATEWAY_{name}"] * (2 if "redis://8" in text else 1)
         assert not any(secret in str(errors) for secret in (text, "hush", text.partition(",")[2] or text))
         assert find_errors(PRODUCTION | given_as | {"GATEWAY_ENV": "development"}) == ()
+
+
+def test_random_secrets_are_accepted() -> None:
+    for number in range(100):
+        key = sha256(bytes([number])).digest()
+        secrets = {"GATEWAY_SECRET_KEYS": base64.b64encode(key).decode(), "GATEWAY_ADMIN_TOKEN": key.hex()[:32]}
+        assert find_errors(PRODUCTION | secrets) == ()
+    for token in STRONG_TOKENS:
+        assert find_errors(PRODUCTION | {"GATEWAY_ADMIN_TOKEN": token}) == ()
 
 
 @pytest.mark.parametrize(
