@@ -238,6 +238,7 @@ _REQUIRED_IN_PRODUCTION = {
     "upstream_url": "the sandbox is for development",
     "secret_keys": "generated keys are for development",
 }
+_WILDCARDS = frozenset({"0.0.0.0", "::", "0"})
 _CLEARTEXT_HINT = "if the upstream has no TLS, GATEWAY_UPSTREAM_CLEARTEXT=allow takes the risk"
 _NEW_KEY_HINT = "`openssl rand -base64 32` makes one"
 _NEW_TOKEN_HINT = "`openssl rand -hex 32` makes one"  # noqa: S105 - a command, not a token
@@ -285,6 +286,30 @@ def production_warnings(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "redis_url", "has no password, which is acceptable only in a private network"
     if address.tls_options and address.tls_options.get("ssl_cert_reqs") in {"none", "optional"}:
         yield "redis_url", "does not check the server's certificate: leave ssl_cert_reqs out"
+    if (url := values["traces_url"]) and _is_cleartext(values, url):
+        yield "traces_url", "has no TLS: anyone on the network path can read the traces and the collector's credentials"
+    yield from _listener_warnings(values)
+
+
+def _listener_warnings(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if values["role"] is Role.WORKER:  # which takes no tokens
+        return
+    if {values["host"], values["ops_host"]} <= _WILDCARDS:
+        yield "ops_host", "is every address, as GATEWAY_HOST: only a firewall can keep tenants off the operators' port"
+    if values.get("trusted_proxies"):
+        return
+    for field in ("host", "ops_host"):
+        if not _is_loopback(values[field]):
+            yield (
+                field,
+                "is open to the network without TLS: let a proxy end TLS, and name it in GATEWAY_TRUSTED_PROXIES",
+            )
+            return
+
+
+def _is_loopback(host: str) -> bool:
+    ip = parse_ip(host)
+    return host == "localhost" or (ip is not None and ip.is_loopback)
 
 
 def _has_admin(values: Mapping[str, Any]) -> bool:

@@ -236,6 +236,9 @@ def test_random_secrets_are_accepted() -> None:
         ("REDIS_URL", "redis://store.example", 2),  # its address may be private
         ("REDIS_URL", "rediss://:word@store.example?ssl_cert_reqs=none", 1),
         ("LOG_LEVEL", "debug", 1),
+        *(("TRACES_URL", f"http://{host}:4318", 0) for host in ("collector", "10.1.2.3", "otel.svc")),
+        ("TRACES_URL", "https://collector.example", 0),
+        ("TRACES_URL", "http://collector.example:4318", 1),
     ],
 )
 def test_production_warnings(name: str, text: str, warnings: int) -> None:
@@ -244,6 +247,24 @@ def test_production_warnings(name: str, text: str, warnings: int) -> None:
         environ["GATEWAY_UPSTREAM_CLEARTEXT"] = "allow"
     loaded = Settings.load(environ)
     assert [field for field, _ in production_warnings(vars(loaded))] == [name.lower()] * warnings
+
+
+@pytest.mark.parametrize(
+    ("host", "ops_host", "warned"),
+    [
+        ("0.0.0.0", "", ["ops_host", "host"]),
+        ("::", "0.0.0.0", ["ops_host", "host"]),
+        ("0.0.0.0", "127.0.0.1", ["host"]),
+        ("127.0.0.1", "10.0.0.1", ["ops_host"]),
+        ("localhost", "::1", []),
+    ],
+)
+def test_warnings_of_open_ports(host: str, ops_host: str, warned: list[str]) -> None:
+    settings = Settings.load(PRODUCTION | {"GATEWAY_HOST": host, "GATEWAY_OPS_HOST": ops_host})
+    assert [field for field, _ in production_warnings(vars(settings))] == warned
+    assert list(production_warnings(vars(settings) | {"role": Role.WORKER})) == []  # it takes no tokens
+    proxied = [field for field, _ in production_warnings(vars(settings) | {"trusted_proxies": ("10.0.0.0/8",)})]
+    assert proxied == warned[:-1]
 
 
 def test_private_domains() -> None:
