@@ -39,7 +39,8 @@ which suits secrets; surrounding whitespace is ignored. An empty variable counts
 starts with `GATEWAY_` is an error, since it is most often a misspelling.
 
 `gateway check-config` reports all errors of an environment at once without starting anything, and prints the effective
-settings of a valid one; `--production` applies production's rules, and `--connect` checks the store and the upstream.
+settings of a valid one; `--production` applies production's rules, and `--connect` checks the store with
+its accounts and webhooks, and the upstream.
 """
 
 

@@ -276,8 +276,8 @@ def production_warnings(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield fields with questionable values, each with a warning."""
     if values["log_level"] == "debug":
         yield "log_level", "is debug: many lines per request, useful only while debugging"
-    if values["upstream_cleartext"] is Cleartext.ALLOW and _is_cleartext(values, values["upstream_url"]):
-        yield "upstream_url", "has no TLS: anyone on the network path can read the user_keys and spend with them"
+    if warning := _cleartext_warning(values, values["upstream_url"]):
+        yield "upstream_url", warning
     address = parse_redis_url(values["redis_url"])
     if not address.path and not all(is_private_host(host, values["private_domains"]) for host, _ in address.hosts):
         if address.tls_options is None:
@@ -328,6 +328,13 @@ def _cleartext_error(values: Mapping[str, Any], url: str) -> str | None:
     if values.get("upstream_cleartext") is not Cleartext.REFUSE or not _is_cleartext(values, url):
         return None
     return f"must be https:// in production, since every call carries a user_key: {_CLEARTEXT_HINT}"
+
+
+def _cleartext_warning(values: Mapping[str, Any], url: str) -> str | None:
+    """Return what production risks with a base URL that is called without TLS, None if it is not."""
+    if values["upstream_cleartext"] is not Cleartext.ALLOW or not _is_cleartext(values, url):
+        return None
+    return "has no TLS: anyone on the network path can read the user_keys and spend with them"
 
 
 def _admin_token_errors(token: str) -> Iterator[tuple[str, str]]:
@@ -564,6 +571,10 @@ class Settings:
     def base_url_error(self, url: str) -> str | None:
         """Return why an account may not have a base URL, None if it may."""
         return _cleartext_error(vars(self), url) if self.is_production else None
+
+    def base_url_warning(self, url: str) -> str | None:
+        """Return the risk of an account's base URL in production, None without."""
+        return _cleartext_warning(vars(self), url)
 
     @property
     def has_admin(self) -> bool:

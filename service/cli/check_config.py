@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import urlsplit
 
 import click
@@ -16,7 +16,8 @@ from service.cli.formatting import format_table
 from service.crypto import Keyring, UserKeyCipher
 from service.devstack import DevServiceError, find_server_binary
 from service.domain.errors import LedgerUnavailable, field_path
-from service.domain.tenants import Account
+from service.domain.tenants import Registry
+from service.domain.webhooks import webhook_warnings
 from service.settings import (
     FILE_SUFFIX,
     PREFIX,
@@ -127,31 +128,51 @@ async def _check_store(settings: Settings) -> bool:
     if report.errors:
         return False
     click.echo(f"{report.server or 'The store'} answers at {redact_url(url)}.")
-    if not settings.secret_keys or settings.upstream_url is None:
-        return True
-    cipher = UserKeyCipher(Keyring(settings.secret_keys), settings.upstream_url)
-    errors = await _find_undecryptable_keys(url, prefix, cipher.bind if report.is_upgradable else cipher.decrypt)
+    try:
+        registry = await _load_registry(url, prefix)
+    except LedgerUnavailable:
+        print_errors([f"{PREFIX}REDIS_URL became unavailable"])
+        return False
+    _print_warnings(_registry_warnings(registry, settings))
+    errors = list(_registry_errors(registry, settings, is_former_version=report.is_upgradable))
     print_errors(errors)
     return not errors
 
 
-async def _find_undecryptable_keys(
-    redis_url: str, prefix: str, decrypt: Callable[[Account], Account | bytes | None]
-) -> list[str]:
-    """Return an error for each account in the store whose key is not decrypted."""
+async def _load_registry(redis_url: str, prefix: str) -> Registry:
+    """Read accounts and tenants from the store. Raises LedgerUnavailable."""
     connections = connect_to_store(redis_url, timeout=_TIMEOUT_SECONDS)
     try:
-        registry = await RedisRegistry(RedisScripts(connections.commands), Keys(prefix)).load()
-    except LedgerUnavailable:
-        return [f"{PREFIX}REDIS_URL became unavailable"]
+        return await RedisRegistry(RedisScripts(connections.commands), Keys(prefix)).load()
     finally:
         await connections.aclose()
-    return [
-        f"{field_path('accounts', name, 'user_key')} can't be decrypted: it was given for another address than "
-        f"{'its base_url' if account.base_url else f'{PREFIX}UPSTREAM_URL'}, or with another secret key. Give it again"
-        for name, account in sorted(registry.accounts.items())
-        if decrypt(account) is None
-    ]
+
+
+def _registry_errors(registry: Registry, settings: Settings, *, is_former_version: bool) -> Iterator[str]:
+    """Yield why accounts can't be used: a base URL that is refused today, a key that is not decrypted."""
+    cipher = None
+    if settings.secret_keys and settings.upstream_url:
+        cipher = UserKeyCipher(Keyring(settings.secret_keys), settings.upstream_url)
+    for name, account in sorted(registry.accounts.items()):
+        if account.base_url and (error := settings.base_url_error(account.base_url)):
+            yield f"{field_path('accounts', name, 'base_url')} {error}"
+        if cipher and (cipher.bind(account) if is_former_version else cipher.decrypt(account)) is None:
+            place = "its base_url" if account.base_url else f"{PREFIX}UPSTREAM_URL"
+            yield (
+                f"{field_path('accounts', name, 'user_key')} can't be decrypted: it was given for another address than "
+                f"{place}, or with another secret key. Give it again"
+            )
+
+
+def _registry_warnings(registry: Registry, settings: Settings) -> Iterator[str]:
+    if not settings.is_production:
+        return
+    for name, account in sorted(registry.accounts.items()):
+        if account.base_url and (warning := settings.base_url_warning(account.base_url)):
+            yield f"{field_path('accounts', name, 'base_url')} {warning}"
+    for name, tenant in sorted(registry.tenants.items()):
+        for field, warning in webhook_warnings(tenant.webhook, settings.private_domains):
+            yield f"{field_path('tenants', name, 'webhook', field)} {warning}"
 
 
 async def _check_upstream(url: str | None) -> bool:

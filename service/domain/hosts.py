@@ -137,11 +137,12 @@ def parse_base_url(text: str) -> str:
     try:
         parts = urlsplit(text)
         host, _ = (parts.hostname or "").removesuffix("."), parts.port  # reading the port validates it
-        is_host = HOST_NAME.fullmatch(host) or IPv6Address(host)
+        if not HOST_NAME.fullmatch(host):
+            IPv6Address(host)  # raises ValueError
     except ValueError:
         raise ValueError(_BASE_URL_RULE) from None
     is_plain = re.fullmatch(r"[!-~]+", text) and "@" not in parts.netloc and "?" not in text and "#" not in text
-    if not is_host or not is_plain or parts.scheme not in {"http", "https"}:
+    if not is_plain or parts.scheme not in {"http", "https"}:
         raise ValueError(_BASE_URL_RULE)
     ip = parse_ip(host)
     if ip and is_metadata(ip):
@@ -175,8 +176,12 @@ class Destination(Struct, frozen=True):
     def has_port(self, port: int) -> bool:
         return port in WEB_PORTS if self.port is None else port == self.port
 
+    @property
+    def network(self) -> IpNetwork | None:
+        return None if isinstance(self.place, str) else self.place
+
     def has_address(self, ip: IpAddress) -> bool:
-        return not isinstance(self.place, str) and ip in self.place
+        return self.network is not None and ip in self.network
 
 
 def parse_destination(entry: str) -> Destination | None:
@@ -193,4 +198,4 @@ def _parse_network(text: str) -> IpNetwork | None:
     with suppress(ValueError):
         return ip_network(text)
     ip = parse_ip(text)
-    return ip and ip_network(ip)
+    return ip_network(ip) if ip else None

@@ -73,14 +73,14 @@ class Webhook(Struct, frozen=True):
         ip = parse_ip(host)
         return any(
             entry.has_port(port) and (entry.place == host or (ip is not None and entry.has_address(ip)))
-            for entry in (own, *self._destinations())
+            for entry in (own, *self.destinations())
         )
 
     def allows_address(self, ip: IpAddress, port: int) -> bool:
         """Whether webhooks may go to an address that is not public: only a network of `allow` permits it."""
-        return any(entry.has_address(ip) and entry.has_port(port) for entry in self._destinations())
+        return any(entry.has_address(ip) and entry.has_port(port) for entry in self.destinations())
 
-    def _destinations(self) -> list[Destination]:
+    def destinations(self) -> list[Destination]:
         return [destination for destination in map(parse_destination, self.allow) if destination]
 
     def with_secret(self, current: WebhookSecrets | None, new_secret: bytes | None, generated_secret: bytes) -> Webhook:

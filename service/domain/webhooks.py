@@ -7,13 +7,22 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from ipaddress import IPv6Address
 from urllib.parse import urlsplit
 
 from service.domain.errors import FieldError, InvalidOptions
-from service.domain.hosts import HOST_NAME, is_metadata, is_public, parse_destination, parse_ip, url_address
+from service.domain.hosts import (
+    HOST_NAME,
+    is_cleartext,
+    is_metadata,
+    is_private_host,
+    is_public,
+    parse_destination,
+    parse_ip,
+    url_address,
+)
 from service.domain.tasks import State
 from service.domain.tenants import Webhook
 
@@ -24,6 +33,7 @@ _EVENT_ID_PREFIX = "msg_"
 _EVENT_ID = re.compile(rf"{_EVENT_ID_PREFIX}([0-9a-f]{{32}})")
 MAX_URL_CHARS = 2_048
 MAX_ALLOW_ENTRIES = 100
+_WIDEST_PRIVATE_PREFIX = 7  # of fc00::/7
 RETRY_SECONDS = (5, 30, 120, 600, 1_800, 3_600, 7_200, 14_400, 28_800, 28_800)
 """Delay after each failed attempt; after the last one the delivery fails."""
 MAX_RETRY_AFTER_SECONDS = 3_600
@@ -148,6 +158,20 @@ def check_address(field: str, webhook: Webhook) -> None:
     if ip and not is_public(ip) and not webhook.allows_address(ip, port):
         rule = "must be at a public address, or at one of a network in `allow`, with its port unless that is 80 or 443"
         raise InvalidOptions([FieldError(field, rule)])
+
+
+def webhook_warnings(webhook: Webhook, private_domains: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield fields with questionable values, each with a warning."""
+    if webhook.url is None:
+        return
+    if is_cleartext(webhook.url, private_domains):
+        yield "url", "has no TLS: anyone on the network path can read the events, with the links to results"
+    networks = [entry.network for entry in webhook.destinations() if entry.network]
+    for network in networks:
+        if network.prefixlen < _WIDEST_PRIVATE_PREFIX:
+            yield "allow", f"has {network}, which is wider than any private network: name the networks that are meant"
+    if not networks and is_private_host(url_address(webhook.url)[0], private_domains):
+        yield "url", "is at a private host, but allow has no network: nothing is delivered"
 
 
 def resolve_webhook_url(webhook: Webhook, requested: str | None) -> str | None:

@@ -114,8 +114,10 @@ async def test_account_shows_balance_and_state_without_its_key(gateway: RunningG
 async def test_base_urls_without_tls_in_production(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     token = "3f8a1c5e9b7d2046f1e3a5c7d9b80246"
     monkeypatch.setattr(gateway_fixture, "ADMIN_TOKEN", token)
-    secrets = {"GATEWAY_SECRET_KEYS": generate_secret_key(), "GATEWAY_ADMIN_TOKEN": token}
-    async with run_real_gateway(valkey, GATEWAY_ENV="production", **secrets) as gateway:
+    keys = generate_secret_key()
+    async with run_real_gateway(
+        valkey, GATEWAY_ENV="production", GATEWAY_SECRET_KEYS=keys, GATEWAY_ADMIN_TOKEN=token
+    ) as gateway:
         before = gateway.services.registry.current
         for host in ("images.example", "134744072", "0x8.010.0x808", "8.8.8.8.", "[::ffff:8.8.8.8]"):
             spec = {"base_url": f"http://{host}/api", "user_key": USER_KEY}

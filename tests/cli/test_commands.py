@@ -19,7 +19,7 @@ from service.cli.formatting import format_table, format_value
 from service.crypto import generate_secret_key
 from service.domain.tenants import hash_token
 from service.storage.redis import DATA_VERSION, UPGRADABLE_VERSION, Keys
-from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, SECRET_KEY, run_real_gateway
 from tests.cli.conftest import UNREACHABLE_URL, Shell, run_command, run_shell
 from tests.contract.scripted_server import Connection, http_response, never_reply, reply_and_close, run_server
 from tests.support.network import create_certificate
@@ -321,6 +321,34 @@ async def test_keys_that_are_not_decrypted_for_their_address_are_errors(shell: S
     main, own = "accounts.main.user_key", "accounts.own.user_key"
     named = [{word for word in (main, own) if word in result.stderr} for result in (moved, lost, former)]
     assert named == [{main}, {main, own}, {main, own}]
+
+
+async def test_questionable_accounts_and_webhooks_are_reported_in_production(valkey: Valkey) -> None:
+    accounts = {"plain": "http://images.example", "own": "http://10.1.2.3", "tls": "https://images.example"}
+    webhooks: dict[str, dict[str, object]] = {
+        "fine": {"url": "https://hooks.example/", "allow": ["hooks.internal:8080", "10.0.0.0/8"]},
+        "lost": {"url": "http://hooks.internal/"},
+        "plain": {"url": "http://hooks.example/"},
+        "wide": {"url": "https://hooks.example/", "allow": ["0.0.0.0/0", "10.0.0.0/8", "::/1:8443"]},
+    }
+    warned = ["tenants.lost.webhook.url", "tenants.plain.webhook.url", *["tenants.wide.webhook.allow"] * 2]
+    async with run_server(never_reply) as peer:
+        places = {"GATEWAY_SECRET_KEYS": generate_secret_key(), "GATEWAY_UPSTREAM_URL": peer.url}
+        async with run_real_gateway(valkey, None, **places) as gateway:
+            for name, url in accounts.items():
+                body = {"user_key": "key", "base_url": url}
+                (await gateway.call_admin("PUT", f"/accounts/{name}", json=body)).raise_for_status()
+            for name, webhook in webhooks.items():
+                await gateway.put_tenant(name, webhook=webhook)
+        environ = PRODUCTION | places | {"GATEWAY_REDIS_URL": valkey.url}
+        for cleartext, code, reported in (
+            ("refuse", 1, [*warned, "accounts.plain.base_url"]),
+            ("allow", 0, ["accounts.plain.base_url", *warned]),
+        ):
+            lines = (await connect(environ | {"GATEWAY_UPSTREAM_CLEARTEXT": cleartext}, code=code)).stderr.splitlines()
+            named = [line.removeprefix("gateway: ").removeprefix("warning: ").split()[0] for line in lines]
+            assert [name for name in named if not name.startswith("GATEWAY_")] == reported
+        assert "tenants." not in (await connect(environ | {"GATEWAY_ENV": "development"})).stderr
 
 
 @pytest.mark.parametrize("run_store", [run_with_sentinel, run_cluster], ids=lambda made: made.__name__)
