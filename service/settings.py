@@ -20,14 +20,16 @@ from msgspec import Struct
 from service.crypto import parse_secret_key
 from service.domain.hosts import (
     DEFAULT_PRIVATE_DOMAINS,
+    IpNetwork,
     is_cleartext,
     is_private_host,
     is_public,
     parse_base_url,
     parse_ip,
+    parse_network,
 )
 from service.domain.tasks import DEFAULT_CATALOGUE, Catalogue
-from service.domain.tenants import IPNetwork, Operator, OperatorRole, hash_token, parse_network
+from service.domain.tenants import Operator, OperatorRole, hash_token
 from service.storage.connections import RedisAddress, parse_redis_url
 
 PREFIX, FILE_SUFFIX = "GATEWAY_", "_FILE"
@@ -168,7 +170,7 @@ def parse_operators(text: str) -> tuple[Operator, ...]:
     return tuple(operators.values())
 
 
-def parse_networks(text: str) -> tuple[IPNetwork, ...]:
+def parse_networks(text: str) -> tuple[IpNetwork, ...]:
     networks = [parse_network(entry.strip()) for entry in text.split(",")]
     known = tuple(network for network in networks if network and network.prefixlen)
     if len(known) < len(networks):
@@ -426,7 +428,7 @@ class Settings:
     port: int = _declare(_parse_port, "8080", "The tenants' port; 0 selects a free one.", scope=Scope.API)
     ops_host: str = _declare(parse_host, None, "The address of the operators' port.", default_note="as `GATEWAY_HOST`")
     ops_port: int = _declare(_parse_port, "8081", "The operators' port; 0 selects a free one.")
-    trusted_proxies: tuple[IPNetwork, ...] = _declare(
+    trusted_proxies: tuple[IpNetwork, ...] = _declare(
         parse_networks,
         None,
         "The addresses and networks of the proxies in front of both ports, separated by commas. The client of their "

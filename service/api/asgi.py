@@ -22,7 +22,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from service.api import errors
 from service.domain.errors import GatewayError
-from service.domain.tenants import IPNetwork
+from service.domain.hosts import IpNetwork
 from service.server import CLIENT_TOO_SLOW
 from service.telemetry import logging, tracing
 from service.telemetry.logging import OUTCOME_ANSWERED, WaitTimer
@@ -100,7 +100,7 @@ class RequestMiddleware:
         logger: FilteringBoundLogger,
         port: Port,
         tracer: Tracer = tracing.NOOP_TRACER,
-        trusted_proxies: Collection[IPNetwork] = (),
+        trusted_proxies: Collection[IpNetwork] = (),
     ) -> None:
         self._app = app
         self._handle: Any = self._handle_request

@@ -189,12 +189,12 @@ def parse_destination(entry: str) -> Destination | None:
     match = _DESTINATION.fullmatch(entry)
     text = (match["ip"] or match["place"]) if match else entry
     port = int(match["port"]) if match and match["port"] else None
-    place = _parse_network(text) or text.lower()
+    place = parse_network(text) or text.lower()
     is_valid = (port or 0) <= _MAX_PORT and (not isinstance(place, str) or HOST_NAME.fullmatch(place))
     return Destination(place, port) if is_valid else None
 
 
-def _parse_network(text: str) -> IpNetwork | None:
+def parse_network(text: str) -> IpNetwork | None:
     with suppress(ValueError):
         return ip_network(text)
     ip = parse_ip(text)
