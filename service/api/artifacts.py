@@ -34,10 +34,7 @@ _DESCRIPTION = (
 )
 _RANGE_DESCRIPTION = "One range of bytes, such as `bytes=1000-`. With several ranges the whole result is sent."
 _STATUSES: Mapping[Coverage, int] = {Coverage.FULL: 200, Coverage.PARTIAL: 206, Coverage.NOT_MODIFIED: 304}
-_HEADERS = PRIVATE_HEADERS | {
-    "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "default-src 'none'; sandbox",
-}
+_HEADERS = PRIVATE_HEADERS | {"Content-Security-Policy": "default-src 'none'; sandbox"}
 
 _ONE_RANGE = re.compile(r"bytes=(?:[0-9]{1,18}-[0-9]{0,18}|-[0-9]{1,18})")
 _ETAG = r'(?:W/)?"[!#-~]{0,200}"'

@@ -54,6 +54,8 @@ _MAX_ADDRESS_CHARS = 45
 _REQUEST_ID_HEADER = b"x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _ALLOW_HEADER = b"allow"
+_NOSNIFF = (b"x-content-type-options", b"nosniff")
+"""Header of every response: a browser must not take JSON or an image for a script or a page."""
 
 
 async def run_until_disconnect(
@@ -146,7 +148,7 @@ class RequestMiddleware:
         kind = errors.HEADERS_TOO_LARGE if status == errors.HEADERS_TOO_LARGE.status else errors.MALFORMED_REQUEST
         _, headers, body = errors.render(errors.ProblemResponse(kind, detail), request_id)
         fields = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        return [*fields, (_REQUEST_ID_HEADER, request_id.encode())], body
+        return [*fields, (_REQUEST_ID_HEADER, request_id.encode()), _NOSNIFF], body
 
     async def _serve(
         self, scope: Message, receive: Receive, recorder: _ResponseRecorder, upstream_wait: WaitTimer, span: Span
@@ -199,10 +201,10 @@ class _ResponseRecorder:
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
-        """Send a message of the application, with the request's id in the headers."""
+        """Send a message of the application, with the request's id and `nosniff` in the headers."""
         if message["type"] == "http.response.start":
             headers = [header for header in message.get("headers", ()) if header[0].lower() != _REQUEST_ID_HEADER]
-            message["headers"] = [*headers, (_REQUEST_ID_HEADER, self._request_id.encode())]
+            message["headers"] = [*headers, (_REQUEST_ID_HEADER, self._request_id.encode()), _NOSNIFF]
             self.status = message["status"]
         await self._send(message)
 

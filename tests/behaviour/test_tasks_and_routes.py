@@ -23,7 +23,7 @@ from service.usecases.caches import TaskCache
 from service.usecases.reports import QuotaReports
 from service.usecases.task_status import TaskReader
 from tests.behaviour.clients import LegacyClient
-from tests.behaviour.gateway_fixture import RunningGateway
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, RunningGateway
 from tests.behaviour.requests import expect_problem
 from tests.unit.asgi_client import open_raw_connection, read_response
 
@@ -248,6 +248,17 @@ async def test_request_id_header(gateway: RunningGateway) -> None:
             assert re.fullmatch(r"[0-9a-f]{32}", response.headers["x-request-id"])
 
 
+async def test_no_response_is_taken_for_another_type(gateway: RunningGateway) -> None:
+    """Every response of both ports is `nosniff`, once: JSON, problems, CSV, pages, and responses without a body."""
+    for path in ("/v1/quota", "/v1/usage", "/v1/nowhere", "/openapi.json", "/docs", "/healthz"):
+        response = await gateway.call("GET", path, headers={"Accept": "text/csv, */*"})
+        assert response.headers.get_list("x-content-type-options") == ["nosniff"], path
+    for path in ("/admin/v1/accounts", "/metrics", "/docs/problems", "/nowhere"):
+        for headers in ({}, {"Authorization": f"Bearer {ADMIN_TOKEN}"}):
+            response = await gateway.http.get(gateway.ops_url + path, headers=headers)
+            assert response.headers.get_list("x-content-type-options") == ["nosniff"], path
+
+
 async def test_unparsable_requests_and_unmatched_paths(gateway: RunningGateway) -> None:
     faults = {
         b"GET / HTTP/1.1\r\n\r\n": (400, "malformed-request"),
@@ -261,6 +272,7 @@ async def test_unparsable_requests_and_unmatched_paths(gateway: RunningGateway) 
                 assert (response.status, response.json()["code"]) == (status, code)
                 assert response.headers["content-type"] == "application/problem+json"
                 assert response.json()["instance"] == response.headers["x-request-id"]
+                assert response.headers["x-content-type-options"] == "nosniff"
                 assert await reader.read() == b""
         for path in ("", "/openapi.json", "/swagger"):  # where the framework would serve its own pages
             expect_problem(await gateway.http.get(f"{url}/schema{path}"), 404, "not-found")
