@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ctypes
 import gc
 import os
 import shlex
@@ -38,6 +39,7 @@ _TOKEN_FILE = "demo.token"  # noqa: S105 - the name of a file
 _STORE_RETRY_SECONDS = 1.0
 _MAX_TENANT_CONNECTIONS = 10_000
 _MAX_OPERATOR_CONNECTIONS = 500
+_PR_SET_DUMPABLE = 4
 _SHUTDOWN_MARGIN_SECONDS = 10
 """The process exits two leases and this margin after a signal; platforms wait for two leases and 15 s."""
 
@@ -92,6 +94,10 @@ class _SignalHandler:
 def serve() -> None:
     """Run the gateway until SIGINT or SIGTERM."""
     settings, redactor = load_settings(), Redactor()
+    if settings.is_production:
+        # No core dump has the secrets, and no other process of the user can read them. RLIMIT_CORE does not hold if
+        # core_pattern is a pipe (core(5)).
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     logging.configure_logging(
         json=settings.is_production, level=settings.log_level, stream=sys.stderr.buffer, redactor=redactor
     )

@@ -82,6 +82,7 @@ def test_confined(name: str) -> None:
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["ulimits"] == {"core": 0}
     assert not service.keys() & {"privileged", "cap_add", "network_mode", "pid"}
     assert re.fullmatch(r"[a-z/-]+:(?!latest)[\w.-]+", service["image"])
     assert name in GATEWAY_ROLES or service["healthcheck"]["test"][0] == "CMD"  # the gateway's is in the image

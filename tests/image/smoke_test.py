@@ -92,10 +92,15 @@ def _configure_program(root: Path, config: Config) -> Program:
     return Program(words, dict(item.split("=", 1) for item in config.env), Path("/"))
 
 
+def _find_container(process: subprocess.Popen[bytes]) -> int:
+    """Return process 1 of a container; its parent is `unshare`, which does not forward signals."""
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(child)
+
+
 def _stop(process: subprocess.Popen[bytes], signal_number: signal.Signals) -> int:
     """Send a signal to process 1 of a container; returns the exit code."""
-    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(child), signal_number)  # not its parent `unshare`, which does not forward signals
+    os.kill(_find_container(process), signal_number)
     return process.wait(TIMEOUT_SECONDS)
 
 
@@ -139,6 +144,10 @@ def main() -> None:
             command = (*config.entrypoint, *config.cmd)
             gateway = opened.enter_context(container.start(*command, log=log, ops_url=_OPERATORS))
             assert container.execute(*words[1:])[0] == 0, f"{log.read_text()}the health check fails"
+        with step("image: leaves no core dump"):
+            # The files of a process that is not dumpable belong to root (proc(5)).
+            owner = Path(f"/proc/{_find_container(gateway)}/environ").stat().st_uid
+            assert owner == 0, f"its memory can be read by user {owner}"
         with step("image: does the main job"):
             run_main_job(replace(container, words=[*container.words, "gateway"]), _TENANTS, folder / "results")
         with step("image: leaves nothing behind"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -68,17 +69,21 @@ def test_restart_after_a_kill_keeps_token_tasks_and_usage(tmp_path: Path) -> Non
         assert not any(is_alive(pid) for pid in gateway.child_pids)
 
 
-def test_production_generates_nothing_and_logs_json(tmp_path: Path, valkey: Valkey) -> None:
-    key = generate_secret_key()
-    settings = {
+def production_settings(valkey: Valkey) -> dict[str, str]:
+    return {
         "GATEWAY_ENV": "production",
         "GATEWAY_REDIS_URL": valkey.url,
         "GATEWAY_UPSTREAM_URL": "http://127.0.0.1:9",
-        "GATEWAY_SECRET_KEYS": key,
+        "GATEWAY_SECRET_KEYS": generate_secret_key(),
         "GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN,
         "GATEWAY_KEY_PREFIX": "production-test",
         "GATEWAY_ROLE": "api",
     }
+
+
+def test_production_generates_nothing_and_logs_json(tmp_path: Path, valkey: Valkey) -> None:
+    settings = production_settings(valkey)
+    key = settings["GATEWAY_SECRET_KEYS"]
     with run_gateway(tmp_path, **settings) as gateway:
         assert gateway.child_pids == []
         env = gateway.environ | {"UPSTREAM_KEY": "the-user-key-of-the-account"}
@@ -94,6 +99,17 @@ def test_production_generates_nothing_and_logs_json(tmp_path: Path, valkey: Valk
     for secret in (ADMIN_TOKEN, key, "the-user-key-of-the-account", gateway.token):
         assert all(secret not in line for line in lines)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "out.txt"]
+
+
+def test_crash_leaves_no_core_dump(tmp_path: Path, valkey: Valkey) -> None:
+    """In production the memory, which has secrets, is not dumped, whatever the limit of core dumps is."""
+    command = 'ulimit -c unlimited; cd "$0"; exec "$@"'
+    words = ["sh", "-c", command, str(tmp_path), sys.executable, "-m", "service", "serve"]
+    with run_gateway(tmp_path, words, **production_settings(valkey)) as gateway:
+        gateway.process.send_signal(signal.SIGABRT)
+        ended = os.waitid(os.P_PID, gateway.process.pid, os.WEXITED | os.WNOWAIT)
+        assert ended is not None
+        assert (ended.si_code, ended.si_status) == (os.CLD_KILLED, signal.SIGABRT)  # not CLD_DUMPED
 
 
 def test_api_and_worker_started_at_once_share_the_work(tmp_path: Path, upstream: SandboxProcess) -> None:
