@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from service.crypto import generate_secret_key
 from service.devstack import SANDBOX_USER_KEY
 from service.settings import Role, Settings
 from service.storage.connections import check_server
@@ -20,7 +22,8 @@ ROOT = DEPLOY.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
 UPSTREAM_VARIABLES = {
     "GATEWAY_UPSTREAM_URL": "https://images.example",
-    "GATEWAY_UPSTREAM_USER_KEY": "the-key-of-the-account",
+    "GATEWAY_SECRET_KEYS": generate_secret_key(),
+    "GATEWAY_ADMIN_TOKEN": secrets.token_hex(32),
 }
 GATEWAY_ROLES = {"gateway": Role.API, "worker": Role.WORKER}
 
@@ -60,13 +63,16 @@ def gateway_settings(name: str, environment: Mapping[str, str]) -> Settings:
 
 @pytest.mark.parametrize("name", GATEWAY_ROLES)
 def test_settings(name: str) -> None:
-    """Each gateway uses the sandbox, or with two variables, both required, the real upstream without the sandbox."""
+    """Each gateway uses the sandbox, or with three variables, all required, the real upstream in production."""
     settings = gateway_settings(name, SERVICES[name]["environment"])
     assert (settings.upstream_url, settings.upstream_user_key) == ("http://sandbox:8082", SANDBOX_USER_KEY)
     assert SERVICES["sandbox"]["command"][:5] == ["sandbox", "--host", "0.0.0.0", "--port", "8082"]
     services = load_compose("compose.upstream.yaml", **UPSTREAM_VARIABLES)["services"]
     settings = gateway_settings(name, SERVICES[name]["environment"] | services[name]["environment"])
-    assert [settings.upstream_url, settings.upstream_user_key] == [*UPSTREAM_VARIABLES.values()]
+    assert settings.is_production
+    assert (settings.upstream_url, settings.upstream_user_key) == ("https://images.example", None)
+    token = None if settings.role is Role.WORKER else UPSTREAM_VARIABLES["GATEWAY_ADMIN_TOKEN"]
+    assert (settings.admin_token, len(settings.secret_keys)) == (token, 1)
     assert SERVICES[name]["depends_on"]["sandbox"]["required"] is False
     assert services["sandbox"] == {"profiles": ["sandbox"]}
     for missing in UPSTREAM_VARIABLES:
@@ -89,6 +95,16 @@ def test_confined(name: str) -> None:
     if build := service.get("build"):
         assert (DEPLOY / build["context"]).resolve() == ROOT
         assert build["args"].keys() <= set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
+
+
+def test_images_by_digest() -> None:
+    """Every image of the compose files and the Dockerfile is an argument, which may be a digest."""
+    digest = f"registry.example/some/image@sha256:{'0' * 64}"
+    variables = dict.fromkeys(re.findall(r"\$\{(\w+_IMAGE):-", (DEPLOY / "compose.yaml").read_text("utf-8")), digest)
+    services = load_compose("compose.yaml", **variables)["services"].values()
+    builds = [service["build"]["args"]["PYTHON_IMAGE"] for service in services if "build" in service]
+    assert {*(service["image"] for service in services), *builds} == {digest}
+    assert set(re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)) == {"${PYTHON_IMAGE}"}
 
 
 def test_networks() -> None:
