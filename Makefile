@@ -28,7 +28,7 @@ step = @output=$$($(2) 2>&1) && echo 'ok      $(1)' || { printf '%s\n' "$$output
 pytest = .venv/bin/pytest --numprocesses=auto --maxprocesses=4
 bench_packages = UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON_DOWNLOADS=never $(UV) sync --locked --all-extras --group bench --quiet
 
-.PHONY: run demo test test-fast test-all bench bench-quick check lint format types layers drift openapi docs-viewer dashboards chart settings release-check image-check fmt clean help
+.PHONY: run demo test test-fast test-all bench bench-quick check lint format types layers drift openapi docs-viewer dashboards chart settings sbom audit release-check image-check fmt clean help
 
 run: $(VENV_STAMP) ## Start the gateway with a store and a sandbox on this machine
 	@exec .venv/bin/gateway serve
@@ -92,6 +92,12 @@ dashboards: $(VENV_STAMP) ## Write the Grafana dashboards into deploy/grafana/da
 
 settings: $(VENV_STAMP) ## Write the settings into deploy/SETTINGS.md and the README
 	@exec .venv/bin/python -m deploy.reference
+
+sbom: $(VENV_STAMP) ## Write the list of the image's packages into dist/, as CycloneDX
+	@exec .venv/bin/python -m deploy.packages sbom --uv $(UV)
+
+audit: $(VENV_STAMP) ## Check all packages for known vulnerabilities; fails without access to pypi.org
+	@exec .venv/bin/python -m deploy.packages audit --uv $(UV)
 
 release-check: $(VENV_STAMP) ## Build the wheel into dist/, install it elsewhere and run the main job
 	@exec .venv/bin/python -m tests.release --uv $(UV)

@@ -1,6 +1,6 @@
 """Check of a release: the wheel is built, inspected, and installed outside the checkout (`make release-check`).
 
-The checked wheel is left in dist/ for publication.
+The checked wheel and the list of its packages are left in dist/ for publication.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import secrets
 import subprocess
 from dataclasses import replace
 from email import message_from_string
+from importlib.metadata import distributions
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from zipfile import ZipFile
 
 import click
+from msgspec import json
 
+from deploy.packages import write_sbom
 from service import __version__
 from service.crypto import generate_secret_key
 from tests.image.report import Program, run_command, run_main_job, step
@@ -45,6 +48,9 @@ def main(uv: Path, dist: Path) -> None:
         with step("release: installed, without extras"):
             installed = _install(wheel, uv.absolute(), folder)
             assert installed.check_output("--version").split()[-1] == __version__, "its version is another"
+        with step("release: lists its packages"):
+            sbom = write_sbom(uv, folder / "dist")
+            _expect_listed(sbom, folder / "venv")
         with step("release: names missing extras and settings"):
             installed.expect_failure("serve", code=1, names=(_EXTRA, "GATEWAY_REDIS_URL"))
             installed.expect_failure("check-config", code=1, names=(_EXTRA, "GATEWAY_UPSTREAM_URL"))
@@ -53,8 +59,9 @@ def main(uv: Path, dist: Path) -> None:
         with step("release: does the main job"):
             _serve(installed)
         dist.mkdir(exist_ok=True)
-        (dist / wheel.name).write_bytes(wheel.read_bytes())
-    click.echo(f"{dist / wheel.name}")
+        for file in (wheel, sbom):
+            (dist / file.name).write_bytes(file.read_bytes())
+            click.echo(dist / file.name)
 
 
 def _expect_complete(wheel: Path) -> None:
@@ -84,6 +91,14 @@ def _install(wheel: Path, uv: Path, folder: Path) -> Program:
     assert named == [True], f"{faults}of these, one is expected"
     empty.mkdir()
     return Program([str(venv / "bin" / "gateway")], {"PATH": os.defpath, "HOME": str(empty)}, empty)
+
+
+def _expect_listed(sbom: Path, venv: Path) -> None:
+    """Require that the list has every package of an environment in its version, but the gateway itself."""
+    (site,) = venv.glob("lib/python*/site-packages")
+    installed = {(item.name.lower().replace("_", "-"), item.version) for item in distributions(path=[str(site)])}
+    listed = {(item["name"], item["version"]) for item in json.decode(sbom.read_bytes())["components"]}
+    assert installed - listed == {("imaging-gateway", __version__)}, f"not listed: {sorted(installed - listed)}"
 
 
 def _serve(installed: Program) -> None:
