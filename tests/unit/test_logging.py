@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+import unicodedata
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from typing import Any
@@ -88,6 +89,21 @@ async def test_a_long_path_is_cut_once_it_is_redacted() -> None:
     await call_app(app, "GET", "/" + "x" * 490 + SECRET)
     assert len(log.event["path"]) == 500
     assert SECRET[:6] not in log.output
+
+
+@pytest.mark.parametrize("json_lines", [True, False])
+@pytest.mark.parametrize("hostile", ["a\nb", "\x1b[2J\x9b\x7f\b\0\x85", 'x\n{"event": "token.created"}\r"\'}'])
+def test_a_value_forges_no_line_and_controls_no_terminal(hostile: str, *, json_lines: bool) -> None:
+    """Each event is one line without control characters, whatever clients and the upstream put into its values."""
+    log = LogSetup(json_lines=json_lines)
+    with structlog.contextvars.bound_contextvars(request_id=hostile):
+        log.logger.info("submission.rejected", reason=hostile, options={hostile: [hostile]}, error=ValueError(hostile))
+    logging.getLogger("httpx2").warning("%s", hostile)
+    first, second, rest = log.output.split("\n")
+    assert rest == ""
+    assert not [letter for letter in first + second if unicodedata.category(letter) == "Cc"]
+    if json_lines:
+        assert [json.loads(line)["event"] for line in (first, second)] == ["submission.rejected", "library.logged"]
 
 
 def test_invalid_trace_headers_are_not_logged() -> None:
