@@ -111,6 +111,7 @@ class Container:
         self.task_cache = task_cache
         self.catalogue = settings.catalogue
         self.trusted_proxies = settings.trusted_proxies
+        self.metrics_token = settings.metrics_token
         self.drain_seconds = settings.lease_seconds
         self._is_draining = False
         keyring, redactor = Keyring(settings.secret_keys), redactor or Redactor()

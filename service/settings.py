@@ -492,6 +492,9 @@ class Settings:
         None,
         "The other operators, each as `name:role:hash`: `admin` or `read-only`, and the SHA-256 of the token.",
     )
+    metrics_token: str | None = _declare(
+        parse_printable, None, "The bearer token that `/metrics` asks for; none: it needs no token.", is_secret=True
+    )
     max_image_bytes: int = _declare(parse_size, "32 MiB", "The largest image that is accepted.", scope=Scope.API)
     max_image_pixels: int = _declare(
         parse_int(1, 1_000_000_000), "25000000", "The most pixels an image may have.", scope=Scope.API

@@ -9,6 +9,7 @@ from enum import StrEnum
 from litestar import Response, get
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
+from litestar.types import Guard
 from msgspec import Struct
 
 from service.telemetry.metrics import Metrics
@@ -53,8 +54,8 @@ def health_routes(get_health: Callable[[], Health]) -> Sequence[HTTPRouteHandler
     return [healthz, readyz]
 
 
-def metrics_route(metrics: Metrics, snapshot: LedgerSnapshot) -> HTTPRouteHandler:
-    @get("/metrics", include_in_schema=False)
+def metrics_route(metrics: Metrics, snapshot: LedgerSnapshot, guards: Sequence[Guard]) -> HTTPRouteHandler:
+    @get("/metrics", include_in_schema=False, guards=guards)
     async def scrape() -> Response[bytes]:
         await snapshot.refresh()
         # In a thread: rendering takes tens of milliseconds.

@@ -172,7 +172,7 @@ def _start_servers(
 
 
 def _secret_values(settings: Settings) -> Iterator[str]:
-    yield from (secret for secret in (settings.admin_token, settings.upstream_user_key) if secret)
+    yield from filter(None, (settings.admin_token, settings.metrics_token, settings.upstream_user_key))
     for key in settings.secret_keys:
         yield base64.b64encode(key).decode()
         yield base64.urlsafe_b64encode(key).decode()

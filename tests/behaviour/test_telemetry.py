@@ -9,7 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from service.usecases import caches, ledger_snapshot
-from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
+from tests.behaviour.gateway_fixture import ADMIN_TOKEN, RunningGateway, run_real_gateway
+from tests.behaviour.requests import expect_problem
 from tests.behaviour.webhook_receiver import make_secret, run_receiver
 from tests.support.traces import SPAN, TRACE, TraceCollector, run_collector
 from tests.support.valkey import Valkey, run_valkey
@@ -62,6 +63,20 @@ async def test_task_moves_through_the_metrics(gateway: RunningGateway, monkeypat
     for status in ("500", "502", "503", "504"):  # zero before the first: `rate()` would miss that one
         route = {"method": "GET", "port": "tenants", "route": "/v1/tasks/{task_id}", "status": status}
         assert sum_samples(ended, "http_requests_total", **route) == 0
+
+
+async def test_metrics_need_the_token_that_is_set(valkey: Valkey) -> None:
+    """With GATEWAY_METRICS_TOKEN, /metrics wants that token and no other, and it opens nothing else."""
+    token = "metrics-token-of-the-tests"
+    async with run_real_gateway(valkey, GATEWAY_METRICS_TOKEN=token) as gateway:
+        for wrong in ({}, {"Authorization": f"Bearer {ADMIN_TOKEN}"}, {"Authorization": f"Bearer {token}x"}):
+            refused = await gateway.http.get(f"{gateway.ops_url}/metrics", headers=wrong)
+            expect_problem(refused, 401, "unauthenticated")
+            assert refused.headers["www-authenticate"].startswith("Bearer")
+        own = {"Authorization": f"Bearer {token}"}
+        response = await gateway.http.get(f"{gateway.ops_url}/metrics", headers=own)
+        assert (response.status_code, b"gateway_http_requests_total" in response.content) == (200, True)
+        expect_problem(await gateway.call_admin("GET", "/accounts", headers=own), 401, "unauthenticated")
 
 
 async def test_spent_money_is_shown_in_yuan(gateway: RunningGateway) -> None:

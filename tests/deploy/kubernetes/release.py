@@ -55,6 +55,7 @@ def pod_environment(pod: Any, folder: Path) -> Mapping[str, str]:
         "redis-url": REDIS_URL,
         "secret-keys": base64.b64encode(secrets.token_bytes(32)).decode(),
         "admin-token": secrets.token_hex(32),
+        "metrics-token": secrets.token_hex(32),
     }
     (container,) = pod["spec"]["containers"]
     volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}

@@ -176,6 +176,17 @@ def test_monitoring() -> None:
     assert [(item["port"], item["path"]) for item in monitor["endpoints"]] == [("operators", "/metrics")]
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_token_of_metrics(role: str, tmp_path: Path) -> None:
+    """With a Secret for it, both roles ask for the token of metrics, and Prometheus sends it."""
+    secret = 'secrets.metricsToken.existingSecret="scraping"'
+    tokens = [pod_settings(tmp_path, "production", role, *given).metrics_token for given in ([], [secret])]
+    assert [bool(token) for token in tokens] == [False, True]
+    (monitor,) = resources_of_kind(render_release("production", secret), "ServiceMonitor")
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert endpoint["authorization"] == {"credentials": {"name": "scraping", "key": "metrics-token"}}
+
+
 def registry_job(*settings: str) -> tuple[Any, Any]:
     """Return the pod of the Job that applies the registry, and its container."""
     pod = get_resource(render_release("production", *settings), "Job", "-registry")["spec"]["template"]

@@ -6,6 +6,7 @@
 {{- with .root -}}
 {{- /* A worker serves no operators. */ -}}
 {{- $secrets := $api | ternary .Values.secrets (omit .Values.secrets "adminToken") -}}
+{{- if not .Values.secrets.metricsToken.existingSecret }}{{ $secrets = omit $secrets "metricsToken" }}{{ end -}}
 apiVersion: apps/v1
 kind: Deployment
 metadata:
