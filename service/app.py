@@ -119,12 +119,11 @@ def tenants_app(container: Container) -> Litestar:
 def operators_app(container: Container) -> Litestar:
     """Create the operators' application without middleware: in a worker only health and metrics."""
     health = Router("/", route_handlers=health_routes(container.health), tags=["Service"], security=[{}])
-    guards = [bearer_guard(container.metrics_token)] if container.metrics_token else []
+    failures = FailureLimiter(container.metrics.authentication_failures.labels(Port.OPERATORS))
+    guards = [bearer_guard(container.metrics_token, failures)] if container.metrics_token else []
     metrics = metrics_route(container.metrics, container.ledger_snapshot, guards)
     if (admin_auth := container.admin_auth) is None:
         return _create_litestar(container, [health, metrics], operators_config())
-
-    failures = FailureLimiter(container.metrics.authentication_failures.labels(Port.OPERATORS))
 
     # Litestar would run a function in a thread, where it can't name the operator for the log.
     async def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:

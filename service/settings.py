@@ -230,7 +230,7 @@ class Setting(Struct, frozen=True, kw_only=True):
         raise TypeError(f"{self.name} accepts anything")
 
 
-MIN_ADMIN_TOKEN_LENGTH = 32
+MIN_TOKEN_LENGTH = 32
 _MIN_GUESSES = 10**26
 """The least estimate of 4,400 for 32 random hexadecimal digits was 10^26.5; that for phrases is mostly below 10^26."""
 _MAX_ESTIMATED_CHARACTERS = 72
@@ -263,8 +263,9 @@ def production_errors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield field, f"must be given in production: {reason}"
     if not _has_admin(values):
         yield "admin_token", "must be given in production, or an admin in GATEWAY_OPERATORS"
-    if token := values.get("admin_token"):
-        yield from _admin_token_errors(token)
+    for field in ("admin_token", "metrics_token"):
+        if token := values.get(field):
+            yield from ((field, error) for error in _token_errors(token))
     for position, key in enumerate(values.get("secret_keys") or (), start=1):
         if _is_text(key) or _is_guessable(key.decode("latin-1")):
             yield "secret_keys", f"must be random bytes in production, which number {position} is not: {_NEW_KEY_HINT}"
@@ -339,11 +340,11 @@ def _cleartext_warning(values: Mapping[str, Any], url: str) -> str | None:
     return "has no TLS: anyone on the network path can read the user_keys and spend with them"
 
 
-def _admin_token_errors(token: str) -> Iterator[tuple[str, str]]:
-    if len(token) < MIN_ADMIN_TOKEN_LENGTH:
-        yield "admin_token", f"must have at least {MIN_ADMIN_TOKEN_LENGTH} characters in production"
+def _token_errors(token: str) -> Iterator[str]:
+    if len(token) < MIN_TOKEN_LENGTH:
+        yield f"must have at least {MIN_TOKEN_LENGTH} characters in production"
     elif _is_guessable(token):
-        yield "admin_token", f"must not be one that can be guessed in production: {_NEW_TOKEN_HINT}"
+        yield f"must not be one that can be guessed in production: {_NEW_TOKEN_HINT}"
 
 
 def _redis_errors(address: RedisAddress) -> Iterator[tuple[str, str]]:
@@ -482,7 +483,7 @@ class Settings:
     admin_token: str | None = _declare(
         parse_printable,
         None,
-        f"The token of the operator `admin`, in production random and of at least {MIN_ADMIN_TOKEN_LENGTH} characters. "
+        f"The token of the operator `admin`, in production random and of at least {MIN_TOKEN_LENGTH} characters. "
         "Commands send it: for them it can be the token of any operator. A worker has none.",
         default_note="none if `GATEWAY_OPERATORS` has an admin, else generated into the data folder",
         is_secret=True,

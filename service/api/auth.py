@@ -250,12 +250,16 @@ def _find_source(request: ASGIConnection[Any, Any, Any, Any]) -> str:
     return str(ip_network((address, 64), strict=False))
 
 
-def bearer_guard(token: str) -> Guard:
-    """Return a guard for routes that one token opens; it raises Unauthenticated."""
+def bearer_guard(token: str, failures: FailureLimiter) -> Guard:
+    """Return a guard for routes that one token opens; it raises Unauthenticated or TooManyFailures."""
     digest = tenants.hash_token(token)
 
     async def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-        if tenants.hash_token(_bearer_token(connection)) != digest:  # the time to compare hashes reveals no token
-            raise Unauthenticated("This is not the token of this route.")
+        try:
+            if tenants.hash_token(_bearer_token(connection)) != digest:  # the time to compare hashes reveals no token
+                raise Unauthenticated("This is not the token of this route.")
+        except Unauthenticated:
+            await failures.delay(connection)
+            raise
 
     return guard

@@ -249,8 +249,11 @@ async def test_unreadable_tasks(gateway: ScriptedGateway, tmp_path: Path) -> Non
 async def test_timeout(gateway: ScriptedGateway, tmp_path: Path) -> None:
     """A timeout names the task that the gateway continues."""
     gateway.states["vectorize"] = ["running"]
-    code, lines = await run_and_capture(gateway.url, tmp_path, timeout_seconds=1.5)
-    assert (code, lines[-1]) == (1, "vectorize: not done after 1.5 s; the gateway continues task_vectorize")
+    code, lines = await run_and_capture(gateway.url, tmp_path, timeout_seconds=3)
+    assert code == 1
+    assert (
+        "vectorize: not done after 3 s; the gateway continues task_vectorize" in lines
+    )  # others may be late too
 
 
 async def test_unusable_folder(gateway: ScriptedGateway, tmp_path: Path) -> None:

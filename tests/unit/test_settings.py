@@ -189,6 +189,7 @@ STRONG_TOKENS = [KEY.hex(), KEY.hex()[:32], base64.b64encode(KEY).decode(), KEY.
     ("name", "text"),
     [
         *(("ADMIN_TOKEN", token) for token in (TOKEN[:31], *WEAK_TOKENS)),
+        ("METRICS_TOKEN", WEAK_TOKENS[0]),
         *(("SECRET_KEYS", base64.b64encode(key).decode()) for key in WEAK_KEYS),
         ("SECRET_KEYS", f"{PRODUCTION['GATEWAY_SECRET_KEYS']},{base64.b64encode(WEAK_KEYS[1]).decode()}"),
         *(("UPSTREAM_URL", f"http://{host}") for host in ("images.example/api", "8.8.8.8", "[2606:4700::1111]:80")),
