@@ -251,9 +251,7 @@ async def test_timeout(gateway: ScriptedGateway, tmp_path: Path) -> None:
     gateway.states["vectorize"] = ["running"]
     code, lines = await run_and_capture(gateway.url, tmp_path, timeout_seconds=3)
     assert code == 1
-    assert (
-        "vectorize: not done after 3 s; the gateway continues task_vectorize" in lines
-    )  # others may be late too
+    assert "vectorize: not done after 3 s; the gateway continues task_vectorize" in lines  # others may be late too
 
 
 async def test_unusable_folder(gateway: ScriptedGateway, tmp_path: Path) -> None:
