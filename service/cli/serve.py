@@ -33,6 +33,7 @@ from service.storage.connections import parse_redis_url
 from service.storage.redis import DataVersionError
 from service.telemetry import logging
 from service.telemetry.redaction import Redactor
+from service.usecases.background import cancel_and_wait
 
 _log = structlog.get_logger(__name__)
 _TOKEN_FILE = "demo.token"  # noqa: S105 - the name of a file
@@ -144,7 +145,7 @@ async def _serve(settings: Settings, redactor: Redactor) -> None:
             _log.info("shutdown.begun")
             container.start_draining()
             if demo_setup:
-                demo_setup.cancel()
+                await cancel_and_wait([demo_setup])
             for server in servers:
                 await server.stop(container.drain_seconds)
     signals.raise_store_error()
