@@ -221,17 +221,18 @@ class HttpServer:
             accepted.close()
 
     def _close_longest_idle(self) -> bool:
-        """Close the connections that have been idle for longest; return whether there are any.
+        """End the connections that have been idle for longest; return whether there are any.
 
-        Several at once, since finding them takes milliseconds if there are many.
+        Several at once, since finding them takes milliseconds if there are many. Those with an unread response come
+        last, and are cut off: closed after it, they would keep their descriptors beside those that replace them.
         """
         idle = nsmallest(
             max(self.limits.connections // _CLOSED_SHARE, 1),
             (connection for connection in self.connections if connection.is_idle),
-            key=lambda connection: connection.deadline,
+            key=lambda connection: (connection.has_unread_data, connection.deadline),
         )
         for connection in idle:
-            connection.close()
+            connection.abort()
         return bool(idle)
 
     def _sweep(self) -> None:
@@ -305,6 +306,10 @@ class HttpProtocol(HttpToolsProtocol):
             and self._is_request_complete
             and not self.transport.is_closing()
         )
+
+    @property
+    def has_unread_data(self) -> bool:
+        return self.transport.get_write_buffer_size() > 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
         super().connection_made(transport)

@@ -337,6 +337,22 @@ async def test_connections_beyond_the_cap_replace_idle_ones_or_wait() -> None:
             assert parse_statuses(await reader.read()) == [200]
 
 
+async def test_unread_responses_keep_no_connection_beyond_the_cap() -> None:
+    app, limits = Application(), Limits(connections=2)
+    async with (
+        run_http_server(app, limits=limits) as (running, url),
+        AsyncExitStack() as stack,
+        asyncio.timeout(20),
+    ):
+        for count in range(1, 7):
+            _, writer = await stack.enter_async_context(open_connection(url))
+            writer.write(build_request("/large"))
+            while len(app.requests) < count:
+                await asyncio.sleep(0)
+        while len(running.connections) > limits.connections:  # an ended connection is counted until the loop goes on
+            await asyncio.sleep(0)
+
+
 class ExhaustedSocket(socket.socket):
     """A listening socket that fails twice for lack of a descriptor."""
 
