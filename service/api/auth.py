@@ -22,6 +22,7 @@ from service.domain import tenants
 from service.domain.errors import (
     Forbidden,
     GatewayError,
+    LedgerUnavailable,
     QuotaDenied,
     TenantDisabled,
     TooManyFailures,
@@ -35,6 +36,7 @@ from service.usecases.caches import CachedRegistry
 READ_BURST_SECONDS = 5
 """A token that has not read for this long may send the reads of this time at once."""
 _MAX_IDLE_TOKENS = 10_000
+_START_RETRY_SECONDS = 1.0
 
 T = TypeVar("T")
 
@@ -64,7 +66,7 @@ class TenantAuth:
     def authenticate(self, request: ASGIConnection[Any, Any, Any, Any], token: str | None = None) -> Tenant:
         """Return the tenant of a token, by default the bearer token, and record it for log and metrics.
 
-        Raises Unauthenticated or TenantDisabled.
+        Raises Unauthenticated, TenantDisabled, or LedgerUnavailable while no token is known yet.
         """
         return self._authenticate(request, token)[0]
 
@@ -80,6 +82,11 @@ class TenantAuth:
         is_well_formed = tenants.has_valid_checksum(token)
         owner = self._registry.current.tenant_by_token(tenants.hash_token(token)) if is_well_formed else None
         if owner is None:
+            if is_well_formed and not self._registry.is_ready:
+                raise LedgerUnavailable(
+                    "The gateway has just started and knows no token yet. Try again in a moment.",
+                    retry_after=_START_RETRY_SECONDS,
+                )
             raise _invalid_token()
         state = request.scope["state"]
         state[TENANT], state[TOKEN_ID] = owner[0].name, owner[1].id

@@ -102,7 +102,7 @@ def legacy_routes(
     catalogue: Catalogue,
 ) -> Sequence[HTTPRouteHandler]:
     def authenticate(request: Request[Any, Any, Any], fields: Sequence[tuple[str, str]]) -> Tenant:
-        return tenant_auth.authenticate(request, dict(fields).get(_USER_KEY_FIELD, ""))
+        return tenant_auth.authenticate(request, _find_user_key(fields))
 
     def make_submit_handler(kind: Kind) -> HTTPRouteHandler:
         @post(
@@ -156,6 +156,13 @@ def legacy_routes(
         return await _respond(request, failures, read, _check_message)
 
     return [*(make_submit_handler(kind) for kind in Kind), legacy_check]
+
+
+def _find_user_key(fields: Sequence[tuple[str, str]]) -> str:
+    user_keys = {value for name, value in fields if name == _USER_KEY_FIELD} or {""}
+    if len(user_keys) > 1:  # the memory of the upload may be that of another tenant
+        raise errors.MalformedRequest(f"{_USER_KEY_FIELD} is given twice, with different values.")
+    return user_keys.pop()
 
 
 def _parse_fields(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Catalogue) -> Options:

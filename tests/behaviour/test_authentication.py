@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 
 from service.api import auth
 from service.api.auth import FAILURE_SECONDS, FREE_FAILURES
+from service.domain.tenants import Registry
 from tests.behaviour.clients import LegacyClient
 from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
 from tests.behaviour.requests import expect_problem
@@ -84,6 +85,18 @@ async def test_wrong_keys_of_old_clients_are_unauthenticated(gateway: RunningGat
     codes = [*["unauthenticated"] * 4, "not-found", "answered", "tenant-disabled"]
     assert logged == [(200, code) for code in codes]
     assert (count_failures(gateway), count_failures(gateway, "operators")) == (4, 0)
+
+
+async def test_valid_tokens_before_the_registry_is_loaded(gateway: RunningGateway) -> None:
+    """They are not refused as invalid, which would count as a failure; an impossible token is."""
+    registry = gateway.services.registry
+    loaded, registry.current, registry.is_ready = registry.current, Registry(), False
+    response = await gateway.call("GET", "/v1/quota")
+    expect_problem(response, 503, "ledger-unavailable")
+    assert (int(response.headers["retry-after"]) > 0, count_failures(gateway)) == (True, 0)
+    expect_problem(await gateway.call("GET", "/v1/quota", token="wrong"), 401, "unauthenticated")
+    registry.current, registry.is_ready = loaded, True
+    assert (await gateway.call("GET", "/v1/quota")).status_code == 200
 
 
 async def test_failures_of_an_address_are_delayed(proxied: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:

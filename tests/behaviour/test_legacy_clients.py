@@ -80,10 +80,12 @@ async def test_unknown_keys_and_tasks(gateway: RunningGateway, client: LegacyCli
             assert await unknown_client.submit(call) == {"err_code": 1, "err_msg": NO_ACCOUNT}
     keyless = await client.post("submit_face_enhance_task", files={"input_image": ("a.png", make_png())})
     assert keyless == {"err_code": 1, "err_msg": NO_ACCOUNT}
-    assert await gateway.upstream.count_submits() == 0
-    task_id = (await client.submit("submit_face_enhance_task"))["task_id"]
     await gateway.put_tenant("other")
     other = LegacyClient(gateway.http, gateway.url, await gateway.new_token("other"))
+    two_keys = {"user_key": [other.key, client.key]}
+    assert (await client.submit("submit_face_enhance_task", two_keys))["err_code"] == 1
+    assert await gateway.upstream.count_submits() == 0
+    task_id = (await client.submit("submit_face_enhance_task"))["task_id"]
     for asking, requested_id in ((other, task_id), (client, task_id[:-1])):
         assert await asking.check(requested_id) == {"err_code": 1, "err_msg": NOT_FOUND}
 
