@@ -17,7 +17,7 @@ from litestar.types import ControllerRouterHandler
 
 from service.api import admin, artifacts, legacy, openapi, tasks, usage
 from service.api.asgi import HeadMiddleware, RequestMiddleware
-from service.api.auth import FailureLimiter, bearer_guard
+from service.api.auth import FailureLimiter, metrics_guard
 from service.api.docs import docs_routes
 from service.api.errors import exception_handlers
 from service.api.health import health_routes, metrics_route
@@ -120,7 +120,7 @@ def operators_app(container: Container) -> Litestar:
     """Create the operators' application without middleware: in a worker only health and metrics."""
     health = Router("/", route_handlers=health_routes(container.health), tags=["Service"], security=[{}])
     failures = FailureLimiter(container.metrics.authentication_failures.labels(Port.OPERATORS))
-    guards = [bearer_guard(container.metrics_token, failures)] if container.metrics_token else []
+    guards = [metrics_guard(container.metrics_token, failures)] if container.metrics_token else []
     metrics = metrics_route(container.metrics, container.ledger_snapshot, guards)
     if (admin_auth := container.admin_auth) is None:
         return _create_litestar(container, [health, metrics], operators_config())

@@ -188,7 +188,10 @@ class AdminAuth:
         """Add the operator's name to what is logged from now on. Raises Unauthenticated or Forbidden."""
         operator = self._operators.get(tenants.hash_token(_bearer_token(request)))
         if operator is None:
-            raise Unauthenticated("This is not the token of an operator.")
+            raise Unauthenticated(
+                "This is not the token of an operator. The command `gateway` sends GATEWAY_ADMIN_TOKEN, else the one "
+                "in the data folder."
+            )
         structlog.contextvars.bind_contextvars(operator=operator.name)
         if operator.role is OperatorRole.READ_ONLY and request.scope.get("method") not in _READ_METHODS:
             raise Forbidden(f"The operator {operator.name} may read, but not change anything.")
@@ -257,14 +260,14 @@ def _find_source(request: ASGIConnection[Any, Any, Any, Any]) -> str:
     return str(ip_network((address, 64), strict=False))
 
 
-def bearer_guard(token: str, failures: FailureLimiter) -> Guard:
-    """Return a guard for routes that one token opens; it raises Unauthenticated or TooManyFailures."""
+def metrics_guard(token: str, failures: FailureLimiter) -> Guard:
+    """Return a guard for metrics, which one token opens; it raises Unauthenticated or TooManyFailures."""
     digest = tenants.hash_token(token)
 
     async def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
         try:
             if tenants.hash_token(_bearer_token(connection)) != digest:  # the time to compare hashes reveals no token
-                raise Unauthenticated("This is not the token of this route.")
+                raise Unauthenticated("This is not the token of GATEWAY_METRICS_TOKEN.")
         except Unauthenticated:
             await failures.delay(connection)
             raise

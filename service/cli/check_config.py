@@ -80,7 +80,7 @@ def _missing_dependencies(settings: Settings) -> Iterator[str]:
 def _display_value(settings: Settings, setting: Setting) -> str:
     value = getattr(settings, setting.field)
     if value is None or value == ():
-        return setting.default_note.replace("`", "")
+        return "none" if settings.is_production else setting.default_note.replace("`", "")
     match setting.field:
         case "redis_url":
             return redact_url(value)

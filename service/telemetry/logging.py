@@ -124,6 +124,8 @@ def configure_logging(*, json: bool, level: str, stream: BinaryIO, redactor: Red
         library.handlers.clear()
         library.propagate = True
         library.setLevel(logging.WARNING)
+    # The access log has each error and each unfinished response, with the id of its request.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     # Its warnings repeat invalid trace headers of clients.
     logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
     return logger

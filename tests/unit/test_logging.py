@@ -113,7 +113,7 @@ def test_invalid_trace_headers_are_not_logged() -> None:
     assert log.output == ""
 
 
-@pytest.mark.parametrize("library", ["uvicorn.error", "httpx2", "asyncio"])
+@pytest.mark.parametrize("library", ["uvicorn", "httpx2", "asyncio"])
 def test_library_warnings_are_logged(library: str) -> None:
     own = io.StringIO()
     logging.getLogger("uvicorn.error").addHandler(logging.StreamHandler(own))
