@@ -64,6 +64,8 @@ class Limits:
     would lose the response."""
     discard_idle_seconds: float = 5
     """How long discarding goes on without a byte."""
+    last_request_seconds: float = 1
+    """How long an idle connection stays open once the server stops: a client may have sent a request already."""
     reader_seconds: float = 30
     """How long a client may be behind `reader_bytes_per_second` with what is written but not sent."""
     reader_bytes_per_second: int = 32 * 1024
@@ -126,6 +128,7 @@ class HttpServer:
         self.config.load()
         self.state = ServerState()
         self.is_stopping = False
+        self.closes_idle = False
         self._protocol = protocol or HttpProtocol
         self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None
@@ -146,16 +149,22 @@ class HttpServer:
         self._sweep()
 
     async def stop(self, grace_seconds: float = 0) -> None:
-        """Close socket and idle connections, and cut off requests after the grace period."""
+        """Stop listening, finish the requests that clients have sent, and cut off those left after the grace period."""
         self.is_stopping = True
-        self._stop_accepting()
         if self._listener:
+            while self._accept_connections():
+                pass  # closing the socket would reset the connections in the kernel's queue
+            self._stop_accepting()
             self._listener.close()
+            self._listener = None
         for connection in list(self.connections):
-            connection.shutdown()
+            connection.end_after_response()
+        idle_timer = self._loop.call_later(min(grace_seconds, self.limits.last_request_seconds), self._close_idle)
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_seconds):
                 await self._wait_closed()
+        idle_timer.cancel()
+        self._close_idle()
         for connection in list(self.connections):
             connection.abort()
         with suppress(TimeoutError):
@@ -166,6 +175,11 @@ class HttpServer:
         await self._wait_closed()
         if self._sweeper:
             self._sweeper.cancel()
+
+    def _close_idle(self) -> None:
+        self.closes_idle = True
+        for connection in list(self.connections):
+            connection.close_if_idle()
 
     async def _wait_closed(self) -> None:
         while self._opening_tasks:
@@ -191,28 +205,34 @@ class HttpServer:
             self._is_accepting = False
             self._loop.remove_reader(self._listener)
 
-    def _accept_connections(self) -> None:
-        """Accept many connections at once: under load an iteration of the loop takes long."""
+    def _accept_connections(self) -> bool:
+        """Accept many connections at once: under load an iteration of the loop takes long.
+
+        Return whether the next iteration has to continue.
+        """
         for accepted_before in range(_MAX_ACCEPTS_PER_ITERATION):
             if len(self.connections) + len(self._opening_tasks) >= self.limits.connections:
                 if accepted_before:
-                    return  # the next iteration continues
+                    return True
                 if not self._close_longest_idle():
                     self._stop_accepting()  # until a connection ends
-                    return
+                    return False
             try:
                 accepted, _ = cast("socket.socket", self._listener).accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                return
+            except BlockingIOError:
+                return False
+            except ConnectionAbortedError:
+                continue
             except OSError as error:  # out of descriptors or memory
                 self._loop.call_exception_handler({"message": "A connection can't be accepted.", "exception": error})
                 self._close_longest_idle()
                 self._stop_accepting()  # until the next sweep: the socket stays readable
-                return
+                return False
             accepted.setblocking(False)
             opening_task = self._loop.create_task(self._open_connection(accepted))
             self._opening_tasks.add(opening_task)
             opening_task.add_done_callback(self._opening_tasks.discard)
+        return True
 
     async def _open_connection(self, accepted: socket.socket) -> None:
         try:
@@ -315,7 +335,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.write = transport.write
         self.deadline = self.loop.time() + self._limits.head_seconds
-        if self._server.is_stopping:
+        if self._server.closes_idle:
             transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -460,11 +480,14 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             self._wait_for_client()
 
-    def shutdown(self) -> None:
-        """Close once no response is in progress."""
+    def end_after_response(self) -> None:
+        """Close after the response in progress, if any."""
         if self._active_cycle:
             self.cycle.keep_alive = False
-        elif self._is_request_complete or self._is_in_head:
+
+    def close_if_idle(self) -> None:
+        """Close unless a request is in progress."""
+        if self._active_cycle is None and (self._is_request_complete or self._is_in_head):
             self._close_transport()
 
     def is_closing(self) -> bool:
@@ -505,8 +528,8 @@ class HttpProtocol(HttpToolsProtocol):
     def _wait_for_client(self) -> None:
         """Set a deadline for the client's next data while no response is in progress."""
         now = self.loop.time()
-        if self._server.is_stopping:
-            self.shutdown()
+        if self._server.closes_idle:
+            self.close_if_idle()
         if self._is_in_head:
             self.deadline = now + self._limits.head_seconds
         elif self._is_request_complete:

@@ -390,6 +390,35 @@ async def test_a_server_that_stops_finishes_what_was_begun() -> None:
         await stopping
 
 
+async def test_a_server_that_stops_serves_what_clients_have_sent() -> None:
+    """Connections in the kernel's queue, without a request yet, or within a head get their last response."""
+    async with run_http_server(Application(), limits=IDLE_LIMITS) as (running, url), AsyncExitStack() as stack:
+        port = int(url.rpartition(":")[2])
+        opened = [await stack.enter_async_context(open_connection(url)) for _ in range(3)]
+        (kept, keeper), (_, silent), (_, slow) = opened
+        keeper.write(build_request())
+        await kept.readuntil(b"ok")
+        slow.write(b"GET / HTTP/1.1\r\n")
+        while len(running.connections) < 3:
+            await asyncio.sleep(0)
+        queued = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(200)]
+        for connection in queued:
+            connection.sendall(build_request())
+        stopping = asyncio.create_task(running.stop(60))
+        while not running.is_stopping:
+            await asyncio.sleep(0)
+        for writer, piece in ((keeper, build_request()), (silent, build_request()), (slow, b"Host: x\r\n\r\n")):
+            writer.write(piece)
+        for reader, _ in opened:
+            received = await reader.read()
+            assert (parse_statuses(received), b"connection: close" in received) == ([200], True)
+        for connection in queued:
+            reader, writer = await asyncio.open_connection(sock=connection)
+            assert parse_statuses(await reader.read()) == [200]
+            writer.close()
+        await stopping
+
+
 async def test_a_server_that_stops_cuts_off_what_does_not_end() -> None:
     app = Application()
     async with run_http_server(app) as (running, url), open_connection(url) as (reader, writer):
