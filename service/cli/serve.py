@@ -145,9 +145,11 @@ async def _serve(settings: Settings, redactor: Redactor) -> None:
             _log.info("shutdown.begun")
             container.start_draining()
             if demo_setup:
-                await cancel_and_wait([demo_setup])
+                demo_setup.cancel()
             for server in servers:
                 await server.stop(container.drain_seconds)
+            if demo_setup:
+                await cancel_and_wait([demo_setup])
     signals.raise_store_error()
 
 
