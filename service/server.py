@@ -8,8 +8,10 @@ connection per iteration of the loop. This module imports nothing of the package
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import resource
 import socket
+import struct
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,6 +41,22 @@ _MAX_DESCRIPTORS = 65_536
 _CANCEL_SECONDS = 5.0
 _USER_TIMEOUT_MS = 60_000
 _UNSENT_BYTES = 128 * 1024
+_HANDSHAKE_SECONDS = 0.1
+"""For this long before a listening socket is closed, handshakes go on and none is begun."""
+_SO_ATTACH_FILTER = 26
+_DROP_SYN = struct.pack(
+    "HBBI" * 5,
+    *(0x30, 0, 0, 13),  # load the flags of the TCP header
+    *(0x54, 0, 0, 0x12),  # keep SYN and ACK
+    *(0x15, 0, 1, 0x02),  # SYN alone: the next instruction, else the one after it
+    *(0x06, 0, 0, 0),  # drop
+    *(0x06, 0, 0, 0xFFFF_FFFF),  # pass
+)
+"""A filter of the kernel (socket(7), SO_ATTACH_FILTER): packets that open a connection are dropped.
+
+Their clients repeat them after a second and are refused then. Without it, closing the socket would reset connections
+whose handshake ends just then, and whose clients may have sent a request.
+"""
 CLIENT_TOO_SLOW = "client_too_slow"
 """Key in an ASGI scope: the connection was ended because the client read too slowly."""
 
@@ -93,6 +111,17 @@ def listen(host: str, port: int) -> socket.socket:
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # inherited too: the kernel would hold up to 4 MB for each slow reader
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
     return listening
+
+
+def _drop_handshakes(listener: socket.socket) -> bool:
+    """Begin no further handshakes; return whether the system can do that."""
+    program = ctypes.create_string_buffer(_DROP_SYN, len(_DROP_SYN))
+    option = struct.pack("HP", len(_DROP_SYN) // 8, ctypes.addressof(program))
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, option)
+    except OSError:
+        return False
+    return True
 
 
 def base_url(listener: socket.socket) -> str:
@@ -151,14 +180,16 @@ class HttpServer:
     async def stop(self, grace_seconds: float = 0) -> None:
         """Stop listening, finish the requests that clients have sent, and cut off those left after the grace period."""
         self.is_stopping = True
+        for connection in list(self.connections):
+            connection.end_after_response()
         if self._listener:
+            if grace_seconds and _drop_handshakes(self._listener):
+                await asyncio.sleep(_HANDSHAKE_SECONDS)
             while self._accept_connections():
                 pass  # closing the socket would reset the connections in the kernel's queue
             self._stop_accepting()
             self._listener.close()
             self._listener = None
-        for connection in list(self.connections):
-            connection.end_after_response()
         idle_timer = self._loop.call_later(min(grace_seconds, self.limits.last_request_seconds), self._close_idle)
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_seconds):
