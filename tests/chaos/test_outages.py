@@ -20,7 +20,7 @@ from service.domain.ledger import Reservation, ReservationState
 from tests.behaviour.clients import wait_until
 from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
 from tests.behaviour.requests import UNREACHABLE_LIMITS, expect_created, read_counts
-from tests.support.resetting_proxy import ResettingProxy, run_resetting_proxy
+from tests.support.proxy import ResettingProxy, run_resetting_proxy
 from tests.support.valkey import Valkey, run_cluster, run_single, run_valkey
 
 CONCURRENT_REQUESTS = 80

@@ -26,7 +26,7 @@ from service.storage.redis import RedisScripts
 from service.usecases.ports import CheckOutcome, CheckResult, ReserveRequest
 from tests.storage.seeded_store import FIRST, RETENTION, TENANT, open_seeded_store
 from tests.support.network import create_certificate, reserve_port
-from tests.support.resetting_proxy import ResettingProxy, run_resetting_proxy
+from tests.support.proxy import ResettingProxy, run_resetting_proxy
 from tests.support.valkey import UNAVAILABLE_ERRORS, RunningStore, Valkey, pause_unless, run_sentinel, run_valkey
 
 INCREMENT = "return redis.call('INCR', KEYS[1])"
