@@ -20,7 +20,7 @@ from service.domain.ledger import Reservation, ReservationState
 from tests.behaviour.clients import wait_until
 from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
 from tests.behaviour.requests import UNREACHABLE_LIMITS, expect_created, read_counts
-from tests.support.proxy import ResettingProxy, run_resetting_proxy
+from tests.support.proxy import Proxy, run_thread_proxy
 from tests.support.valkey import Valkey, run_cluster, run_single, run_valkey
 
 CONCURRENT_REQUESTS = 80
@@ -142,7 +142,7 @@ async def test_accepted_submission_is_settled_once_after_a_restart() -> None:
             assert await gateway.upstream.count_submits() == 2
 
 
-async def submit_under_resets(gateway: RunningGateway, proxy: ResettingProxy) -> None:
+async def submit_under_resets(gateway: RunningGateway, proxy: Proxy) -> None:
     await gateway.upstream.set_balance(10_000, 0)
     await gateway.put_tenant(limits=[{"window": "total", "tasks": 1_000}], max_active=1_000)
     proxy.reset_probability = RESET_SHARE
@@ -173,7 +173,7 @@ def test_no_submission_is_lost_or_sent_twice_by_resets() -> None:
         async with run_real_gateway(single.server, GATEWAY_REDIS_URL=f"redis://127.0.0.1:{proxy.port}") as gateway:
             await submit_under_resets(gateway, proxy)
 
-    with run_single() as single, run_resetting_proxy(single.server.port, seed=80) as proxy:
+    with run_single() as single, run_thread_proxy(single.server.port, seed=80) as proxy:
         uvloop.run(run())
 
 

@@ -26,7 +26,7 @@ from service.storage.redis import RedisScripts
 from service.usecases.ports import CheckOutcome, CheckResult, ReserveRequest
 from tests.storage.seeded_store import FIRST, RETENTION, TENANT, open_seeded_store
 from tests.support.network import create_certificate, reserve_port
-from tests.support.proxy import ResettingProxy, run_resetting_proxy
+from tests.support.proxy import Proxy, run_thread_proxy
 from tests.support.valkey import UNAVAILABLE_ERRORS, RunningStore, Valkey, pause_unless, run_sentinel, run_valkey
 
 INCREMENT = "return redis.call('INCR', KEYS[1])"
@@ -194,7 +194,7 @@ async def test_subscription(topology: RunningStore) -> None:
 def test_reset_connections(topology: RunningStore) -> None:
     """Every error that uvloop raises for reset connections is in UNAVAILABLE_ERRORS, and leaves nothing behind."""
 
-    async def call(connections: Connections, proxy: ResettingProxy, counts: Counter[str]) -> None:
+    async def call(connections: Connections, proxy: Proxy, counts: Counter[str]) -> None:
         while proxy.resets < 50:
             with suppress(*UNAVAILABLE_ERRORS):
                 await connections.commands.eval(INCREMENT, 1, "{gw}:count")
@@ -204,7 +204,7 @@ def test_reset_connections(topology: RunningStore) -> None:
                 pipeline.execute_command("GET", "{gw}:count")
                 await pipeline.execute()
 
-    async def run(url: str, proxy: ResettingProxy) -> None:
+    async def run(url: str, proxy: Proxy) -> None:
         counts: Counter[str] = Counter()
         async with open_connections(url) as connections:
             await ping(connections)
@@ -216,7 +216,7 @@ def test_reset_connections(topology: RunningStore) -> None:
             assert int(await connections.commands.execute_command("GET", "{gw}:count")) >= counts["done"] > 0
 
     with (
-        run_resetting_proxy(topology.server.port, seed=12) as proxy,
+        run_thread_proxy(topology.server.port, seed=12) as proxy,
         announce_port(topology, proxy.port) as url,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
