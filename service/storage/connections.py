@@ -28,6 +28,7 @@ from redis.asyncio.sentinel import (
     SentinelManagedSSLConnection,
 )
 from redis.backoff import NoBackoff
+from redis.cluster import get_node_name
 from redis.exceptions import ClusterDownError, RedisClusterException, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -184,6 +185,8 @@ _PUBSUB_OPTIONS: dict[str, Any] = {"socket_timeout": None, "health_check_interva
 """Subscriptions use pings (every so many seconds) instead of a timeout."""
 _CLUSTER_OWN_CONNECTIONS = 4
 """Connections that a Cluster's client needs for itself, to discover the nodes."""
+_FAILED_NODE = "last_failed_node_name"
+"""The attribute of an error of the network that names the node; redis-py sets it for single commands only."""
 _IO_METHODS = ("connect", "connect_check_health", "send_packed_command", "read_response", "can_read", "disconnect")
 
 
@@ -195,13 +198,18 @@ def _with_translated_errors(kind: type[AbstractConnection]) -> type[AbstractConn
     """
 
     def translated(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def call(*args: Any, **kwargs: Any) -> Any:
+        async def call(connection: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                return await method(*args, **kwargs)
-            except RedisError:
+                try:
+                    return await method(connection, *args, **kwargs)
+                except RedisError:
+                    raise
+                except Exception as error:
+                    raise RedisConnectionError(f"{type(error).__name__}: {error}") from error
+            except (RedisConnectionError, RedisTimeoutError) as error:
+                if not isinstance(connection, UnixDomainSocketConnection):
+                    vars(error)[_FAILED_NODE] = get_node_name(connection.host, connection.port)
                 raise
-            except Exception as error:
-                raise RedisConnectionError(f"{type(error).__name__}: {error}") from error
 
         return call
 
@@ -339,15 +347,18 @@ class _BoundedCluster(RedisCluster):
         self._timeout = socket_timeout
         self._slots = asyncio.Semaphore(POOL_SIZE)
         self._initialization: asyncio.Task[RedisCluster] | None = None
+        self._failed_node: str | None = None
 
     async def initialize(self, *args: Any, **kwargs: Any) -> RedisCluster:
         """Discover the nodes if that is due, in one attempt that all commands share within their own timeouts.
 
-        Otherwise each command would make its own attempt, one after the other, while a Cluster is away.
+        Otherwise each command would make its own attempt, one after the other, while a Cluster is away. The node that
+        failed last is tried last: while it is frozen, it would cost the whole timeout.
         """
         if not self._initialize:
             return self
         if self._initialization is None or self._initialization.done():
+            kwargs["last_failed_node_name"] = self._failed_node
             self._initialization = asyncio.create_task(super().initialize(*args, **kwargs))
             self._initialization.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
@@ -385,9 +396,19 @@ class _BoundedCluster(RedisCluster):
             yield
         except RedisClusterException as error:
             raise ClusterDownError(str(error)) from error
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            self._forget_node(vars(error).get(_FAILED_NODE))
+            raise
         finally:
             _holds_slot.reset(token)
             self._slots.release()
+
+    def _forget_node(self, name: str | None) -> None:
+        """Let the nodes be discovered again, which redis-py does not do for pipelines (redis/redis-py#3130)."""
+        if name:
+            self.nodes_manager.move_node_to_end_of_cached_nodes(name)
+            self._failed_node = name
+            self._initialize = True
 
     async def _renew_closed_connections(self) -> None:
         """Renew idle connections that the server has closed, which redis-py's other pools check before use."""

@@ -259,6 +259,20 @@ async def test_redirected_pipeline(cluster: RunningStore, monkeypatch: pytest.Mo
     assert moved == []
 
 
+async def test_replaced_node(cluster: RunningStore) -> None:
+    """After a pipeline has failed, the nodes are discovered again."""
+    port = reserve_port()
+    async with open_connections(cluster.url, timeout=0.5) as connections:
+        scripts = RedisScripts(connections.commands)
+        with announce_port(cluster, port):
+            async with run_proxy(cluster.server, port):
+                assert await scripts.read(("GET", "{gw}:x")) == [None]
+        async with run_proxy(cluster.server, port, dropped=b"{gw}"):
+            with pytest.raises(LedgerUnavailable):
+                await scripts.read(("GET", "{gw}:x"))
+            assert await scripts.read(("GET", "{gw}:x")) == [None]
+
+
 async def expect_unavailable(url: str) -> None:
     async with open_connections(url) as connections:
         with pytest.raises(UNAVAILABLE_ERRORS):
