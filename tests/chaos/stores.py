@@ -138,13 +138,13 @@ class Server:
         if not self.is_running:
             raise RedisConnectionError("The server does not run.")
         async with Redis(host="127.0.0.1", port=self.port, **self._client_options) as client:
-            return await client.execute_command(*command)
+            return await client.execute_command(*command)  # type: ignore[no-untyped-call] # redis-py's own
 
     async def has_role(self, role: str) -> bool:
         """Return whether it reports this role and, as a replica, has all data; False if it does not run."""
         with suppress(*_UNREADY_ERRORS):
             info = await self.execute("INFO", "replication")
-            return info["role"] == role and info.get("master_link_status", "up") == "up"
+            return bool(info["role"] == role and info.get("master_link_status", "up") == "up")
         return False
 
 

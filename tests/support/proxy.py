@@ -65,7 +65,10 @@ class Proxy:
             self._flowing.set()
 
     async def lose_answers(self, seconds: float) -> None:
-        """Forward requests, and instead of their answers reset the connection, for so long."""
+        """Forward requests, and instead of their answers reset the connection, for so long.
+
+        Answers to the greeting of redis-py are forwarded: else a new connection would never come to a request.
+        """
         self._loses_answers = True
         try:
             await asyncio.sleep(seconds)
@@ -78,37 +81,41 @@ class Proxy:
         task.add_done_callback(self._connections.pop)
 
     async def _forward(self, reader: StreamReader, writer: StreamWriter) -> None:
-        inner_writer = None
+        if self._is_cut:
+            self._reset(writer)
+            return
         try:
-            if self._is_cut:
-                self._reset(writer)
-                return
-            with suppress(OSError):
-                inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self._target)
-            if inner_writer is None:
-                return
-            task = asyncio.current_task()
-            assert task
-            self._connections[task] = (writer, inner_writer)
-            await asyncio.gather(
-                self._copy(reader, inner_writer, writer),
-                self._copy(inner_reader, writer, inner_writer, has_answers=True),
-                return_exceptions=True,
-            )
-        finally:
+            inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        except OSError:
             writer.close()
-            if inner_writer:
-                inner_writer.close()
+            return
+        task = asyncio.current_task()
+        assert task
+        self._connections[task] = (writer, inner_writer)
+        greeted = asyncio.Event()
+        await asyncio.gather(
+            self._copy(reader, inner_writer, writer, greeted),
+            self._copy(inner_reader, writer, inner_writer, greeted, has_answers=True),
+            return_exceptions=True,
+        )
 
     async def _copy(
-        self, source: StreamReader, target: StreamWriter, back: StreamWriter, *, has_answers: bool = False
+        self,
+        source: StreamReader,
+        target: StreamWriter,
+        back: StreamWriter,
+        greeted: asyncio.Event,
+        *,
+        has_answers: bool = False,
     ) -> None:
         try:
             while data := await source.read(65_536):
                 await self._flowing.wait()
-                if has_answers and self._loses_answers:
+                if has_answers and self._loses_answers and greeted.is_set():
                     self._reset(target, back)
                     return
+                if not has_answers and b"SETINFO" not in data:
+                    greeted.set()
                 if self._random.random() < self.reset_probability:
                     target.write(data[: self._random.randrange(len(data) + 1)])
                     self._reset(target, back)
