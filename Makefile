@@ -28,7 +28,7 @@ step = @output=$$($(2) 2>&1) && echo 'ok      $(1)' || { printf '%s\n' "$$output
 pytest = .venv/bin/pytest --numprocesses=auto --maxprocesses=4
 bench_packages = UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON_DOWNLOADS=never $(UV) sync --locked --all-extras --group bench --quiet
 
-.PHONY: run demo test test-fast test-all bench bench-quick check lint format types layers drift openapi docs-viewer dashboards chart settings sbom audit release-check image-check fmt clean help
+.PHONY: run demo test test-fast test-all chaos bench bench-quick check lint format types layers drift openapi docs-viewer dashboards chart settings sbom audit release-check image-check fmt clean help
 
 run: $(VENV_STAMP) ## Start the gateway with a store and a sandbox on this machine
 	@exec .venv/bin/gateway serve
@@ -44,6 +44,9 @@ test: check ## Run the static checks and all tests but the slow ones, in 3 minut
 
 test-all: check ## Run everything that CI runs, with coverage, in 9 minutes (Debian: curl openssl prometheus redis-tools)
 	@exec $(pytest) --hypothesis-profile=long --durations=30 --cov --cov-report=term-missing:skip-covered
+
+chaos: $(VENV_STAMP) ## Inject faults for 5 minutes, then audit the ledger (CHAOS_SECONDS, CHAOS_SEED, TOPOLOGY)
+	@exec .venv/bin/python -m tests.chaos
 
 bench: $(VENV_STAMP) ## Compare the gateway with its peers in 25 minutes; writes tests/bench/results/
 	@$(bench_packages)

@@ -68,6 +68,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 def _find_scope(node_id: str) -> str:
     file = node_id.partition("::")[0]
     folder = file.split("/")[1]
-    if folder in {"chaos", "monitoring"}:
+    if folder == "monitoring":
         return folder
-    return file if folder == "process" else node_id
+    return file if folder in {"chaos", "process"} else node_id
