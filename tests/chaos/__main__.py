@@ -69,14 +69,19 @@ def format_report(history: History, vendor: Vendor) -> str:
 
 
 def measure_outage(history: History) -> float:
-    """Return the longest time in seconds from a killed primary to the last `ledger-unavailable` because of it."""
+    """Return the longest time in seconds from a killed primary to the last `ledger-unavailable` because of it.
+
+    Answers of gateways that were stopped or killed at the same time are late for that reason.
+    """
     kills = [fault for fault in history.faults if fault.name == "store-killed"]
     return max(
         (
             attempt.ended_at - kill.started_at
             for kill in kills
             for attempt in history.attempts
-            if attempt.code == "ledger-unavailable" and kill.started_at <= attempt.started_at <= kill.ended_at
+            if attempt.code == "ledger-unavailable"
+            and kill.started_at <= attempt.started_at <= kill.ended_at
+            and not history.is_affected("gateway-", attempt.started_at, attempt.ended_at)
         ),
         default=0.0,
     )
