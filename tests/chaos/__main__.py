@@ -10,6 +10,7 @@ from itertools import chain
 import click
 from msgspec.structs import replace
 
+from tests.chaos.faults import PROCESS_FAULTS
 from tests.chaos.history import Fault, History, Violation
 from tests.chaos.run import ALL_FAULTS, Plan, run_once
 from tests.chaos.traffic import OPERATOR_ACTIONS
@@ -18,6 +19,7 @@ from tests.chaos.vendor import Vendor
 _COLUMNS = ("fault", "times", "requests", "tasks", "lost", "double", "over-admitted", "other")
 _COUNTED_RULES = ("lost", "double", "over-admitted")
 MAX_REPLAYS = 8
+_RECENT_SECONDS = 10.0
 
 
 @click.command()
@@ -61,11 +63,19 @@ def format_report(history: History, vendor: Vendor) -> str:
         totals.append(f"ledger-unavailable until {measure_outage(history):.1f} s after a primary was killed, at most")
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    found = [
-        f"{item.rule} at {item.at - history.started_at:.1f} s: {item.detail}"
-        for item in sorted(history.violations, key=lambda item: item.at)
-    ]
+    found = [_format_violation(item, history) for item in sorted(history.violations, key=lambda item: item.at)]
     return "\n".join([*lines, "", *totals, *found])
+
+
+def _format_violation(violation: Violation, history: History) -> str:
+    """Return a violation with the faults of processes in the time before it."""
+    before = [
+        f"{fault.name} {fault.started_at - history.started_at:.2f}-{fault.ended_at - history.started_at:.2f}"
+        for fault in history.faults
+        if fault.name in PROCESS_FAULTS and fault.started_at <= violation.at <= fault.ended_at + _RECENT_SECONDS
+    ]
+    at = f"{violation.at - history.started_at:.1f} s"
+    return f"{violation.rule} at {at}: {violation.detail}; before: {', '.join(before) or 'nothing'}"
 
 
 def measure_outage(history: History) -> float:

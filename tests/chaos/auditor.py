@@ -169,8 +169,11 @@ class Auditor:
             for earlier, later in pairwise(receipts)
         )
         if is_repeated:
-            replies = [f"{receipt.account} {receipt.reply}" for receipt in receipts]
+            replies = [f"{receipt.account} {receipt.reply} at {self._time(receipt.at)}" for receipt in receipts]
             self._report("double", f"{content} was sent again: {replies}", at=receipts[-1].at, contents=[content])
+
+    def _time(self, at: float) -> str:
+        return f"{at - self.history.started_at:.2f} s"
 
     def _is_emptied(self, start: float, end: float) -> bool:
         """Return whether the store was emptied about then."""

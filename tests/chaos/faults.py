@@ -159,6 +159,9 @@ class ProcessFaults:
 
     async def _kill_store(self, randomness: random.Random) -> None:
         await self.store.kill_primary()
+        if self.topology != "single":
+            # A primary that is back while another one is promoted acknowledges writes that are lost afterwards.
+            await self.store.wait_writable()
         await asyncio.sleep(randomness.uniform(0.1, 3))
         await self.store.restart()
 
@@ -171,7 +174,7 @@ class ProcessFaults:
         await self.store.suspend()
         try:
             # With replicas shorter than a failover takes, in which a suspended primary loses what it acknowledges.
-            longest = 7 if self.topology == "single" else 0.7 * DOWN_AFTER_MS / 1000
+            longest = 7 if self.topology == "single" else 0.5 * DOWN_AFTER_MS / 1000
             await asyncio.sleep(randomness.uniform(0.1, longest))
         finally:
             await self.store.resume()

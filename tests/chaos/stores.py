@@ -8,6 +8,7 @@ again has every write it acknowledged. Replication is asynchronous, and a failov
 - A primary that is suspended until another one is promoted executes the commands that it had received before it notices
   its demotion. It acknowledges those writes, and drops them. Suspend it for less than DOWN_AFTER_MS where nothing may
   be lost.
+- A primary that is started again while another one is promoted does the same. Wait until the store is writable first.
 
 `min-replicas-to-write 1` narrows both under Sentinel, as OPERATIONS.md recommends: without a connected replica no
 write is accepted. It waits for no replica. A master of the Cluster has one replica, and after its failover none until
