@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import sys
 from collections.abc import Iterator
 from itertools import chain
@@ -13,12 +14,14 @@ from msgspec.structs import replace
 from tests.chaos.faults import PROCESS_FAULTS
 from tests.chaos.history import Fault, History, Violation
 from tests.chaos.run import ALL_FAULTS, Plan, run_once
+from tests.chaos.stores import TOPOLOGIES
 from tests.chaos.traffic import OPERATOR_ACTIONS
 from tests.chaos.vendor import Vendor
 
 _COLUMNS = ("fault", "times", "requests", "tasks", "lost", "double", "over-admitted", "other")
 _COUNTED_RULES = ("lost", "double", "over-admitted")
 MAX_REPLAYS = 8
+_MIN_SECONDS = 5
 _RECENT_SECONDS = 10.0
 
 
@@ -27,7 +30,7 @@ _RECENT_SECONDS = 10.0
 @click.option("--seed", type=int, default=None, envvar="CHAOS_SEED", help="Default: random.")
 @click.option(
     "--topology",
-    type=click.Choice(["single", "sentinel", "sentinel-tls", "cluster"]),
+    type=click.Choice(TOPOLOGIES),
     default="single",
     show_default=True,
     envvar="TOPOLOGY",
@@ -36,6 +39,7 @@ _RECENT_SECONDS = 10.0
 @click.option("--replays", default=MAX_REPLAYS, show_default=True, help="Runs to shorten a violation, at most.")
 def main(seconds: float, seed: int | None, topology: str, faults: str, replays: int) -> None:
     """Inject faults into gateways, store, vendor, callers and receivers, then compare the ledger with the vendor."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that all processes are ended
     names = tuple(faults.split(",")) if faults else ALL_FAULTS
     if unknown := sorted(set(names) - set(ALL_FAULTS)):
         raise click.BadParameter(
@@ -64,7 +68,8 @@ def format_report(history: History, vendor: Vendor) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     found = [_format_violation(item, history) for item in sorted(history.violations, key=lambda item: item.at)]
-    return "\n".join([*lines, "", *totals, *found])
+    logs = [f"logs: {history.folder}"] if history.folder else []
+    return "\n".join([*lines, "", *totals, *found, *logs])
 
 
 def _format_violation(violation: Violation, history: History) -> str:
@@ -147,7 +152,8 @@ def _halve(plan: Plan) -> Iterator[Plan]:
     if middle:
         yield replace(plan, faults=plan.faults[:middle])
         yield replace(plan, faults=plan.faults[middle:])
-    yield replace(plan, seconds=plan.seconds / 2)
+    if plan.seconds > _MIN_SECONDS:
+        yield replace(plan, seconds=plan.seconds / 2)
 
 
 if __name__ == "__main__":

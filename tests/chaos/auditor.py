@@ -11,7 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +25,7 @@ from tests.chaos.traffic import NOT_CHARGED, TenantCase
 from tests.chaos.vendor import Reply, Vendor, VendorTask
 
 SETTLE_SECONDS = 90.0
+_RETRY_STEP_SECONDS = 150
 SETTLEMENT_SECONDS = 20.0
 """After its response, an accepted submission is settled within this time, even if the store is away for some."""
 _WINDOW_DIGITS = {"minute": 16, "hour": 13, "day": 10, "month": 7, "total": 0}
@@ -52,6 +53,7 @@ class Auditor:
     process_faults: ProcessFaults
     tenants: Sequence[TenantCase]
     attempts: Mapping[str, list[Attempt]] = field(default_factory=dict)
+    _usage_path: str = field(default_factory=lambda: f"/v1/usage?from={datetime.now(UTC):%Y-%m-%d}")
 
     def _report(self, rule: str, detail: str, *, at: float = 0, contents: Sequence[str] = ()) -> None:
         self.history.add_violation(rule, detail, at=at, contents=frozenset(contents))
@@ -75,11 +77,21 @@ class Auditor:
                 self._report("over-admitted", f"{tenant.name}: {policy}")
 
     def _count_overdue(self, tenant: TenantCase) -> int:
-        return sum(self._may_be_overdue(attempt) for attempt in tenant.submitted)
+        since = time.monotonic() - SETTLEMENT_SECONDS
+        return sum(
+            self._may_be_overdue(attempt)
+            for attempt in tenant.submitted
+            if any(task.ends_at > since for task in self.vendor.accepted(attempt.content))
+        )
 
     def _may_be_overdue(self, attempt: Attempt) -> bool:
         """Return whether the clock passed its lease before its outcome, which may be written some time after it."""
-        return self.history.is_affected("gateway-stopped", attempt.started_at, attempt.ended_at + SETTLEMENT_SECONDS)
+        end = min(attempt.ended_at, time.monotonic())
+        is_late = not attempt.status or any(
+            self.history.is_affected(name, end, end) for name in ("store-", "connections-cut", "answers-lost")
+        )
+        until = end + (SETTLEMENT_SECONDS if is_late else 1)
+        return any(attempt.started_at <= advanced_at <= until for advanced_at in self.history.advanced_at)
 
     async def _get(self, tenant: TenantCase, path: str, *, attempts: int = 40) -> Any:
         """Read as a tenant, again while the answer is 503 or the connection fails; None after all attempts."""
@@ -99,6 +111,8 @@ class Auditor:
             if response.status_code != httpx2.codes.SERVICE_UNAVAILABLE and attempts > 1:
                 self._report("lost", f"{tenant.name}: GET {path} answers {response.status_code} {response.text[:200]}")
                 return None
+        if attempts > 1:
+            raise AssertionError(f"{tenant.name}: GET {path} has no answer")
         return None
 
     async def audit(self) -> None:
@@ -107,6 +121,11 @@ class Auditor:
         for attempt in self.history.attempts:
             grouped[attempt.content].append(attempt)
         self.attempts = grouped
+        for gateway in self.gateways.members:
+            if gateway.process is None or gateway.process.returncode is not None:
+                self._report("wrong exit", f"the gateway {gateway.role} has ended by itself")
+        for tenant in self.tenants:
+            await self._check_listed(tenant)
         for tenant in self.tenants:  # which makes an emptied store know them again
             for task in tenant.tasks:
                 await self._get(tenant, f"/v1/tasks/{task}")
@@ -122,7 +141,7 @@ class Auditor:
             self._check_tasks(tenant, books)
             self._check_sums(tenant, books)
             self._check_limits(tenant, books)
-        of_all = (await self.gateways.read_admin("/usage"))["total"]["charged"]["tasks"]
+        of_all = (await self.gateways.read_admin(self._usage_path.removeprefix("/v1")))["total"]["charged"]["tasks"]
         if of_all != charged:
             self._report("books", f"the tenants were charged for {charged} tasks, all of them for {of_all}")
         self._check_webhooks()
@@ -135,7 +154,7 @@ class Auditor:
                 self._report("unsettled", ", ".join(waiting))
                 return
             await asyncio.sleep(2)
-            await self.process_faults.advance_clock(60)  # for events that are sent again later
+            await self.process_faults.advance_clock(_RETRY_STEP_SECONDS)  # for events that are sent again later
 
     async def _list_unsettled(self) -> list[str]:
         waiting = []
@@ -145,13 +164,41 @@ class Auditor:
                 held = policy["used"] if policy["policy"] == "max-active" else policy["reserved"]
                 if held:
                     waiting.append(f"{tenant.name}: {held} of {policy['policy']}")
-            running = (await self._get(tenant, "/v1/usage"))["total"]["tasks"]["running"]
+            running = (await self._get(tenant, self._usage_path))["total"]["tasks"]["running"]
             if running:
                 waiting.append(f"{tenant.name}: {running} running tasks")
         for account in (await self.gateways.read_admin("/accounts"))["items"]:
             waiting += [f"account {account['name']}: in flight"] if account["in_flight"] else []
         missing = len(self._find_undelivered())
         return [*waiting, f"{missing} events"] if missing else waiting
+
+    async def _check_listed(self, tenant: TenantCase) -> None:
+        """A task that got 201 is listed before it is read by its id, unless its process died before it settled it."""
+        deadline = time.monotonic() + SETTLEMENT_SECONDS
+        expected = {
+            attempt.task
+            for attempt in tenant.submitted
+            if attempt.task
+            and not self._is_excused(attempt.content)
+            and not self.history.is_affected(
+                "gateway-killed", attempt.started_at, attempt.ended_at + SETTLEMENT_SECONDS
+            )
+        }
+        while missing := expected - {item["id"] for item in await self._list_tasks(tenant)}:
+            if time.monotonic() > deadline:
+                contents = [tenant.tasks[task] for task in missing]
+                self._report("lost", f"{tenant.name}: {len(missing)} tasks are not listed", contents=contents)
+                return
+            await asyncio.sleep(0.5)
+
+    async def _list_tasks(self, tenant: TenantCase) -> list[dict[str, Any]]:
+        items: list[dict[str, Any]] = []
+        page = "/v1/tasks?limit=100"
+        while page:
+            body = await self._get(tenant, page)
+            items += body["items"]
+            page = body["next_cursor"] and f"/v1/tasks?limit=100&cursor={body['next_cursor']}"
+        return items
 
     def _started(self, content: str) -> float:
         return min(attempt.started_at for attempt in self.attempts[content])
@@ -184,9 +231,12 @@ class Auditor:
         tasks, last = self.vendor.accepted(content), items[-1]
         if len({attempt.task for attempt in items if attempt.task}) > len(tasks):
             self._report("wrong answer", f"{content} got 201 too often", at=last.ended_at, contents=[content])
-        if tasks and all((item.status, item.code) in NOT_CHARGED for item in items):
-            codes = [item.code for item in items]
-            self._report("told not charged", f"{content}: {codes}", at=last.ended_at, contents=[content])
+        for item in items:
+            others = [other for other in items if other is not item and _overlap(item, other)]
+            receipts = self.vendor.receipts.get(content, ())
+            is_charged = any(receipt.task and item.started_at <= receipt.at <= item.ended_at for receipt in receipts)
+            if (item.status, item.code) in NOT_CHARGED and is_charged and not others:
+                self._report("told not charged", f"{content}: {item.code}", at=item.ended_at, contents=[content])
         receipts = self.vendor.receipts.get(content, ())
         first = items[0]
         is_plain = len(items) == len(receipts) == 1 and receipts[0].reply is Reply.ACCEPTED and first.status
@@ -203,12 +253,8 @@ class Auditor:
         for task_id in tenant.tasks:
             if found := await self._get(tenant, f"/v1/tasks/{task_id}"):
                 tasks[task_id] = found
-        page = "/v1/tasks?limit=100"
-        while page:
-            body = await self._get(tenant, page)
-            tasks |= {item["id"]: item for item in body["items"]}
-            page = body["next_cursor"] and f"/v1/tasks?limit=100&cursor={body['next_cursor']}"
-        usage = await self._get(tenant, "/v1/usage")
+        tasks |= {item["id"]: item for item in await self._list_tasks(tenant)}
+        usage = await self._get(tenant, self._usage_path)
         unknown = await self._read_submissions(tenant, [item["id"] for item in usage["unknown_submissions"]])
         refunded = await self._read_submissions(tenant, [item["submission"] for item in usage["refunds"]])
         policies = {policy["policy"]: policy for policy in (await self._get(tenant, "/v1/quota"))["policies"]}
@@ -225,21 +271,24 @@ class Auditor:
     def _check_tasks(self, tenant: TenantCase, books: Books) -> None:
         """Every accepted task can be read with its end, or is an unknown submission of its kind."""
         missing: Counter[str] = Counter()
+        unknown_ids = {item["id"] for item in books.unknown}
+        submissions = {attempt.submission for attempt in tenant.submitted}
         for content in {attempt.content for attempt in tenant.submitted}:
             accepted, known = self.vendor.accepted(content), books.by_content.get(content, [])
             for task in known[:1]:
-                expected = "failed" if accepted and accepted[0].fails else "succeeded"
-                if task["state"] != expected:
+                expected = {"failed" if item.fails else "succeeded" for item in accepted}
+                if task["state"] not in expected:
                     self._report("wrong state", f"{task['id']} is {task['state']}, not {expected}", contents=[content])
                 if accepted and not self.history.flushed_at:
                     self._check_cost(task, accepted[0])
             if content and len(known) > len(accepted):
                 self._report("wrong answer", f"{content} has {len(known)} tasks", contents=[content])
-            if accepted and not known and not self._is_excused(content):
+            named = {attempt.submission for attempt in self.attempts[content]} & unknown_ids
+            if accepted and not known and not named and not self._is_excused(content):
                 missing[accepted[0].kind] += 1
         # Old routes have no metadata: a task whose caller left is known by its id only.
         nameless = Counter(task["kind"] for task in books.by_content.get("", ()))
-        unknown = Counter(item["kind"] for item in books.unknown)
+        unknown = Counter(item["kind"] for item in books.unknown if item["id"] not in submissions)
         for kind, count in (missing - unknown - nameless).items():
             self._report("lost", f"{tenant.name}: {count} tasks of {kind} are neither readable nor unknown")
 
@@ -367,3 +416,7 @@ class Auditor:
                 self._report("webhook", f"{task} has {len(found)} events", contents=[contents.get(task, "")])
         for content in self._find_undelivered():
             self._report("webhook", f"the end of {content} was not delivered", contents=[content])
+
+
+def _overlap(first: Attempt, second: Attempt) -> bool:
+    return first.started_at <= second.ended_at and second.started_at <= first.ended_at

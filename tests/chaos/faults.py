@@ -48,7 +48,7 @@ Action = Callable[[random.Random], Coroutine[Any, Any, None]]
 
 @dataclass
 class ProcessFaults:
-    """Injects faults until `stop`: of gateways, store and receiver side by side, each one at a time."""
+    """Injects faults until `is_over`: of gateways, store and receiver side by side, each one at a time."""
 
     history: History
     gateways: Gateways
@@ -87,12 +87,14 @@ class ProcessFaults:
     async def _inject(self, actions: Mapping[str, Action], interval_seconds: float, phase: int) -> None:
         excluded = _REPLICATED_ONLY if self.topology == "single" else _SINGLE_ONLY
         names = [name for name in actions if name in self.faults and name not in excluded]
-        randomness = random.Random(f"{self.seed} {phase} {names}")
+        randomness, remaining = random.Random(f"{self.seed} {phase} {interval_seconds}"), list[str]()
         while names:
             await self._pause(randomness.expovariate(1 / interval_seconds))
             if self.is_over:
                 return
-            name = randomness.choice(names)
+            if not remaining:  # each once, the rarest first
+                remaining = sorted(randomness.sample(names, len(names)), key="store-flushed".__eq__)
+            name = remaining.pop()
             if self._is_due(name):
                 await self._wait_for_submit(randomness)
                 with self.history.record_fault(name):
@@ -132,6 +134,8 @@ class ProcessFaults:
     async def advance_clock(self, seconds: int) -> None:
         """Move the store's clock, forward or back."""
         self._shift_seconds += seconds
+        if seconds > LEASE_SECONDS:
+            self.history.advanced_at.append(time.monotonic())
         await self._execute("SET", f"{_KEYS.clock}:server", f"+{self._shift_seconds}")
 
     async def _kill_gateway(self, randomness: random.Random) -> None:
@@ -190,8 +194,9 @@ class ProcessFaults:
         self.history.flushed_at.append(time.monotonic())
         await self._execute("FLUSHALL")
         await self.advance_clock(0)
-        while not await self._execute("EXISTS", _KEYS.registry):
-            await asyncio.sleep(0.05)
+        async with asyncio.timeout(_COMMAND_SECONDS):
+            while not await self._execute("EXISTS", _KEYS.registry):
+                await asyncio.sleep(0.05)
         await asyncio.sleep(randomness.uniform(0.5, 2))
 
     async def _step_back(self, randomness: random.Random) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import httpx2
 
 from service.crypto import generate_secret_key
+from service.devstack import with_parent_death_signal
 from tests.process.gateway import gateway_command
 from tests.support.network import reserve_port
 
@@ -50,9 +51,14 @@ class Gateway:
 
     async def start(self) -> None:
         """Start and wait until it is ready."""
+        self.is_stopped = False
         with (self.folder / f"{self.role}.log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *gateway_command("serve"), env=self.environ, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
+                *with_parent_death_signal(gateway_command("serve")),
+                env=self.environ,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         async with asyncio.timeout(START_SECONDS), httpx2.AsyncClient(trust_env=False) as client:
             while not await self._is_ready(client):
@@ -75,10 +81,12 @@ class Gateway:
     async def end(self, number: signal.Signals) -> int:
         """End it by a signal; return its exit code."""
         self.send_signal(number)
-        process, self.process = self.process, None
-        assert process
+        self.is_stopped = True
+        assert self.process
         async with asyncio.timeout(STOP_SECONDS):
-            return await process.wait()
+            code = await self.process.wait()
+        self.process = None
+        return code
 
 
 @dataclass

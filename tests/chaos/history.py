@@ -36,7 +36,6 @@ class Attempt:
     code: str = ""
     task: str = ""
     submission: str = ""
-    is_replay: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,10 @@ class Violation:
 
 @dataclass
 class History:
-    """A run's record. `flushed_at` are the times when the store lost everything."""
+    """A run's record.
+
+    The store lost everything at `flushed_at`, and its clock passed all leases at `advanced_at`. `folder` has the logs.
+    """
 
     started_at: float = field(default_factory=time.monotonic)
     faults: list[Fault] = field(default_factory=list)
@@ -59,6 +61,8 @@ class History:
     requests: int = 0
     violations: list[Violation] = field(default_factory=list)
     flushed_at: list[float] = field(default_factory=list)
+    advanced_at: list[float] = field(default_factory=list)
+    folder: str = ""
 
     def add_fault(self, name: str, content: str = "", seconds: float = 0) -> None:
         now = time.monotonic()

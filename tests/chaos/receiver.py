@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,12 +13,11 @@ from tests.contract.scripted_server import Connection, http_response, run_server
 
 @dataclass
 class Receiver:
-    """While `is_dead`, it resets every connection, before or after it has read the request."""
+    """While `is_dead`, it reads requests and resets their connections."""
 
     url: str = ""
     is_dead: bool = False
     confirmed: list[ReceivedWebhook] = field(default_factory=list)
-    received: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def serve(self, connection: Connection) -> None:
         while head := await connection.receive():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -95,5 +96,11 @@ async def run_chaos(plan: Plan, folder: Path) -> tuple[History, Vendor]:
 
 
 def run_once(plan: Plan) -> tuple[History, Vendor]:
-    with tempfile.TemporaryDirectory(prefix="chaos-") as name:
-        return asyncio.run(run_chaos(plan, Path(name)))
+    """Run a plan; the folder with the logs stays if it broke a rule or could not end."""
+    folder = tempfile.mkdtemp(prefix="chaos-")
+    history, vendor = asyncio.run(run_chaos(plan, Path(folder)))
+    if history.violations:
+        history.folder = folder
+    else:
+        shutil.rmtree(folder)
+    return history, vendor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import suppress
@@ -88,11 +89,11 @@ def describe_tenants() -> list[TenantCase]:
             "capped",
             {
                 "accounts": ["capped"],
-                "limits": [{"window": "minute", "tasks": 8}, {"window": "total", "tasks": 400}],
+                "limits": [{"window": "minute", "tasks": 8}, {"window": "total", "tasks": 40}],
                 "max_active": 2,
             },
         ),
-        TenantCase("budget", {"accounts": ["paid"], "limits": [{"window": "day", "money": 120}]}),
+        TenantCase("budget", {"accounts": ["paid"], "limits": [{"window": "total", "money": 120}]}),
         TenantCase("prepaid", {"accounts": ["prepaid"], "limits": all_windows, "spending_mode": "count_only"}),
         TenantCase("failover", {"accounts": ["small", "unreachable", "reserve"], "limits": all_windows}),
         TenantCase("changing", {"accounts": ["shared"], "limits": all_windows}, has_constant_limits=False),
@@ -101,7 +102,7 @@ def describe_tenants() -> list[TenantCase]:
 
 @dataclass
 class Traffic:
-    """The callers of all tenants until `stop`, and the operators."""
+    """The callers of all tenants until `is_over`, and the operators."""
 
     history: History
     vendor: Vendor
@@ -186,7 +187,7 @@ class Traffic:
             return None
         status = response.status_code, read_code(response)
         # Of a task that the store lost, the vendor's "not found or of unknown state" is all that is known.
-        is_lost = status == (404, "not-found") and self.history.flushed_at
+        is_lost = status == (404, "not-found") and bool(self.history.flushed_at)
         if status not in allowed and not is_lost:
             self.history.add_violation("wrong answer", f"{method} {path}: {status[0]} {response.text[:300]}")
         return response
@@ -222,11 +223,11 @@ class Traffic:
 
     def _record(self, tenant: TenantCase, attempt: Attempt, response: httpx2.Response) -> None:
         attempt.status, attempt.code = response.status_code, read_code(response)
-        attempt.is_replay = "idempotent-replayed" in response.headers
         if attempt.status == httpx2.codes.CREATED:
             attempt.task = response.json()["id"]
             tenant.tasks[attempt.task] = attempt.content
-        attempt.submission = response.json().get("submission_id", "")
+        elif attempt.code:
+            attempt.submission = response.json().get("submission_id", "")
 
     async def _submit_once(self, tenant: TenantCase, randomness: random.Random) -> None:
         await self._submit(tenant, randomness, self._new_attempt(tenant, randomness))
@@ -270,10 +271,13 @@ class Traffic:
         if response is None or not response.is_success:
             return
         answer = response.json()
-        attempt.code = answer.get("err_msg", "")
         if answer["err_code"] == 0:
             attempt.status, attempt.task = 201, answer["task_id"]
             tenant.tasks[attempt.task] = attempt.content
+        elif unknown := re.search(r"submission_id ([0-9a-f]{32})", answer["err_msg"]):
+            attempt.status, attempt.code, attempt.submission = 504, "submission-unknown", unknown[1]
+        else:
+            attempt.status, attempt.code = 502, "upstream-rejected"
 
     async def _leave(self, tenant: TenantCase, randomness: random.Random) -> None:
         """Submit, or wait, and leave before the end."""
@@ -281,7 +285,7 @@ class Traffic:
         if name not in self.faults:
             return
         if name == "caller-leaves-wait":
-            if task := self._pick_task(tenant, randomness):
+            if task := self._newest_task(tenant):
                 self.history.add_fault(name, tenant.tasks[task], 1)
                 await self._wait(tenant, randomness, task, leave=randomness.uniform(0.01, 1))
             return
@@ -312,6 +316,10 @@ class Traffic:
             writer.write(head.encode() + b"\r\n" + body[: randomness.randrange(len(body))])
             await asyncio.sleep(randomness.uniform(0, 0.2))
             writer.transport.abort()
+
+    def _newest_task(self, tenant: TenantCase) -> str:
+        """Return the task that most likely runs still."""
+        return next(reversed(tenant.tasks), "")
 
     def _pick_task(self, tenant: TenantCase, randomness: random.Random) -> str:
         tasks = list(tenant.tasks)
@@ -347,7 +355,7 @@ class Traffic:
 
     async def _stream(self, tenant: TenantCase, randomness: random.Random) -> None:
         """Read events until the end, or the end of the connection; states never go back."""
-        if not (task := self._pick_task(tenant, randomness)):
+        if not (task := self._newest_task(tenant)):
             return
         self.history.requests += 1
         gateway, states, started_at = self._pick_gateway(randomness), [], time.monotonic()

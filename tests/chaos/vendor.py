@@ -11,7 +11,7 @@ import json
 import random
 import re
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -84,7 +84,6 @@ class VendorAccount:
     money: int = 0
     charges_at_end: bool = False
     refunds_failures: bool = False
-    spent_elsewhere: Counter[str] = field(default_factory=Counter)
     uncharged: list[VendorTask] = field(default_factory=list)
 
     def charge(self, kind: str) -> tuple[int, int] | None:
@@ -104,8 +103,7 @@ class VendorAccount:
         }
 
     def spend_elsewhere(self) -> None:
-        if charged := self.charge("seamless"):
-            self.spent_elsewhere.update(count=charged[0], money=charged[1])
+        self.charge("seamless")
 
 
 @dataclass(eq=False)
@@ -149,7 +147,6 @@ class Receipt:
 
     content: str
     account: str
-    kind: str
     at: float
     reply: Reply = Reply.UNUSABLE
     task: VendorTask | None = None
@@ -198,7 +195,7 @@ class Vendor:
         if marker is None:
             raise AssertionError("a submit without a marked image")
         content = marker[1].decode()
-        receipt = Receipt(content, account.key if account else "", kind, time.monotonic())
+        receipt = Receipt(content, account.key if account else "", time.monotonic())
         self.receipts[content].append(receipt)
         self.next_submit.set()
         self.next_submit = asyncio.Event()
