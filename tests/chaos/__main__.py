@@ -86,7 +86,7 @@ def _format_violation(violation: Violation, history: History) -> str:
 def measure_outage(history: History) -> float:
     """Return the longest time in seconds from a killed primary to the last `ledger-unavailable` because of it.
 
-    Answers of gateways that were stopped or killed at the same time are late for that reason.
+    Answers of gateways that were stopped at the same time are late for that reason.
     """
     kills = [fault for fault in history.faults if fault.name == "store-killed"]
     return max(
@@ -96,7 +96,7 @@ def measure_outage(history: History) -> float:
             for attempt in history.attempts
             if attempt.code == "ledger-unavailable"
             and kill.started_at <= attempt.started_at <= kill.ended_at
-            and not history.is_affected("gateway-", attempt.started_at, attempt.ended_at)
+            and not history.is_affected("gateway-stopped", attempt.started_at, attempt.ended_at)
         ),
         default=0.0,
     )
