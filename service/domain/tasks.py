@@ -104,6 +104,10 @@ class SeamlessOptions(Options, frozen=True):
 OPTIONS: Mapping[Kind, type[Options]] = {
     cls.kind: cls for cls in (UpscaleOptions, VectorizeOptions, FaceEnhanceOptions, SeamlessOptions)
 }
+_OPTION_TYPES: Mapping[Kind, Mapping[str, Any]] = {
+    kind: {field.name: field.type for field in msgspec.structs.fields(cls)} for kind, cls in OPTIONS.items()
+}
+"""Types of the options by name: `msgspec.structs.fields` takes 250 us."""
 VENDOR_FIELDS: Mapping[str, str] = {
     "model": "sdxl_model_dropdown",
     "style": "style_dropdown",
@@ -155,7 +159,7 @@ def parse_options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Cata
     Raises InvalidOptions with every field that is unknown, repeated, mistyped or out of range.
     """
     cls = OPTIONS[kind]
-    types = {field.name: field.type for field in msgspec.structs.fields(cls)}
+    types = _OPTION_TYPES[kind]
     values: dict[str, Any] = {}
     errors: list[FieldError] = []
     for name, text in fields:
