@@ -116,7 +116,7 @@ spec:
             {{- end }}
             - name: operators
               containerPort: 8081
-          # Every role has the operators' port, and it is the last to close.
+          # Every role has the operators' port. It is the last to close, and no probe waits there behind tenants.
           startupProbe:
             httpGet: {path: /healthz, port: operators}
             periodSeconds: 2
@@ -127,7 +127,7 @@ spec:
             timeoutSeconds: 5
             failureThreshold: 3
           readinessProbe:
-            httpGet: {path: /readyz, port: {{ $api | ternary "tenants" "operators" }}}
+            httpGet: {path: /readyz, port: operators}
             periodSeconds: 5
             timeoutSeconds: 3
             failureThreshold: 2
