@@ -19,7 +19,7 @@ from enum import StrEnum
 from functools import cache
 from ipaddress import ip_address
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import httpx2
 import msgspec
@@ -28,6 +28,7 @@ from msgspec import Struct
 from opentelemetry.trace import Tracer
 
 from service import __version__
+from service.clients.forms import FormBody
 from service.domain.hosts import is_metadata
 from service.telemetry import tracing
 
@@ -279,8 +280,6 @@ READ_SECONDS = 30.0
 _BODY_TIME_RATIO = 0.9
 """Share of the remaining time for the body, so that an incomplete body can still be returned."""
 _TIMEOUTS = httpx2.Timeout(connect=5, write=30, read=None, pool=None).as_dict()
-FormFile = tuple[str, IO[bytes], str]
-"""File name, content and media type of a form file."""
 OnCall = Callable[[StrEnum, StrEnum, float], None]
 """Called after every call with its operation, outcome and duration in seconds."""
 
@@ -340,8 +339,7 @@ class UpstreamPool:
         self,
         base_url: str,
         path: str,
-        fields: Mapping[str, str],
-        files: Mapping[str, FormFile] | None = None,
+        form: FormBody,
         *,
         timeout_seconds: float,
     ) -> UpstreamResponse:
@@ -357,9 +355,8 @@ class UpstreamPool:
                     request = httpx2.Request(
                         "POST",
                         url,
-                        data=fields,
-                        files=files,
-                        headers=self._headers,
+                        headers=self._headers | form.headers,
+                        content=form,
                         extensions={"trace": request_trace, "timeout": _TIMEOUTS},
                     )
                     request_trace.start(deadline)

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import partial
-from io import BytesIO
 from typing import Self
 
 import structlog
@@ -15,6 +14,7 @@ from msgspec.structs import replace
 from opentelemetry.trace import Tracer
 
 from service.clients import vendor_api
+from service.clients.forms import FormBody, FormFile
 from service.clients.http import (
     MAX_REQUESTS,
     Breaker,
@@ -143,16 +143,12 @@ class UpstreamClient:
         if user_key is None:
             return SubmitResult(outcome=SubmitOutcome.MISCONFIGURED)
         fields = {vendor_api.USER_KEY_FIELD: user_key, **vendor_api.build_form_fields(options, self._catalogue)}
-        # A file object is sent in chunks, each with the full write timeout; bytes would get a single timeout.
-        file = (f"image.{image.media_type.rpartition('/')[2]}", BytesIO(image.data), image.media_type)
+        file_name = f"image.{image.media_type.rpartition('/')[2]}"
+        form = FormBody(fields, FormFile(vendor_api.IMAGE_FIELD, file_name, image.media_type, image.data))
         path = vendor_api.SUBMIT_PATHS[options.kind]
         try:
             response = await self._submit_pool.post(
-                self._account_url(account),
-                path,
-                fields,
-                {vendor_api.IMAGE_FIELD: file},
-                timeout_seconds=timeout_seconds,
+                self._account_url(account), path, form, timeout_seconds=timeout_seconds
             )
         except NotSent as error:
             self._log_failure(UpstreamOperation.SUBMIT, account, error)
@@ -173,7 +169,7 @@ class UpstreamClient:
         fields = {vendor_api.USER_KEY_FIELD: user_key, vendor_api.TASK_ID_FIELD: upstream_id}
         try:
             response = await self._check_pool.post(
-                self._account_url(account), vendor_api.CHECK_PATH, fields, timeout_seconds=CHECK_SECONDS
+                self._account_url(account), vendor_api.CHECK_PATH, FormBody(fields), timeout_seconds=CHECK_SECONDS
             )
         except (NotSent, ResponseLost) as error:
             self._log_failure(UpstreamOperation.CHECK, account, error)
