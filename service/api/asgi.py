@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 from uuid import uuid4
 
-import structlog
 from litestar import Request
-from opentelemetry.trace import Span, Tracer
+from opentelemetry.trace import INVALID_SPAN, NoOpTracer, Span, Tracer
+from structlog.contextvars import bind_contextvars
 from structlog.typing import FilteringBoundLogger
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
@@ -25,8 +25,9 @@ from service.domain.errors import GatewayError
 from service.domain.hosts import IpNetwork
 from service.server import CLIENT_TOO_SLOW
 from service.telemetry import logging, tracing
-from service.telemetry.logging import OUTCOME_ANSWERED, WaitTimer
+from service.telemetry.logging import OUTCOME_ANSWERED, REQUEST_EVENT
 from service.telemetry.metrics import OTHER_LABEL, UNMATCHED_ROUTE, Metrics, Port
+from service.telemetry.redaction import SafeText
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -38,9 +39,11 @@ T = TypeVar("T")
 
 TENANT = "tenant"
 TOKEN_ID = "token_id"  # noqa: S105 - a key
+OPERATOR = "operator"
 LONG_LIVED = "held"
-"""Keys in the state of an ASGI scope: the tenant's name, the id of its token, a mark of requests that last long on
-purpose."""
+IS_PATH_SAFE = "is_path_safe"
+"""Keys in the state of an ASGI scope: the tenant's name, the id of its token, the operator's name, a mark of requests
+that last long on purpose, and one of a path that consists of a route and an id which the gateway has decrypted."""
 HEAD_KEY = "imaging_gateway.head"
 """Key in an ASGI scope: the request is a HEAD, so no content needs to be made."""
 
@@ -49,11 +52,15 @@ CLIENT_DISCONNECTED_STATUS = 499
 REFUSAL_LOG_SECONDS = 60.0
 """Refused requests of one address are logged at most once in this time."""
 
+_MAX_PATH_CHARS = 4 * logging.MAX_PATH_CHARS
+"""Passed to the log, which cuts a path once it is redacted."""
 _MAX_LOGGED_ADDRESSES = 1_000
 _MAX_ADDRESS_CHARS = 45
 _REQUEST_ID_HEADER = b"x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _ALLOW_HEADER = b"allow"
+_STATUSES_WITH_ALLOW = (204, 405)
+"""Of responses to OPTIONS and to unknown methods."""
 _NOSNIFF = (b"x-content-type-options", b"nosniff")
 """Header of every response: a browser must not take JSON or an image for a script or a page."""
 
@@ -109,28 +116,29 @@ class RequestMiddleware:
         if trusted_proxies:
             self._handle = ProxyHeadersMiddleware(self._handle, [str(network) for network in trusted_proxies])
         self._metrics = metrics
-        self._logger = logger
+        self._logger = logger.bind()  # a logger of structlog that is not bound is bound anew for each event
         self._port = port
         self._tracer = tracer
+        self._is_tracing = not isinstance(tracer, NoOpTracer)
         self._refusal_logged_at: dict[str, float] = {}
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await (self._handle if scope["type"] == "http" else self._app)(scope, receive, send)
+    def __call__(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
+        return (self._handle if scope["type"] == "http" else self._app)(scope, receive, send)
 
     async def _handle_request(self, scope: Any, receive: Any, send: Any) -> None:
-        # The server may share one state among all requests.
-        state = scope["state"] = {**scope.get("state", {})}
-        sent_id = next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID_HEADER), "")
-        request_id = state[errors.REQUEST_ID] = sent_id if _REQUEST_ID.fullmatch(sent_id) else uuid4().hex
-        with tracing.start_request_span(self._tracer, scope) as span:
-            trace_id = tracing.trace_id_of(span)
-            names = {"request_id": request_id} | ({"trace_id": trace_id} if trace_id else {})
-            with (
-                structlog.contextvars.bound_contextvars(**names),
-                logging.measure_upstream_wait() as upstream,
-                self._metrics.track_request(self._port),
-            ):
-                await self._serve(scope, receive, _ResponseRecorder(send, request_id), upstream, span)
+        sent_id, is_traced = b"", self._is_tracing
+        for name, value in scope["headers"]:
+            if name == _REQUEST_ID_HEADER:
+                sent_id = sent_id or value
+            elif name == tracing.PARENT_HEADER:
+                is_traced = True
+        text = sent_id.decode("latin-1")
+        recorder = _ResponseRecorder(send, text) if _REQUEST_ID.fullmatch(text) else _ResponseRecorder(send)
+        if is_traced:
+            with tracing.start_request_span(self._tracer, scope) as span:
+                await self._serve(scope, receive, recorder, span)
+        else:
+            await self._serve(scope, receive, recorder, INVALID_SPAN)
 
     def refuse(self, status: int, detail: str, client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
         """Return the headers and body that refuse a request which the server can't parse; count it, log a sample."""
@@ -150,67 +158,80 @@ class RequestMiddleware:
         fields = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         return [*fields, (_REQUEST_ID_HEADER, request_id.encode()), _NOSNIFF], body
 
-    async def _serve(
-        self, scope: Message, receive: Receive, recorder: _ResponseRecorder, upstream_wait: WaitTimer, span: Span
-    ) -> None:
-        # Read now: Litestar changes it. The log cuts the path again.
-        method, path = scope["method"], quote(scope["path"])[: 4 * logging.MAX_PATH_CHARS]
-        state = scope["state"]
+    async def _serve(self, scope: Message, receive: Receive, recorder: _ResponseRecorder, span: Span) -> None:
+        # Read now: Litestar changes it.
+        method, path, request_id = scope["method"], scope["path"], recorder.request_id
+        # The server may share one state among all requests.
+        state = scope["state"] = {**scope.get("state", {}), errors.REQUEST_ID: request_id}
+        trace_id = tracing.trace_id_of(span)
+        # The server runs each request in a context of its own.
+        bind_contextvars(request_id=request_id, **({"trace_id": trace_id} if trace_id else {}))
         started_at = time.perf_counter()
-        try:
-            await self._app(scope, receive, recorder.send)
-        except errors.ClientDisconnected:
-            state[errors.OUTCOME] = disconnect_outcome(scope)
-        except Exception:
-            self._logger.exception("request.error")
-            state[errors.OUTCOME] = errors.INTERNAL_ERROR_RESPONSE.type.code
-            # Once a response has started, returning without its end makes the server close the connection.
-            if recorder.status is None:
-                await recorder.send_internal_error()
-        finally:
-            seconds = time.perf_counter() - started_at
-            status = recorder.status or CLIENT_DISCONNECTED_STATUS
-            route = scope.get("path_template") or UNMATCHED_ROUTE
-            outcome, tenant = state.get(errors.OUTCOME, OUTCOME_ANSWERED), state.get(TENANT)
-            tracing.record_request_end(
-                span, method, recorder.status, route=scope.get("path_template"), outcome=outcome, tenant=tenant
-            )
-            self._metrics.record_request(self._port, method, route, status, seconds, is_stream=LONG_LIVED in state)
-            self._logger.info(
-                "request.ended",
-                method=method,
-                path=path,
-                status=status,
-                seconds=round(seconds, 6),
-                upstream_seconds=None if upstream_wait.seconds is None else round(upstream_wait.seconds, 6),
-                client=scope["client"][0][:_MAX_ADDRESS_CHARS] if scope["client"] else None,
-                tenant=tenant,
-                token_id=state.get(TOKEN_ID),
-                outcome=outcome,
-                route=route,
-                port=self._port,
-            )
+        self._metrics.requests_in_progress[self._port] += 1
+        with logging.measure_upstream_wait() as upstream_wait:
+            try:
+                await self._app(scope, receive, recorder.send)
+            except errors.ClientDisconnected:
+                state[errors.OUTCOME] = disconnect_outcome(scope)
+            except Exception:
+                self._logger.exception("request.error")
+                state[errors.OUTCOME] = errors.INTERNAL_ERROR_RESPONSE.type.code
+                # Once a response has started, returning without its end makes the server close the connection.
+                if recorder.status is None:
+                    await recorder.send_internal_error()
+            finally:
+                seconds = time.perf_counter() - started_at
+                self._metrics.requests_in_progress[self._port] -= 1
+                status = recorder.status or CLIENT_DISCONNECTED_STATUS
+                route = scope.get("path_template") or UNMATCHED_ROUTE
+                outcome, tenant = state.get(errors.OUTCOME, OUTCOME_ANSWERED), state.get(TENANT)
+                if span.is_recording():
+                    tracing.record_request_end(
+                        span, method, recorder.status, route=scope.get("path_template"), outcome=outcome, tenant=tenant
+                    )
+                self._metrics.record_request(self._port, method, route, status, seconds, is_stream=LONG_LIVED in state)
+                waited = upstream_wait.seconds
+                self._logger.info(
+                    REQUEST_EVENT,
+                    method=method,
+                    path=SafeText(path) if IS_PATH_SAFE in state or path == route else quote(path)[:_MAX_PATH_CHARS],
+                    status=status,
+                    seconds=round(seconds, 6),
+                    upstream_seconds=None if waited is None else round(waited, 6),
+                    client=scope["client"][0][:_MAX_ADDRESS_CHARS] if scope["client"] else None,
+                    tenant=tenant,
+                    token_id=state.get(TOKEN_ID),
+                    outcome=outcome,
+                    route=route,
+                    port=self._port.value,
+                    request_id=request_id if recorder.has_sent_id else SafeText(request_id),
+                    trace_id=trace_id,
+                    operator=state.get(OPERATOR),
+                )
 
 
 class _ResponseRecorder:
     """Sends the messages of a response and records its status."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    __slots__ = ("_send", "has_sent_id", "request_id", "status")
+
+    def __init__(self, send: Send, sent_id: str | None = None) -> None:
         self._send = send
-        self._request_id = request_id
+        self.has_sent_id = sent_id is not None
+        self.request_id = sent_id or uuid4().hex
         self.status: int | None = None
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         """Send a message of the application, with the request's id and `nosniff` in the headers."""
         if message["type"] == "http.response.start":
             headers = [header for header in message.get("headers", ()) if header[0].lower() != _REQUEST_ID_HEADER]
-            message["headers"] = [*headers, (_REQUEST_ID_HEADER, self._request_id.encode()), _NOSNIFF]
+            message["headers"] = [*headers, (_REQUEST_ID_HEADER, self.request_id.encode()), _NOSNIFF]
             self.status = message["status"]
-        await self._send(message)
+        return self._send(message)
 
     async def send_internal_error(self) -> None:
         """Respond in place of an application that failed before its response started."""
-        status, headers, body = errors.render(errors.INTERNAL_ERROR_RESPONSE, self._request_id)
+        status, headers, body = errors.render(errors.INTERNAL_ERROR_RESPONSE, self.request_id)
         fields = {**headers, "Content-Length": str(len(body))}
         await self.send(
             {
@@ -233,30 +254,38 @@ class HeadMiddleware:
         self._app = app
         self._methods = methods
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    def __call__(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        is_head = scope["method"] == "HEAD"
+            return self._app(scope, receive, send)
+        if scope["method"] == "HEAD":
+            return self._serve_head(scope, receive, send)
 
+        def send_allow(message: Message) -> Awaitable[None]:
+            if message["type"] == "http.response.start" and message["status"] in _STATUSES_WITH_ALLOW:
+                self._complete_allow(scope, message)
+            return send(message)  # type: ignore[no-any-return]
+
+        return self._app(scope, receive, send_allow)
+
+    async def _serve_head(self, scope: Any, receive: Any, send: Any) -> None:
         async def send_head(message: Message) -> None:
             if message["type"] == "http.response.start":
-                methods = self._methods.get(inner.get("path_template", ""), ())
-                message["headers"] = [_complete_allow(name, value, methods) for name, value in message["headers"]]
-            elif is_head and message["type"] == "http.response.body":
-                return
-            await send(message)
-            if is_head:
+                self._complete_allow(inner, message)
+                await send(message)
                 # Sent at once: a stream may take long or never end.
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         # The server keeps its own scope, which shows it that no content may follow.
-        inner = {**scope, "method": "GET", HEAD_KEY: True} if is_head else scope
+        inner = {**scope, "method": "GET", HEAD_KEY: True}
         try:
             await self._app(inner, receive, send_head)
         finally:
             if "path_template" in inner:
                 scope["path_template"] = inner["path_template"]
+
+    def _complete_allow(self, scope: Message, message: Message) -> None:
+        methods = self._methods.get(scope.get("path_template", ""), ())
+        message["headers"] = [_complete_allow(name, value, methods) for name, value in message["headers"]]
 
 
 def _complete_allow(name: bytes, value: bytes, methods: Collection[str]) -> tuple[bytes, bytes]:

@@ -17,7 +17,7 @@ from litestar.handlers import BaseRouteHandler
 from litestar.types import Guard
 from prometheus_client import Counter
 
-from service.api.asgi import TENANT, TOKEN_ID, run_until_disconnect
+from service.api.asgi import OPERATOR, TENANT, TOKEN_ID, run_until_disconnect
 from service.domain import tenants
 from service.domain.errors import (
     Forbidden,
@@ -193,6 +193,7 @@ class AdminAuth:
                 "in the data folder."
             )
         structlog.contextvars.bind_contextvars(operator=operator.name)
+        request.scope["state"][OPERATOR] = operator.name
         if operator.role is OperatorRole.READ_ONLY and request.scope.get("method") not in _READ_METHODS:
             raise Forbidden(f"The operator {operator.name} may read, but not change anything.")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import msgspec
 import structlog
@@ -24,15 +24,25 @@ def fen_to_yuan(fen: int) -> float:
 class WaitTimer:
     """A timer of the periods in which at least one wait was in progress.
 
-    A request waits also in tasks that it shares with other requests. Each of these marks its waits with
-    `upstream_wait`, which finds the timer of its request through the context that tasks inherit.
+    It times the waits within a block, and in the tasks created in it. A request waits also in tasks that it shares with
+    other requests. Each of these marks its waits with `upstream_wait`, which finds the timer of its request through the
+    context that tasks inherit.
     """
+
+    __slots__ = ("_active_waits", "_clock", "_started_at", "_token", "_total_seconds")
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._active_waits = 0
         self._started_at = 0.0
         self._total_seconds: float | None = None
+
+    def __enter__(self) -> Self:
+        self._token = _CURRENT_TIMER.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _CURRENT_TIMER.reset(self._token)
 
     @property
     def seconds(self) -> float | None:
@@ -53,17 +63,7 @@ class WaitTimer:
 
 
 _CURRENT_TIMER: ContextVar[WaitTimer | None] = ContextVar("upstream_wait", default=None)
-
-
-@contextmanager
-def measure_upstream_wait() -> Iterator[WaitTimer]:
-    """Measure the waits within the block, and in the tasks created in it."""
-    timer = WaitTimer()
-    token = _CURRENT_TIMER.set(timer)
-    try:
-        yield timer
-    finally:
-        _CURRENT_TIMER.reset(token)
+measure_upstream_wait = WaitTimer
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def configure_logging(*, json: bool, level: str, stream: BinaryIO, redactor: Red
         *([_add_timestamp, _to_json] if json else [_format_for_console, console, _to_bytes]),
     ]
     structlog.configure(
-        processors=processors,
+        processors=[_RequestLineEncoder(redactor, processors)] if json else processors,
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.BytesLoggerFactory(stream),
         # Modules create their loggers on import, possibly before this.
@@ -129,6 +129,72 @@ def configure_logging(*, json: bool, level: str, stream: BinaryIO, redactor: Red
     # Its warnings repeat invalid trace headers of clients.
     logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
     return logger
+
+
+class _RequestLine(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The fields of a REQUEST_EVENT in their order; one without a value is left out."""
+
+    time: datetime
+    level: str
+    event: str
+    method: str | None
+    path: str
+    status: int
+    seconds: float
+    upstream_seconds: float | None = None
+    client: str | None = None
+    tenant: str | None = None
+    token_id: str | None = None
+    outcome: str | None = None
+    route: str | None = None
+    port: str | None = None
+    request_id: str | None = None
+    trace_id: str | None = None
+    operator: str | None = None
+
+
+class _RequestLineEncoder:
+    """A structlog processor that encodes requests at once, and leaves all other events to a chain of processors.
+
+    A request costs a tenth of the chain that way.
+    """
+
+    def __init__(self, redactor: Redactor, processors: Sequence[Processor]) -> None:
+        self._redactor = redactor
+        self._processors = processors
+        self._encode = msgspec.json.Encoder().encode
+
+    def __call__(self, logger: Any, method: str, event: Event) -> Any:
+        if event["event"] == REQUEST_EVENT:
+            return self._encode_request(method, event)
+        result: Any = event
+        for processor in self._processors:
+            result = processor(logger, method, result)
+        return result
+
+    def _encode_request(self, level: str, event: Event) -> bytes:
+        redact_word, redact_text = self._redactor.redact_word, self._redactor.redact_text
+        return self._encode(
+            _RequestLine(
+                time=datetime.now(UTC),
+                level=level,
+                event=REQUEST_EVENT,
+                method=redact_word(event["method"]),
+                path=redact_text(event["path"])[:MAX_PATH_CHARS],
+                status=event["status"],
+                seconds=event["seconds"],
+                upstream_seconds=event["upstream_seconds"],
+                client=redact_word(event["client"]),
+                tenant=redact_word(event["tenant"]),
+                token_id=redact_word(event["token_id"]),
+                outcome=redact_word(event["outcome"]),
+                route=redact_word(event["route"]),
+                port=redact_word(event["port"]),
+                request_id=redact_text(event["request_id"]),
+                trace_id=None if event["trace_id"] is None else redact_text(event["trace_id"]),
+                operator=redact_word(event["operator"]),
+            )
+        )
 
 
 class _StructlogHandler(logging.Handler):

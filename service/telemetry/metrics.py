@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from enum import StrEnum
 from itertools import product
 from platform import python_version
@@ -138,9 +137,9 @@ class Metrics:
         self._create_task_metrics()
         self._create_job_metrics()
         self.label_names = LabelNames(self, max_named_tenants)
-        self._requests_in_progress = dict.fromkeys(Port, 0)
+        self.requests_in_progress = dict.fromkeys(Port, 0)
         self.gauges.register(
-            GaugeName.REQUESTS_IN_PROGRESS, lambda: {(port.value,): n for port, n in self._requests_in_progress.items()}
+            GaugeName.REQUESTS_IN_PROGRESS, lambda: {(port.value,): n for port, n in self.requests_in_progress.items()}
         )
         registry.register(self.gauges)
         registry.register(self.ledger_collector)
@@ -305,14 +304,6 @@ class Metrics:
 
     def _create_histogram(self, name: str, text: str, buckets: Iterable[float], *labels: str) -> Histogram:
         return Histogram(name, text, labels, buckets=tuple(buckets), registry=self.registry)
-
-    @contextmanager
-    def track_request(self, port: Port) -> Iterator[None]:
-        self._requests_in_progress[port] += 1
-        try:
-            yield
-        finally:
-            self._requests_in_progress[port] -= 1
 
     def record_request(
         self, port: Port, method: str, route: str, status: int, seconds: float, *, is_stream: bool = False

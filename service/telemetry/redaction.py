@@ -155,6 +155,12 @@ def base64_encodings(plain: bytes) -> Iterator[str]:
         yield text[first:last].replace("+", "-").replace("/", "_")
 
 
+class SafeText(str):
+    """A text that can hold no secret, as the gateway made it itself: it is logged as it is."""
+
+    __slots__ = ()
+
+
 REDACTED = "[redacted]"
 _MAX_DEPTH = 12
 _MIN_TOKEN_LENGTH = 20
@@ -192,6 +198,7 @@ class Redactor:
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         self._known_secrets = KnownSecrets()
         self._name_cache: dict[str, tuple[str, bool]] = {}
+        self._word_cache: dict[str, str] = {}
         self.register_secrets(*secrets)
 
     def register_secrets(self, *secrets: str) -> None:
@@ -199,12 +206,16 @@ class Redactor:
         for secret in secrets:
             if self._known_secrets.add(secret):
                 self._name_cache.clear()
+                self._word_cache.clear()
 
     def __call__(self, _logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         return self._redact_mapping(event, 0)
 
     def redact_text(self, text: str) -> str:
         """Return a text without secrets, encodable and without terminal control characters."""
+        if isinstance(text, SafeText):
+            return str(text)
+        text = str(text)  # the value of an enum
         # Most texts are short words. Skipping patterns that can't match saves two thirds of the time.
         text = self._known_secrets.replace_secrets(text, REDACTED)
         if len(text) >= _MIN_TOKEN_LENGTH:
@@ -215,10 +226,21 @@ class Redactor:
             text = text.translate(_CONTROL_ESCAPES)
         return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
+    def redact_word(self, word: str | None) -> str | None:
+        """Redact a text that recurs, at the cost of a lookup."""
+        if word is None:
+            return None
+        known = self._word_cache.get(word)
+        if known is None:
+            if len(self._word_cache) >= _MAX_CACHED_NAMES:
+                self._word_cache.clear()
+            known = self._word_cache[word] = self.redact_text(word)
+        return known
+
     def _redact_value(self, value: Any, depth: int) -> Any:
         plain: Any
         if isinstance(value, str):
-            plain = self.redact_text(str(value))
+            plain = self.redact_text(value)
         elif value is None or isinstance(value, bool | float):
             plain = value
         elif isinstance(value, int):

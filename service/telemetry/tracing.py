@@ -27,7 +27,8 @@ PROBE_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 _HIDDEN_PATH = "/REDACTED"
 _KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-_TRACE_HEADERS = {b"traceparent": "traceparent", b"tracestate": "tracestate"}
+PARENT_HEADER = b"traceparent"
+_TRACE_HEADERS = {PARENT_HEADER: "traceparent", b"tracestate": "tracestate"}
 _PROPAGATOR = TraceContextTextMapPropagator()
 _ROOT = Context()
 

@@ -91,6 +91,18 @@ async def test_a_long_path_is_cut_once_it_is_redacted() -> None:
     assert SECRET[:6] not in log.output
 
 
+async def test_a_request_is_logged_without_secrets() -> None:
+    log = LogSetup()
+    app = RequestMiddleware(AsyncMock(), Metrics(CollectorRegistry()), log.logger, Port.TENANTS)
+    await call_app(app, "GET", f"/{SECRET}/igw_{'x' * 38}", headers={"X-Request-Id": SECRET})
+    fields = ["time", "level", "event", "method", "path", "status", "seconds", "client", "outcome", "route", "port"]
+    assert list(log.event) == [*fields, "request_id"]
+    assert (log.event["path"], log.event["request_id"]) == ("/[redacted]/[redacted]", "[redacted]")
+    log.redactor.register_secrets("127.0.0.1")
+    await call_app(app)
+    assert log.output.count("127.0.0.1") == 1
+
+
 @pytest.mark.parametrize("json_lines", [True, False])
 @pytest.mark.parametrize("hostile", ["a\nb", "\x1b[2J\x9b\x7f\b\0\x85", 'x\n{"event": "token.created"}\r"\'}'])
 def test_a_value_forges_no_line_and_controls_no_terminal(hostile: str, *, json_lines: bool) -> None:
