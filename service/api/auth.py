@@ -68,27 +68,33 @@ class TenantAuth:
 
         Raises Unauthenticated, TenantDisabled, or LedgerUnavailable while no token is known yet.
         """
-        return self._authenticate(request, token)[0]
+        return self._authenticate(request.scope, _bearer_token(request) if token is None else token)[0]
 
     def authenticate_read(self, request: ASGIConnection[Any, Any, Any, Any], token: str | None = None) -> Tenant:
         """Authenticate a read, and count it. Raises QuotaDenied too."""
-        tenant, known = self._authenticate(request, token)
-        if self._reads is not None:
-            self._reads.count(known.id)
+        tenant, known = self._authenticate(request.scope, _bearer_token(request) if token is None else token)
+        self.count_read(known)
         return tenant
 
-    def _authenticate(self, request: ASGIConnection[Any, Any, Any, Any], token: str | None) -> tuple[Tenant, Token]:
-        token = _bearer_token(request) if token is None else token
-        is_well_formed = tenants.has_valid_checksum(token)
-        owner = self._registry.current.tenant_by_token(tenants.hash_token(token)) if is_well_formed else None
+    def authenticate_header(self, scope: Any, authorization: bytes) -> tuple[Tenant, Token]:
+        """Return the tenant and the token of an `Authorization` header, as `authenticate` does."""
+        return self._authenticate(scope, _parse_bearer(authorization.decode("latin-1")))
+
+    def count_read(self, token: Token) -> None:
+        """Count a read with a token. Raises QuotaDenied."""
+        if self._reads is not None:
+            self._reads.count(token.id)
+
+    def _authenticate(self, scope: Any, token: str) -> tuple[Tenant, Token]:
+        owner = self._registry.current.tenant_by_token(tenants.hash_token(token))
         if owner is None:
-            if is_well_formed and not self._registry.is_ready:
+            if not self._registry.is_ready and tenants.has_valid_checksum(token):
                 raise LedgerUnavailable(
                     "The gateway has just started and knows no token yet. Try again in a moment.",
                     retry_after=_START_RETRY_SECONDS,
                 )
             raise _invalid_token()
-        state = request.scope["state"]
+        state = scope["state"]
         state[TENANT], state[TOKEN_ID] = owner[0].name, owner[1].id
         if refusal := self._find_refusal(*owner):
             raise refusal
@@ -199,7 +205,11 @@ class AdminAuth:
 
 
 def _bearer_token(request: ASGIConnection[Any, Any, Any, Any]) -> str:
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    return _parse_bearer(request.headers.get("Authorization", ""))
+
+
+def _parse_bearer(authorization: str) -> str:
+    scheme, _, token = authorization.partition(" ")
     token = token.strip()
     if scheme.lower() != "bearer" or not token:
         raise Unauthenticated("Send your token as `Authorization: Bearer TOKEN`.")

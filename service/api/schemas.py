@@ -193,12 +193,15 @@ def render_operator_task(report: TaskReport) -> OperatorTask:
     return OperatorTask(**fields, submission=report.task.reservation, tenant=report.tenant, account=report.account)
 
 
+def task_etag(task: tasks.Task) -> str:
+    # With the state: a task that Redis has lost is read from the upstream alone, under one version in every state.
+    return f'"{task.reservation[:12]}-{task.version}-{task.state}"'
+
+
 def task_headers(cached: CachedTask, estimator: DurationEstimator) -> dict[str, str]:
     """Return the ETag, the age in seconds and, unless the task has ended, when to repeat the request."""
     task = cached.task
-    # With the state: a task that Redis has lost is read from the upstream alone, under one version in every state.
-    etag = f'"{task.reservation[:12]}-{task.version}-{task.state}"'
-    headers = {"ETag": etag, "Age": str(max(int(cached.age_seconds), 0))}
+    headers = {"ETag": task_etag(task), "Age": str(max(int(cached.age_seconds), 0))}
     if not task.state.is_final:
         headers["Retry-After"] = str(estimator.retry_after(task, cached.known_at))
     return headers

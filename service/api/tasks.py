@@ -28,6 +28,7 @@ from service.api.asgi import disconnect_outcome
 from service.api.auth import TenantAuth
 from service.api.errors import OUTCOME, ClientDisconnected, rate_limit_headers, to_problem
 from service.api.params import check_query, parse_wait_seconds
+from service.api.reads import matches_etag, read_middleware
 from service.api.uploads import UploadReader
 from service.domain.errors import FieldError, GatewayError, InvalidOptions, TenantDisabled, Unauthenticated
 from service.domain.ledger import IDEMPOTENCY_KEY_PATTERN, parse_idempotency_key
@@ -173,6 +174,7 @@ def task_routes(
             401, "tenant-disabled", 404, "rate-limited", "overloaded", "upstream-unavailable"
         )
         | openapi.NOT_MODIFIED,
+        middleware=[read_middleware(tenant_auth, reader, estimator)],
     )
     async def read_task(
         request: Request[Any, Any, Any],
@@ -186,8 +188,7 @@ def task_routes(
         del prefer  # declared for the OpenAPI document; it may be sent several times
         wait = parse_wait_seconds(request.headers.getall("prefer", []))
         cached, headers = await read_with_wait(request, tenant, task_id, wait)
-        etags = [etag.strip().removeprefix("W/") for etag in (if_none_match or "").split(",")]
-        if headers["ETag"] in etags or "*" in etags:  # weak comparison (RFC 9110)
+        if if_none_match and matches_etag(if_none_match.encode(), headers["ETag"].encode()):
             return Response(None, status_code=304, headers=headers)
         return Response(schemas.render_task(cached.task), headers=headers)
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import structlog
 from msgspec import Struct
+from msgspec.structs import replace
 
 from service.domain.errors import LedgerUnavailable, Overloaded
 from service.domain.tasks import Kind, State, Task
@@ -55,16 +56,18 @@ _MAX_REORDER_MS = 60_000
 """Concurrent reads are reordered by less; a greater difference means that the server clock stepped back."""
 
 
-class CachedTask(Struct, frozen=True):
+class CachedTask(Struct):
     """A task with the server time (ms) and the monotonic time at which it was current.
 
-    Not `is_recorded`: the upstream reported an end that the store has not confirmed.
+    Not `is_recorded`: the upstream reported an end that the store has not confirmed. `content` is for the API, which
+    keeps there what it sends for the task.
     """
 
     task: Task
     known_at: int
     monotonic_at: float
     is_recorded: bool = True
+    content: Any = None
 
     @property
     def age_seconds(self) -> float:
@@ -124,7 +127,8 @@ class TaskCache:
         cached = self._tasks.get(task.reservation)
         if cached and (_version_rank(cached.task), _is_stale_read(cached.task, task)) > (_version_rank(task), False):
             return cached
-        updated = self._tasks[task.reservation] = CachedTask(task, known_at, time.monotonic(), is_recorded)
+        content = cached.content if cached and _is_same(cached.task, task) else None
+        updated = self._tasks[task.reservation] = CachedTask(task, known_at, time.monotonic(), is_recorded, content)
         self._tasks.move_to_end(task.reservation)
         while len(self._tasks) > MAX_CACHED_TASKS + len(self._subscriptions):
             oldest = next(known for known in self._tasks if known not in self._subscriptions)
@@ -168,7 +172,9 @@ class TaskCache:
         ):
             return False
         age_ms = int(cached.age_seconds * 1000)
-        self._tasks[reservation] = CachedTask(cached.task, cached.task.last_checked_at + age_ms, time.monotonic())
+        self._tasks[reservation] = CachedTask(
+            cached.task, cached.task.last_checked_at + age_ms, time.monotonic(), content=cached.content
+        )
         return True
 
     @contextmanager
@@ -205,6 +211,11 @@ class TaskCache:
 
 def _version_rank(task: Task) -> tuple[bool, int]:
     return task.state.is_final, task.version
+
+
+def _is_same(cached: Task, task: Task) -> bool:
+    """Whether two versions look the same to callers."""
+    return cached == replace(task, last_checked_at=cached.last_checked_at)
 
 
 def _is_stale_read(cached: Task, task: Task) -> bool:

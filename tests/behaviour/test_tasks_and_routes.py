@@ -162,6 +162,25 @@ async def test_headers_of_a_task(gateway: RunningGateway) -> None:
     assert again.status_code == 304
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_read_is_the_same_with_and_without_a_preference(gateway: RunningGateway, method: str) -> None:
+    created = await gateway.submit()
+    for path, condition in (
+        (created.headers["location"], "x"),
+        (created.headers["location"], "*"),
+        ("/v1/tasks/x", "x"),
+    ):
+        plain, preferring = [
+            await gateway.call(method, path, headers={"If-None-Match": condition, "X-Request-Id": "r1"} | more)
+            for more in ({}, {"Prefer": "respond-async"})
+        ]
+        for name in ("date", "age"):  # not the same moment
+            assert plain.headers.pop(name, "") >= ""
+            preferring.headers.pop(name, "")
+        assert (plain.status_code, plain.content) == (preferring.status_code, preferring.content)
+        assert sorted(plain.headers.multi_items()) == sorted(preferring.headers.multi_items())
+
+
 async def test_altered_and_foreign_ids_and_cursors(gateway: RunningGateway) -> None:
     tasks = [(await gateway.submit()).json()["id"] for _ in range(2)]
     etag = (await gateway.call("GET", f"/v1/tasks/{tasks[0]}")).headers["etag"]
