@@ -8,6 +8,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import msgspec
@@ -105,6 +106,8 @@ class UserKeyCipher:
 
 
 TASK_ID_PREFIX = "task_"
+_MAX_DECODED_IDS = 10_000
+"""Ids whose references are kept, of about 0.5 KB each. Only valid ones are."""
 
 
 class TaskIdCodec:
@@ -112,11 +115,12 @@ class TaskIdCodec:
 
     def __init__(self, cipher: AesSivCipher) -> None:
         self._cipher = cipher
+        self.decode = lru_cache(_MAX_DECODED_IDS)(self._decode)
 
     def encode(self, reference: TaskReference) -> str:
         return self._format_id(self._cipher.encrypt(msgspec.msgpack.encode(reference)))
 
-    def decode(self, task_id: str) -> TaskReference:
+    def _decode(self, task_id: str) -> TaskReference:
         """Return the reference of an id. Raises NotFound for anything that `encode` did not return."""
         text = task_id.removeprefix(TASK_ID_PREFIX)
         try:

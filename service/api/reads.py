@@ -61,7 +61,8 @@ class _ReadMiddleware:
             await self._app(scope, receive, send)
             return
         self._tenant_auth.count_read(token)
-        cached = await self._reader.read(tenant, scope["path_params"]["task_id"])
+        task_id = scope["path_params"]["task_id"]
+        cached = self._reader.read_cached(tenant, task_id) or await self._reader.read(tenant, task_id)
         scope["state"][IS_PATH_SAFE] = True
         await self._respond(cached, values.get(b"if-none-match"), send)
 

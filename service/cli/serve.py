@@ -99,9 +99,8 @@ def serve() -> None:
         # No core dump has the secrets, and no other process of the user can read them. RLIMIT_CORE does not hold if
         # core_pattern is a pipe (core(5)).
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    logging.configure_logging(
-        json=settings.is_production, level=settings.log_level, stream=sys.stderr.buffer, redactor=redactor
-    )
+    stream = open(sys.stderr.fileno(), "wb", closefd=False)  # noqa: SIM115 - buffered, also with PYTHONUNBUFFERED
+    logging.configure_logging(json=settings.is_production, level=settings.log_level, stream=stream, redactor=redactor)
     try:
         # A signal during the startup cancels it.
         with suppress(asyncio.CancelledError), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

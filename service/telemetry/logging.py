@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, BinaryIO, Self
 
 import msgspec
@@ -113,7 +115,7 @@ def configure_logging(*, json: bool, level: str, stream: BinaryIO, redactor: Red
     structlog.configure(
         processors=[_RequestLineEncoder(redactor, processors)] if json else processors,
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.BytesLoggerFactory(stream),
+        logger_factory=partial(_LineWriter, stream),
         # Modules create their loggers on import, possibly before this.
         cache_logger_on_first_use=False,
     )
@@ -129,6 +131,33 @@ def configure_logging(*, json: bool, level: str, stream: BinaryIO, redactor: Red
     # Its warnings repeat invalid trace headers of clients.
     logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
     return logger
+
+
+class _LineWriter(structlog.BytesLogger):
+    """Writes lines at once, except those of requests: once for all of an iteration of the event loop."""
+
+    __slots__ = ("_is_flush_due",)
+
+    def __init__(self, stream: BinaryIO, *_: object) -> None:
+        super().__init__(stream)
+        self._is_flush_due = False
+
+    def msg(self, message: bytes, *, is_urgent: bool = True) -> None:
+        if is_urgent:
+            super().msg(message)
+            return
+        with self._lock:
+            self._write(message + b"\n")
+        if not self._is_flush_due:
+            self._is_flush_due = True
+            asyncio.get_running_loop().call_soon(self._flush_due_lines)
+
+    def _flush_due_lines(self) -> None:
+        self._is_flush_due = False
+        with self._lock:
+            self._flush()
+
+    info = msg
 
 
 class _RequestLine(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -166,7 +195,7 @@ class _RequestLineEncoder:
 
     def __call__(self, logger: Any, method: str, event: Event) -> Any:
         if event["event"] == REQUEST_EVENT:
-            return self._encode_request(method, event)
+            return (self._encode_request(method, event),), {"is_urgent": False}
         result: Any = event
         for processor in self._processors:
             result = processor(logger, method, result)

@@ -137,9 +137,9 @@ class Metrics:
         self._create_task_metrics()
         self._create_job_metrics()
         self.label_names = LabelNames(self, max_named_tenants)
-        self.requests_in_progress = dict.fromkeys(Port, 0)
+        self.requests_in_progress = {port.value: 0 for port in Port}
         self.gauges.register(
-            GaugeName.REQUESTS_IN_PROGRESS, lambda: {(port.value,): n for port, n in self.requests_in_progress.items()}
+            GaugeName.REQUESTS_IN_PROGRESS, lambda: {(port,): n for port, n in self.requests_in_progress.items()}
         )
         registry.register(self.gauges)
         registry.register(self.ledger_collector)
@@ -148,7 +148,7 @@ class Metrics:
         build = Gauge("gateway_build_info", "The running version; always 1.", ("version", "python"), registry=registry)
         build.labels(__version__, python_version()).set(1)
         # `labels()` costs more than counting, and these two are counted for every request.
-        self._request_children: dict[tuple[Port, str, str, int, bool], tuple[Counter, Histogram]] = {}
+        self._request_children: dict[tuple[str, str, str, int, bool], tuple[Counter, Histogram]] = {}
         self._call_children: dict[tuple[str, RedisOutcome], tuple[Counter, Histogram]] = {}
 
     def _create_request_metrics(self) -> None:
@@ -265,7 +265,7 @@ class Metrics:
         self.task_reads = counter(
             "gateway_task_reads", f"Reads of tasks, by source ({', '.join(ReadSource)}).", "source"
         )
-        preregister(self.task_reads, ReadSource)
+        self.reads_by_source = {source: self.task_reads.labels(source) for source in ReadSource}
         preregister(self.task_duration_seconds, Kind, FINAL_STATES)
         preregister(self.task_costs, Kind, CostBasis)
 
@@ -306,7 +306,7 @@ class Metrics:
         return Histogram(name, text, labels, buckets=tuple(buckets), registry=self.registry)
 
     def record_request(
-        self, port: Port, method: str, route: str, status: int, seconds: float, *, is_stream: bool = False
+        self, port: str, method: str, route: str, status: int, seconds: float, *, is_stream: bool = False
     ) -> None:
         """Record the end of a request; `route` is its route template or UNMATCHED_ROUTE."""
         key = port, method if method in _KNOWN_METHODS else OTHER_LABEL, route, status, is_stream
@@ -314,8 +314,8 @@ class Metrics:
         if children is None:
             duration = self.http_stream_duration_seconds if is_stream else self.http_request_duration_seconds
             children = self._request_children[key] = (
-                self.http_requests.labels(port.value, key[1], route, str(status)),
-                duration.labels(port.value, key[1], route),
+                self.http_requests.labels(port, key[1], route, str(status)),
+                duration.labels(port, key[1], route),
             )
         children[0].inc()
         children[1].observe(seconds)

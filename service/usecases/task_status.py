@@ -139,6 +139,10 @@ class TaskReader:
                 cached = change
             return cached
 
+    def read_cached(self, tenant: Tenant, task_id: str) -> CachedTask | None:
+        """Return a task of the tenant if it is fresh in memory. Raises NotFound."""
+        return self._find_fresh(self.decode_id(tenant, task_id), task_id)
+
     async def stream_changes(
         self, tenant: Tenant, task_id: str, *, after_version: int, max_seconds: float
     ) -> AsyncGenerator[CachedTask | None, None]:
@@ -215,10 +219,7 @@ class TaskReader:
                     del self._subscribed[reservation]
 
     async def _read_task(self, reference: TaskReference, task_id: str) -> CachedTask:
-        if cached := self.cache.get_fresh(reference.reservation):
-            self.metrics.task_reads.labels(ReadSource.MEMORY).inc()
-            if self.cache.claim_verification(reference.reservation):
-                self._start_verification(reference, task_id)
+        if cached := self._find_fresh(reference, task_id):
             return cached
         can_recreate = True
         try:
@@ -226,13 +227,22 @@ class TaskReader:
         except LedgerUnavailable:
             stored, can_recreate = None, False
         if stored:
-            self.metrics.task_reads.labels(ReadSource.STORE).inc()
+            self.metrics.reads_by_source[ReadSource.STORE].inc()
             cached = self.cache.put(*stored)
             if cached.task.state.is_final and not stored[0].state.is_final:
                 self._start_verification(reference, task_id)
             return cached
-        self.metrics.task_reads.labels(ReadSource.UPSTREAM).inc()
+        self.metrics.reads_by_source[ReadSource.UPSTREAM].inc()
         return await self._query_upstream(reference, task_id, can_recreate=can_recreate)
+
+    def _find_fresh(self, reference: TaskReference, task_id: str) -> CachedTask | None:
+        cached = self.cache.get_fresh(reference.reservation)
+        if cached is None:
+            return None
+        self.metrics.reads_by_source[ReadSource.MEMORY].inc()
+        if self.cache.claim_verification(reference.reservation):
+            self._start_verification(reference, task_id)
+        return cached
 
     def _start_verification(self, reference: TaskReference, task_id: str) -> None:
         """Make the store know a task or its end again, in the background, once at a time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -101,6 +102,28 @@ async def test_a_request_is_logged_without_secrets() -> None:
     log.redactor.register_secrets("127.0.0.1")
     await call_app(app)
     assert log.output.count("127.0.0.1") == 1
+
+
+class CountingStream(io.BytesIO):
+    flushes = 0
+
+    def flush(self) -> None:
+        self.flushes += 1
+
+
+async def test_the_requests_of_an_iteration_are_written_at_once_before_any_other_line() -> None:
+    stream = CountingStream()
+    logger = configure_logging(json=True, level="INFO", stream=stream, redactor=Redactor())
+    app = RequestMiddleware(AsyncMock(), Metrics(CollectorRegistry()), logger, Port.TENANTS)
+    for _ in range(3):
+        await call_app(app)
+    assert stream.flushes == 0
+    await asyncio.sleep(0)
+    assert stream.flushes == 1
+    await call_app(app)
+    logger.info("other")
+    assert stream.flushes == 2
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["request.ended"] * 4 + ["other"]
 
 
 @pytest.mark.parametrize("json_lines", [True, False])
