@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import msgspec
 import structlog
@@ -95,6 +96,13 @@ Overloaded.
 """
 
 
+class _ReadBatch(Struct):
+    """Tasks by their reservations, which one call of the store reads."""
+
+    rows: dict[str, tuple[Task, int] | None]
+    reading: asyncio.Task[None] | None = None
+
+
 class _Query(Struct):
     """A query at the upstream, shared by all readers within an interval."""
 
@@ -117,7 +125,8 @@ class TaskReader:
     waits: TenantSlots = field(default_factory=lambda: TenantSlots(MAX_WAITS))
     downloads: TenantSlots = field(default_factory=lambda: TenantSlots(MAX_DOWNLOADS))
     _queries: OrderedDict[str, _Query] = field(default_factory=OrderedDict, init=False)
-    _reads: dict[str, asyncio.Task[Sequence[tuple[Task, int] | None]]] = field(default_factory=dict, init=False)
+    _reads: dict[str, _ReadBatch] = field(default_factory=dict, init=False)
+    _next_batch: _ReadBatch | None = field(default=None, init=False)
     _subscribed: dict[str, tuple[TaskReference, str]] = field(default_factory=dict, init=False)
     _verifications: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
 
@@ -223,7 +232,7 @@ class TaskReader:
             return cached
         can_recreate = True
         try:
-            (stored,) = await self._touch_shared(reference.reservation)
+            stored = await self._touch_shared(reference.reservation)
         except LedgerUnavailable:
             stored, can_recreate = None, False
         if stored:
@@ -253,7 +262,7 @@ class TaskReader:
 
     async def _verify(self, reference: TaskReference, task_id: str) -> None:
         try:
-            (stored,) = await self._touch_shared(reference.reservation)
+            stored = await self._touch_shared(reference.reservation)
             if stored:
                 self.cache.put(*stored)
             if stored is None or not stored[0].state.is_final:
@@ -263,13 +272,29 @@ class TaskReader:
         except Exception:  # noqa: BLE001 - the task is not awaited
             _log.exception("task.restore_failed", reservation=reference.reservation)
 
-    async def _touch_shared(self, reservation: str) -> Sequence[tuple[Task, int] | None]:
-        """Read a task; concurrent readers share one call."""
-        read = self._reads.get(reservation)
-        if read is None:
-            read = self._reads[reservation] = asyncio.ensure_future(self.tasks.touch([reservation]))
-            read.add_done_callback(lambda _: self._reads.pop(reservation))
-        return await asyncio.shield(read)
+    async def _touch_shared(self, reservation: str) -> tuple[Task, int] | None:
+        """Read a task in one call with all that are read in this iteration of the loop, or are being read."""
+        batch = self._reads.get(reservation)
+        if batch is None:
+            batch = self._next_batch
+            if batch is None or len(batch.rows) >= _BATCH_SIZE:
+                batch = self._next_batch = _ReadBatch({})
+                batch.reading = asyncio.create_task(self._read_batch(batch))
+            batch.rows[reservation] = None
+            self._reads[reservation] = batch
+        await asyncio.shield(cast("asyncio.Task[None]", batch.reading))
+        return batch.rows[reservation]
+
+    async def _read_batch(self, batch: _ReadBatch) -> None:
+        if self._next_batch is batch:
+            self._next_batch = None
+        try:
+            rows = await self.tasks.touch(list(batch.rows))
+            batch.rows = dict(zip(batch.rows, rows, strict=True))
+        finally:
+            batch.reading = None  # it holds the batch
+            for reservation in batch.rows:
+                del self._reads[reservation]
 
     async def _query_upstream(self, reference: TaskReference, task_id: str, *, can_recreate: bool) -> CachedTask:
         """Query the upstream for a lost task, once per task and interval."""

@@ -158,6 +158,14 @@ async def test_many_waiters_cost_one_read_and_one_check_per_interval(gateway: Us
     assert count_touches(gateway) == 1
 
 
+async def test_tasks_that_are_read_at_the_same_time_cost_one_call(gateway: UseCases) -> None:
+    tasks, reader = [await gateway.submit_task() for _ in range(3)], gateway.make_reader(interval=LONG_SECONDS)
+    read = await asyncio.gather(*(reader.read(gateway.tenant, task.id) for task in tasks))
+    assert [cached.task for cached in read] == tasks
+    assert count_touches(gateway) == 1
+    assert not reader._reads
+
+
 async def test_cancelled_reader_does_not_cancel_others(gateway: UseCases) -> None:
     task, reader = await gateway.submit_task(), gateway.make_reader(interval=LONG_SECONDS)
     first, second = (asyncio.create_task(reader.read(gateway.tenant, task.id)) for _ in range(2))
