@@ -14,13 +14,15 @@ from service.domain.errors import MalformedRequest
 from service.domain.tasks import Artifact, Backlog, Cost, CostBasis, Kind, State, Task, TaskError
 from service.storage.deliveries import delivery_arguments
 from service.storage.ledger import KEEP_USAGE_MS, Retention
-from service.storage.redis import Keys, RedisScripts, overdue_ms, parse_server_time, parse_withscores
+from service.storage.redis import Keys, RedisScripts, overdue_ms, parse_server_time
 from service.usecases.caches import TaskCache
 from service.usecases.ports import CheckResult, ClaimedCheck, TaskPage
 
 _log = structlog.get_logger(__name__)
-_BATCH_SIZE = 100
-_MAX_SCANNED = 2_000
+_FILTERED_BATCH_SIZE = 100
+"""The tasks that a list with a filter reads first; each later batch has as many as were read before."""
+_MAX_SCANNED = 800
+"""The tasks that one request reads at most: 2 ms of a process's CPU."""
 _LOST_ERROR = TaskError("task-lost", "The upstream no longer knows this task. It may have been charged.")
 _UNUSABLE_ERROR = TaskError(
     "result-unusable", "The upstream returned no usable status of this task. It may have been charged."
@@ -47,6 +49,13 @@ class _StoredTask(Struct):
     cost: Cost = Cost(0, 0, CostBasis.UNKNOWN)
     webhook_url: str | None = None
     trace_context: str | None = None
+
+
+class _TaskLabels(Struct):
+    """The part of a task in Redis that lists select by."""
+
+    kind: Kind
+    state: State
 
 
 class RedisTaskStore:
@@ -84,37 +93,57 @@ class RedisTaskStore:
         bounded.
         """
         position = _decode_cursor(cursor, tenant) if cursor else None
-        matches: list[Task] = []
-        scanned = 0
+        matches: list[tuple[str, bytes]] = []
+        is_filtered = not (state is None and kind is None)
+        scanned, first_batch = 0, max(limit + 1, _FILTERED_BATCH_SIZE) if is_filtered else limit + 1
         while len(matches) <= limit and scanned < _MAX_SCANNED:
-            ids = await self._read_ids_after(tenant, position)
-            if not ids:
-                return TaskPage(tuple(matches), None)
-            rows = await self._scripts.read(*(("GET", self._keys.task(reservation)) for reservation, _ in ids))
-            stored = [(reservation, packed) for (reservation, _), packed in zip(ids, rows, strict=True) if packed]
-            tasks = [_decode_task(*item) for item in stored]
-            matches += [task for task in tasks if state in {None, task.state} and kind in {None, task.kind}]
+            # Doubles, since tasks that have expired may be in the index for long.
+            count = min(max(first_batch, scanned), _MAX_SCANNED - scanned)
+            ids, position = await self._read_ids_after(tenant, position, count)
+            rows = (await self._scripts.read(("MGET", *map(self._keys.task, ids))))[0] if ids else []
+            matches += [
+                (reservation, packed)
+                for reservation, packed in zip(ids, rows, strict=True)
+                if packed and (not is_filtered or _has_labels(packed, state, kind))
+            ]
             scanned += len(ids)
-            position = ids[-1]
-        page = tuple(matches[:limit])
-        last = (page[-1].reservation, page[-1].created_at) if len(matches) > limit else position
-        return TaskPage(page, _encode_cursor(last, tenant) if last else None)
+            if position is None:
+                break
+        page = tuple(_decode_task(*match) for match in matches[:limit])
+        if len(matches) > limit:
+            position = page[-1].reservation, page[-1].created_at
+        return TaskPage(page, _encode_cursor(position, tenant) if position else None)
 
-    async def _read_ids_after(self, tenant: int, position: tuple[str, int] | None) -> list[tuple[str, int]]:
-        """Read the next batch of ids and creation times, newest first and larger id first."""
+    async def _read_ids_after(
+        self, tenant: int, position: tuple[str, int] | None, count: int
+    ) -> tuple[list[str], tuple[str, int] | None]:
+        """Read up to `count` ids, newest first and larger id first.
+
+        Returns also the position of the last one, None at the end of the list.
+        """
         newest: int | str = position[1] if position else "+inf"
         offset = 0
         while True:
-            page = ("LIMIT", offset, _BATCH_SIZE)
+            page = ("LIMIT", offset, count)
             (rows,) = await self._scripts.read(
                 ("ZREVRANGEBYSCORE", self._keys.tenant_tasks(tenant), newest, "-inf", "WITHSCORES", *page)
             )
-            ids = parse_withscores(rows)
-            # Many tasks may have the same time: those up to the position are skipped by their ids.
-            following = [row for row in ids if not position or (row[1], row[0]) < (position[1], position[0])]
-            if following or len(ids) < _BATCH_SIZE:
-                return following
-            offset += _BATCH_SIZE
+            members, scores = rows[::2], rows[1::2]
+            if position:
+                # Many tasks may have the same time: those up to the position are skipped by their ids.
+                reservation, created_at = position[0].encode(), position[1]
+                skipped = 0
+                while (
+                    skipped < len(members) and members[skipped] >= reservation and float(scores[skipped]) == created_at
+                ):
+                    skipped += 1
+                members = members[skipped:]
+            ids = [str(member, "ascii") for member in members]
+            if len(scores) < count:
+                return ids, None
+            if ids:
+                return ids, (ids[-1], int(float(scores[-1])))
+            offset += count
 
     async def claim_checks(self, limit: int) -> Sequence[ClaimedCheck]:
         now, *rows = await self._scripts.call(
@@ -171,6 +200,11 @@ class RedisTaskStore:
             deliveries=delivery_arguments(keys),
         )
         return (_decode_task(task.reservation, rest[0]), now) if status == b"recorded" else None
+
+
+def _has_labels(packed: bytes, state: State | None, kind: Kind | None) -> bool:
+    labels = msgspec.msgpack.decode(packed, type=_TaskLabels)
+    return state in {None, labels.state} and kind in {None, labels.kind}
 
 
 def _decode_task(reservation: str, packed: bytes) -> Task:

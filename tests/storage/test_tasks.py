@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from service.domain.ledger import Balance, ReservationState
 from service.domain.tasks import Cost, CostBasis, State
 from service.domain.tenants import Window
+from service.storage import tasks as tasks_module
 from service.usecases.ports import CheckOutcome, CheckResult, TaskPage
 from tests.storage.seeded_store import FIRST, RETENTION, TENANT, SeededStore
 
@@ -35,6 +38,26 @@ async def test_list_of_one_millisecond(store: SeededStore) -> None:
     ended = await store.record_check(SUCCEEDED_CHECK)
     assert await read_all_pages(store, 5, State.SUCCEEDED) == [ended.reservation]
     assert len(await read_all_pages(store, 50, State.QUEUED)) == 229
+
+
+async def test_list_with_gaps(store: SeededStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request reads a bounded number of tasks, expired ones included; the next one goes on after them."""
+    monkeypatch.setattr(tasks_module, "_MAX_SCANNED", 8)
+    names = [f"r{number:02}" for number in range(20)]
+    for name in names:
+        await store.advance_clock(1)
+        await store.accept(name)
+    await store.client.delete(*(store.keys.task(name) for name in names[2:18]))
+    newest, empty, oldest = "r19 r18", "", "r01 r00"
+    cursor, pages = None, list[str]()
+    while len(pages) < 9:
+        page = await read_page(store, cursor, 2, State.QUEUED)
+        pages.append(" ".join(task.reservation for task in page.tasks))
+        cursor = page.next_cursor
+        if cursor is None:
+            break
+    assert pages == [newest, empty, oldest]
+    assert await read_all_pages(store, 2) == [*newest.split(), *oldest.split()]
 
 
 async def test_list_that_changes(store: SeededStore) -> None:
