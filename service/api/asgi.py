@@ -117,7 +117,7 @@ class RequestMiddleware:
             self._handle = ProxyHeadersMiddleware(self._handle, [str(network) for network in trusted_proxies])
         self._metrics = metrics
         self._logger = logger.bind()  # a logger of structlog that is not bound is bound anew for each event
-        self._port = str(port.value)  # a property of Python
+        self._port = str(port.value)  # `.value` of an enum is computed at each access
         self._tracer = tracer
         self._is_tracing = not isinstance(tracer, NoOpTracer)
         self._refusal_logged_at: dict[str, float] = {}
@@ -168,7 +168,7 @@ class RequestMiddleware:
         bind_contextvars(request_id=request_id, **({"trace_id": trace_id} if trace_id else {}))
         started_at = time.perf_counter()
         self._metrics.requests_in_progress[self._port] += 1
-        with logging.measure_upstream_wait() as upstream_wait:
+        with logging.WaitTimer() as upstream_wait:
             try:
                 await self._app(scope, receive, recorder.send)
             except errors.ClientDisconnected:
@@ -185,10 +185,9 @@ class RequestMiddleware:
                 status = recorder.status or CLIENT_DISCONNECTED_STATUS
                 route = scope.get("path_template") or UNMATCHED_ROUTE
                 outcome, tenant = state.get(errors.OUTCOME, OUTCOME_ANSWERED), state.get(TENANT)
-                if span.is_recording():
-                    tracing.record_request_end(
-                        span, method, recorder.status, route=scope.get("path_template"), outcome=outcome, tenant=tenant
-                    )
+                tracing.record_request_end(
+                    span, method, recorder.status, route=scope.get("path_template"), outcome=outcome, tenant=tenant
+                )
                 self._metrics.record_request(self._port, method, route, status, seconds, is_stream=LONG_LIVED in state)
                 waited = upstream_wait.seconds
                 self._logger.info(

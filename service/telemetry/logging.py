@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import partial
@@ -65,7 +65,6 @@ class WaitTimer:
 
 
 _CURRENT_TIMER: ContextVar[WaitTimer | None] = ContextVar("upstream_wait", default=None)
-measure_upstream_wait = WaitTimer
 
 
 @contextmanager
@@ -154,7 +153,8 @@ class _LineWriter(structlog.BytesLogger):
 
     def _flush_due_lines(self) -> None:
         self._is_flush_due = False
-        with self._lock:
+        # The event loop reports errors of callbacks to this log, and would end. The lines stay in the buffer.
+        with self._lock, suppress(OSError):
             self._flush()
 
     info = msg

@@ -40,7 +40,6 @@ def start_request_span(tracer: Tracer, scope: Mapping[str, Any]) -> Iterator[Spa
     if isinstance(tracer, NoOpTracer) or scope["path"] in PROBE_PATHS:
         yield trace.get_current_span(context)
         return
-    # Not within the current span: the server may start a pipelined request in the context of another one.
     span = tracer.start_span(_method_name(scope["method"]), context, SpanKind.SERVER, _request_attributes(scope))
     with _record(span):
         yield span if span.is_recording() else trace.get_current_span(context)

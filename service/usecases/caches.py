@@ -127,7 +127,7 @@ class TaskCache:
         cached = self._tasks.get(task.reservation)
         if cached and (_version_rank(cached.task), _is_stale_read(cached.task, task)) > (_version_rank(task), False):
             return cached
-        content = cached.content if cached and _is_same(cached.task, task) else None
+        content = cached.content if cached and cached.content and _is_same(cached.task, task) else None
         updated = self._tasks[task.reservation] = CachedTask(task, known_at, time.monotonic(), is_recorded, content)
         self._tasks.move_to_end(task.reservation)
         while len(self._tasks) > MAX_CACHED_TASKS + len(self._subscriptions):
@@ -171,10 +171,8 @@ class TaskCache:
             or time.monotonic() - cached.monotonic_at <= FINISHED_TTL_SECONDS
         ):
             return False
-        age_ms = int(cached.age_seconds * 1000)
-        self._tasks[reservation] = CachedTask(
-            cached.task, cached.task.last_checked_at + age_ms, time.monotonic(), content=cached.content
-        )
+        cached.known_at = cached.task.last_checked_at + int(cached.age_seconds * 1000)
+        cached.monotonic_at = time.monotonic()
         return True
 
     @contextmanager

@@ -282,7 +282,16 @@ class TaskReader:
                 batch.reading = asyncio.create_task(self._read_batch(batch))
             batch.rows[reservation] = None
             self._reads[reservation] = batch
-        await asyncio.shield(cast("asyncio.Task[None]", batch.reading))
+        try:
+            await asyncio.shield(cast("asyncio.Task[None]", batch.reading))
+        except GatewayError:
+            raise
+        except Exception:
+            if len(batch.rows) == 1:
+                raise
+            # One that can't be decoded must not fail the others.
+            (row,) = await self.tasks.touch([reservation])
+            return row
         return batch.rows[reservation]
 
     async def _read_batch(self, batch: _ReadBatch) -> None:

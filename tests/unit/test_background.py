@@ -192,7 +192,7 @@ async def test_waits_in_child_tasks_count() -> None:
             await go.wait()
 
     async def request(work: list[asyncio.Task[None]]) -> float | None:
-        with logging.measure_upstream_wait() as mine:
+        with logging.WaitTimer() as mine:
             if work:
                 return mine.seconds
             work.append(asyncio.create_task(waits()))

@@ -126,6 +126,20 @@ async def test_the_requests_of_an_iteration_are_written_at_once_before_any_other
     assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["request.ended"] * 4 + ["other"]
 
 
+class BrokenStream(io.BytesIO):
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+async def test_lines_that_cannot_be_written_are_no_error_of_the_event_loop() -> None:
+    reported: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    logger = configure_logging(json=True, level="INFO", stream=BrokenStream(), redactor=Redactor())
+    await call_app(RequestMiddleware(AsyncMock(), Metrics(CollectorRegistry()), logger, Port.TENANTS))
+    await asyncio.sleep(0)
+    assert reported == []
+
+
 @pytest.mark.parametrize("json_lines", [True, False])
 @pytest.mark.parametrize("hostile", ["a\nb", "\x1b[2J\x9b\x7f\b\0\x85", 'x\n{"event": "token.created"}\r"\'}'])
 def test_a_value_forges_no_line_and_controls_no_terminal(hostile: str, *, json_lines: bool) -> None:

@@ -166,6 +166,15 @@ async def test_tasks_that_are_read_at_the_same_time_cost_one_call(gateway: UseCa
     assert not reader._reads
 
 
+async def test_a_damaged_task_does_not_fail_others_that_are_read_at_the_same_time(gateway: UseCases) -> None:
+    tasks, reader = [await gateway.submit_task() for _ in range(3)], gateway.make_reader(interval=LONG_SECONDS)
+    await gateway.client.set(gateway.keys.task(tasks[0].reservation), b"damaged")
+    reads = (reader.read(gateway.tenant, task.id) for task in tasks)
+    damaged, *read = await asyncio.gather(*reads, return_exceptions=True)
+    assert isinstance(damaged, Exception)
+    assert [item.task for item in read if not isinstance(item, BaseException)] == tasks[1:]
+
+
 async def test_cancelled_reader_does_not_cancel_others(gateway: UseCases) -> None:
     task, reader = await gateway.submit_task(), gateway.make_reader(interval=LONG_SECONDS)
     first, second = (asyncio.create_task(reader.read(gateway.tenant, task.id)) for _ in range(2))
