@@ -25,7 +25,7 @@ from service.domain.errors import GatewayError
 from service.domain.hosts import IpNetwork
 from service.server import CLIENT_TOO_SLOW
 from service.telemetry import logging, tracing
-from service.telemetry.logging import OUTCOME_ANSWERED, REQUEST_EVENT
+from service.telemetry.logging import OUTCOME_ANSWERED
 from service.telemetry.metrics import OTHER_LABEL, UNMATCHED_ROUTE, Metrics, Port
 from service.telemetry.redaction import SafeText
 
@@ -191,7 +191,7 @@ class RequestMiddleware:
                 self._metrics.record_request(self._port, method, route, status, seconds, is_stream=LONG_LIVED in state)
                 waited = upstream_wait.seconds
                 self._logger.info(
-                    REQUEST_EVENT,
+                    "request.ended",
                     method=method,
                     path=SafeText(path) if IS_PATH_SAFE in state or path == route else quote(path)[:_MAX_PATH_CHARS],
                     status=status,

@@ -266,11 +266,11 @@ async def test_replaced_node(cluster: RunningStore) -> None:
         scripts = RedisScripts(connections.commands)
         with announce_port(cluster, port):
             async with run_proxy(cluster.server, port):
-                assert await scripts.read(("GET", "{gw}:x")) == [None]
+                assert await scripts.read(("GET", "{gw}:replaced")) == [None]
         async with run_proxy(cluster.server, port, dropped=b"{gw}"):
             with pytest.raises(LedgerUnavailable):
-                await scripts.read(("GET", "{gw}:x"))
-            assert await scripts.read(("GET", "{gw}:x")) == [None]
+                await scripts.read(("GET", "{gw}:replaced"))
+            assert await scripts.read(("GET", "{gw}:replaced")) == [None]
 
 
 async def expect_unavailable(url: str) -> None:
