@@ -50,6 +50,8 @@ _BATCH_SIZE = 100
 MAX_RECREATE_AGE_SECONDS = 30 * 86_400
 """A lost task is recreated up to this age: reservations are kept longer, whatever the settings."""
 _EMPTY_JSON = msgspec.Raw(b"{}")
+NEW_TASK_SECONDS = 300
+"""Up to this age a task that neither the store nor the upstream knows is 503, not 404."""
 RECENT_END_SECONDS = 300.0
 """For this long after a task's end, its results may not be in the vendor's store yet."""
 
@@ -316,8 +318,10 @@ class TaskReader:
                 self._queries.popitem(last=False)
         with upstream_wait():  # for all readers that share the query
             check = await asyncio.shield(query.check)
+        # The upstream's "not found or of unknown state" can pass, and a new task may not be settled yet.
+        is_new = self.now() - reference.created_at / 1000 < NEW_TASK_SECONDS
         if check.outcome in {CheckOutcome.NO_RESPONSE, CheckOutcome.INVALID} or (
-            check.outcome is CheckOutcome.NOT_FOUND and not can_recreate
+            check.outcome is CheckOutcome.NOT_FOUND and (is_new or not can_recreate)
         ):
             raise UpstreamUnavailable(
                 "This task can't be read at the moment. Try again.", retry_after=self.interval_seconds

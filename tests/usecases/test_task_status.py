@@ -16,7 +16,7 @@ from service.domain.ledger import ReservationState
 from service.domain.tasks import State, Task
 from service.usecases import caches, task_status
 from service.usecases.ports import CheckOutcome
-from service.usecases.task_status import MAX_RECREATE_AGE_SECONDS, TaskReader
+from service.usecases.task_status import MAX_RECREATE_AGE_SECONDS, NEW_TASK_SECONDS, TaskReader
 from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
 from tests.support.valkey import Valkey
 from tests.unit.asgi_client import Message, make_http_scope
@@ -66,13 +66,16 @@ async def test_unavailable_ledger_and_upstream_is_503(gateway: UseCases) -> None
 
 async def test_lost_task_that_the_upstream_does_not_know(gateway: UseCases) -> None:
     task, reader = await gateway.submit_task(lost=True), gateway.make_reader(interval=0)
-    gateway.upstream.queue_checks(CheckOutcome.NOT_FOUND)
+    gateway.upstream.queue_checks(CheckOutcome.NOT_FOUND, CheckOutcome.NOT_FOUND)
+    with pytest.raises(UpstreamUnavailable):  # it may not be settled yet
+        await reader.read(gateway.tenant, task.id)
+    await gateway.advance(NEW_TASK_SECONDS * 1000)
     with pytest.raises(NotFound):
         await reader.read(gateway.tenant, task.id)
     await gateway.change_registry(drop_accounts=tuple(gateway.registry.current.accounts.values()))
     with pytest.raises(NotFound):
         await reader.read(gateway.tenant, task.id)
-    assert len(gateway.upstream.checks) == 1
+    assert len(gateway.upstream.checks) == 2
     assert await gateway.reservations() == {}
 
 
