@@ -203,6 +203,11 @@ class Auditor:
     def _started(self, content: str) -> float:
         return min(attempt.started_at for attempt in self.attempts[content])
 
+    def _is_astride(self, content: str) -> bool:
+        """Return whether it may have been reserved before or after the store was emptied."""
+        ended_at = max(attempt.ended_at for attempt in self.attempts[content]) + SETTLEMENT_SECONDS
+        return self.history.epoch(self._started(content)) != self.history.epoch(ended_at)
+
     def _is_excused(self, content: str) -> bool:
         """Return whether the store was emptied after the submission had begun."""
         return bool(self.history.flushed_at) and self._started(content) <= self.history.flushed_at[-1]
@@ -341,7 +346,9 @@ class Auditor:
         times += [(item["created_at"], "") for item in books.unknown]
         epochs: dict[tuple[int, str, str], int] = Counter()
         for created_at, content in times:
-            epoch = self.history.epoch(self._started(content)) if content else len(self.history.flushed_at)
+            if self.history.flushed_at and (not content or self._is_astride(content)):
+                continue
+            epoch = self.history.epoch(self._started(content)) if content else 0
             for window, key in (("minute", created_at[:16]), ("day", created_at[:10]), ("total", "")):
                 epochs[epoch, window, key] += 1
         for limit in tenant.body["limits"]:
@@ -350,6 +357,8 @@ class Auditor:
                     self._report("over-admitted", f"{tenant.name}: {count} tasks in {window} {key}")
         charged: Counter[tuple[int, str]] = Counter()
         for task in self._charged_tasks(tenant):
+            if self._is_astride(task.content):
+                continue
             charged[self.history.epoch(self._started(task.content)), "money"] += task.money
         for limit in tenant.body["limits"]:
             if "money" in limit and any(amount > limit["money"] for amount in charged.values()):
