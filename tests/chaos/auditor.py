@@ -33,7 +33,7 @@ EXCLUSIVE_ACCOUNTS = frozenset({"rich", "capped", "paid", "reserve"})
 
 
 @dataclass
-class Books:
+class TenantReport:
     """What the gateway reports of a tenant in the end."""
 
     tasks: dict[str, dict[str, Any]]
@@ -87,14 +87,14 @@ class Auditor:
     def _may_be_overdue(self, attempt: Attempt) -> bool:
         """Return whether the clock passed its lease before its outcome, which may be written some time after it."""
         end = min(attempt.ended_at, time.monotonic())
-        is_late = not attempt.status or any(
-            self.history.is_affected(name, end, end) for name in ("store-", "connections-cut", "answers-lost")
-        )
-        until = end + (SETTLEMENT_SECONDS if is_late else 1)
+        until = end + (SETTLEMENT_SECONDS if not attempt.status or self.history.is_cut_off(end, end) else 1)
         return any(attempt.started_at <= advanced_at <= until for advanced_at in self.history.advanced_at)
 
     async def _get(self, tenant: TenantCase, path: str, *, attempts: int = 40) -> Any:
-        """Read as a tenant, again while the answer is 503 or the connection fails; None after all attempts."""
+        """Read as a tenant, again while the answer is 503 or the connection fails.
+
+        Returns None for any other error, which is reported, and after a single attempt.
+        """
         headers = {"Authorization": f"Bearer {tenant.token}"}
         for attempt in range(attempts):
             if attempt:
@@ -203,8 +203,8 @@ class Auditor:
     def _started(self, content: str) -> float:
         return min(attempt.started_at for attempt in self.attempts[content])
 
-    def _is_astride(self, content: str) -> bool:
-        """Return whether it may have been reserved before or after the store was emptied."""
+    def _spans_loss(self, content: str) -> bool:
+        """Return whether the store was emptied between its first request and its settlement."""
         ended_at = max(attempt.ended_at for attempt in self.attempts[content]) + SETTLEMENT_SECONDS
         return self.history.epoch(self._started(content)) != self.history.epoch(ended_at)
 
@@ -253,7 +253,7 @@ class Auditor:
     def _was_stopped(self, attempt: Attempt) -> bool:
         return self.history.is_affected("gateway-", attempt.started_at, attempt.ended_at)
 
-    async def _read_books(self, tenant: TenantCase) -> Books:
+    async def _read_books(self, tenant: TenantCase) -> TenantReport:
         tasks: dict[str, dict[str, Any]] = {}
         for task_id in tenant.tasks:
             if found := await self._get(tenant, f"/v1/tasks/{task_id}"):
@@ -267,13 +267,13 @@ class Auditor:
         for task in tasks.values():
             content = task["metadata"].get("content") or tenant.tasks.get(task["id"], "")
             by_content[content].append(task)
-        return Books(tasks, by_content, unknown, refunded, usage, policies)
+        return TenantReport(tasks, by_content, unknown, refunded, usage, policies)
 
     async def _read_submissions(self, tenant: TenantCase, ids: Sequence[str]) -> list[dict[str, Any]]:
         found = [await self._get(tenant, f"/v1/submissions/{submission}") for submission in ids]
         return [item for item in found if item]
 
-    def _check_tasks(self, tenant: TenantCase, books: Books) -> None:
+    def _check_tasks(self, tenant: TenantCase, books: TenantReport) -> None:
         """Every accepted task can be read with its end, or is an unknown submission of its kind."""
         missing: Counter[str] = Counter()
         unknown_ids = {item["id"] for item in books.unknown}
@@ -292,12 +292,12 @@ class Auditor:
             if accepted and not known and not named and not self._is_excused(content):
                 missing[accepted[0].kind] += 1
         # Old routes have no metadata: a task whose caller left is known by its id only.
-        nameless = Counter(task["kind"] for task in books.by_content.get("", ()))
+        without_content = Counter(task["kind"] for task in books.by_content.get("", ()))
         unknown = Counter(item["kind"] for item in books.unknown if item["id"] not in submissions)
-        for kind, count in (missing - unknown - nameless).items():
+        for kind, count in (missing - unknown - without_content).items():
             self._report("lost", f"{tenant.name}: {count} tasks of {kind} are neither readable nor unknown")
 
-    def _check_sums(self, tenant: TenantCase, books: Books) -> None:
+    def _check_sums(self, tenant: TenantCase, books: TenantReport) -> None:
         """Windows count accepted and unknown submissions less the refunds, and so does the usage."""
         total = books.usage["total"]
         counted = total["tasks"]["succeeded"] + total["tasks"]["failed"] + total["tasks"]["unknown"]
@@ -315,7 +315,7 @@ class Auditor:
         if counted < sure or len(books.tasks) > accepted:
             self._report("books", f"{tenant.name}: {counted} counted, but the vendor accepted {accepted}")
 
-    def _check_windows(self, tenant: TenantCase, books: Books) -> None:
+    def _check_windows(self, tenant: TenantCase, books: TenantReport) -> None:
         """Each current window counts the submissions that were reserved in it, less those refunded."""
         created = [item["created_at"] for item in (*books.tasks.values(), *books.unknown)]
         refunded = [item["created_at"] for item in books.refunded]
@@ -328,7 +328,7 @@ class Auditor:
             if policy["used"] != expected:
                 self._report("books", f"{tenant.name}: {name} has {policy['used']} used instead of {expected}")
 
-    def _check_spending(self, tenant: TenantCase, books: Books) -> None:
+    def _check_spending(self, tenant: TenantCase, books: TenantReport) -> None:
         """The usage has the sums of the costs of all tasks, by basis."""
         spent = books.usage["total"]["spent"]
         for basis in ("observed", "estimated"):
@@ -337,7 +337,7 @@ class Auditor:
             if sums != spent[basis]:
                 self._report("books", f"{tenant.name}: {basis} costs are {sums}, the usage has {spent[basis]}")
 
-    def _check_limits(self, tenant: TenantCase, books: Books) -> None:
+    def _check_limits(self, tenant: TenantCase, books: TenantReport) -> None:
         """No window of a limit has more submissions, by the time of their reservation, nor has the total."""
         if not tenant.has_constant_limits:
             return
@@ -346,7 +346,7 @@ class Auditor:
         times += [(item["created_at"], "") for item in books.unknown]
         epochs: dict[tuple[int, str, str], int] = Counter()
         for created_at, content in times:
-            if self.history.flushed_at and (not content or self._is_astride(content)):
+            if self.history.flushed_at and (not content or self._spans_loss(content)):
                 continue
             epoch = self.history.epoch(self._started(content)) if content else 0
             for window, key in (("minute", created_at[:16]), ("day", created_at[:10]), ("total", "")):
@@ -357,7 +357,7 @@ class Auditor:
                     self._report("over-admitted", f"{tenant.name}: {count} tasks in {window} {key}")
         charged: Counter[tuple[int, str]] = Counter()
         for task in self._charged_tasks(tenant):
-            if self._is_astride(task.content):
+            if self._spans_loss(task.content):
                 continue
             charged[self.history.epoch(self._started(task.content)), "money"] += task.money
         for limit in tenant.body["limits"]:

@@ -85,6 +85,10 @@ class History:
         """Return how often the store had lost everything by then."""
         return sum(flushed_at <= at for flushed_at in self.flushed_at)
 
+    def is_cut_off(self, start: float, end: float) -> bool:
+        """Return whether gateways were cut off from the store at some time of an interval."""
+        return any(self.is_affected(name, start, end) for name in ("store-", "connections-cut", "answers-lost"))
+
     def is_affected(self, name: str, start: float, end: float) -> bool:
         """Return whether a fault whose name starts so overlaps an interval."""
         return any(

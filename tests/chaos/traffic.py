@@ -372,11 +372,7 @@ class Traffic:
                     self.history.add_violation("wrong answer", f"events of {task}: {response.status_code}")
         known = [_STATES.index(state) if state in _STATES else len(_STATES) for state in states]
         # Without its store a gateway shows what the vendor says, which the store may not know yet.
-        is_cut_off = any(
-            self.history.is_affected(name, started_at, time.monotonic())
-            for name in ("store-", "connections-cut", "answers-lost")
-        )
-        if known != sorted(known) and not is_cut_off:
+        if known != sorted(known) and not self.history.is_cut_off(started_at, time.monotonic()):
             self.history.add_violation("wrong answer", f"events of {task}: {states}")
 
     async def _operate(self, randomness: random.Random) -> None:

@@ -120,7 +120,7 @@ class VendorTask:
     money: int
     is_charged: bool = True
     is_refunded: bool = False
-    was_denied: bool = False
+    was_reported_unknown: bool = False
 
     def finish(self) -> bool:
         """Return whether it has ended; charge or refund it then."""
@@ -268,10 +268,10 @@ class Vendor:
         if fault == "check-slow":
             await asyncio.sleep(self.randomness.uniform(0.3, 2))
         content: dict[str, Any] = {"err_code": 0, "status": "Processing"}
-        if task is None or (fault == "check-unknown" and not task.was_denied):
-            # Once per task: denied before and after a clock step it would count as lost.
+        if task is None or (fault == "check-unknown" and not task.was_reported_unknown):
+            # Once per task: unknown before and after a clock step, it would count as lost.
             if task:
-                task.was_denied = True
+                task.was_reported_unknown = True
             content = {"err_code": 1, "err_msg": "任务未找到或状态未知"}
         elif task.finish():
             status = "Failed" if task.fails else self.randomness.choice(["Completed", "COMPLETED"])
