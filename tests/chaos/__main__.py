@@ -43,7 +43,7 @@ def main(seconds: float, seed: int | None, topology: str, faults: str, replays: 
     names = tuple(faults.split(",")) if faults else ALL_FAULTS
     if unknown := sorted(set(names) - set(ALL_FAULTS)):
         raise click.BadParameter(
-            f"unknown: {', '.join(unknown)}; known: {', '.join(ALL_FAULTS)}", param_hint="--faults"
+            f"unknown: {', '.join(unknown)}; known: {', '.join(ALL_FAULTS)}", param_hint="CHAOS_FAULTS"
         )
     plan = Plan(secrets.randbelow(10**6) if seed is None else seed, seconds, topology, names)
     click.echo(f"{plan.command}: {seconds:.0f} s of faults, then the audit")
