@@ -187,6 +187,15 @@ def test_token_of_metrics(role: str, tmp_path: Path) -> None:
     assert endpoint["authorization"] == {"credentials": {"name": "scraping", "key": "metrics-token"}}
 
 
+def test_named_operators(tmp_path: Path) -> None:
+    """With operators of their own the admin token is optional."""
+    digest = "0" * 64
+    given = ['secrets.adminToken.existingSecret=""', f'settings.operators="ops:admin:{digest}"', "registry.enabled=false"]
+    settings = pod_settings(tmp_path, "production", "api", *given)
+    assert settings.admin_token is None
+    assert settings.operators
+
+
 def registry_job(*settings: str) -> tuple[Any, Any]:
     """Return the pod of the Job that applies the registry, and its container."""
     pod = get_resource(render_release("production", *settings), "Job", "-registry")["spec"]["template"]

@@ -5,7 +5,9 @@
 {{- $values := .values -}}
 {{- with .root -}}
 {{- /* A worker serves no operators. */ -}}
-{{- $secrets := $api | ternary .Values.secrets (omit .Values.secrets "adminToken") -}}
+{{- $secrets := .Values.secrets -}}
+{{- $noAdminToken := and .Values.settings.operators (not .Values.secrets.adminToken.existingSecret) -}}
+{{- if or (not $api) $noAdminToken }}{{ $secrets = omit $secrets "adminToken" }}{{ end -}}
 {{- if not .Values.secrets.metricsToken.existingSecret }}{{ $secrets = omit $secrets "metricsToken" }}{{ end -}}
 apiVersion: apps/v1
 kind: Deployment
