@@ -189,8 +189,8 @@ def test_token_of_metrics(role: str, tmp_path: Path) -> None:
 
 def test_named_operators(tmp_path: Path) -> None:
     """With operators of their own the admin token is optional."""
-    digest = "0" * 64
-    given = ['secrets.adminToken.existingSecret=""', f'settings.operators="ops:admin:{digest}"', "registry.enabled=false"]
+    operators = f'settings.operators="ops:admin:{"0" * 64}"'
+    given = ['secrets.adminToken.existingSecret=""', operators, "registry.enabled=false"]
     settings = pod_settings(tmp_path, "production", "api", *given)
     assert settings.admin_token is None
     assert settings.operators
