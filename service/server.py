@@ -22,6 +22,7 @@ from urllib.parse import unquote
 
 import httptools
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -39,6 +40,7 @@ _CLOSED_SHARE = 64
 _BACKLOG = 1024
 _MAX_DESCRIPTORS = 65_536
 _CANCEL_SECONDS = 5.0
+_CHUNKS_TO_JOIN = 1_000
 _USER_TIMEOUT_MS = 60_000
 _UNSENT_BYTES = 128 * 1024
 _HANDSHAKE_SECONDS = 0.1
@@ -300,7 +302,33 @@ class HttpServer:
             self._start_accepting()
 
 
-class _GuardedCycle(RequestResponseCycle):
+class _Cycle(RequestResponseCycle):
+    """A request and its response. The body is passed on in the parts that the parser made: uvicorn copies it twice."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.chunks: list[bytes] = []  # received, and not yet read by the application
+        self._chunk_bytes = 0
+
+    def add_chunk(self, chunk: bytes) -> None:
+        self.chunks.append(chunk)
+        if len(self.chunks) == _CHUNKS_TO_JOIN:
+            self.chunks = [b"".join(self.chunks)]  # each has an overhead of some 40 bytes
+        self._chunk_bytes += len(chunk)
+        if self._chunk_bytes > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        self.message_event.set()
+
+    async def receive(self) -> Any:
+        message: Any = await super().receive()
+        if message["type"] == "http.request":
+            message["body"] = self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
+            self.chunks.clear()
+            self._chunk_bytes = 0
+        return message
+
+
+class _GuardedCycle(_Cycle):
     """A response to HTTP/1.0, or to a client that waits for `100 Continue`."""
 
     _ends_with_connection = False
@@ -330,13 +358,15 @@ class _RefusedError(Exception):
 class HttpProtocol(HttpToolsProtocol):
     """One connection; also the transport of its responses."""
 
+    cycle: _Cycle
+
     def __init__(self, server: HttpServer) -> None:
         super().__init__(server.config, server.state, {})
         self.access_log = False
         self.deadline = self.read_deadline = float("inf")  # expiry in seconds of the loop's clock
         self._server = server
         self._limits = server.limits
-        self._active_cycle: RequestResponseCycle | None = None
+        self._active_cycle: _Cycle | None = None
         self._has_had_request = False
         self._is_in_head = False
         self._is_request_complete = True  # no request is being received
@@ -461,7 +491,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.scope["path"] = unquote(path) if "%" in path else path
         self.scope["raw_path"] = raw_path
         self.scope["query_string"] = url.query or b""
-        cycle = _GuardedCycle if version == "1.0" or self.expect_100_continue else RequestResponseCycle
+        cycle = _GuardedCycle if version == "1.0" or self.expect_100_continue else _Cycle
         self.cycle = cycle(
             scope=self.scope,
             transport=cast("Any", self),
@@ -483,7 +513,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._framing_bytes = 0
-        super().on_body(body)
+        if not self.cycle.response_complete:
+            self.cycle.add_chunk(body)
 
     def on_message_complete(self) -> None:
         if self._offers_upgrade:
@@ -498,7 +529,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         if self._active_cycle:
-            self._active_cycle.body.clear()  # nothing will read it
+            self._active_cycle.chunks.clear()  # nothing will read it
         self._active_cycle = None
         self.server_state.total_requests += 1
         if self.is_closing():
@@ -552,7 +583,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._active_cycle = cycle
+        self._active_cycle = cast("_Cycle", cycle)
         self.deadline = float("inf")  # the application limits the time of body and response
         super()._start_asgi_task(cycle, app)
 

@@ -7,6 +7,7 @@ import errno
 import gc
 import re
 import socket
+import sys
 import weakref
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
@@ -528,12 +529,35 @@ async def test_a_refused_body_neither_stays_in_memory_nor_delays_the_stop() -> N
     ):
         writer.write(build_request("/refuse", "Content-Length: 50001", method="POST") + bytes(50_000))
         await reader.readuntil(b"too large")
-        assert [len(connection.cycle.body) for connection in running.connections] == [0]
+        assert [len(connection.cycle.chunks) for connection in running.connections] == [0]
         stopping = asyncio.create_task(running.stop(60))
         await asyncio.sleep(0)
         writer.write(b"x")
         assert await reader.read() == b""
         await stopping
+
+
+async def test_a_body_of_tiny_chunks_takes_little_memory_until_it_is_read() -> None:
+    is_called, has_left, messages = asyncio.Event(), asyncio.Event(), asyncio.Queue[Any]()
+
+    async def app(_scope: Any, receive: Any, _send: Any) -> None:
+        is_called.set()
+        await has_left.wait()
+        messages.put_nowait(await receive())
+
+    async with run_http_server(app) as (running, url):
+        async with open_connection(url) as (_, writer):
+            head = build_request("/", "Transfer-Encoding: chunked", method="POST")
+            writer.write(head + chunked_body(*[b"xy"] * 20_000, end=False))
+            await is_called.wait()
+            (cycle,) = [connection.cycle for connection in running.connections]
+            while sum(map(len, cycle.chunks)) < 40_000:
+                await asyncio.sleep(0)
+            assert sum(map(sys.getsizeof, cycle.chunks)) < 100_000
+        while running.connections:
+            await asyncio.sleep(0)
+        has_left.set()
+        assert await messages.get() == {"type": "http.disconnect"}
 
 
 async def test_a_fault_in_a_refusal_does_not_end_the_deadlines() -> None:
