@@ -7,6 +7,7 @@ import io
 import struct
 import zlib
 from typing import Any
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -256,6 +257,21 @@ def test_segment_limit() -> None:
     for pieces, is_accepted in ((MAX_SEGMENTS, True), (MAX_SEGMENTS + 1, False)):
         data = b"\xff\xd8" + FRAME + SCAN + b"\xff\xfe\x00\x02" * (pieces - 4) + b"\xff\xd9"
         assert (inspect_size(data) is not None) is is_accepted
+
+
+def test_long_inspections_pause() -> None:
+    long_scan, tables = SCAN + b"\xff\x00" * 200_000, b"\xff\xdb\xff\xff" + bytes(65_533)
+    frame = anmf(0, 0, 8, 8, *[(b"EXIF", b"")] * 99, vp8l(8, 8))
+    for data, expected in (
+        (jpeg(FRAME, long_scan), 0),
+        (jpeg(FRAME, *[long_scan] * 20), 10),
+        (jpeg(*[tables] * 100, FRAME, SCAN), 10),
+        (animated(frame), 0),
+        (animated(*[frame] * 100), 10),
+    ):
+        pause = Mock()
+        inspect_image(data, pause)
+        assert expected <= pause.call_count <= 2 * expected
 
 
 def test_jpeg_marker_after_a_long_scan() -> None:
