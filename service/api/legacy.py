@@ -124,7 +124,12 @@ def legacy_routes(
 
             async def submit_upload() -> Submitted:
                 async with uploads.receive(
-                    request.scope, request.receive, part=_IMAGE_PART, owner=None, identify=identify
+                    request.scope,
+                    request.receive,
+                    part=_IMAGE_PART,
+                    owner=None,
+                    identify=identify,
+                    has_digest=False,  # without an idempotency key
                 ) as upload:
                     tenant = authenticate(request, upload.fields)
                     submitter.check_allowed(tenant, kind)

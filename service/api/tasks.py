@@ -116,7 +116,9 @@ def task_routes(
 
     async def submit_upload(request: Request[Any, Any, Any], tenant: Tenant, kind: Kind, key: str | None) -> Submission:
         # A function of its own, so that nothing holds the image while the end of the task is awaited.
-        async with uploads.receive(request.scope, request.receive, part=IMAGE_PART, owner=tenant.id) as upload:
+        async with uploads.receive(
+            request.scope, request.receive, part=IMAGE_PART, owner=tenant.id, has_digest=key is not None
+        ) as upload:
             tenant = tenant_auth.authenticate(request)  # again: the upload may have taken minutes
             submitter.check_allowed(tenant, kind)
             extras, option_fields = _split_fields(upload.fields)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import struct
 import threading
+import tracemalloc
+import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import nullcontext
@@ -13,6 +16,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import uvloop
 from hypothesis import example, given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
@@ -26,6 +30,7 @@ from service.api.uploads import (
     MAX_NAME_CHARS,
     URLENCODED,
     Allocation,
+    MultipartForm,
     Upload,
     UploadMemory,
     UploadReader,
@@ -38,16 +43,17 @@ from service.domain.errors import (
     Overloaded,
     UnsupportedCoding,
 )
-from service.domain.media import ImageInfo, inspect_image
+from service.domain.media import ImageInfo, Pause, inspect_image, yield_to_threads
 from service.telemetry.gauges import GaugeCollector
-from tests.support.images import make_png
+from tests.support.images import draw_image, encode_image, make_png
 from tests.unit.asgi_client import Message, make_body_messages, make_http_scope, make_receive
 from tests.unit.multipart_forms import BOUNDARY, CONTENT_TYPE, encode_field, encode_file, encode_form, encode_part
 
 MAX_BYTES = 50_000
 TENANT, OTHER = 4, 7
-PART: dict[str, Any] = {"part": "image", "owner": TENANT}
+PART: dict[str, Any] = {"part": "image", "owner": TENANT, "has_digest": True}
 PNG = make_png()
+JPEG = encode_image(draw_image(), "JPEG")
 IMAGE = encode_file("image", PNG)
 
 
@@ -79,7 +85,8 @@ async def read_upload(
     owner: int = TENANT,
 ) -> Upload:
     receive = make_receive(make_body_messages(split_body(body, cuts)))
-    async with (reader or make_reader()).receive(make_scope(length), receive, part="image", owner=owner) as upload:
+    part = PART | {"owner": owner}
+    async with (reader or make_reader()).receive(make_scope(length), receive, **part) as upload:
         return upload
 
 
@@ -126,6 +133,26 @@ async def test_any_file_name_marks_a_file() -> None:
         assert (await read_upload(encode_form(part))).image.data == PNG
 
 
+async def test_tiny_chunks_take_little_memory() -> None:
+    limits: dict[str, Any] = {"max_file_bytes": 100_000, "max_other_bytes": 9_000, "has_digest": True}
+    body, form = LARGE, MultipartForm(BOUNDARY, file_part="image", **limits)
+    tracemalloc.start()
+    try:
+        for start in range(0, len(body), 2):
+            form.feed(body[start : start + 2])
+        assert tracemalloc.get_traced_memory()[0] < 2 * len(body)
+    finally:
+        tracemalloc.stop()
+    form.finish()
+    assert form.take_file() == (pad_image(99_000), hashlib.sha256(pad_image(99_000)).digest())
+
+
+async def test_digest_is_made_only_if_it_is_needed() -> None:
+    form = MultipartForm(BOUNDARY, file_part="image", max_file_bytes=9_000, max_other_bytes=9_000, has_digest=False)
+    form.feed(SMALL)
+    assert form.take_file() == (PNG, b"")
+
+
 def make_form_with_overhead(size: int) -> bytes:
     """Make a form that has this many bytes beside its file."""
     parts = [IMAGE, *[encode_field("f", "x" * 60_000)] * 4]
@@ -161,18 +188,29 @@ async def test_refused_forms(body: bytes, error: type[GatewayError]) -> None:
             await read_upload(body, cuts=range(0, len(body), size))
 
 
-async def test_large_images_are_inspected_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_long_inspections_are_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[threading.Thread] = []
 
-    def inspect_recording(data: bytes) -> ImageInfo:
+    def inspect_recording(data: bytes, pause: Pause = yield_to_threads) -> ImageInfo:
+        info = inspect_image(data, pause)
         threads.append(threading.current_thread())
-        return inspect_image(data)
+        return info
 
     monkeypatch.setattr("service.api.uploads.inspect_image", inspect_recording)
-    for size in (65_536, 65_537):
-        form = encode_form(encode_file("image", pad_image(size)))
-        assert (await read_upload(form, reader=make_reader(max_image_bytes=100_000))).image.width == 24
-    assert [thread is threading.current_thread() for thread in threads] == [True, False]
+    head, rest = PNG[:33], PNG[33:]
+    empty_chunk = struct.pack(">I4sI", 0, b"tEXt", zlib.crc32(b"tEXt"))
+    scan = JPEG.replace(b"\xff\xd9", b"\xff\x00" * 400_000 + b"\xff\xd9")
+    for image, is_quick in (
+        (pad_image(900_000), True),
+        (head + empty_chunk * 400 + rest, True),
+        (head + empty_chunk * 600 + rest, False),
+        (JPEG.replace(b"\xff\xdb", b"\xff\xe0\x00\x02" * 600 + b"\xff\xdb", 1), False),
+        (JPEG, True),
+        (scan, False),
+    ):
+        form = encode_form(encode_file("image", image))
+        assert (await read_upload(form, reader=make_reader(max_image_bytes=1_000_000))).image.width == 24
+        assert (threads.pop() is threading.current_thread(), threads) == (is_quick, [])
 
 
 @pytest.mark.parametrize(
@@ -307,6 +345,20 @@ async def test_body_must_arrive_in_time(
     with nullcontext() if in_time else pytest.raises(BodyTimeout):
         async with reader.receive(make_scope(len(body) if is_announced else None), receive, **PART) as upload:
             assert upload.image.width == 24
+
+
+def test_time_limit_below_a_millisecond() -> None:
+    messages = iter(make_body_messages(split_body(SMALL, [9, 99, 199]))[:3])
+
+    async def receive() -> Any:
+        return next(messages, None) or await asyncio.get_running_loop().create_future()
+
+    async def read() -> None:
+        async with make_reader(idle_seconds=0.0001).receive(make_scope(), receive, **PART):
+            pytest.fail("the body never ends")
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, pytest.raises(BodyTimeout):
+        runner.run(read())
 
 
 async def test_small_form_needs_no_rate(clock: LoopClock) -> None:
