@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,8 +16,7 @@ import structlog
 from opentelemetry.trace import Tracer
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.client import PubSub
-from redis.commands.core import AsyncScript
-from redis.exceptions import ClusterDownError, DataError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import ClusterDownError, DataError, NoScriptError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -24,6 +24,7 @@ from service.domain.availability import EXCLUSIVE_RETRY_MS, MAX_FAILED_BALANCE_C
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import OFFSET_UNITS_PER_MS, ClockReading, LedgerClock
 from service.domain.tenants import Window
+from service.storage.multiplexer import Multiplexer
 from service.telemetry import tracing
 from service.telemetry.metrics import Metrics, RedisErrorKind, RedisOutcome
 
@@ -313,7 +314,9 @@ class RedisScripts:
         self._version_guard = version_guard
         self._monitor = monitor
         self._tracer = tracer
-        self._scripts: dict[str, AsyncScript] = {}
+        # In a Cluster redis-py follows the redirections to other nodes.
+        self._multiplexer = Multiplexer(client) if isinstance(client, Redis) else None
+        self._scripts: dict[str, tuple[str, str]] = {}
 
     async def call(self, name: str, keys: Sequence[str], /, *extra: bytes | str, **arguments: Any) -> list[Any]:
         """Run a script. `extra` are arguments that MessagePack in Lua can't hold; None is nil there.
@@ -330,20 +333,35 @@ class RedisScripts:
                 await self._version_guard.check(self._client)
             if name not in self._scripts:
                 source = _assemble(name, has_version=self._version_guard is not None)
-                self._scripts[name] = self._client.register_script(source)
-            return list(await self._scripts[name](keys, values))
+                self._scripts[name] = source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+            source, digest = self._scripts[name]
+            try:
+                answer = await self._run("EVALSHA", digest, len(keys), *keys, *values)
+            except NoScriptError:  # it has not run
+                answer = await self._run("EVAL", source, len(keys), *keys, *values)
+            return list(answer)
 
     async def read(self, *commands: tuple[Any, ...]) -> list[Any]:
         """Run plain commands in one round trip. Raises LedgerUnavailable."""
-        pipeline = self._client.pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command)
         count = len(commands)
         operation = str(commands[0][0]) if count == 1 else "PIPELINE"
         with self._observe_call(READ_COMMAND), tracing.start_redis_span(self._tracer, operation, batch_size=count):
             if self._version_guard and not self._version_guard.is_checked:
                 await self._version_guard.check(self._client)
-            return await pipeline.execute()
+            return await self._run_all(commands)
+
+    async def _run(self, *command: Any) -> Any:
+        if self._multiplexer:
+            return (await self._multiplexer.execute(command))[0]
+        return await self._client.execute_command(*command)
+
+    async def _run_all(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        if self._multiplexer:
+            return await self._multiplexer.execute(*commands)
+        pipeline = self._client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        return await pipeline.execute()
 
     def compare_version(self, stored: bytes | None) -> None:
         """Compare the data version that a `read` returned. Raises DataVersionError."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from redis.crc import key_slot
 from redis.exceptions import DataError, MovedError, ResponseError
 
 from service.domain.errors import LedgerUnavailable
-from service.domain.ledger import NoAccount
+from service.domain.ledger import NoAccount, ReservationState
 from service.domain.tasks import Kind, State
 from service.domain.tenants import Window
 from service.storage import connections as connections_module
@@ -119,8 +119,9 @@ async def test_submissions(topology: RunningStore) -> None:
         assert (await store.registry.load()).version == 1
 
 
-async def test_unanswered_command_is_sent_once(topology: RunningStore) -> None:
-    """Without an answer in time, a command is not retried."""
+async def test_unanswered_command_is_sent_once(topology: RunningStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an answer in time, a command is not retried. Its connection is closed, and the pool opens another."""
+    monkeypatch.setattr(connections_module, "POOL_SIZE", 1)
     port = reserve_port()
     with announce_port(topology, port) as url:
         async with (
@@ -131,7 +132,102 @@ async def test_unanswered_command_is_sent_once(topology: RunningStore) -> None:
             with pytest.raises(UNAVAILABLE_ERRORS):
                 await connections.commands.eval(INCREMENT, 1, "{gw}:count")
             await ping(connections)
-    assert len(requests) == 1
+            with pytest.raises(LedgerUnavailable):
+                await RedisScripts(connections.commands).read(("EVAL", INCREMENT, 1, "{gw}:count"))
+            await ping(connections)
+    assert len(requests) == 2
+
+
+async def test_answers_of_one_connection(topology: RunningStore) -> None:
+    """Each request gets its own answer, also beside requests that were cancelled."""
+    for name in "abc":
+        topology.execute("SET", f"{{gw}}:{name}", name)
+    async with open_connections(topology.url) as connections:
+        scripts = RedisScripts(connections.commands)
+        for _ in range(2):  # before and after the connection was opened
+            reads = [asyncio.create_task(scripts.read(("GET", f"{{gw}}:{name}"), ("GET", "-"))) for name in "abc" * 60]
+            await asyncio.sleep(0)
+            assert all(read.cancel() for read in reads[::7])
+            answers = await asyncio.gather(*reads, return_exceptions=True)
+            assert [isinstance(answer, asyncio.CancelledError) for answer in answers[::7]] == [True] * len(reads[::7])
+            for index, answer in enumerate(answers):
+                assert index % 7 == 0 or answer == ["abc"[index % 3].encode(), None]
+
+
+async def test_time_out_of_one_request(single: RunningStore) -> None:
+    """A request that waited too long does not take the time of the next one, nor its answer."""
+    async with open_connections(single.url, timeout=2) as connections:
+        scripts = RedisScripts(connections.commands)
+        await scripts.read(("SET", "{gw}:a", "1"))
+        single.server.suspend()
+        try:
+            first = asyncio.create_task(scripts.read(("INCR", "{gw}:a")))
+            await asyncio.wait({first}, timeout=1.5)
+            second = asyncio.create_task(scripts.read(("GET", "{gw}:a")))
+            await asyncio.wait({first})
+        finally:
+            single.server.resume()
+        assert isinstance(first.exception(), LedgerUnavailable)
+        assert await second == [b"2"]
+
+
+@pytest.mark.parametrize(
+    ("cause", "size"), [("demoted", 1), ("frozen", 1), ("frozen", 32_000_000)], ids=["demoted", "unanswered", "unread"]
+)
+async def test_connection_is_not_used_again(single: RunningStore, cause: str, size: int) -> None:
+    """After a time-out, or the answer that the server is no primary, another connection is opened."""
+    async with open_connections(single.url, timeout=0.3) as connections:
+        scripts = RedisScripts(connections.commands)
+        before = await scripts.read(("CLIENT", "ID"))
+        if cause == "frozen":
+            single.server.suspend()
+        else:
+            single.execute("REPLICAOF", "127.0.0.1", "1")
+        try:
+            with pytest.raises(LedgerUnavailable):
+                await scripts.read(("SET", "{gw}:x", b"1" * size))
+        finally:
+            single.server.resume()
+            single.execute("REPLICAOF", "NO", "ONE")
+        assert await scripts.read(("CLIENT", "ID")) != before
+        while pause_unless(before[0] not in {int(client["id"]) for client in single.execute("CLIENT LIST")}):
+            await asyncio.sleep(0)
+
+
+async def test_calls_whose_answers_were_lost(single: RunningStore) -> None:
+    """A connection that breaks leaves the outcome of all calls on it unknown. They are repeated, and count once."""
+    proxy = Proxy(single.server.port)
+    async with proxy.serve(), open_seeded_store(f"redis://127.0.0.1:{proxy.port}") as store:
+        await store.accept(*"abc")
+        for name in "def":
+            await store.reserve(name)
+        await store.advance_clock(RETENTION.claim_lease_ms)
+        claimed, ended = await store.tasks.claim_checks(3), CheckResult(outcome=CheckOutcome.SUCCEEDED)
+
+        def end_settle_and_reserve() -> Iterator[Awaitable[Any]]:
+            yield from (store.tasks.record_check(check, ended) for check in claimed)
+            yield from (store.settle(name, ReservationState.ACCEPTED) for name in "def")
+            yield from (store.reserve(name) for name in "ghi")
+
+        losing = asyncio.create_task(proxy.lose_answers(60))
+        failed = await asyncio.gather(*end_settle_and_reserve(), return_exceptions=True)
+        assert {type(item) for item in failed} == {LedgerUnavailable}
+        losing.cancel()
+        await asyncio.gather(*end_settle_and_reserve(), return_exceptions=True)
+        state = (await store.ledger.tenant_snapshot(TENANT)).state
+        total = state.windows[Window.TOTAL]
+        assert (total.tasks, total.tasks_reserved, state.active_tasks) == (6, 3, 6)
+        account = (await store.ledger.account_states([FIRST]))[FIRST]
+        assert (account.open_submissions, account.unsettled, account.unknown_outcomes) == (6, 3, 0)
+
+
+async def test_scripts_that_the_server_lost(topology: RunningStore) -> None:
+    """A script is sent again to a server that does not have it any more."""
+    async with open_connections(topology.url) as connections:
+        scripts = RedisScripts(connections.commands)
+        for _ in range(2):
+            await scripts.call("reopen", ["{gw}:clock", "{gw}:account"], account=1)
+            topology.execute("SCRIPT", "FLUSH")
 
 
 async def test_own_error_is_no_outage(single: RunningStore) -> None:
@@ -155,6 +251,20 @@ async def test_broken_connections_are_replaced(topology: RunningStore) -> None:
         await ping(connections)
 
 
+async def test_broken_connection_of_scripts_is_replaced(
+    topology: RunningStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broken connection goes back to the pool."""
+    monkeypatch.setattr(connections_module, "POOL_SIZE", 1)
+    async with open_connections(topology.url) as connections:
+        scripts = RedisScripts(connections.commands)
+        for _ in range(2):
+            assert await scripts.read(("GET", "{gw}:x")) == [None]
+            topology.execute("CLIENT", "KILL", "TYPE", "normal")
+            async with open_connections(topology.url) as others:
+                await ping(others)
+
+
 async def test_pool_is_bounded(topology: RunningStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command waits for a connection, and fails after the pool's wait time."""
     monkeypatch.setattr(connections_module, "POOL_SIZE", 1)
@@ -173,6 +283,24 @@ async def test_pool_is_bounded(topology: RunningStore, monkeypatch: pytest.Monke
             await blocked
             if seconds > 1:
                 assert await asyncio.gather(*waiting) == [[None]] * 20
+
+
+async def test_waits_for_frozen_server_are_bounded(topology: RunningStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many requests as the pool has connections wait for their answers; others fail after the pool's wait time."""
+    monkeypatch.setattr(connections_module, "POOL_SIZE", 1)
+    monkeypatch.setattr(connections_module, "POOL_WAIT_SECONDS", 0.05)
+    async with open_connections(topology.url) as connections:
+        scripts = RedisScripts(connections.commands)
+        await scripts.read(("GET", "{gw}:x"))
+        topology.server.suspend()
+        try:
+            first = asyncio.create_task(scripts.read(("GET", "{gw}:x")))
+            with pytest.raises(LedgerUnavailable):
+                await asyncio.gather(*(scripts.read(("GET", "{gw}:x")) for _ in range(3)))
+            assert not first.done()
+        finally:
+            topology.server.resume()
+        assert await first == [None]
 
 
 async def test_subscription(topology: RunningStore) -> None:
@@ -194,8 +322,11 @@ async def test_subscription(topology: RunningStore) -> None:
 def test_reset_connections(topology: RunningStore) -> None:
     """Every error that uvloop raises for reset connections is in UNAVAILABLE_ERRORS, and leaves nothing behind."""
 
-    async def call(connections: Connections, proxy: Proxy, counts: Counter[str]) -> None:
+    async def call(connections: Connections, scripts: RedisScripts, proxy: Proxy, counts: Counter[str]) -> None:
         while proxy.resets < 50:
+            with suppress(LedgerUnavailable):
+                await scripts.read(("EVAL", INCREMENT, 1, "{gw}:count"), ("GET", "{gw}:count"))
+                counts["done"] += 1
             with suppress(*UNAVAILABLE_ERRORS):
                 await connections.commands.eval(INCREMENT, 1, "{gw}:count")
                 counts["done"] += 1
@@ -209,7 +340,8 @@ def test_reset_connections(topology: RunningStore) -> None:
         async with open_connections(url) as connections:
             await ping(connections)
             proxy.reset_probability = 0.05
-            await asyncio.gather(*(call(connections, proxy, counts) for _ in range(40)))
+            scripts = RedisScripts(connections.commands)
+            await asyncio.gather(*(call(connections, scripts, proxy, counts) for _ in range(40)))
             proxy.reset_probability = 0
             await asyncio.gather(*(ping(connections) for _ in range(80)), return_exceptions=True)
             assert await ping(connections) is None
@@ -288,6 +420,7 @@ async def expect_writable(url: str) -> None:
     async with open_connections(url) as connections:
         await connections.commands.set("k", "v")
         assert await connections.commands.get("k") == b"v"
+        assert await RedisScripts(connections.commands).read(("GET", "k")) == [b"v"]
 
 
 @pytest.mark.parametrize(
@@ -330,11 +463,15 @@ async def test_failover() -> None:
         while pause_unless(sentinel.execute("INFO", "sentinel")["master0"]["slaves"] == 1):
             pass
         async with open_connections(f"redis+sentinel://127.0.0.1:{watching.port}/main") as connections:
+            scripts = RedisScripts(connections.commands)
             await connections.commands.set("k", "before")
+            await scripts.read(("SET", "m", "before"))
             old.kill()
-            while pause_unless(replica.execute("GET", "k") == b"after"):
+            while pause_unless(replica.execute("MGET", "k", "m") == [b"after", b"after"]):
                 with suppress(*UNAVAILABLE_ERRORS):
                     await connections.commands.set("k", "after")
+                with suppress(LedgerUnavailable):
+                    await scripts.read(("SET", "m", "after"))
 
 
 async def test_tls(tmp_path: Path, single: RunningStore) -> None:
