@@ -21,7 +21,7 @@ from msgspec import Struct
 from opentelemetry.trace import Tracer
 
 from service.clients.egress import AddressRefused, GuardedTransport, Resolver, resolve_host
-from service.clients.http import USER_AGENT, OnCall, default_tls, local_error_reason
+from service.clients.network import USER_AGENT, OnCall, default_tls, local_error_reason
 from service.crypto import AesSivCipher, UserKeyCipher
 from service.domain.errors import (
     GatewayError,

@@ -14,17 +14,10 @@ from msgspec.structs import replace
 from opentelemetry.trace import Tracer
 
 from service.clients import vendor_api
+from service.clients.breaker import Breaker
 from service.clients.forms import FormBody, FormFile
-from service.clients.http import (
-    MAX_REQUESTS,
-    Breaker,
-    NotSent,
-    OnCall,
-    ResponseLost,
-    UpstreamPool,
-    UpstreamResponse,
-    default_tls,
-)
+from service.clients.http import MAX_REQUESTS, NotSent, ResponseLost, UpstreamPool, UpstreamResponse
+from service.clients.network import OnCall, default_tls
 from service.crypto import AesSivCipher, UserKeyCipher
 from service.domain.tasks import Artifact, Catalogue, Options
 from service.domain.tenants import Account

@@ -16,7 +16,7 @@ from service.clients.egress import (
     UnknownHost,
     resolve_host,
 )
-from service.clients.http import USER_AGENT, Deadline, default_tls, local_error_reason, parse_retry_after
+from service.clients.network import USER_AGENT, Deadline, default_tls, local_error_reason, parse_retry_after
 from service.domain.errors import Overloaded
 from service.domain.hosts import IpAddress, is_public
 from service.domain.tenants import Webhook

@@ -19,8 +19,8 @@ from anyio._backends._asyncio import SocketStream
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from service.clients import http
-from service.clients.http import BREAKER_THRESHOLD
+from service.clients import breaker, http
+from service.clients.breaker import BREAKER_THRESHOLD
 from service.clients.upstream import UpstreamClient, UpstreamOperation
 from service.domain.tasks import DEFAULT_CATALOGUE, FaceEnhanceOptions, UpscaleOptions
 from service.domain.tenants import Account
@@ -308,7 +308,7 @@ async def test_breaker_stops_submits_and_checks_of_an_unreachable_upstream() -> 
 
 
 async def test_a_connected_trial_admits_others_before_its_response(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(breaker, "FIRST_PAUSE_SECONDS", 0.0)
     port, pending = reserve_port(), list[asyncio.Task[SubmitResult]]()
     async with open_caller(f"http://127.0.0.1:{port}") as caller:
         for _ in range(BREAKER_THRESHOLD):

@@ -22,7 +22,7 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
-from service.clients.http import BREAKER_THRESHOLD
+from service.clients.breaker import BREAKER_THRESHOLD
 from service.domain.tasks import Kind
 from service.domain.webhooks import RETRY_SECONDS
 from tests.process.gateway import HTTP, GatewayProcess, start_gateway, wait_until

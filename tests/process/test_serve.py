@@ -19,7 +19,7 @@ import pytest
 from redis import Redis
 
 from deploy import healthcheck
-from service.clients.http import BREAKER_THRESHOLD
+from service.clients.breaker import BREAKER_THRESHOLD
 from service.crypto import generate_secret_key
 from service.server import Limits
 from service.storage.redis import DATA_VERSION, Keys

@@ -8,7 +8,8 @@ import socket
 import httpx2
 import pytest
 
-from service.clients.http import BREAKER_THRESHOLD, FIRST_PAUSE_SECONDS, Attempt, Breaker, local_error_reason
+from service.clients.breaker import BREAKER_THRESHOLD, FIRST_PAUSE_SECONDS, Attempt, Breaker
+from service.clients.network import local_error_reason
 from tests.support.network import exhaust_descriptors
 
 REFUSED = ConnectionRefusedError(errno.ECONNREFUSED, "refused")
