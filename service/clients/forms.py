@@ -1,16 +1,18 @@
-"""Bodies of forms in few pieces: each piece costs the client a timeout and a call of the kernel."""
+"""Bodies of forms in few pieces, of which the file is not copied."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
 from urllib.parse import urlencode
 
 from msgspec import Struct
 
 PIECE_BYTES = 256 * 1024
 """Size of a piece, each of which has the full write timeout."""
+Piece: TypeAlias = Sequence[bytes | memoryview]
+"""What is written at once."""
 
 
 class FormFile(Struct, frozen=True):
@@ -28,11 +30,11 @@ class FormBody:
     def __init__(self, fields: Mapping[str, str], file: FormFile | None = None) -> None:
         self._content = self._tail = b""
         if file is None:
-            content_type = "application/x-www-form-urlencoded"
+            self.content_type = "application/x-www-form-urlencoded"
             self._head = urlencode(fields).encode()
         else:
             boundary = secrets.token_hex(16)
-            content_type = f"multipart/form-data; boundary={boundary}"
+            self.content_type = f"multipart/form-data; boundary={boundary}"
             parts = [
                 f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
                 for name, value in fields.items()
@@ -44,17 +46,18 @@ class FormBody:
             self._head = "".join(parts).encode()
             self._content = file.content
             self._tail = f"\r\n--{boundary}--\r\n".encode()
-        size = len(self._head) + len(self._content) + len(self._tail)
-        self.headers = {"Content-Type": content_type, "Content-Length": str(size)}
+        self.size = len(self._head) + len(self._content) + len(self._tail)
 
-    async def __aiter__(self) -> AsyncIterator[Any]:  # of bytes-like objects: slices are not copied
-        content, size = memoryview(self._content), len(self._content)
-        end = min(max(PIECE_BYTES - len(self._head), 0), size)
-        first = (self._head, content[:end])
-        if end == size:
-            yield b"".join((*first, self._tail))
+    def split(self, head: bytes) -> Iterator[Piece]:
+        """Yield the pieces of a request, of which `head` comes before the form."""
+        start = head + self._head
+        if not self._content:
+            yield (start + self._tail,)
             return
-        yield b"".join(first)
-        while end < size:
-            start, end = end, min(end + PIECE_BYTES, size)
-            yield content[start:end] if end < size else b"".join((content[start:], self._tail))
+        content, size = memoryview(self._content), len(self._content)
+        for begin in range(0, size, PIECE_BYTES):
+            yield [
+                *((start,) if begin == 0 else ()),
+                content[begin : begin + PIECE_BYTES],
+                *((self._tail,) if begin + PIECE_BYTES >= size else ()),
+            ]

@@ -1,4 +1,4 @@
-"""Bounded HTTP calls to the upstream: connections and decoding."""
+"""Bounded HTTP calls to the upstream: slots, kept connections, outcomes and decoding."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ import json
 import math
 import ssl
 import zlib
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from ipaddress import ip_address
+from functools import lru_cache
 from typing import Any
+from urllib.parse import quote, urlsplit
 
-import httpx2
 import msgspec
 import structlog
 from msgspec import Struct
 from opentelemetry.trace import Tracer
 
 from service.clients.breaker import Attempt, Breaker
+from service.clients.connection import ConnectFailed, Connection, NotSent, connect
 from service.clients.forms import FormBody
-from service.clients.network import USER_AGENT, Deadline, local_error_reason, parse_retry_after
-from service.domain.hosts import is_metadata
+from service.clients.network import USER_AGENT, Deadline, parse_retry_after
+from service.clients.response_parser import MAX_BODY_BYTES, ResponseParser
+from service.domain.hosts import WEB_PORT, WEB_PORT_TLS, url_address
 from service.telemetry import tracing
 
 _log = structlog.get_logger(__name__)
 
-MAX_BODY_BYTES = 65_536
-"""Limit of a body, both before and after inflating."""
 _MAX_INTEGER_DIGITS = 300
 """Python refuses to convert integers of a few thousand digits."""
 _BOM = b"\xef\xbb\xbf"
@@ -94,18 +95,8 @@ _LENIENT_DECODER = json.JSONDecoder(strict=False, parse_int=_parse_integer)
 
 MAX_REQUESTS = 64
 """Concurrent requests of one pool; further ones wait."""
-ERROR_BODY_SECONDS = 5.0
-"""Time limit of the body of an error response: it only explains the status."""
-KEEP_ALIVE_SECONDS = 15
-READ_SECONDS = 30.0
-"""Time limit of the response head and of each part of the body."""
-_BODY_TIME_RATIO = 0.9
-"""Share of the remaining time for the body, so that an incomplete body can still be returned."""
-_TIMEOUTS = httpx2.Timeout(connect=5, write=30, read=None, pool=None).as_dict()
-
-
-class NotSent(Exception):
-    """Nothing of the request was sent."""
+_PATH_CHARS = "%/:=&~+!$,;'@()*"
+"""Are sent unescaped in paths, as letters, digits and `_.-` are."""
 
 
 class ResponseLost(Exception):
@@ -121,12 +112,34 @@ class UpstreamResponse(Struct, frozen=True):
     retry_after_seconds: float | None = None
 
 
+class Target(Struct, frozen=True):
+    """The server and the path of a base URL."""
+
+    host: str
+    port: int
+    is_tls: bool
+    path: str
+    host_field: str
+
+
+@lru_cache(maxsize=1_000)
+def parse_target(base_url: str) -> Target:
+    """Raises ValueError."""
+    parts, (host, port) = urlsplit(base_url), url_address(base_url)
+    if parts.scheme not in {"http", "https"} or not host:
+        raise ValueError("not a URL of HTTP")
+    is_tls = parts.scheme == "https"
+    host_field = f"[{host}]" if ":" in host else host
+    if port != (WEB_PORT_TLS if is_tls else WEB_PORT):
+        host_field += f":{port}"
+    return Target(host, port, is_tls, quote(parts.path, safe=_PATH_CHARS), host_field)
+
+
 class UpstreamPool:
     """A bounded pool of connections for one kind of request.
 
     Redirects, cookies and the proxies of the environment are not followed. Compression is not requested, and bodies are
-    returned as received. Each request uses a transport of its own: the pool of httpx2 scans all of its connections for
-    every request, which costs more than the requests themselves when there are many.
+    returned as received.
     """
 
     def __init__(
@@ -142,18 +155,18 @@ class UpstreamPool:
         self._tracer = tracer
         self._slots = asyncio.Semaphore(MAX_REQUESTS)
         self._tls = tls
+        self._tls.set_alpn_protocols(["http/1.1"])
         self._keep_alive = keep_alive
-        self._idle_transports: list[httpx2.AsyncHTTPTransport] = []
-        self._headers = {
-            "User-Agent": USER_AGENT,
-            "Accept": "application/json",
-            "Accept-Encoding": "identity",
-            "Connection": "keep-alive" if keep_alive else "close",
-        }
+        self._idle = defaultdict[Target, list[Connection]](list)
+        self._fields = (
+            f"User-Agent: {USER_AGENT}\r\nAccept: application/json\r\nAccept-Encoding: identity\r\n"
+            f"Connection: {'keep-alive' if keep_alive else 'close'}\r\n"
+        )
 
     async def aclose(self) -> None:
-        while self._idle_transports:
-            await self._idle_transports.pop().aclose()
+        for connections in self._idle.values():
+            while connections:
+                connections.pop().abort()
 
     async def post(
         self,
@@ -166,34 +179,30 @@ class UpstreamPool:
         """Send a form once, within `timeout_seconds` including the wait for a slot. Raises NotSent or ResponseLost."""
         if timeout_seconds <= 0:
             raise NotSent("no time left")
-        request_trace, url = RequestTrace(self._breakers[base_url]), base_url + path
+        call = _Call(self._breakers[base_url])
         try:
             # No trace headers: they would reveal to a third party which requests belong together, and in
             # `tracestate` whatever the tools of our callers write there.
-            with tracing.start_client_span(self._tracer, "POST", url, hide_path=False) as span:
-                async with Deadline(timeout_seconds) as deadline, self._acquire_slot():
-                    request = httpx2.Request(
-                        "POST",
-                        url,
-                        headers=self._headers | form.headers,
-                        content=form,
-                        extensions={"trace": request_trace, "timeout": _TIMEOUTS},
-                    )
-                    request_trace.start(deadline)
-                    response = await self._send_request(request, deadline, request_trace)
+            with tracing.start_client_span(self._tracer, "POST", base_url + path, hide_path=False) as span:
+                try:
+                    async with Deadline(timeout_seconds) as deadline, self._acquire_slot():
+                        await self._exchange(call, parse_target(base_url), path, form, deadline)
+                except TimeoutError as error:
+                    call.finish(error)  # what has arrived by the deadline counts
+                response = call.get_response()
                 tracing.record_status(span, response.status)
                 return response
-        except Exception as error:  # noqa: BLE001 - the libraries raise more than they declare
-            if request_trace.response is None:
-                raise request_trace.classify_error(error) from None
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not hide that the request was sent
+            if not call.has_response:
+                raise call.classify_error(error) from None
             _log.exception("upstream.close_error")
-            return request_trace.response
+            return call.get_response()
         finally:
-            request_trace.finish()
+            call.release()
 
     @property
     def idle_count(self) -> int:
-        return len(self._idle_transports)
+        return sum(connection.is_open for connections in self._idle.values() for connection in connections)
 
     @asynccontextmanager
     async def _acquire_slot(self) -> AsyncIterator[None]:
@@ -209,126 +218,89 @@ class UpstreamPool:
             self.busy_count -= 1
             self._slots.release()
 
-    async def _send_request(
-        self, request: httpx2.Request, deadline: Deadline, request_trace: RequestTrace
-    ) -> UpstreamResponse:
-        # The transport used last is the most likely to be still connected.
-        if self._idle_transports:
-            transport = self._idle_transports.pop()
-        else:
-            keep = int(self._keep_alive)
-            limits = httpx2.Limits(
-                max_connections=1, max_keepalive_connections=keep, keepalive_expiry=KEEP_ALIVE_SECONDS
-            )
-            transport = httpx2.AsyncHTTPTransport(verify=self._tls, trust_env=False, limits=limits)
-        is_reusable = False
+    async def _exchange(self, call: _Call, target: Target, path: str, form: FormBody, deadline: Deadline) -> None:
+        head = (
+            f"POST {target.path}{path} HTTP/1.1\r\nHost: {target.host_field}\r\n{self._fields}"
+            f"Content-Type: {form.content_type}\r\nContent-Length: {form.size}\r\n\r\n"
+        ).encode("ascii")
+        call.start(deadline)
+        connection = self._take_idle(target) or await connect(
+            target.host, target.port, self._tls if target.is_tls else None
+        )
         try:
-            response = await self._read_response(await transport.handle_async_request(request), deadline, request_trace)
-            is_reusable = self._keep_alive and not response.truncation
-            return response
+            call.on_connected(connection, deadline)
+            await connection.send(form.split(head), deadline)
+            await connection.receive(deadline)
         finally:
-            # An aborted request may leave the pool of the transport full and without a connection.
-            if is_reusable:
-                self._idle_transports.append(transport)
+            if self._keep_alive and connection.is_reusable:
+                connection.keep()
+                self._idle[target].append(connection)
             else:
-                await transport.aclose()
+                connection.abort()
 
-    async def _read_response(
-        self, response: httpx2.Response, deadline: Deadline, request_trace: RequestTrace
-    ) -> UpstreamResponse:
-        """Read a response; an incomplete body may still contain all that is needed."""
-        status, body, truncation = response.status_code, bytearray(), ""
-        limit = deadline.remaining_seconds * _BODY_TIME_RATIO
-        deadline.reset_idle_timeout(deadline.remaining_seconds)  # `body_deadline` limits the parts of the body
-        try:
-            try:
-                async with Deadline(limit if response.is_success else min(limit, ERROR_BODY_SECONDS)) as body_deadline:
-                    body_deadline.reset_idle_timeout(READ_SECONDS)
-                    async for chunk in response.aiter_raw():
-                        body_deadline.reset_idle_timeout(READ_SECONDS)
-                        body += chunk
-                        if len(body) > MAX_BODY_BYTES:
-                            truncation = "the response is too large"
-                            break
-            except Exception as error:  # noqa: BLE001 - uvloop raises RuntimeError for a connection that was reset
-                truncation = type(error).__name__
-            retry_after = parse_retry_after(response.headers.get("retry-after"))
-            request_trace.response = UpstreamResponse(status, bytes(body[:MAX_BODY_BYTES]), truncation, retry_after)
-        finally:
-            await response.aclose()
-        return request_trace.response
+    def _take_idle(self, target: Target) -> Connection | None:
+        # The connection used last is the most likely to be still open.
+        connections = self._idle[target]
+        while connections:
+            connection = connections.pop()
+            if connection.is_open:
+                connection.reuse()
+                return connection
+        return None
 
 
-class RequestTrace:
-    """Trace callback of one request that decides whether it was sent and notifies the breaker.
-
-    Only `connection.*` events precede the request; any other event, even an unknown one, means that it may have been
-    sent. `response` is set once the body was read: a later failure, such as of closing, does not undo it.
-    """
-
-    response: UpstreamResponse | None = None
+class _Call:
+    """One request: whether it was sent, and what has arrived of its response. Notifies the breaker."""
 
     def __init__(self, breaker: Breaker) -> None:
         self._breaker = breaker
         self._attempt: Attempt | None = None
-        self._deadline: Deadline | None = None
-        self._is_connecting = False
-        self._is_sent = False
-        self._has_failed_to_connect = False
+        self._received: ResponseParser | None = None
 
     def start(self, deadline: Deadline) -> None:
         """Claim an attempt of the breaker. Raises NotSent if it is open or no time is left."""
-        self._deadline = deadline
         if not deadline.remaining_seconds:  # the process was suspended: the lease may have expired
             raise NotSent("no time left")
         self._attempt = self._breaker.admit()
         if self._attempt is None:
             raise NotSent("the breaker is open")
 
-    async def __call__(self, event: str, info: Mapping[str, Any]) -> None:
-        if event.startswith("connection."):
-            self._is_connecting = True
-            if event == "connection.connect_tcp.complete":
-                await self._check_address(info["return_value"])
-        elif not self._is_sent:
-            self._is_sent = True
-            self._notify_breaker(self._breaker.on_connected)
-        if self._deadline and event.endswith("receive_response_headers.started"):
-            self._deadline.reset_idle_timeout(READ_SECONDS)
+    def on_connected(self, connection: Connection, deadline: Deadline) -> None:
+        """Note that the request may be sent from now on. Raises NotSent if no time is left."""
+        self._notify_breaker(self._breaker.on_connected)
+        if not deadline.remaining_seconds:
+            raise NotSent("no time left")
+        self._received = connection.response
 
-    @staticmethod
-    async def _check_address(stream: Any) -> None:
-        """Close a connection to a metadata service, whatever name led there. Raises NotSent."""
-        address = stream.get_extra_info("server_addr")  # none if the server has reset the connection already
-        if address and is_metadata(ip_address(address[0])):
-            await stream.aclose()
-            raise NotSent("its address is a metadata service")
+    def finish(self, error: Exception) -> None:
+        """End the response where it is. Raises the error if nothing was sent."""
+        if self._received is None:
+            raise error
+        self._received.finish(error)
+
+    @property
+    def has_response(self) -> bool:
+        return self._received is not None and self._received.status is not None
+
+    def get_response(self) -> UpstreamResponse:
+        """Return what has arrived. Raises the error of a response without a head."""
+        received = self._received
+        if received is None or received.status is None:
+            raise (received and received.error) or EOFError
+        truncation = type(received.error).__name__ if received.error else ""
+        retry_after = parse_retry_after(received.retry_after)
+        return UpstreamResponse(received.status, bytes(received.body), truncation, retry_after)
 
     def classify_error(self, error: Exception) -> NotSent | ResponseLost:
-        """Return NotSent only if the trace proves it: a resent submission would be paid twice."""
-        if isinstance(error, NotSent | ResponseLost):
-            return error
-        if self._is_sent or not (self._is_connecting or self._is_before_sending(error)):
+        """Return NotSent only if nothing was sent: a resent submission would be paid twice."""
+        if self._received is not None:
             return ResponseLost(type(error).__name__)
-        local_reason = local_error_reason(error)
-        # An error of this machine must not open the breaker.
-        self._has_failed_to_connect = not local_reason and isinstance(
-            error, httpx2.ConnectError | httpx2.ConnectTimeout
-        )
-        return NotSent(local_reason or type(error).__name__)
+        if isinstance(error, ConnectFailed):
+            self._notify_breaker(self._breaker.on_failed)
+        return error if isinstance(error, NotSent) else NotSent(type(error).__name__)
 
-    def _is_before_sending(self, error: Exception) -> bool:
-        """Return whether an error occurred before any traced event.
-
-        A lazy import before the connection fails if no descriptor is free. httpcore2 maps network errors, so an
-        unmapped local error does not come from the network.
-        """
-        if self._attempt is None or isinstance(error, httpx2.UnsupportedProtocol):
-            return True
-        return not isinstance(error, httpx2.HTTPError) and local_error_reason(error) is not None
-
-    def finish(self) -> None:
-        self._notify_breaker(self._breaker.on_failed if self._has_failed_to_connect else self._breaker.on_abandoned)
+    def release(self) -> None:
+        self._notify_breaker(self._breaker.on_abandoned)
 
     def _notify_breaker(self, notify: Callable[[Attempt], None]) -> None:
         if self._attempt:

@@ -105,6 +105,10 @@ class Deadline:
             self._grace_count = 0
             self._schedule_check(min(self._ends_at, now + seconds))
 
+    def limit(self, seconds: float) -> None:
+        """End after `seconds` from now at the latest."""
+        self._ends_at = min(self._ends_at, self._loop.time() + seconds)
+
     def _schedule_check(self, due: float) -> None:
         if self._timer:
             self._timer.cancel()

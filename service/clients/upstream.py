@@ -15,8 +15,9 @@ from opentelemetry.trace import Tracer
 
 from service.clients import vendor_api
 from service.clients.breaker import Breaker
+from service.clients.connection import NotSent
 from service.clients.forms import FormBody, FormFile
-from service.clients.http import MAX_REQUESTS, NotSent, ResponseLost, UpstreamPool, UpstreamResponse
+from service.clients.http import MAX_REQUESTS, ResponseLost, UpstreamPool, UpstreamResponse
 from service.clients.network import OnCall, default_tls
 from service.crypto import AesSivCipher, UserKeyCipher
 from service.domain.tasks import Artifact, Catalogue, Options

@@ -283,7 +283,7 @@ def record_request(recorder: SpanRecorder) -> Iterator[list[RecordedSpan]]:
     [
         (reply_with(ACCEPTED_RESPONSE), {"http.response.status_code": 200, "error.type": None}),
         (reply_with(http_response(b"", 404)), {"http.response.status_code": 404, "error.type": "404"}),
-        (reset_after_request, {"error.type": "httpx2.ReadError"}),
+        (reset_after_request, {"error.type": "ConnectionResetError"}),
         (never_reply, {"error.type": "TimeoutError"}),
     ],
 )

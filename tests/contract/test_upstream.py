@@ -10,16 +10,16 @@ import logging
 import os
 import time
 from base64 import b64encode
+from pathlib import Path
 from typing import Any
-from unittest.mock import AsyncMock, Mock
+from unittest.mock import Mock
 
-import httpx2
 import pytest
-from anyio._backends._asyncio import SocketStream
+from aiohappyeyeballs import start_connection
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from service.clients import breaker, http
+from service.clients import breaker, connection, http
 from service.clients.breaker import BREAKER_THRESHOLD
 from service.clients.upstream import UpstreamClient, UpstreamOperation
 from service.domain.tasks import DEFAULT_CATALOGUE, FaceEnhanceOptions, UpscaleOptions
@@ -52,6 +52,9 @@ EXHAUSTED = json.dumps({"err_code": 1, "err_msg": "账户剩余次数不足"}).e
 GZIP = {"Content_Encoding": "gzip"}
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 CHUNK = b"%x\r\n%s\r\n" % (len(BODY), BODY)
+HEAD = b"HTTP/1.1 200 OK\r\n"
+LENGTH = b"Content-Length: %d\r\n" % len(BODY)
+PENDING = vendor_response(err_code=0, status="Pending")
 
 
 async def reject_early(connection: Connection) -> None:
@@ -60,6 +63,14 @@ async def reject_early(connection: Connection) -> None:
     connection.server.requests.append((b"", b""))
     await connection.send(http_response(b"too large", 413, Connection="close"))
     await connection.wait_closed()
+
+
+async def reject_unread(connection: Connection) -> None:
+    """Reject a request as `reject_early` does, but never read its body."""
+    await connection.reader.readuntil(b"\r\n\r\n")
+    connection.server.requests.append((b"", b""))
+    await connection.send(http_response(b"too large", 413))
+    await asyncio.Event().wait()
 
 
 @pytest.mark.parametrize(
@@ -74,6 +85,7 @@ async def reject_early(connection: Connection) -> None:
         pytest.param(reply_and_close(ACCEPTED_RESPONSE.replace(b"Length: ", b"Length: 9")), ACCEPTED, id="short"),
         pytest.param(reply_and_close(http_response(b"nope", 400)[:-2]), REJECTED, id="rejection-torn"),
         pytest.param(reject_early, REJECTED, id="rejected-early"),
+        pytest.param(reject_unread, REJECTED, id="rejected-unread"),
         pytest.param(reply_with(http_response(INVALID, 401)), SubmitOutcome.INVALID_ACCOUNT, id="invalid-account"),
         pytest.param(reply_with(http_response(EXHAUSTED, 429)), SubmitOutcome.EXHAUSTED, id="exhausted"),
         pytest.param(reply_with(http_response(b"", 429)), SubmitOutcome.BUSY, id="busy"),
@@ -84,6 +96,13 @@ async def reject_early(connection: Connection) -> None:
         pytest.param(reply_with(vendor_response(err_code=0, task_id="t", x="x" * 70_000)), UNKNOWN, id="too-large"),
         pytest.param(reply_with(http_response(gzip.compress(BODY, mtime=0), 200, **GZIP)), ACCEPTED, id="gzip"),
         pytest.param(reply_with(http_response(gzip.compress(bytes(1 << 25)), 200, **GZIP)), UNKNOWN, id="bomb"),
+        pytest.param(reply_with(ACCEPTED_RESPONSE + b"more"), ACCEPTED, id="followed-by-other-bytes"),
+        pytest.param(reply_with(b"HTTP/1.1 103 x\r\n\r\n" + ACCEPTED_RESPONSE), ACCEPTED, id="early-hints"),
+        pytest.param(reply_with(HEAD + LENGTH + LENGTH + b"\r\n", BODY), ACCEPTED, id="repeated-length"),
+        pytest.param(reply_with(HEAD + LENGTH[:-2] + b", 9\r\n\r\n", BODY), UNKNOWN, id="two-lengths"),
+        pytest.param(
+            reply_with(CHUNKED[:-2] + LENGTH, b"\r\n" + CHUNK, b"0\r\n\r\n"), ACCEPTED, id="chunks-and-length"
+        ),
         pytest.param(redirect_to_self, REDIRECTED, id="redirected"),
         pytest.param(reply_with(http_response(b"", 303, Location="/")), UNKNOWN, id="see-other"),
         pytest.param(reply_with(http_response(BODY, 301, Location="/")), ACCEPTED, id="redirected-with-a-task"),
@@ -127,7 +146,7 @@ async def test_what_has_arrived_of_a_body_counts(
     limit: str, status: int, body: bytes, outcome: SubmitOutcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if limit:
-        monkeypatch.setattr(http, limit, 0.1)
+        monkeypatch.setattr(connection, limit, 0.1)
 
     answer = f"HTTP/1.1 {status} x\r\nContent-Length: 60000\r\n\r\n".encode() + body
     async with run_server(reply_and_hold(answer)) as peer, open_caller(peer.url) as caller, asyncio.timeout(20):
@@ -138,7 +157,7 @@ async def test_what_has_arrived_of_a_body_counts(
 async def test_what_arrived_during_a_pause_of_the_process_counts(
     read_seconds: float, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "READ_SECONDS", read_seconds)
+    monkeypatch.setattr(connection, "READ_SECONDS", read_seconds)
 
     async def reply_and_pause(connection: Connection) -> None:
         await connection.receive()
@@ -150,19 +169,60 @@ async def test_what_arrived_during_a_pause_of_the_process_counts(
         assert (await caller.submit(seconds=seconds)).outcome is ACCEPTED
 
 
-async def test_deadline_while_sending() -> None:
-    async def read_nothing(_: Connection) -> None:
-        await asyncio.Event().wait()
+def list_sockets(url: str) -> list[str]:
+    """Return the sockets of this process with the port of a URL."""
+    port = f":{int(url.rpartition(':')[2]):04X} "
+    inodes = {line.split()[9] for line in Path("/proc/net/tcp").read_text().splitlines() if port in line}
+    links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return [link for link in links if link.removeprefix("socket:[").removesuffix("]") in inodes]
 
+
+async def read_nothing(_: Connection) -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(("write_seconds", "seconds"), [(0.1, 60), (30, 1)])
+async def test_a_stalled_write_ends_the_connection_that_the_server_does_not_read(
+    write_seconds: float, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "WRITE_SECONDS", write_seconds)
     async with run_server(read_nothing) as peer, open_caller(peer.url) as caller:
         image = replace(LARGE, data=bytes(32 << 20))
-        assert (await caller.submit(image=image, seconds=2)).outcome is UNKNOWN
+        async with asyncio.timeout(20):
+            assert (await caller.submit(image=image, seconds=seconds)).outcome is UNKNOWN
+            while len(list_sockets(peer.url)) > 2:  # those of the listener and of the server's end
+                await asyncio.sleep(0)
     assert peer.connections == 1
 
 
-@pytest.mark.parametrize(
-    ("where", "name"), [(httpx2.Response, "aclose"), (httpx2.AsyncHTTPTransport, "aclose"), (tracing, "record_status")]
-)
+async def test_request_is_sent_whole_though_it_is_accepted_early() -> None:
+    async def accept_early(connection: Connection) -> None:
+        await connection.reader.readuntil(b"\r\n--")
+        await connection.send(ACCEPTED_RESPONSE)
+        end = b""
+        while not end.endswith(b"--\r\n"):
+            end = end[-4:] + await connection.reader.read(65_536)
+        connection.server.request_received.set()
+
+    async with run_server(accept_early) as peer, open_caller(peer.url) as caller, asyncio.timeout(20):
+        image = replace(LARGE, data=b"\n" * (32 << 20))
+        assert (await caller.submit(image=image)).outcome is ACCEPTED
+        await peer.request_received.wait()
+
+
+async def test_response_head_counts_though_the_request_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "WRITE_SECONDS", 0.1)
+
+    async def begin_rejection(connection: Connection) -> None:
+        await connection.reader.readuntil(b"\r\n\r\n")
+        await connection.send(http_response(b"too large", 413)[:-3])
+        await asyncio.Event().wait()
+
+    async with run_server(begin_rejection) as peer, open_caller(peer.url) as caller, asyncio.timeout(20):
+        assert (await caller.submit(image=replace(LARGE, data=bytes(32 << 20)), seconds=60)).outcome is REJECTED
+
+
+@pytest.mark.parametrize(("where", "name"), [(connection.Connection, "abort"), (tracing, "record_status")])
 async def test_faults_after_the_response_do_not_lose_the_task(
     where: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +253,52 @@ async def test_submit_is_a_form_on_its_own_connection_and_checks_keep_theirs() -
     assert 'name="style_dropdown"\r\n\r\n通用风格\r\n'.encode() in body
     assert check[0].startswith(b"POST /api/check_task_status HTTP/1.1\r\n")
     assert check[1] == f"user_key={USER_KEY}&task_id=t-1".encode()
+
+
+async def close_when_idle(connection: Connection) -> None:
+    await reply_and_close(PENDING)(connection)
+
+
+async def reset_second_request(connection: Connection) -> None:
+    await reply_and_close(PENDING)(connection)
+    await reset_after_request(connection)
+
+
+async def send_more_when_idle(connection: Connection) -> None:
+    await reply_and_close(PENDING)(connection)
+    await asyncio.sleep(0)
+    await connection.send(vendor_response(err_code=0, status="Failed"))
+    await connection.wait_closed()
+
+
+@pytest.mark.parametrize(
+    ("serve", "results", "requests"),
+    [
+        (close_when_idle, [CheckOutcome.RUNNING] * 3, 3),
+        (send_more_when_idle, [CheckOutcome.RUNNING] * 3, 3),
+        (reset_second_request, [CheckOutcome.RUNNING, CheckOutcome.NO_RESPONSE, CheckOutcome.RUNNING], 3),
+    ],
+)
+async def test_kept_connection_that_breaks(serve: Handler, results: list[CheckOutcome], requests: int) -> None:
+    """A closed one is replaced; a check on one that breaks is not repeated."""
+    async with run_server(serve) as peer, open_caller(peer.url) as caller:
+        for result in results:
+            assert (await caller.check()).outcome is result
+            for _ in range(50):
+                await asyncio.sleep(0)
+    assert len(peer.requests) == requests
+
+
+async def test_idle_connections_are_closed_after_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = asyncio.Event()
+
+    async def serve(connection: Connection) -> None:
+        await reply_and_hold(PENDING, disconnected=closed)(connection)
+
+    monkeypatch.setattr(connection, "KEEP_ALIVE_SECONDS", 0.01)
+    async with run_server(serve) as peer, open_caller(peer.url) as caller, asyncio.timeout(20):
+        assert (await caller.check()).outcome is CheckOutcome.RUNNING
+        await closed.wait()
 
 
 async def test_links_are_relative_to_the_accounts_own_upstream() -> None:
@@ -253,8 +359,49 @@ async def test_slow_connect_ends_at_the_deadline_or_its_own_limit(monkeypatch: p
     with unreachable_address() as url:
         async with open_caller(url) as caller, asyncio.timeout(20):
             assert (await caller.submit(seconds=0.1)).outcome is NOT_SENT
-            monkeypatch.setattr(http, "_TIMEOUTS", httpx2.Timeout(5, connect=0.1).as_dict())
+            monkeypatch.setattr(connection, "CONNECT_SECONDS", 0.1)
             assert (await caller.submit(seconds=60)).outcome is NOT_SENT
+
+
+async def test_next_address_is_tried_beside_one_that_does_not_respond(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
+        with unreachable_address("127.0.0.2", int(peer.url.rpartition(":")[2])):
+
+            async def start_at_dead_address(addresses: Any, **options: Any) -> Any:
+                (*kind, (_, port)) = addresses[0]
+                return await start_connection([(*kind, ("127.0.0.2", port)), *addresses], **options)
+
+            monkeypatch.setattr(connection, "start_connection", start_at_dead_address)
+            assert (await caller.submit(seconds=60)).outcome is ACCEPTED
+    assert peer.connections == 1
+
+
+async def test_nothing_is_sent_over_a_connection_that_took_longer_than_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def start_and_pause(*arguments: Any, **options: Any) -> Any:
+        connected = await start_connection(*arguments, **options)
+        time.sleep(0.3)  # to the event loop the same as a stopped process
+        return connected
+
+    monkeypatch.setattr(connection, "start_connection", start_and_pause)
+    async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
+        assert (await caller.submit(seconds=0.2)).outcome is NOT_SENT
+    assert peer.requests == []
+
+
+async def test_submit_cancelled_at_any_moment_leaves_no_connection() -> None:
+    async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
+        for steps in range(20):
+            task = asyncio.create_task(caller.submit(image=LARGE))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait({task})
+        async with asyncio.timeout(20):
+            while len(list_sockets(peer.url)) > 1:  # that of the listener
+                await asyncio.sleep(0)
+        assert (await caller.submit(image=LARGE)).outcome is ACCEPTED
 
 
 async def test_submit_that_waits_for_a_slot_beyond_its_deadline_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,9 +483,9 @@ async def test_lost_responses_and_short_deadlines_do_not_open_the_breaker() -> N
 
 
 async def test_local_error_is_unknown_only_after_sending_began(monkeypatch: pytest.MonkeyPatch) -> None:
-    send = AsyncMock(side_effect=OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS)))
+    fail = Mock(side_effect=OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS)))
     async with run_server(reply_with(ACCEPTED_RESPONSE)) as peer, open_caller(peer.url) as caller:
         assert (await caller.submit(seconds=0)).outcome is NOT_SENT
         assert peer.connections == 0
-        monkeypatch.setattr(SocketStream, "send", send)
+        monkeypatch.setattr(connection.Connection, "send", fail)
         assert (await caller.submit()).outcome is UNKNOWN
