@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from functools import partial
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -49,16 +48,25 @@ async def test_changes_are_received(own_server: Valkey, store: SeededStore) -> N
 
     A lost connection is replaced.
     """
-    cache, connections = TaskCache(DurationEstimator(2.5)), connect(own_server.url, timeout=5)
+    cache, connections, received = (
+        TaskCache(DurationEstimator(2.5)),
+        connect(own_server.url, timeout=5),
+        asyncio.Event(),
+    )
 
-    async def publish_odd_message() -> None:
-        while not await store.client.publish(CHANNEL, b"\xc1"):
-            await asyncio.sleep(0)  # nobody has subscribed yet
+    async def handle(message: bytes | None) -> None:
+        await put_task_event(cache, message)
+        if message is not None:
+            received.set()
 
-    handle = partial(put_task_event, cache)
+    async def wait_until_subscribed() -> None:
+        received.clear()
+        while not received.is_set():
+            await store.client.publish(CHANNEL, b"\xc1")
+
     following = asyncio.create_task(Subscriber(connections.open_pubsub, CHANNEL, handle).run())
     try:
-        await publish_odd_message()
+        await wait_until_subscribed()
         with cache.subscribe("r1") as subscription:
             recorded = await store.record_check(CheckResult(outcome=CheckOutcome.RUNNING))
             first = await subscription.wait_for_change(1, TIMEOUT_SECONDS)
@@ -67,7 +75,7 @@ async def test_changes_are_received(own_server: Valkey, store: SeededStore) -> N
             for odd in (b"", b"\x93\xa2r1\x01\x80"):
                 await store.client.publish(CHANNEL, odd)
             await store.client.client_kill_filter(_type="pubsub")
-            await publish_odd_message()
+            await wait_until_subscribed()
             await store.record_check(CheckResult(outcome=CheckOutcome.SUCCEEDED))
             last = await subscription.wait_for_change(first.task.version, TIMEOUT_SECONDS)
         assert last
