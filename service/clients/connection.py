@@ -82,7 +82,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
-        self._transport.set_write_buffer_limits(0)  # what is aborted after a response has been sent whole
+        # What is aborted after a response has been sent whole. With 0, TLS connections of uvloop would pause for ever.
+        self._transport.set_write_buffer_limits(1)
 
     async def send(self, pieces: Iterable[Piece], deadline: Deadline) -> None:
         """Send a request, unless it is refused before its end or the connection breaks."""

@@ -175,7 +175,11 @@ async def test_nothing_is_sent_to_untrusted_servers(tmp_path: Path, monkeypatch:
         monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
         monkeypatch.setattr(upstream, "default_tls", httpx2.create_ssl_context)
         async with open_caller(peer.url) as caller:
-            assert (await caller.submit()).outcome is SubmitOutcome.ACCEPTED
+            for image in (IMAGE, LARGE):
+                assert (await caller.submit(image=image)).outcome is SubmitOutcome.ACCEPTED
+            for _ in range(2):
+                assert (await caller.check()).outcome is not NO_RESPONSE
+        assert (len(peer.requests), peer.connections) == (4, 3)
     for serve in (reply_in_plain_http, reset_immediately):
         async with run_server(serve) as peer:
             assert await call_all(peer.url.replace("http://", "https://")) == NOT_SENT

@@ -200,14 +200,16 @@ async def test_request_is_sent_whole_though_it_is_accepted_early() -> None:
         await connection.reader.readuntil(b"\r\n--")
         await connection.send(ACCEPTED_RESPONSE)
         end = b""
-        while not end.endswith(b"--\r\n"):
-            end = end[-4:] + await connection.reader.read(65_536)
+        while not end.endswith(b"--\r\n") and (part := await connection.reader.read(65_536)):
+            end = end[-4:] + part
+        connection.server.requests.append((b"", end[-4:]))
         connection.server.request_received.set()
 
     async with run_server(accept_early) as peer, open_caller(peer.url) as caller, asyncio.timeout(20):
         image = replace(LARGE, data=b"\n" * (32 << 20))
         assert (await caller.submit(image=image)).outcome is ACCEPTED
         await peer.request_received.wait()
+        assert peer.requests == [(b"", b"--\r\n")]
 
 
 async def test_response_head_counts_though_the_request_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
