@@ -157,9 +157,11 @@ async def open_loop(url: str, request: Request, *, rate: float, seconds: float, 
     return answers
 
 
-async def probe(url: str, answers: Answers, done: asyncio.Event, *, timeout: float) -> None:
-    """Send a GET of the health ten times a second, one after the other, until the end of a load."""
+async def probe(
+    url: str, request: Request, answers: Answers, done: asyncio.Event, *, interval: float, timeout: float
+) -> None:
+    """Send a request every `interval` seconds, one after the other, until the end of a load."""
     while not done.is_set():
         started_at = time.perf_counter()
-        await send_request(url, Request("GET", ("/healthz",)), 0, answers, timeout=timeout)
-        await asyncio.sleep(max(0.1 - (time.perf_counter() - started_at), 0))
+        await send_request(url, request, 0, answers, timeout=timeout)
+        await asyncio.sleep(max(interval - (time.perf_counter() - started_at), 0))

@@ -8,8 +8,9 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
+from multiprocessing import get_context
 from threading import Event
 
 import httpx2
@@ -38,6 +39,7 @@ from tests.bench.load import (
     probe,
     random_png,
     send_all,
+    send_request,
     upscale_request,
 )
 from tests.bench.peers.servers import SUBMIT_PATH, Server
@@ -55,7 +57,9 @@ _WAIT_SECONDS = 20
 """The time of the first check, which ends a task: by then all clients wait."""
 _OVERLOAD_FACTOR = 3
 _MAX_PER_SECOND = 6_000
-_OVERLOAD_SECONDS = 8
+_OVERLOAD_SECONDS = 30
+_QUICK_SECONDS = 1.0
+"""A submission that takes less shows that the overload is over."""
 _TIMEOUT_SECONDS = 30
 """The timeout of a client in the overload."""
 _MANY = 10_000
@@ -110,11 +114,17 @@ def _load(comparison: Comparison, row: str, prepare: Callable[[Server], Request]
 
 
 def slow_vendor(comparison: Comparison) -> None:
-    """Images of 300 KB are submitted to a vendor that takes 2 s for each answer."""
+    """Images of 300 KB are submitted to a vendor that takes 2 s for an answer; a task is read before and beside it."""
     for candidate in comparison.candidates(API, ALL, beside=(LUA, FASTAPI)):
-        with comparison.run(candidate, delay_seconds=2) as server:
+        with comparison.run(candidate, delay_seconds=2) as server, ThreadPoolExecutor() as threads:
             request, seconds = server.submit_request(random_png(SMALL)), max(comparison.seconds * 3, 5)
+            read = server.read_request(server.submit(make_png()))
+            comparison.measure("read before", candidate, server, read, seconds=seconds)
+            reading = threads.submit(closed_loop, server.url, read, seconds=seconds)
             comparison.measure("slow vendor", candidate, server, request, connections=64, seconds=seconds)
+            beside = reading.result()
+            figures = {"per_second": beside.per_second, "p50_ms": beside.p50_ms, "p99_ms": beside.p99_ms}
+            comparison.add("read beside", candidate.name, figures, beside.errors, connections=16)
 
 
 def large_at_once(comparison: Comparison) -> None:
@@ -183,42 +193,74 @@ def overload(comparison: Comparison) -> None:
     for row, size in (("overload, 300 KB", SMALL), ("overload, 10 MB", LARGE)):
         for candidate in comparison.candidates(API):
             with comparison.run(candidate) as server:
-                comparison.add(row, candidate.name, *_measure_overload(server, random_png(size)))
+                comparison.add(row, candidate.name, *_measure_overload(comparison, server, random_png(size)))
 
 
-def _measure_overload(server: Server, image: bytes) -> tuple[dict[str, float], Counter[str]]:
-    request = server.submit_request(image)
+def _measure_overload(comparison: Comparison, server: Server, image: bytes) -> tuple[dict[str, float], Counter[str]]:
+    request, seconds = server.submit_request(image), 8 if comparison.quick else _OVERLOAD_SECONDS
+    read = server.read_request(server.submit(make_png()))
     capacity = closed_loop(server.url, request, seconds=3).per_second
     server.reset_peak()
-    started_at = time.monotonic()
+    used = server.cpu_seconds()
     rate = min(_OVERLOAD_FACTOR * capacity, _MAX_PER_SECOND)
-    answers, health, ops_health = uvloop.run(_send_overload(server, request, rate))
-    seconds = time.monotonic() - started_at
+    probes = {
+        "health": (server.url, Request("GET", ("/healthz",)), 0.1),
+        "read": (server.url, read, 0.1),
+        "ops_health": (server.ops_url, Request("GET", ("/healthz",)), 0.1),
+        "metrics": (server.ops_url, Request("GET", ("/metrics",)), 5),
+    }
+    # In a process of its own: that of the load is busy.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        probing = pool.submit(_probe_all, probes, seconds)
+        answers, recovery = uvloop.run(_send_overload(server, request, rate, seconds))
+        latencies = probing.result()
     times, counts = answers.succeeded(), answers.counts()
     figures = {
         "capacity_per_second": capacity,
         "offered_per_second": counts.total() / answers.sending_seconds,
-        "per_second": len(times) / seconds,
+        "per_second": len(times) / (answers.sending_seconds + recovery),
         "p50_ms": percentile(times, 50) * 1000,
-        "p99_ms": percentile(times, 99) * 1000,
+        "max_ms": max(times, default=math.nan) * 1000,
+        "recovery_ms": recovery * 1000,
+        "cpu_percent": (server.cpu_seconds() - used) / (answers.sending_seconds + recovery) * 100,
         "peak_mib": server.peak_mib(),
-        "health_max_ms": max(map(max, health.seconds.values())) * 1000,
-        "ops_health_max_ms": max(map(max, ops_health.seconds.values())) * 1000,
     }
+    for name, values in latencies.items():
+        figures |= {f"{name}_p99_ms": percentile(values, 99) * 1000, f"{name}_max_ms": max(values) * 1000}
     # Rejections are expected here.
     figures |= {f"answers {status}": float(count) for status, count in sorted(counts.items()) if status.isdigit()}
     return figures, Counter({status: count for status, count in counts.items() if not status.isdigit()})
 
 
-async def _send_overload(server: Server, request: Request, rate: float) -> tuple[Answers, Answers, Answers]:
-    """Offer more than the server can take, while both ports are probed."""
-    health, ops_health, done = Answers(), Answers(), asyncio.Event()
+def _probe_all(probes: Mapping[str, tuple[str, Request, float]], seconds: float) -> Mapping[str, list[float]]:
+    """Send each request at its interval; return the latencies in seconds."""
+
+    async def run() -> Mapping[str, list[float]]:
+        found = {name: Answers() for name in probes}
+        done = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            for name, (url, request, interval) in probes.items():
+                group.create_task(probe(url, request, found[name], done, interval=interval, timeout=_TIMEOUT_SECONDS))
+            await asyncio.sleep(seconds)
+            done.set()
+        return {name: [item for times in answers.seconds.values() for item in times] for name, answers in found.items()}
+
+    return uvloop.run(run())
+
+
+async def _send_overload(server: Server, request: Request, rate: float, seconds: float) -> tuple[Answers, float]:
+    """Offer more than the server can take; return the responses, and the seconds from then to a quick acceptance."""
     async with asyncio.TaskGroup() as group:
-        group.create_task(probe(server.url, health, done, timeout=_TIMEOUT_SECONDS))
-        group.create_task(probe(server.ops_url, ops_health, done, timeout=_TIMEOUT_SECONDS))
-        answers = await open_loop(server.url, request, rate=rate, seconds=_OVERLOAD_SECONDS, timeout=_TIMEOUT_SECONDS)
-        done.set()
-    return answers, health, ops_health
+        sending = group.create_task(
+            open_loop(server.url, request, rate=rate, seconds=seconds, timeout=_TIMEOUT_SECONDS)
+        )
+        await asyncio.sleep(seconds)
+        ended_at = time.perf_counter()
+        after = Answers()
+        while not any(taken < _QUICK_SECONDS for taken in after.succeeded()):
+            await send_request(server.url, request, 0, after, timeout=_TIMEOUT_SECONDS)
+        recovery = time.perf_counter() - ended_at
+    return sending.result(), recovery
 
 
 def poller(comparison: Comparison) -> None:
