@@ -21,15 +21,15 @@ import click
 import httpx2
 
 from tests.bench.load import Request, closed_loop
-from tests.bench.peers.servers import USER_KEY, Server, fastapi_gateway, nginx_lua, nginx_proxy, serving, vendor_stub
+from tests.bench.peers.servers import USER_KEY, Server, fastapi_gateway, nginx_lua, serving, vendor_stub
 from tests.process.gateway import HTTP, wait_until
 from tests.support.network import reserve_port
 from tests.support.valkey import run_valkey
 
 HERE = Path(__file__).parents[2]
-API, ALL, API_AND_WORKER = "api", "all", "api + worker"
-PROXY, LUA, FASTAPI = "nginx proxy", "nginx+Lua", "FastAPI"
-REFERENCES = (PROXY, LUA, FASTAPI)
+API, ALL = "api", "all"
+LUA, FASTAPI = "nginx+Lua", "FastAPI"
+REFERENCES = (LUA, FASTAPI)
 OTHER = "other"
 """The label of the other checkout."""
 _UNLIMITED = 10**9
@@ -77,8 +77,6 @@ class Candidate:
         """Run it until the context ends."""
         if self.checkout:
             return self._run_gateway(env, env.server_cpu)
-        if self.kind == PROXY:
-            return nginx_proxy(env.stub, env.server_cpu)
         return (nginx_lua if self.kind == LUA else fastapi_gateway)(env.stub, env.redis_url, env.server_cpu)
 
     def start_reader(self, env: Environment) -> AbstractContextManager[Server]:
@@ -87,20 +85,17 @@ class Candidate:
 
     @contextmanager
     def _run_gateway(self, env: Environment, cpu: int) -> Iterator[Server]:
-        with ExitStack() as stack:
-            server = stack.enter_context(self._run_process(API if self.kind == API_AND_WORKER else self.kind, env, cpu))
-            env.token = env.token or _make_tenant(env, server.ops_url)
-            server = replace(server, token=env.token)
+        with self._run_process(env, cpu) as process:
+            env.token = env.token or _make_tenant(env, process.ops_url)
+            server = replace(process, token=env.token)
             _wait_for_token(server)
-            if self.kind == API_AND_WORKER:
-                stack.enter_context(self._run_process("worker", env, env.load_cpu))
             yield server
 
-    def _run_process(self, role: str, env: Environment, cpu: int) -> AbstractContextManager[Server]:
+    def _run_process(self, env: Environment, cpu: int) -> AbstractContextManager[Server]:
         port, ops_port = reserve_port(), reserve_port()
         settings = {
             "GATEWAY_ENV": "production",
-            "GATEWAY_ROLE": role,
+            "GATEWAY_ROLE": self.kind,
             "GATEWAY_PORT": str(port),
             "GATEWAY_OPS_PORT": str(ops_port),
             "GATEWAY_REDIS_URL": env.redis_url,

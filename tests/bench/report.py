@@ -29,7 +29,7 @@ Written by `make bench` on {date}, of commit `{commit}`{other}.
 - versions: {versions}, and those of the commit's `uv.lock`
 
 The server under test is pinned to one CPU; the load generator, the vendor's stand-in, Valkey (with an
-append-only file) and the worker of `api + worker` share another. Servers alternate and restart in each round, and
+append-only file) share another. Servers alternate and restart in each round, and
 the figures are medians of {rounds} rounds of {seconds} s where there are several. Images are PNGs of random pixels.
 *per second* counts answers of success only; what else came is in the column *errors*, summed over all rounds. *cpu ms*
 is the CPU time of the server for one of them. One token sends all requests, so the gateway runs with

@@ -20,8 +20,6 @@ from redis import Redis
 from tests.bench.comparison import (
     ALL,
     API,
-    API_AND_WORKER,
-    FASTAPI,
     LUA,
     REFERENCES,
     Candidate,
@@ -48,13 +46,9 @@ from tests.support.images import make_png
 CONNECTIONS = (1, 16, 64)
 DIRECT = "vendor, direct"
 READ, SMALL_SUBMIT, LARGE_SUBMIT = "read", "submit 300 KB", "submit 10 MB"
-LARGE_ROWS = {32: "32 x 10 MB", 64: "64 x 10 MB", 256: "256 x 10 MB"}
+LARGE_ROWS = {32: "32 x 10 MB", 256: "256 x 10 MB"}
 _WAITING = ("Prefer", "wait=60")
 _SAMPLE_DELAY_SECONDS = 30
-_WAITERS = 1_000
-_ARRIVALS_PER_SECOND = 50
-_WAIT_SECONDS = 20
-"""The time of the first check, which ends a task: by then all clients wait."""
 _OVERLOAD_FACTOR = 3
 _MAX_PER_SECOND = 6_000
 _OVERLOAD_SECONDS = 30
@@ -101,9 +95,7 @@ def _submit(comparison: Comparison, row: str, image: bytes, seconds: int) -> Non
 def _load(comparison: Comparison, row: str, prepare: Callable[[Server], Request], seconds: int) -> None:
     """Load each server with more and more connections; it is restarted for each round."""
     numbers = CONNECTIONS[:2] if comparison.quick else CONNECTIONS
-    candidates = comparison.candidates(API, ALL, API_AND_WORKER, beside=REFERENCES)
-    if comparison.quick:
-        candidates = comparison.candidates(API, beside=(LUA, FASTAPI))
+    candidates = comparison.candidates(*((API,) if comparison.quick else (API, ALL)), beside=REFERENCES)
     for candidate in candidates * comparison.rounds:
         with comparison.run(candidate) as server:
             request = prepare(server)
@@ -115,7 +107,7 @@ def _load(comparison: Comparison, row: str, prepare: Callable[[Server], Request]
 
 def slow_vendor(comparison: Comparison) -> None:
     """Images of 300 KB are submitted to a vendor that takes 2 s for an answer; a task is read before and beside it."""
-    for candidate in comparison.candidates(API, ALL, beside=(LUA, FASTAPI)):
+    for candidate in comparison.candidates(API):
         with comparison.run(candidate, delay_seconds=2) as server, ThreadPoolExecutor() as threads:
             request, seconds = server.submit_request(random_png(SMALL)), max(comparison.seconds * 3, 5)
             read = server.read_request(server.submit(make_png()))
@@ -128,11 +120,11 @@ def slow_vendor(comparison: Comparison) -> None:
 
 
 def large_at_once(comparison: Comparison) -> None:
-    """32, 64 and 256 images of 10 MB are submitted at the same moment."""
+    """32 and 256 images of 10 MB are submitted at the same moment."""
     for number, row in LARGE_ROWS.items():
         with ExitStack() as stack, ThreadPoolExecutor() as threads:
             measured = []
-            for candidate in comparison.candidates(API, ALL, beside=(LUA, FASTAPI)):
+            for candidate in comparison.candidates(API):
                 server = stack.enter_context(comparison.run(candidate))
                 figures, errors = _submit_at_once(server, number)
                 # Others are measured meanwhile.
@@ -153,33 +145,6 @@ def _submit_at_once(server: Server, number: int) -> tuple[dict[str, float], Coun
     answers = uvloop.run(send_all(server.url, server.submit_request(random_png(LARGE)), number, connections=number))
     per_second = len(answers.succeeded()) / (time.monotonic() - started_at)
     return {"per_second": per_second, "idle_mib": idle, "peak_mib": server.peak_mib()}, answers.errors()
-
-
-def waiters(comparison: Comparison) -> None:
-    """1,000 clients submit a small image with `Prefer: wait`, and get the end that the first check finds 20 s later."""
-    for candidate in comparison.candidates(ALL):
-        with comparison.environment(tasks="finished") as env:
-            env.settings["GATEWAY_POLL_SECONDS"] = str(_WAIT_SECONDS)
-            with candidate.start(env) as server:
-                comparison.add("1,000 waiters", candidate.name, *_measure_waiters(server))
-
-
-def _measure_waiters(server: Server) -> tuple[dict[str, float], Counter[str]]:
-    idle, used = server.resident_mib(), server.cpu_seconds()
-    server.reset_peak()
-    request = server.submit_request(make_png(), _WAITING)
-    seconds = _WAITERS / _ARRIVALS_PER_SECOND
-    answers = uvloop.run(open_loop(server.url, request, rate=_ARRIVALS_PER_SECOND, seconds=seconds, timeout=90))
-    used = server.cpu_seconds() - used
-    times = answers.succeeded()
-    figures = {
-        "late_p50_ms": (percentile(times, 50) - _WAIT_SECONDS) * 1000,
-        "late_p99_ms": (percentile(times, 99) - _WAIT_SECONDS) * 1000,
-        "cpu_ms": used * 1000 / max(len(times), 1),
-        "idle_mib": idle,
-        "peak_mib": server.peak_mib(),
-    }
-    return figures, _count_failures(answers)
 
 
 def _count_failures(answers: Answers) -> Counter[str]:
@@ -317,7 +282,7 @@ def _seed(comparison: Comparison, candidate: Candidate, number: int = _MANY) -> 
 
 def read_many(comparison: Comparison) -> None:
     """10,000 running tasks are read in turn."""
-    candidates = comparison.candidates(API, beside=(LUA, FASTAPI))
+    candidates = comparison.candidates(API, beside=(LUA,))
     for candidate in candidates:
         _seed(comparison, candidate)
     for candidate in candidates * comparison.rounds:
@@ -340,7 +305,7 @@ def list_tasks(comparison: Comparison) -> None:
 
 def beside_running(comparison: Comparison) -> None:
     """A task is read, and images of 300 KB are submitted, while 10,000 tasks are checked."""
-    for candidate in comparison.candidates(ALL, API_AND_WORKER) * comparison.rounds:
+    for candidate in comparison.candidates(ALL) * comparison.rounds:
         env, task_ids = _seed(comparison, candidate)
         with candidate.start_reader(env) as reader, candidate.start(env) as server:
             _read_all_once(reader, task_ids)
@@ -398,7 +363,7 @@ def _time_call(http: httpx2.Client, method: str, url: str, body: object = None) 
 
 def start_and_idle(comparison: Comparison) -> None:
     """Servers start one after the other and then do nothing."""
-    candidates = comparison.candidates(API, ALL, API_AND_WORKER, beside=REFERENCES)
+    candidates = comparison.candidates(API, ALL, beside=REFERENCES)
     with ExitStack() as stack:
         servers = [stack.enter_context(comparison.run(candidate)) for candidate in candidates]
         time.sleep(3)  # until they have settled
@@ -437,7 +402,6 @@ WORKLOADS: Mapping[str, Callable[[Comparison], None]] = {
     "submit-large": submit_large,
     "slow-vendor": slow_vendor,
     "large-at-once": large_at_once,
-    "waiters": waiters,
     "overload": overload,
     "poller": poller,
     "read-many": read_many,

@@ -1,9 +1,8 @@
 """The vendor's stub, and what a team would run instead of the gateway, as processes on one CPU measured from outside.
 
 The references implement the requests that the benchmark sends: `POST /v1/tasks/upscale` forwards the image to the
-vendor, `GET /v1/tasks/{id}` reads the task. Two of them check the bearer token, hold and settle a quota in Valkey,
-store the task there, and respond with 201. The proxy only forwards: a read is a check at the vendor, and responses are
-the vendor's. No server outlives the benchmark.
+vendor, `GET /v1/tasks/{id}` reads the task. They check the bearer token, hold and settle a quota in Valkey, store the
+task there, and respond with 201. No server outlives the benchmark.
 """
 
 from __future__ import annotations
@@ -181,30 +180,24 @@ def _compile_stub() -> str:
     return f"{folder}/stub"
 
 
-def nginx_proxy(stub: Server, cpu: int) -> AbstractContextManager[Server]:
-    """Run nginx as a plain proxy, which checks no token: the minimal cost of any server in front of the vendor."""
-    return _nginx("nginx_proxy.conf", cpu, VENDOR=urlsplit(stub.url).netloc)
-
-
-def nginx_lua(stub: Server, redis_url: str, cpu: int) -> AbstractContextManager[Server]:
-    """Run nginx with Lua that does the whole job: the practical limit. `redis_url` is `unix://PATH`."""
-    redis, vendor = f'"unix:{urlsplit(redis_url).path}"', urlsplit(stub.url).netloc
-    return _nginx("nginx_lua.conf", cpu, CODE=str(_HERE), REDIS=redis, VENDOR=vendor)
-
-
 @contextmanager
-def _nginx(template: str, cpu: int, **values: str) -> Iterator[Server]:
-    """Run nginx as the current user, with all its files in a temporary folder."""
-    port, token, config = reserve_port(), secrets.token_hex(16), (_HERE / template).read_text()
+def nginx_lua(stub: Server, redis_url: str, cpu: int) -> Iterator[Server]:
+    """Run nginx with Lua that does the whole job: the practical limit. `redis_url` is `unix://PATH`.
+
+    It runs as the current user, with all its files in a temporary folder.
+    """
+    redis, vendor = f'"unix:{urlsplit(redis_url).path}"', urlsplit(stub.url).netloc
+    port, token, config = reserve_port(), secrets.token_hex(16), (_HERE / "nginx_lua.conf").read_text()
     # nginx drops the privileges of root unless `user` keeps them.
     user = "user root;" if os.geteuid() == 0 else ""
-    for key, value in {"PORT": str(port), "USER": user, "USER_KEY": USER_KEY, "TOKEN": token, **values}.items():
+    values = {"PORT": str(port), "USER": user, "USER_KEY": USER_KEY, "TOKEN": token}
+    for key, value in (values | {"CODE": str(_HERE), "REDIS": redis, "VENDOR": vendor}).items():
         config = config.replace(f"@{key}@", value)
     with tempfile.TemporaryDirectory(prefix="gateway-bench-") as folder:
         path = Path(folder) / "nginx.conf"
         path.write_text(config)
         command = ["/usr/sbin/nginx", "-p", folder, "-c", str(path), "-e", "stderr"]
-        with serving(template, command, cpu=cpu, port=port, token=token) as server:
+        with serving("nginx with Lua", command, cpu=cpu, port=port, token=token) as server:
             yield server
 
 
