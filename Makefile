@@ -48,7 +48,7 @@ test-all: check ## Run everything that CI runs, with coverage, in 9 minutes (Deb
 chaos: $(VENV_STAMP) ## Inject faults for 5 minutes, then audit the ledger (CHAOS_SECONDS, CHAOS_SEED, TOPOLOGY)
 	@exec .venv/bin/python -m tests.chaos
 
-bench: $(VENV_STAMP) ## Compare the gateway with its peers in 25 minutes; writes tests/bench/results/
+bench: $(VENV_STAMP) ## Compare the gateway with its peers and targets in 15 minutes; writes tests/bench/results/
 	@$(bench_packages)
 	exec .venv/bin/python -m tests.bench $(or $(ARGS),--save)
 

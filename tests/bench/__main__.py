@@ -1,6 +1,7 @@
 """Compare the whole gateway with what a team would run instead.
 
-workloads.py      the workloads by name, in their order
+workloads.py      the workloads by name, in their order; overload.py and stored_tasks.py have some of them
+targets.py        the figures that the gateway has to reach
 comparison.py     a run: CPUs, rounds, results; the servers to compare and their environment
 peers/            the vendor's stub, the references, and processes pinned to a CPU
 load.py, wrk.lua  requests, PNGs of random pixels, and the load generators
@@ -34,9 +35,15 @@ RESULTS = Path(__file__).with_name("results")
 )
 @click.option("--rounds", type=click.IntRange(1, 99), default=3, show_default=True, help="How often servers alternate.")
 @click.option("--seconds", type=click.IntRange(1, 60), help="How long a closed loop takes: 3, in the quick one 2.")
-@click.option("--save", is_flag=True, help=f"Write the results into {RESULTS.parent.name}/{RESULTS.name}/.")
+@click.option(
+    "--save",
+    type=click.Path(file_okay=False, path_type=Path),
+    is_flag=False,
+    flag_value=RESULTS,
+    help=f"Write the results into this folder; without a name into {RESULTS.parent.name}/{RESULTS.name}/.",
+)
 def main(
-    *, quick: bool, rows: tuple[str, ...], against: Path | None, rounds: int, seconds: int | None, save: bool
+    *, quick: bool, rows: tuple[str, ...], against: Path | None, rounds: int, seconds: int | None, save: Path | None
 ) -> None:
     require_tools()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that all servers are stopped
@@ -58,10 +65,10 @@ def main(
     tables = format_tables(results, comparison.titles)
     click.echo(tables)
     if save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "results.json").write_text(format_json(facts, results))
-        (RESULTS / "RESULTS.md").write_text(format_page(facts, tables))
-        draw(results, f"Gateway {facts['commit']} beside its references, {facts['date']}", RESULTS / "results.png")
+        save.mkdir(parents=True, exist_ok=True)
+        (save / "results.json").write_text(format_json(facts, results))
+        (save / "RESULTS.md").write_text(format_page(facts, tables))
+        draw(results, f"Gateway {facts['commit']} beside its references, {facts['date']}", save / "results.png")
     if failed:
         raise click.ClickException(f"these workloads failed: {', '.join(failed)}")
 

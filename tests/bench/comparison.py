@@ -10,7 +10,7 @@ import secrets
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import click
 import httpx2
+from redis import Redis
 
 from tests.bench.load import Request, closed_loop
 from tests.bench.peers.servers import USER_KEY, Server, fastapi_gateway, nginx_lua, serving, vendor_stub
@@ -32,6 +33,8 @@ LUA, FASTAPI = "nginx+Lua", "FastAPI"
 REFERENCES = (LUA, FASTAPI)
 OTHER = "other"
 """The label of the other checkout."""
+ALONE = "alone"
+"""The rate of the same requests without what goes on beside them."""
 _UNLIMITED = 10**9
 _TENANT = {
     "accounts": ["main"],
@@ -180,16 +183,37 @@ class Comparison:
     @contextmanager
     def environment(self, **stub: Any) -> Iterator[Environment]:
         """Open a vendor and an empty durable store for one server, both on the CPU of the load."""
-        with run_valkey("--appendonly", "yes") as store, vendor_stub(self.load_cpu, **stub) as vendor:
-            for thread in Path(f"/proc/{store.process.pid}/task").iterdir():
-                os.sched_setaffinity(int(thread.name), {self.load_cpu})
-            yield Environment(self.server_cpu, self.load_cpu, vendor, store.url)
+        with self._open_store() as url, vendor_stub(self.load_cpu, **stub) as vendor:
+            yield Environment(self.server_cpu, self.load_cpu, vendor, url)
 
     @contextmanager
-    def run(self, candidate: Candidate, **stub: Any) -> Iterator[Server]:
-        """Run a server with an empty store and a vendor of its own."""
-        with self.environment(**stub) as env, candidate.start(env) as server:
-            yield server
+    def _open_store(self) -> Iterator[str]:
+        with run_valkey("--appendonly", "yes") as store:
+            for thread in Path(f"/proc/{store.process.pid}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), {self.load_cpu})
+            yield store.url
+
+    @contextmanager
+    def copy(self, env: Environment) -> Iterator[Environment]:
+        """Open a copy of a store, with the same vendor."""
+        with self._open_store() as url, Redis.from_url(env.redis_url) as source, Redis.from_url(url) as target:
+            keys = source.keys()
+            reading, writing = source.pipeline(transaction=False), target.pipeline(transaction=False)
+            for key in keys:
+                reading.dump(key).pttl(key)
+            values = reading.execute()
+            for key, value, expiry in zip(keys, values[::2], values[1::2], strict=True):
+                writing.restore(key, max(expiry, 0), value)
+            writing.execute()
+            yield replace(env, redis_url=url)
+
+    @contextmanager
+    def run(self, candidate: Candidate, settings: Mapping[str, str] | None = None, **stub: Any) -> Iterator[Server]:
+        """Run a server with an empty store and a vendor of its own; `settings` are additional ones of the gateway."""
+        with self.environment(**stub) as env:
+            env.settings |= settings or {}
+            with candidate.start(env) as server:
+                yield server
 
     def add(
         self, row: str, server: str, figures: dict[str, float], errors: Counter[str], *, connections: int = 0
@@ -203,9 +227,17 @@ class Comparison:
         click.echo(f"  {time.strftime('%H:%M:%S')} {row:<18} {server + at:<24} {text}{failed}", file=sys.stderr)
 
     def measure(
-        self, row: str, candidate: Candidate, server: Server, request: Request, *, connections: int = 16, seconds: int
+        self,
+        row: str,
+        candidate: Candidate,
+        server: Server,
+        request: Request,
+        *,
+        connections: int = 16,
+        seconds: int,
+        alone_per_second: float = 0,
     ) -> None:
-        """Load a server in a closed loop and record the figures."""
+        """Load a server in a closed loop and record the figures, with the ratio to a rate without others if given."""
         server.reset_peak()
         used = server.cpu_seconds()
         load = closed_loop(server.url, request, connections=connections, seconds=seconds)
@@ -215,8 +247,10 @@ class Comparison:
             "p50_ms": load.p50_ms,
             "p99_ms": load.p99_ms,
             "cpu_ms": used * 1000 / load.succeeded if load.succeeded else math.nan,
-            "peak_mib": server.peak_mib(),
+            "peak_mb": server.peak_mb(),
         }
+        if alone_per_second:
+            figures[f"x {ALONE}"] = load.per_second / alone_per_second
         self.add(row, candidate.name, figures, load.errors, connections=connections)
 
     def results(self) -> list[Result]:

@@ -16,10 +16,13 @@ from typing import Any
 from msgspec import json
 
 from service.devstack import find_server_binary
-from tests.bench.comparison import HERE, OTHER, REFERENCES, Comparison, Result
-from tests.bench.workloads import CONNECTIONS, DIRECT, LARGE_ROWS, LARGE_SUBMIT, READ, SMALL_SUBMIT
+from tests.bench.comparison import ALL, API, HERE, OTHER, REFERENCES, Comparison, Result
+from tests.bench.targets import compare_targets, format_number, name_figure
+from tests.bench.workloads import DIRECT, LARGE_ROWS, LARGE_SUBMIT, READ, SMALL_SUBMIT
 
-_COMPARED_FIGURES = ("per_second", "p99_ms", "late_p99_ms", "cpu_ms", "peak_mib")
+FEW = 16
+"""The connections of most loads."""
+_COMPARED_FIGURES = ("per_second", "p99_ms", "cpu_ms", "peak_mb")
 """Figures shown as a ratio to the other checkout."""
 _PAGE = """# Benchmark results
 
@@ -28,14 +31,15 @@ Written by `make bench` on {date}, of commit `{commit}`{other}.
 - machine: {cpu}, {cores} cores, {memory_gib} GiB, Linux {kernel}
 - versions: {versions}, and those of the commit's `uv.lock`
 
-The server under test is pinned to one CPU; the load generator, the vendor's stand-in, Valkey (with an
-append-only file) share another. Servers alternate and restart in each round, and
-the figures are medians of {rounds} rounds of {seconds} s where there are several. Images are PNGs of random pixels.
-*per second* counts answers of success only; what else came is in the column *errors*, summed over all rounds. *cpu ms*
-is the CPU time of the server for one of them. One token sends all requests, so the gateway runs with
-`GATEWAY_TENANT_SHARE=1` and `GATEWAY_READS_PER_SECOND=0`. *added ms* is the median at one connection less that of the
-same request sent straight to the vendor's stand-in. *x* is the ratio of *per second* to a reference, more is better.
-Times of two runs differ by up to a fifth on a shared machine: compare within a run only.
+The server under test is pinned to one CPU; the load generator, the vendor's stand-in and Valkey (with an append-only
+file) share another. Servers alternate and restart in each round, and the figures are medians of {rounds} rounds of
+{seconds} s where there are several. Images are PNGs of random pixels. *per second* counts answers of success only; what
+else came is in the column *errors*, summed over all rounds. *cpu ms* is the CPU time of the server for one of them.
+One token sends all requests, so the gateway runs with `GATEWAY_TENANT_SHARE=1` and `GATEWAY_READS_PER_SECOND=0`.
+*added ms* is the median at one connection less that of the same request sent straight to the vendor's stand-in. *x* is
+the ratio of *per second* to a reference, more is better: *x alone* to the same requests with nothing beside them, *x
+capacity* to a closed loop of 16 connections. MB are 10^6 bytes; *later* is 30 s after the last response, *later share*
+its ratio to *idle*. Times of two runs differ by up to a fifth on a shared machine: compare within a run only.
 
 ![The main figures of this run](results.png)
 
@@ -79,10 +83,16 @@ def add_ratios(results: Sequence[Result]) -> list[Result]:
         direct = by_key.get((result.row, DIRECT, 1))
         if direct and result.connections == 1 and result.server != DIRECT:
             figures["added_ms"] = figures["p50_ms"] - direct["p50_ms"]
-        for reference in REFERENCES:
-            other = by_key.get((result.row, reference, result.connections))
+        label = result.server.removeprefix(ALL)
+        baselines = {f"x {reference}": (reference, result.connections) for reference in REFERENCES}
+        if label != result.server:
+            baselines[f"x {API}"] = f"{API}{label}", result.connections
+        if result.connections > FEW:
+            baselines[f"x {FEW} connections"] = result.server, FEW
+        for name, (server, connections) in baselines.items():
+            other = by_key.get((result.row, server, connections))
             if other and result.server not in {*REFERENCES, DIRECT} and other.get("per_second"):
-                figures[f"x {reference}"] = figures["per_second"] / other["per_second"]
+                figures[name] = figures["per_second"] / other["per_second"]
         other = by_key.get((result.row, f"{result.server} ({OTHER})", result.connections), {})
         figures |= {f"{name} x {OTHER}": figures[name] / other[name] for name in _COMPARED_FIGURES if other.get(name)}
         derived.append(replace(result, figures=figures))
@@ -90,11 +100,13 @@ def add_ratios(results: Sequence[Result]) -> list[Result]:
 
 
 def format_tables(results: Sequence[Result], titles: Mapping[str, str]) -> str:
-    """Format a table for each workload as Markdown that is readable on a terminal."""
+    """Format the table of targets and one for each workload as Markdown that is readable on a terminal."""
     rows: dict[str, list[Result]] = {}
     for result in results:
         rows.setdefault(result.row, []).append(result)
-    return "\n".join(f"### {row}\n\n{titles[row]}\n\n{_format_table(found)}" for row, found in rows.items())
+    tables = [f"### Targets\n\n{_format_lines(compare_targets(results))}"]
+    tables += [f"### {row}\n\n{titles[row]}\n\n{_format_table(found)}" for row, found in rows.items()]
+    return "\n".join(tables)
 
 
 def format_page(facts: Mapping[str, Any], tables: str) -> str:
@@ -111,11 +123,16 @@ def format_json(facts: Mapping[str, Any], results: Sequence[Result]) -> str:
 
 def _format_table(results: Sequence[Result]) -> str:
     names = list(dict.fromkeys(name for result in results for name in result.figures))
-    lines = [["server", "connections", *(name.replace("_", " ") for name in names), "errors"]]
+    lines = [["server", "connections", *map(name_figure, names), "errors"]]
     for item in sorted(results, key=lambda entry: entry.connections):  # stable: servers stay in their order
-        figures = [_format_number(item.figures.get(name)) for name in names]
+        figures = [format_number(item.figures.get(name, math.nan)) for name in names]
         errors = ", ".join(f"{count} {what}" for what, count in item.errors.items())
         lines.append([item.server, str(item.connections or ""), *figures, errors])
+    return _format_lines(lines)
+
+
+def _format_lines(lines: Sequence[Sequence[str]]) -> str:
+    """Format lines of cells, the first of them headings, without empty columns."""
     columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
     aligned = []
     for place, (heading, *cells) in enumerate(columns):
@@ -123,13 +140,6 @@ def _format_table(results: Sequence[Result]) -> str:
         align, rule = (str.rjust, "-" * (width - 1) + ":") if place else (str.ljust, "-" * width)
         aligned.append([align(heading, width), rule, *(align(cell, width) for cell in cells)])
     return "".join(f"| {' | '.join(line)} |\n" for line in zip(*aligned, strict=True))
-
-
-def _format_number(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return ""
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
-    return f"{value:,.{digits}f}"
 
 
 def draw(results: Sequence[Result], title: str, path: Path) -> None:
@@ -142,10 +152,10 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
     servers = dict.fromkeys(server for row, server, _ in at if row in {*submits, *large})
     colours = {server: f"C{place}" for place, server in enumerate(servers)}
     charts = [
-        *((f"{row}: answers a second", "per_second", [(row, number) for number in CONNECTIONS]) for row in submits),
+        *((f"{row}: answers a second", "per_second", [(row, number) for number in (1, FEW)]) for row in submits),
         ("CPU time for one, ms (16 connections)", "cpu_ms", [(row, 16) for row in submits]),
         ("99 of 100 are answered within, ms (16 connections)", "p99_ms", [(row, 16) for row in submits]),
-        ("largest memory, MiB (images at once)", "peak_mib", [(row, 0) for row in large]),
+        ("largest memory, MB (images at once)", "peak_mb", [(row, 0) for row in large]),
     ]
     figure = Figure(figsize=(15, 9), layout="constrained", dpi=100)
     for axis, (heading, name, groups) in zip(figure.subplots(2, 3).flat, charts, strict=True):
@@ -158,8 +168,8 @@ def draw(results: Sequence[Result], title: str, path: Path) -> None:
         if heights:
             axis.grouped_bar(heights, tick_labels=labels, colors=[colours[server] for server in heights])
         for container in axis.containers:
-            axis.bar_label(container, fmt=_format_number, rotation=90, fontsize=7, padding=2)
-        axis.set(title=heading, yscale="log" if heights and name != "peak_mib" else "linear")
+            axis.bar_label(container, fmt=format_number, rotation=90, fontsize=7, padding=2)
+        axis.set(title=heading, yscale="log" if heights and name != "peak_mb" else "linear")
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(y=0.18)
     handles = [Patch(color=colour, label=server) for server, colour in colours.items()]

@@ -70,20 +70,20 @@ class Server:
         fields = [file.rpartition(") ")[2].split()[11:15] for file in self._read_all("stat")]
         return sum(int(ticks) for found in fields for ticks in found) / os.sysconf("SC_CLK_TCK")
 
-    def resident_mib(self) -> float:
-        return self._memory_mib("VmRSS:")
+    def resident_mb(self) -> float:
+        return self._memory_mb("VmRSS:")
 
-    def peak_mib(self) -> float:
+    def peak_mb(self) -> float:
         """Return the peak resident memory since the last `reset_peak`, summed over the processes."""
-        return self._memory_mib("VmHWM:")
+        return self._memory_mb("VmHWM:")
 
     def reset_peak(self) -> None:
         for folder in self._list_processes():
             (folder / "clear_refs").write_text("5")
 
-    def _memory_mib(self, field: str) -> float:
+    def _memory_mb(self, field: str) -> float:
         lines = "".join(self._read_all("status")).splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+        return sum(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
 
     def _read_all(self, name: str) -> list[str]:
         return [(folder / name).read_text() for folder in self._list_processes()]
