@@ -17,7 +17,7 @@ from msgspec import json
 
 from service.devstack import find_server_binary
 from tests.bench.comparison import ALL, API, HERE, OTHER, REFERENCES, Comparison, Result
-from tests.bench.targets import compare_targets, format_number, name_figure
+from tests.bench.targets import BY_CPU, compare_targets, format_number, name_figure
 from tests.bench.workloads import DIRECT, LARGE_ROWS, LARGE_SUBMIT, READ, SMALL_SUBMIT
 
 FEW = 16
@@ -38,8 +38,9 @@ else came is in the column *errors*, summed over all rounds. *cpu ms* is the CPU
 One token sends all requests, so the gateway runs with `GATEWAY_TENANT_SHARE=1` and `GATEWAY_READS_PER_SECOND=0`.
 *added ms* is the median at one connection less that of the same request sent straight to the vendor's stand-in. *x* is
 the ratio of *per second* to a reference, more is better: *x alone* to the same requests with nothing beside them, *x
-capacity* to a closed loop of 16 connections. MB are 10^6 bytes; *later* is 30 s after the last response, *later share*
-its ratio to *idle*. Times of two runs differ by up to a fifth on a shared machine: compare within a run only.
+capacity* to a closed loop of 16 connections; *by CPU* is the same ratio of the CPU times, which other work
+changes less. MB are 10^6 bytes; *later* is 30 s after the last response, *later share* its ratio to *idle*. Times of
+two runs differ by up to a fifth on a shared machine: compare within a run only.
 
 ![The main figures of this run](results.png)
 
@@ -93,6 +94,7 @@ def add_ratios(results: Sequence[Result]) -> list[Result]:
             other = by_key.get((result.row, server, connections))
             if other and result.server not in {*REFERENCES, DIRECT} and other.get("per_second"):
                 figures[name] = figures["per_second"] / other["per_second"]
+                figures[name + BY_CPU] = other["cpu_ms"] / figures["cpu_ms"]
         other = by_key.get((result.row, f"{result.server} ({OTHER})", result.connections), {})
         figures |= {f"{name} x {OTHER}": figures[name] / other[name] for name in _COMPARED_FIGURES if other.get(name)}
         derived.append(replace(result, figures=figures))
