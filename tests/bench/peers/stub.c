@@ -3,9 +3,8 @@
  *     stub PORT running|finished DELAY_MS
  *
  * POST /api/submit_*_task and /api/submit_task accept a task, POST /api/check_task_status reports its state, both after
- * the delay. GET /files/... is a PNG of one pixel. GET /stats counts, as JSON; GET /stats?reset also forgets the peak
- * and the intervals afterwards. Bodies (with Content-Length or chunked) are discarded, except for the task's number in a
- * check. It listens on 127.0.0.1 only.
+ * the delay. GET /files/... is a PNG of one pixel. GET /stats counts the checks, as JSON. Bodies (with Content-Length or
+ * chunked) are discarded. It listens on 127.0.0.1 only.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -27,16 +26,12 @@
 
 #define HEAD_BYTES 8192
 #define OUT_BYTES 1024
-#define SAMPLE_BYTES 1024 /* of the body of a check */
 #define SCRATCH_BYTES (256 * 1024)
 #define EVENTS 1024
-#define MAX_TASKS (4 * 1000 * 1000) /* whose intervals between checks are measured */
-#define BUCKET_MS 10
-#define BUCKETS 12000
 #define FIRST_COUNT 1000000000ULL
 
 enum state { HEAD, BODY, CHUNK_SIZE, CHUNK_DATA, CHUNK_END, TRAILER, WAIT, WRITE };
-enum route { SUBMIT, CHECK, STATS, STATS_RESET, PICTURE, UNKNOWN };
+enum route { SUBMIT, CHECK, STATS, PICTURE, UNKNOWN };
 
 struct connection {
     int fd;
@@ -48,9 +43,8 @@ struct connection {
     uint64_t due;         /* ms, while it waits for the delay */
     uint64_t number;      /* of the submit or check */
     struct connection *next, *previous;
-    size_t head, out, sent, sample;
+    size_t head, out, sent;
     char head_bytes[HEAD_BYTES + 1];
-    char sample_bytes[SAMPLE_BYTES + 1];
     char out_bytes[OUT_BYTES];
 };
 
@@ -65,11 +59,8 @@ static bool finished;
 static uint64_t delay_ms;
 static struct connection waiting = {.next = &waiting, .previous = &waiting}; /* in the order in which they are due */
 static char scratch[SCRATCH_BYTES];
-static uint64_t submits, checks, files, connections, bytes, in_flight, peak_in_flight;
+static uint64_t submits, checks;
 static unsigned run; /* tells the tasks of this run from those of another */
-static uint32_t *last_check_ms; /* by the number of the task; 0 if there was none */
-static uint64_t intervals[BUCKETS], interval_count, interval_max;
-static uint64_t started_ms;
 
 static uint64_t now_ms(void)
 {
@@ -101,46 +92,8 @@ static void stop_waiting(struct connection *c)
 static void drop(struct connection *c)
 {
     stop_waiting(c);
-    if (c->state == WAIT) in_flight--;
     close(c->fd);
-    connections--;
     free(c);
-}
-
-/* Note when a task is checked, by the number at the end of its id; ids of another run are not measured. */
-static void note_check(struct connection *c)
-{
-    char id[16];
-    c->sample_bytes[c->sample] = 0;
-    snprintf(id, sizeof id, "%08x-", run);
-    const char *found = strstr(c->sample_bytes, id);
-    if (!found) return;
-    uint64_t number = strtoull(found + strlen(id), NULL, 10);
-    if (number >= MAX_TASKS) return;
-    uint32_t now = (uint32_t)(now_ms() - started_ms) + 1, last = last_check_ms[number];
-    last_check_ms[number] = now;
-    if (!last) return;
-    uint64_t interval = now - last, bucket = interval / BUCKET_MS;
-    intervals[bucket < BUCKETS ? bucket : BUCKETS - 1]++;
-    interval_count++;
-    if (interval > interval_max) interval_max = interval;
-}
-
-static uint64_t interval_quantile(double share)
-{
-    uint64_t wanted = (uint64_t)(share * (double)interval_count), seen = 0;
-    for (unsigned bucket = 0; bucket < BUCKETS; bucket++) {
-        seen += intervals[bucket];
-        if (seen > wanted) return (uint64_t)bucket * BUCKET_MS;
-    }
-    return 0;
-}
-
-static void reset_figures(void)
-{
-    memset(intervals, 0, sizeof intervals);
-    interval_count = interval_max = 0;
-    peak_in_flight = in_flight;
 }
 
 static void respond(struct connection *c, const char *status, const char *type, const void *body, size_t length)
@@ -180,21 +133,10 @@ static void answer(struct connection *c)
         respond_json(c, "200 OK", body);
         break;
     case STATS:
-    case STATS_RESET:
-        snprintf(body, sizeof body,
-                 "{\"submits\":%llu,\"checks\":%llu,\"files\":%llu,\"bytes\":%llu,\"connections\":%llu,"
-                 "\"in_flight\":%llu,\"peak_in_flight\":%llu,\"check_intervals\":%llu,"
-                 "\"check_interval_ms\":{\"p50\":%llu,\"p99\":%llu,\"max\":%llu}}",
-                 (unsigned long long)submits, (unsigned long long)checks, (unsigned long long)files,
-                 (unsigned long long)bytes, (unsigned long long)connections, (unsigned long long)in_flight,
-                 (unsigned long long)peak_in_flight, (unsigned long long)interval_count,
-                 (unsigned long long)interval_quantile(0.5), (unsigned long long)interval_quantile(0.99),
-                 (unsigned long long)interval_max);
-        if (c->route == STATS_RESET) reset_figures();
+        snprintf(body, sizeof body, "{\"checks\":%llu}", (unsigned long long)checks);
         respond_json(c, "200 OK", body);
         break;
     case PICTURE:
-        files++;
         respond(c, "200 OK", "image/png", PNG, sizeof PNG);
         break;
     default:
@@ -206,10 +148,7 @@ static void answer(struct connection *c)
 static void end_request(struct connection *c)
 {
     if (c->route == SUBMIT) c->number = ++submits;
-    if (c->route == CHECK) {
-        c->number = ++checks;
-        note_check(c);
-    }
+    if (c->route == CHECK) c->number = ++checks;
     if (!delay_ms || (c->route != SUBMIT && c->route != CHECK)) {
         answer(c);
         return;
@@ -220,7 +159,6 @@ static void end_request(struct connection *c)
     c->previous = waiting.previous;
     waiting.previous->next = c;
     waiting.previous = c;
-    if (++in_flight > peak_in_flight) peak_in_flight = in_flight;
 }
 
 static void refuse(struct connection *c, const char *status)
@@ -240,7 +178,6 @@ static enum route route_of(const char *method, const char *path)
     }
     if (!strcmp(method, "GET")) {
         if (!strcmp(path, "/stats")) return STATS;
-        if (!strcmp(path, "/stats?reset")) return STATS_RESET;
         if (!strncmp(path, "/files/", 7)) return PICTURE;
     }
     return UNKNOWN;
@@ -262,7 +199,6 @@ static void parse_head(struct connection *c)
     bool chunked = false, expects = false;
     c->left = 0;
     c->line = 0;
-    c->sample = 0;
     char *line = strtok_r(c->head_bytes, "\r\n", &lines);
     method = line ? strtok_r(line, " ", &words) : NULL;
     path = method ? strtok_r(NULL, " ", &words) : NULL;
@@ -312,14 +248,6 @@ static void parse_head(struct connection *c)
     }
 }
 
-static void keep_sample(struct connection *c, const char *data, size_t length)
-{
-    if (c->route != CHECK) return;
-    size_t room = SAMPLE_BYTES - c->sample, kept = length < room ? length : room;
-    memcpy(c->sample_bytes + c->sample, data, kept);
-    c->sample += kept;
-}
-
 static void chunk_size(struct connection *c, char byte)
 {
     const char *const digits = "0123456789abcdef", *found = byte ? strchr(digits, byte | 32) : NULL;
@@ -343,7 +271,6 @@ static size_t consume(struct connection *c, const char *data, size_t length)
         switch (c->state) {
         case BODY:
         case CHUNK_DATA:
-            keep_sample(c, data + at, part);
             at += part;
             c->left -= part;
             if (!c->left && c->state == CHUNK_DATA)
@@ -426,10 +353,9 @@ static void advance(struct connection *c)
 static void receive(struct connection *c)
 {
     ssize_t n;
-    if (c->state == BODY && c->route != CHECK && !c->head) { /* the kernel discards it without copying */
+    if (c->state == BODY && !c->head) { /* the kernel discards it without copying */
         n = recv(c->fd, scratch, c->left < SCRATCH_BYTES ? (size_t)c->left : SCRATCH_BYTES, MSG_TRUNC);
         if (n > 0) {
-            bytes += (uint64_t)n;
             c->left -= (uint64_t)n;
             if (!c->left) {
                 end_request(c);
@@ -446,7 +372,6 @@ static void receive(struct connection *c)
         if (c->state == HEAD || c->state == WAIT || c->head) {
             n = recv(c->fd, c->head_bytes + c->head, HEAD_BYTES - c->head, 0);
             if (n > 0) {
-                bytes += (uint64_t)n;
                 c->head += (size_t)n;
                 advance(c);
                 return;
@@ -454,7 +379,6 @@ static void receive(struct connection *c)
         } else {
             n = recv(c->fd, scratch, SCRATCH_BYTES, 0);
             if (n > 0) {
-                bytes += (uint64_t)n;
                 size_t used = consume(c, scratch, (size_t)n), rest = (size_t)n - used;
                 if (rest > HEAD_BYTES) {
                     c->closes = true; /* more than the next request's head came too soon: not what any client does */
@@ -482,7 +406,6 @@ static void accept_all(void)
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
         struct epoll_event event = {.events = EPOLLIN, .data.ptr = c};
         if (epoll_ctl(poller, EPOLL_CTL_ADD, fd, &event) < 0) fail("epoll_ctl");
-        connections++;
     }
 }
 
@@ -492,7 +415,6 @@ static void answer_due(void)
     while (waiting.next != &waiting && waiting.next->due <= now) {
         struct connection *c = waiting.next;
         stop_waiting(c);
-        in_flight--;
         answer(c);
         advance(c);
     }
@@ -517,17 +439,15 @@ static void start(int argc, char **argv)
     port = atoi(argv[1]);
     finished = !strcmp(argv[2], "finished");
     delay_ms = strtoull(argv[3], NULL, 10);
-    started_ms = now_ms();
     run = (unsigned)time(NULL) ^ ((unsigned)getpid() << 16);
     signal(SIGPIPE, SIG_IGN);
     if (!getrlimit(RLIMIT_NOFILE, &files_limit)) {
         files_limit.rlim_cur = files_limit.rlim_max;
         setrlimit(RLIMIT_NOFILE, &files_limit);
     }
-    last_check_ms = calloc(MAX_TASKS, sizeof *last_check_ms);
     poller = epoll_create1(EPOLL_CLOEXEC);
     listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (!last_check_ms || poller < 0 || listener < 0) fail("start");
+    if (poller < 0 || listener < 0) fail("start");
     address.sin_port = htons((uint16_t)port);
     setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     if (bind(listener, (struct sockaddr *)&address, sizeof address) < 0) fail("bind");
