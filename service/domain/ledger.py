@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import lru_cache
 
 import msgspec
 from msgspec import Struct, field
@@ -89,6 +90,7 @@ class TenantState(Struct):
     replacement_key_seq: int = 0
 
 
+@lru_cache(16)  # a report takes the windows of all tenants at one time
 def window_bounds(window: Window, now: int) -> tuple[int, int | None]:
     """Return start and end of the calendar window (UTC) around `now`; `total` starts at 0 and has no end."""
     if window is Window.TOTAL:
@@ -111,8 +113,11 @@ def window_bounds(window: Window, now: int) -> tuple[int, int | None]:
 def current_counter(state: TenantState, window: Window, now: int) -> WindowCounter:
     """Return the counter of the window around `now`, or a new one."""
     start, _ = window_bounds(window, now)
-    counters = (counter for counter in _all_counters(state, window) if counter.window_start == start)
-    return next(counters, WindowCounter(window_start=start))
+    for counter in state.retained_counters.get(window, ()):
+        if counter.window_start == start:
+            return counter
+    current = state.windows.get(window)
+    return current if current and current.window_start == start else WindowCounter(window_start=start)
 
 
 def _all_counters(state: TenantState, window: Window) -> list[WindowCounter]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import structlog
@@ -15,6 +14,7 @@ from service.domain.tasks import Kind
 from service.domain.tenants import Registry, Tenant, Window
 from service.telemetry.gauges import AccountSample, MetricsSnapshot, QuotaSample
 from service.telemetry.metrics import Metrics
+from service.usecases.background import run_in_turns
 from service.usecases.caches import CachedRegistry
 from service.usecases.ports import DeliveryQueue, Ledger, TaskStore
 from service.usecases.reports import PolicyReport, report_policies
@@ -23,7 +23,8 @@ _log = structlog.get_logger(__name__)
 
 SNAPSHOT_TIMEOUT_SECONDS = 3.0
 """A scrape without the ledger is better than one that Prometheus gives up."""
-_REPORTED_WINDOWS = (Window.DAY, Window.MONTH, Window.TOTAL)
+_KINDS = [(kind, kind.value) for kind in Kind]  # `.value` of an enum is computed at each access
+_REPORTED_WINDOWS = [(window, window.value) for window in (Window.DAY, Window.MONTH, Window.TOTAL)]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -60,11 +61,14 @@ class LedgerSnapshot:
         states, now = await self.ledger.tenant_states([tenant.id for tenant in tenants])
         accounts = await self.ledger.account_states([account.id for account in registry.accounts.values()])
         webhooks, failed = await self.deliveries.backlog()
+        sums = _TenantSums(now)
+        names = self.metrics.label_names
+        await run_in_turns(map(sums.add, map(names.of_tenant, states), tenants, states.values()))
         return MetricsSnapshot(
             tenant_count=len(tenants),
-            quotas=self._quota_usage(tenants, states, now),
-            active_tasks=self._active_tasks(tenants, states),
-            spent_fen=self._spent_fen(tenants, states, now),
+            quotas=[_to_quota_usage(name, report) for (name, _), report in sums.reports.items()],
+            active_tasks=sums.active_tasks,
+            spent_fen=sums.spent_fen,
             accounts=[
                 AccountSample(account.name, account.policy, accounts.get(account.id, AccountState()), now)
                 for account in registry.accounts.values()
@@ -75,37 +79,27 @@ class LedgerSnapshot:
             clock_offset_ms=await self.ledger.clock_offset(),
         )
 
-    def _quota_usage(
-        self, tenants: tuple[Tenant, ...], states: Mapping[int, TenantState], now: int
-    ) -> tuple[QuotaSample, ...]:
-        """Report each policy; of tenants with one label, the one nearest to its limit."""
-        reports: dict[tuple[str, str], PolicyReport] = {}
-        for tenant in tenants:
-            for report in report_policies(tenant, states[tenant.id], now):
-                key = self.metrics.label_names.of_tenant(tenant.id), report.policy
-                reports[key] = max(reports.get(key, report), report, key=_used_ratio)
-        return tuple(_to_quota_usage(tenant, report) for (tenant, _), report in reports.items())
 
-    def _active_tasks(
-        self, tenants: tuple[Tenant, ...], states: Mapping[int, TenantState]
-    ) -> Mapping[tuple[str, str], int]:
-        counts: Counter[tuple[str, str]] = Counter()
-        for tenant in tenants:
-            name, kinds = self.metrics.label_names.of_tenant(tenant.id), states[tenant.id].active_by_kind
-            for kind in Kind:
-                if kind in kinds or tenant.can_submit(kind):
-                    counts[name, kind.value] += kinds.get(kind, 0)
-        return counts
+class _TenantSums:
+    """The figures of tenants at `now`, by their labels: of a policy that several share, that nearest to its limit."""
 
-    def _spent_fen(
-        self, tenants: tuple[Tenant, ...], states: Mapping[int, TenantState], now: int
-    ) -> Mapping[tuple[str, str], int]:
-        spent: Counter[tuple[str, str]] = Counter()
-        for tenant in tenants:
-            for window in _REPORTED_WINDOWS:
-                money = current_counter(states[tenant.id], window, now).money_fen
-                spent[self.metrics.label_names.of_tenant(tenant.id), window.value] += money
-        return spent
+    def __init__(self, now: int) -> None:
+        self.reports: dict[tuple[str, str], PolicyReport] = {}
+        self.active_tasks: Counter[tuple[str, str]] = Counter()
+        self.spent_fen: Counter[tuple[str, str]] = Counter()
+        self._now = now
+
+    def add(self, label: str, tenant: Tenant, state: TenantState) -> None:
+        for report in report_policies(tenant, state, self._now):
+            key = label, report.policy
+            former = self.reports.get(key)
+            if former is None or _used_ratio(report) > _used_ratio(former):
+                self.reports[key] = report
+        for kind, name in _KINDS:
+            if kind in state.active_by_kind or tenant.can_submit(kind):
+                self.active_tasks[label, name] += state.active_by_kind.get(kind, 0)
+        for window, name in _REPORTED_WINDOWS:
+            self.spent_fen[label, name] += current_counter(state, window, self._now).money_fen
 
 
 def _used_ratio(report: PolicyReport) -> float:

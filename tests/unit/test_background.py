@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
@@ -23,7 +23,7 @@ from service.telemetry import logging
 from service.telemetry.logging import WaitTimer, upstream_wait
 from service.telemetry.metrics import Metrics
 from service.usecases import caches
-from service.usecases.background import TaskSupervisor, cancel_and_wait
+from service.usecases.background import TaskSupervisor, cancel_and_wait, run_in_turns
 from service.usecases.caches import CachedRegistry, CachedTask, DurationEstimator, Subscription, TaskCache
 from tests.behaviour.gateway_fixture import ENVIRONMENT
 
@@ -122,6 +122,21 @@ async def test_swallowed_cancellation_is_repeated() -> None:
     await asyncio.sleep(0)
     await cancel_and_wait([task], retry_seconds=0.01)
     assert (task.cancelled(), lost) == (True, 2)
+
+
+async def test_computation_in_turns_lets_others_run() -> None:
+    others = asyncio.Event()
+
+    def steps() -> Iterator[int]:
+        for step in range(10_000_000):
+            yield step
+            if others.is_set():
+                return
+
+    asyncio.get_running_loop().call_soon(others.set)
+    results = await run_in_turns(steps())
+    assert others.is_set()
+    assert results == list(range(len(results)))
 
 
 async def test_failed_jobs_are_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
