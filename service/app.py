@@ -11,6 +11,8 @@ from litestar.datastructures import CacheControlHeader, ResponseHeader
 from litestar.di import Provide
 from litestar.handlers import BaseRouteHandler
 from litestar.openapi.config import OpenAPIConfig
+from litestar.plugins import PluginProtocol
+from litestar.plugins.core import MsgspecDIPlugin
 from litestar.response import Redirect
 from litestar.routes import HTTPRoute
 from litestar.types import ControllerRouterHandler
@@ -160,10 +162,18 @@ def operators_app(container: Container) -> Litestar:
     return _create_litestar(container, [admin_routes, health, metrics, *docs_routes()], operators_config())
 
 
+class _Litestar(Litestar):
+    """Litestar without support of pydantic and attrs, which it would load wherever they are installed: 9 MB."""
+
+    @staticmethod
+    def _get_default_plugins(plugins: list[PluginProtocol]) -> list[PluginProtocol]:
+        return [*plugins, MsgspecDIPlugin()]
+
+
 def _create_litestar(
     container: Container, handlers: Sequence[ControllerRouterHandler], config: OpenAPIConfig
 ) -> Litestar:
-    return Litestar(
+    return _Litestar(
         handlers,
         openapi_config=config,
         exception_handlers=exception_handlers(container.logger),
