@@ -16,13 +16,14 @@ from service.storage.deliveries import delivery_arguments
 from service.storage.ledger import KEEP_USAGE_MS, Retention
 from service.storage.redis import Keys, RedisScripts, overdue_ms, parse_server_time
 from service.usecases.caches import TaskCache
-from service.usecases.ports import CheckResult, ClaimedCheck, TaskPage
+from service.usecases.ports import CheckOutcome, CheckResult, ClaimedCheck, TaskPage
 
 _log = structlog.get_logger(__name__)
 _FILTERED_BATCH_SIZE = 100
 """The tasks that a list with a filter reads first; each later batch has as many as were read before."""
 _MAX_SCANNED = 800
 """The tasks that one request reads at most: 2 ms of a process's CPU."""
+_UNRESOLVED_OUTCOMES = frozenset({CheckOutcome.NOT_FOUND, CheckOutcome.INVALID})
 _LOST_ERROR = TaskError("task-lost", "The upstream no longer knows this task. It may have been charged.")
 _UNUSABLE_ERROR = TaskError(
     "result-unusable", "The upstream returned no usable status of this task. It may have been charged."
@@ -166,6 +167,8 @@ class RedisTaskStore:
 
     async def record_check(self, claimed: ClaimedCheck, result: CheckResult) -> tuple[Task, int] | None:
         task, keys = claimed.task, self._keys
+        # The longer texts are only passed where the script uses them: it decodes all arguments at every call.
+        is_unresolved = result.outcome in _UNRESOLVED_OUTCOMES
         status, now, *rest = await self._scripts.call(
             "record_check",
             [
@@ -184,8 +187,8 @@ class RedisTaskStore:
             outcome=result.outcome,
             artifacts=msgspec.json.encode(result.artifacts).decode(),
             error=msgspec.json.encode(result.error).decode() if result.error else None,
-            lost_error=msgspec.json.encode(_LOST_ERROR).decode(),
-            unusable_error=msgspec.json.encode(_UNUSABLE_ERROR).decode(),
+            lost_error=msgspec.json.encode(_LOST_ERROR).decode() if is_unresolved else None,
+            unusable_error=msgspec.json.encode(_UNUSABLE_ERROR).decode() if is_unresolved else None,
             balance=result.balance,
             check_interval_ms=self._retention.check_interval_ms,
             lost_after_ms=self._retention.lost_after_ms,
@@ -197,7 +200,7 @@ class RedisTaskStore:
             keep_usage_ms=KEEP_USAGE_MS,
             reservation_prefix=keys.reservation(""),
             channel=keys.task_events_channel,
-            deliveries=delivery_arguments(keys),
+            deliveries=delivery_arguments(keys) if task.webhook_url else None,
         )
         return (_decode_task(task.reservation, rest[0]), now) if status == b"recorded" else None
 

@@ -4,7 +4,8 @@
 -- ARGV     MessagePack {reservation, account, claimed_at, outcome, artifacts, error, lost_error, unusable_error, balance,
 --          check_interval_ms, lost_after_ms, unusable_after_ms, keep_reservation_ms, keep_running_ms, keep_finished_ms,
 --          usage_prefix, keep_usage_ms, reservation_prefix, channel, deliveries}; usage_prefix is that of the keys of the
---          tenant's days, channel is where changes of tasks are published, deliveries as in shared/deliveries.lua
+--          tenant's days, channel is where changes of tasks are published, deliveries as in shared/deliveries.lua; it is nil
+--          without a webhook, and lost_error and unusable_error are nil unless the outcome is not_found or invalid
 -- RETURNS  {'recorded', wall, the task}, {'already-finished', wall}, or {'not-found', wall} if there is no such task
 
 -- Returns how long after a check the next one is due (ms). A watched task is checked each time; otherwise the older it is,
@@ -118,6 +119,6 @@ end
 local packed = cmsgpack.pack(task)
 redis.call('SET', KEYS[5], packed, 'PX', keep_ms)
 if task.version > old_version then
-  redis.call('PUBLISH', args.channel, cmsgpack.pack({args.reservation, wall, task}))
+  redis.call('PUBLISH', args.channel, '\147' .. cmsgpack.pack(args.reservation, wall) .. packed)  -- an array of three
 end
 return {'recorded', wall, packed}

@@ -78,11 +78,11 @@ for _, window in ipairs(WINDOWS) do
 end
 assign_account(account, reservation, holds, tenant.policy.spending_mode, now)
 apply_to_windows(tenant, reservation, 1)
-save_state(tenant)
+local packed_state = save_state(tenant)
 save_state(account)
 save_reservation(KEYS[3], reservation, args.keep_ms)
 redis.call('ZADD', KEYS[4], reservation.lease_expires_at, args.reservation)
 if idempotency then
   redis.call('SET', idempotency.redis_key, args.reservation .. ' ' .. idempotency.content_digest, 'PX', idempotency.keep_ms)
 end
-return {'granted', cmsgpack.pack(tenant.state), wall, account.id, reservation.lease_expires_at - now + wall}
+return {'granted', packed_state, wall, account.id, reservation.lease_expires_at - now + wall}

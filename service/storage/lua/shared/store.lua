@@ -60,12 +60,15 @@ local function load_account(key, id)
   return {key = key, id = id, policy = policy or default_policy, state = state, is_registered = policy ~= nil}
 end
 
--- The state of a deleted tenant or account is kept only for as long as its last tasks may need it.
+-- Returns the state as it is stored. That of a deleted tenant or account is kept only for as long as its last tasks may need
+-- it.
 local function save_state(owner)
-  redis.call('HSET', owner.key, 'state', cmsgpack.pack(owner.state))
+  local packed = cmsgpack.pack(owner.state)
+  redis.call('HSET', owner.key, 'state', packed)
   if not owner.is_registered then
     redis.call('PEXPIRE', owner.key, KEEP_DELETED_MS)
   end
+  return packed
 end
 
 local function load_reservation(key)
