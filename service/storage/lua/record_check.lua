@@ -1,5 +1,5 @@
 -- Records a check of a task and schedules the next one. The end of a task is recorded once, with its cost.
--- USES: store, windows, account, deliveries
+-- USES: store, windows, account, deliveries, checks
 -- KEYS     clock, tenant, reservation, account, task, poll:due, poll:claimed, poll:watched:reservation
 -- ARGV     MessagePack {reservation, account, claimed_at, outcome, artifacts, error, lost_error, unusable_error, balance,
 --          check_interval_ms, lost_after_ms, unusable_after_ms, keep_reservation_ms, keep_running_ms, keep_finished_ms,
@@ -7,17 +7,6 @@
 --          tenant's days, channel is where changes of tasks are published, deliveries as in shared/deliveries.lua; it is nil
 --          without a webhook, and lost_error and unusable_error are nil unless the outcome is not_found or invalid
 -- RETURNS  {'recorded', wall, the task}, {'already-finished', wall}, or {'not-found', wall} if there is no such task
-
--- Returns how long after a check the next one is due (ms). A watched task is checked each time; otherwise the older it is,
--- the less often. Checks that failed in a row are repeated with exponential back-off.
-local function next_check_delay(interval, age, failures, is_watched)
-  if failures > 0 then
-    return math.min(interval * 2 ^ failures, math.max(MAX_CHECK_BACKOFF_MS, interval))
-  elseif is_watched then
-    return interval
-  end
-  return math.max(math.min(math.floor(age / AGE_PER_CHECK_INTERVAL), MAX_CHECK_INTERVAL_MS), interval)
-end
 
 local args = cmsgpack.unpack(ARGV[1])
 local now, wall = advance_clock(KEYS[1])
