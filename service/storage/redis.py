@@ -104,6 +104,8 @@ class Keys:
         """The running tasks by the time of their next check."""
         self.poll_claimed = self._root + "poll:claimed"
         """The running tasks that a process is checking, by the end of its claim."""
+        self.poll_awaited = self._root + "poll:awaited"
+        """Those of `poll_due` that callers await, by the same time: an index that `touch` writes again and again."""
         self.task_events_channel = self._root + "tasks:changed"
         self.webhook_queues = self._root + "webhook:queues"
         """The queues of deliveries by the time when their next delivery can be claimed."""

@@ -69,16 +69,19 @@ class RedisTaskStore:
         packed, time = await self._scripts.read(("GET", self._keys.task(reservation)), self._keys.server_time_command)
         return (_decode_task(reservation, packed), parse_server_time(time)) if packed else None
 
-    async def touch(self, reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
+    async def touch(
+        self, reservations: Sequence[str], *, is_awaited: bool = False
+    ) -> Sequence[tuple[Task, int] | None]:
         keys = self._keys
         now, *rows = await self._scripts.call(
             "touch_tasks",
-            [keys.clock, keys.poll_due, keys.poll_claimed],
+            [keys.clock, keys.poll_due, keys.poll_claimed, keys.poll_awaited],
             reservations=reservations,
             task_prefix=keys.task(""),
             watched_prefix=keys.poll_watched(""),
             watched_ms=self._retention.watched_ms,
             check_interval_ms=self._retention.check_interval_ms,
+            is_awaited=is_awaited,
         )
         return [
             (_decode_task(reservation, packed), now) if packed else None
@@ -149,7 +152,7 @@ class RedisTaskStore:
     async def claim_checks(self, limit: int) -> Sequence[ClaimedCheck]:
         now, *rows = await self._scripts.call(
             "claim_checks",
-            [self._keys.clock, self._keys.poll_due, self._keys.poll_claimed],
+            [self._keys.clock, self._keys.poll_due, self._keys.poll_claimed, self._keys.poll_awaited],
             limit=limit,
             lease_ms=self._retention.claim_lease_ms,
             task_prefix=self._keys.task(""),
@@ -203,6 +206,27 @@ class RedisTaskStore:
             deliveries=delivery_arguments(keys) if task.webhook_url else None,
         )
         return (_decode_task(task.reservation, rest[0]), now) if status == b"recorded" else None
+
+    async def record_running(self, claimed: Sequence[ClaimedCheck]) -> Sequence[tuple[Task, int]]:
+        keys = self._keys
+        now, *rows = await self._scripts.call(
+            "record_running",
+            [keys.clock, keys.poll_due, keys.poll_claimed],
+            reservations=[check.task.reservation for check in claimed],
+            task_prefix=keys.task(""),
+            watched_prefix=keys.poll_watched(""),
+            check_interval_ms=self._retention.check_interval_ms,
+            keep_running_ms=self._retention.keep_ms,
+            channel=keys.task_events_channel,
+        )
+        return [(_decode_task(str(member, "ascii"), packed), now) for member, packed in rows]
+
+    async def release_checks(self, claimed: Sequence[ClaimedCheck]) -> None:
+        keys = self._keys
+        reservations = [check.task.reservation for check in claimed]
+        await self._scripts.call(
+            "release_checks", [keys.clock, keys.poll_due, keys.poll_claimed], reservations=reservations
+        )
 
 
 def _has_labels(packed: bytes, state: State | None, kind: Kind | None) -> bool:

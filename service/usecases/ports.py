@@ -353,8 +353,13 @@ class TaskStore(Protocol):
     async def get(self, reservation: str) -> tuple[Task, int] | None:
         """Return a task and the server time; None if it is unknown."""
 
-    async def touch(self, reservations: Sequence[str]) -> Sequence[tuple[Task, int] | None]:
-        """As `get`, and check the tasks often for a while: a client reads or awaits them."""
+    async def touch(
+        self, reservations: Sequence[str], *, is_awaited: bool = False
+    ) -> Sequence[tuple[Task, int] | None]:
+        """As `get`, and check the tasks often for a while: a client reads them.
+
+        If a client awaits them, their next check precedes those of others; repeated once per check interval.
+        """
 
     async def list_page(
         self, tenant: int, *, state: State | None, kind: Kind | None, limit: int, cursor: str | None
@@ -362,7 +367,7 @@ class TaskStore(Protocol):
         """List a tenant's tasks, newest first. Raises MalformedRequest for an invalid cursor."""
 
     async def claim_checks(self, limit: int) -> Sequence[ClaimedCheck]:
-        """Lease up to `limit` tasks whose check is due."""
+        """Lease up to `limit` tasks whose check is due, first those that a client awaits."""
 
     async def backlog(self) -> Backlog: ...
 
@@ -372,3 +377,9 @@ class TaskStore(Protocol):
 
         An end is recorded once, with its cost. Visible changes are published.
         """
+
+    async def record_running(self, claimed: Sequence[ClaimedCheck]) -> Sequence[tuple[Task, int]]:
+        """As `record_check` does for each, record checks with outcome RUNNING; return the tasks that visibly changed."""
+
+    async def release_checks(self, claimed: Sequence[ClaimedCheck]) -> None:
+        """End the leases of checks that were not made: they are due at once."""

@@ -209,7 +209,7 @@ class TaskReader:
             for start in range(0, len(ids), _BATCH_SIZE):
                 batch = ids[start : start + _BATCH_SIZE]
                 try:
-                    tasks = await self.tasks.touch(batch)
+                    tasks = await self.tasks.touch(batch, is_awaited=True)
                 except LedgerUnavailable:
                     break
                 for reservation, stored in zip(batch, tasks, strict=True):

@@ -55,6 +55,8 @@ class StoreModel(LedgerModel):
 
     claimed_checks: dict[str, int] = field(default_factory=dict)
     watched_until: dict[str, int] = field(default_factory=dict)
+    awaited: dict[str, int] = field(default_factory=dict)
+    """The awaited tasks by the time of their next check, as it was when they were last touched."""
     failed_checks: dict[str, int] = field(default_factory=dict)
     not_found: dict[str, Stopwatch] = field(default_factory=dict)
     unresolved: dict[str, Stopwatch] = field(default_factory=dict)
@@ -89,13 +91,15 @@ class StoreModel(LedgerModel):
         self.clock = LedgerClock(self.now_ms)
         return offset
 
-    def touch(self, name: str) -> Task | None:
+    def touch(self, name: str, *, is_awaited: bool = False) -> Task | None:
         now = self.read_clock().ledger_ms
         if name in self.due_checks or name in self.claimed_checks:
             self.watched_until[name] = self.now_ms + self.retention.watched_ms
         is_far = self.due_checks.get(name, 0) > now + self.retention.check_interval_ms
         if is_far and not self.failed_checks.get(name):
             self.due_checks[name] = now
+        if is_awaited and name in self.due_checks:
+            self.awaited[name] = self.due_checks[name]
         return self.tasks.get(name)
 
     def claim_checks(self, limit: int) -> Sequence[ClaimedCheck]:
@@ -103,11 +107,23 @@ class StoreModel(LedgerModel):
         for name in [name for name, lease in self.claimed_checks.items() if lease <= now]:
             del self.claimed_checks[name]
             self.due_checks[name] = now
-        ready = sorted((at, name) for name, at in self.due_checks.items() if at <= now)[:limit]
+        ready = []
+        for _, name in sorted((at, name) for name, at in self.awaited.items() if at <= now)[:limit]:
+            del self.awaited[name]
+            if self.due_checks.get(name, now + 1) <= now:
+                ready.append((self.due_checks[name], name))
+        others = sorted((at, name) for name, at in self.due_checks.items() if at <= now and (at, name) not in ready)
+        ready += others[: limit - len(ready)]
         for _, name in ready:
             del self.due_checks[name]
             self.claimed_checks[name] = now + self.retention.claim_lease_ms
         return [ClaimedCheck(self.tasks[name], now, at) for at, name in ready]
+
+    def release_checks(self, claimed: Sequence[ClaimedCheck]) -> None:
+        now = self.read_clock().ledger_ms
+        for name in {check.task.reservation for check in claimed} & self.claimed_checks.keys():
+            del self.claimed_checks[name]
+            self.due_checks[name] = now
 
     def record_check(self, claimed: ClaimedCheck, result: CheckResult) -> Task | None:
         name, at = claimed.task.reservation, self.read_clock()

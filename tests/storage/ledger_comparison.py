@@ -271,9 +271,9 @@ class LedgerComparison(RuleBasedStateMachine):
 
     # Checks
 
-    def touch_task(self, reservation: str) -> None:
-        (actual,) = self.run(self.tasks.touch([reservation]))
-        assert normalize(actual and actual[0]) == normalize(self.model.touch(reservation))
+    def touch_task(self, reservation: str, *, is_awaited: bool = False) -> None:
+        (actual,) = self.run(self.tasks.touch([reservation], is_awaited=is_awaited))
+        assert normalize(actual and actual[0]) == normalize(self.model.touch(reservation, is_awaited=is_awaited))
 
     def claim_checks(self, limit: int) -> list[ClaimedCheck]:
         claimed = self.compare(self.tasks.claim_checks(limit), self.model.claim_checks, limit) or ()
@@ -297,6 +297,17 @@ class LedgerComparison(RuleBasedStateMachine):
         if ends:
             others = [item for item in self.claimed_checks if item.task.reservation != task.reservation]
             self.claimed_checks = [*others, due]
+
+    def record_running(self, claimed: list[ClaimedCheck]) -> None:
+        actual, running = self.run(self.tasks.record_running(claimed)), CheckResult(outcome=CheckOutcome.RUNNING)
+        versions = {name: task.version for name, task in self.model.tasks.items()}
+        recorded = [self.model.record_check(due, running) for due in claimed]
+        changed = [task for task in recorded if task and task.version > versions[task.reservation]]
+        assert [normalize(task) for task, _ in actual] == list(map(normalize, changed))
+
+    def release_checks(self, claimed: list[ClaimedCheck]) -> None:
+        self.run(self.tasks.release_checks(claimed))
+        self.model.release_checks(claimed)
 
     def claim_balance_check(self, account: int, *, count_only: bool) -> BalanceCheck | None:
         claim = self.ledger.claim_balance_check(account, count_only=count_only)

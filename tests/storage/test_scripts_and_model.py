@@ -355,18 +355,40 @@ class LedgerMachine(LedgerComparison):
         reported=draw.reported_balances,
         after=draw.answer_delays,
         touches=st.booleans(),
+        awaits=st.booleans(),
+        together=st.booleans(),
+        releases=st.booleans(),
     )
     def check_task(
-        self, most: int, number: int, answered: CheckOutcome, reported: Balance | None, after: int, *, touches: bool
+        self,
+        most: int,
+        number: int,
+        answered: CheckOutcome,
+        reported: Balance | None,
+        after: int,
+        *,
+        touches: bool,
+        awaits: bool = False,
+        together: bool = False,
+        releases: bool = False,
     ) -> None:
-        """Claim due checks, and record one in progress; a task may be read at that time."""
+        """Claim due checks, and record one in progress, or several; a task may be read or awaited at that time.
+
+        Or the claims are released, as if their process had ended.
+        """
         if most:
             self.claim_checks(most)
         self.advance_clock(after)
         name = self.choose_reservation(number, lambda _: True)
         if touches and name:
-            self.touch_task(name)
-        if self.claimed_checks:
+            self.touch_task(name, is_awaited=awaits)
+        if not self.claimed_checks:
+            return
+        if releases and not touches:
+            self.release_checks(self.claimed_checks)
+        elif answered is CheckOutcome.RUNNING and together:
+            self.record_running(list({due.task.reservation: due for due in self.claimed_checks}.values()))
+        else:
             self.record_check(self.claimed_checks[number % len(self.claimed_checks)], answered, reported)
 
     @rule(

@@ -117,3 +117,47 @@ async def test_windows_of_the_creation(store: SeededStore) -> None:
     snapshot = await store.ledger.tenant_snapshot(TENANT)
     charged = {window: item.tasks for window, item in snapshot.state.windows.items()}
     assert charged == {item: int(item is Window.TOTAL) for item in Window}
+
+
+async def test_awaited_tasks_are_checked_first(store: SeededStore) -> None:
+    """They precede checks that have been due for longer, until their next check."""
+    await store.accept("first", "second")
+    await store.advance_clock(1)
+    await store.accept("awaited", "read")
+    await store.tasks.touch(["read"])
+    await store.tasks.touch(["awaited"], is_awaited=True)
+    await store.advance_clock(RETENTION.check_interval_ms)
+    claimed = await store.tasks.claim_checks(2)
+    assert [(check.task.reservation, check.due_at - store.now) for check in claimed] == [("awaited", 0), ("first", -1)]
+    assert len(await store.tasks.record_running(claimed)) == 2
+    await store.advance_clock(RETENTION.check_interval_ms)
+    assert [check.task.reservation for check in await store.tasks.claim_checks(2)] == ["second", "read"]
+
+
+async def test_checks_recorded_together(store: SeededStore) -> None:
+    """Those of tasks that ended or were lost meanwhile change nothing, and only visible changes are returned."""
+    await store.accept("ended", "lost", "running")
+    for returned in (["running"], []):
+        await store.advance_clock(RETENTION.check_interval_ms)
+        claimed = await store.tasks.claim_checks(9)
+        if claimed[0].task.reservation == "ended":
+            await store.tasks.record_check(claimed[0], SUCCEEDED_CHECK)
+        await store.client.delete(store.keys.task("lost"))
+        assert [task.reservation for task, _ in await store.tasks.record_running(claimed)] == returned
+        due = await store.client.zrange(store.keys.poll_due, 0, -1, withscores=True)
+        assert due == [(b"running", store.now + RETENTION.check_interval_ms)]
+        assert await store.client.zcard(store.keys.poll_claimed) == 0
+        stored = await store.tasks.get("running")
+        assert stored
+        assert (stored[0].state, stored[0].last_checked_at) == (State.RUNNING, store.now)
+
+
+async def test_released_checks_are_due_at_once(store: SeededStore) -> None:
+    """Those of other processes, and those that were recorded, are not."""
+    await store.accept("mine", "other", "recorded")
+    await store.advance_clock(RETENTION.check_interval_ms)
+    mine, other, recorded = await store.tasks.claim_checks(3)
+    await store.tasks.record_running([recorded])
+    await store.tasks.release_checks([mine, recorded])
+    assert [check.task.reservation for check in await store.tasks.claim_checks(3)] == ["mine"]
+    assert other.task.reservation == "other"

@@ -94,20 +94,11 @@ if outcome == 'succeeded' or outcome == 'failed' then
   end
 else
   if outcome == 'running' then
-    task.last_checked_at = wall
-    if task.state == 'queued' then
-      task.state, task.updated_at, task.version = 'running', wall, task.version + 1
-    end
+    apply_running(task, wall)
+  else
+    local has_failed = outcome == 'no_response' or outcome == 'invalid'
+    task.failed_checks = has_failed and (task.failed_checks or 0) + 1 or nil
   end
-  local failures = (outcome == 'no_response' or outcome == 'invalid') and (task.failed_checks or 0) + 1 or 0
-  task.failed_checks = failures > 0 and failures or nil
-  local is_watched = task.webhook_url or redis.call('EXISTS', KEYS[8]) == 1
-  local delay = next_check_delay(args.check_interval_ms, wall - task.created_at, failures, is_watched)
-  redis.call('ZADD', KEYS[6], now + delay, args.reservation)
+  redis.call('ZADD', KEYS[6], next_check_at(task, KEYS[8], args.check_interval_ms, now, wall), args.reservation)
 end
-local packed = cmsgpack.pack(task)
-redis.call('SET', KEYS[5], packed, 'PX', keep_ms)
-if task.version > old_version then
-  redis.call('PUBLISH', args.channel, '\147' .. cmsgpack.pack(args.reservation, wall) .. packed)  -- an array of three
-end
-return {'recorded', wall, packed}
+return {'recorded', wall, save_task(KEYS[5], args.reservation, task, old_version, keep_ms, args.channel, wall)}

@@ -1,9 +1,10 @@
 -- Reads tasks that a caller reads or waits for, and has the running ones checked as often as possible for a while. A task
--- whose checks fail keeps its back-off: reading it must not load an upstream that is in trouble.
+-- whose checks fail keeps its back-off: reading it must not load an upstream that is in trouble. An awaited one is also
+-- checked before others.
 -- USES: store
--- KEYS     clock, poll:due, poll:claimed
--- ARGV     MessagePack {reservations, task_prefix, watched_prefix, watched_ms, check_interval_ms}: the prefixes of the keys
---          of tasks and of the marks of watched tasks, which share the hash tag of KEYS, and how long a mark is kept
+-- KEYS     clock, poll:due, poll:claimed, poll:awaited
+-- ARGV     MessagePack {reservations, task_prefix, watched_prefix, watched_ms, check_interval_ms, is_awaited}: the prefixes of
+--          the keys of tasks and of the marks of watched tasks, which share the hash tag of KEYS; how long a mark is kept
 -- RETURNS  {wall, each task or false}
 local args = cmsgpack.unpack(ARGV[1])
 local now, wall = advance_clock(KEYS[1])
@@ -15,8 +16,15 @@ for index, id in ipairs(args.reservations) do
   end
   local task = redis.call('GET', args.task_prefix .. id)
   if task and due_at and tonumber(due_at) > now + args.check_interval_ms and not cmsgpack.unpack(task).failed_checks then
-    redis.call('ZADD', KEYS[2], now, id)
+    due_at = now
+    redis.call('ZADD', KEYS[2], due_at, id)
+  end
+  if due_at and args.is_awaited then
+    redis.call('ZADD', KEYS[4], due_at, id)
   end
   answer[index + 1] = task
+end
+if args.is_awaited then
+  redis.call('PEXPIRE', KEYS[4], args.watched_ms)
 end
 return answer
