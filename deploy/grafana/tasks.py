@@ -8,6 +8,7 @@ from deploy.grafana.panels import (
     PER_MINUTE,
     PER_SECOND,
     QUARTER,
+    RATIO,
     RED_FROM_ONE,
     SECONDS,
     THIRD,
@@ -142,6 +143,15 @@ _POLLER_ROW = Row(
                 "limit": sum_by("gateway_poll_checks_limit"),
             },
             width=QUARTER,
+        ),
+        graph(
+            "Checks in the event loop",
+            "Share of its event loop that the checks of a process take, the largest. They fill what requests leave up"
+            " to 60%, and fall back to 15% where requests need the rest: then checks begin late.",
+            RATIO,
+            {"checks": max_by("gateway_poll_loop_share")},
+            width=THIRD,
+            maximum=1,
         ),
         graph(
             "Checks by outcome",

@@ -49,6 +49,7 @@ class GaugeName(Enum):
     SETTLEMENTS_PENDING = GaugeSpec("gateway_settlements_pending", "Outcomes of submissions that are not yet settled.")
     POLL_CHECKS_IN_PROGRESS = GaugeSpec("gateway_poll_checks_in_progress", "Checks of tasks in progress.")
     POLL_CHECKS_LIMIT = GaugeSpec("gateway_poll_checks_limit", "Limit of checks in progress.")
+    POLL_LOOP_SHARE = GaugeSpec("gateway_poll_loop_share", "Share of the event loop that checks take.")
 
 
 ReadGauge = Callable[[], Mapping[tuple[str, ...], float]]

@@ -203,8 +203,9 @@ class Metrics:
         GCCollector(registry=registry)
         build = Gauge("gateway_build_info", "The running version; always 1.", ("version", "python"), registry=registry)
         build.labels(__version__, python_version()).set(1)
-        # `labels()` costs more than counting, and these two are counted for every request.
+        # `labels()` costs more than counting, and these are counted for every request or check.
         self._request_children: dict[tuple[str, str, str, int, bool], tuple[Counter, Histogram]] = {}
+        self._upstream_children: dict[tuple[StrEnum, StrEnum], tuple[Counter, Histogram]] = {}
         self._call_children: dict[tuple[str, RedisOutcome], tuple[Counter, Histogram]] = {}
 
     def _create_request_metrics(self) -> None:
@@ -377,8 +378,15 @@ class Metrics:
         children[1].observe(seconds)
 
     def record_upstream_call(self, operation: StrEnum, outcome: StrEnum, seconds: float) -> None:
-        self.upstream_requests.labels(operation.value, outcome.value).inc()
-        self.upstream_request_duration_seconds.labels(operation.value, outcome.value).observe(seconds)
+        children = self._upstream_children.get((operation, outcome))
+        if children is None:
+            labels = operation.value, outcome.value
+            children = self._upstream_children[operation, outcome] = (
+                self.upstream_requests.labels(*labels),
+                self.upstream_request_duration_seconds.labels(*labels),
+            )
+        children[0].inc()
+        children[1].observe(seconds)
 
     def record_redis_call(self, call: str, outcome: RedisOutcome, seconds: float) -> None:
         """Record a call: a script by its name, or plain reads."""

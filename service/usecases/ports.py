@@ -379,7 +379,7 @@ class TaskStore(Protocol):
         """
 
     async def record_running(self, claimed: Sequence[ClaimedCheck]) -> Sequence[tuple[Task, int]]:
-        """As `record_check` does for each, record checks with outcome RUNNING; return the tasks that visibly changed."""
+        """As `record_check` does for each, record checks with outcome RUNNING. Return what changed visibly."""
 
     async def release_checks(self, claimed: Sequence[ClaimedCheck]) -> None:
         """End the leases of checks that were not made: they are due at once."""
