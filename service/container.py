@@ -20,6 +20,7 @@ from service.api.auth import AdminAuth, TenantAuth
 from service.api.health import Health
 from service.api.uploads import UploadReader
 from service.clients.artifacts import ArtifactClient
+from service.clients.http import MAX_REQUESTS
 from service.clients.upstream import UpstreamClient
 from service.clients.webhooks import WebhookClient
 from service.crypto import Keyring, TaskIdCodec, UserKeyCipher
@@ -126,6 +127,7 @@ class Container:
             max_image_bytes=settings.max_image_bytes,
             max_image_pixels=settings.max_image_pixels,
             tenant_share=settings.tenant_share,
+            max_submissions=MAX_REQUESTS,
         )
         self.submitter = Submitter(
             ledger=ledger,

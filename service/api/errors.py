@@ -271,6 +271,17 @@ def exception_handlers(logger: FilteringBoundLogger) -> dict[int | type[Exceptio
     }
 
 
+async def send_problem(scope: Any, send: Any, problem: ProblemResponse) -> None:
+    """Send a response from middleware."""
+    state = scope["state"]
+    state[OUTCOME] = problem.type.code
+    status, headers, body = render(problem, state.get(REQUEST_ID, ""))
+    fields = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    fields.append((b"content-length", b"%d" % len(body)))
+    await send({"type": "http.response.start", "status": status, "headers": fields})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
 def _respond(request: Request[Any, Any, Any], problem: ProblemResponse) -> Response[bytes]:
     state = request.scope["state"]
     state[OUTCOME] = problem.type.code

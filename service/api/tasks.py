@@ -27,6 +27,7 @@ from service.api import openapi, schemas
 from service.api.asgi import disconnect_outcome
 from service.api.auth import TenantAuth
 from service.api.errors import OUTCOME, ClientDisconnected, rate_limit_headers, to_problem
+from service.api.overload import overload_middleware
 from service.api.params import check_query, parse_wait_seconds
 from service.api.reads import matches_etag, read_middleware
 from service.api.uploads import UploadReader
@@ -140,6 +141,7 @@ def task_routes(
             response_headers=openapi.response_headers(*_SUBMIT_HEADERS),
             responses=openapi.problem_responses(*_SUBMIT_PROBLEMS),
             status_code=201,
+            middleware=[overload_middleware(tenant_auth, uploads.memory)],
         )
         async def handler(
             request: Request[Any, Any, Any],

@@ -51,24 +51,50 @@ class Allocation(Struct, eq=False):
 
     owner: int | None
     size_bytes: int
+    requested_at: float
     grant: asyncio.Future[None]
+    is_submission: bool = False
+    """Whether the body has arrived, and the submission has not ended."""
 
 
 class UploadMemory:
     """Memory that uploads share. Each is granted all that it needs at once, so that none waits while it holds a part.
 
     Uploads are served in order, but those beyond the share of their tenant let those of others pass. Callers that are
-    not known yet share `unknown_bytes` beside the `total_bytes` of tenants.
+    not known yet share `unknown_bytes` beside the `total_bytes` of tenants. None is granted to tenants while
+    `max_submissions` are under way, and those that have the part `share` of them come last. Slow clients don't count.
+
+    While an upload has waited for `queue_seconds`, further ones of its tenant are refused, and so they are once
+    `max_waiting` wait, or the part `share` of them for one tenant. A burst is served, but a load that is too high does
+    not make all uploads late, however fast they are served.
     """
 
-    def __init__(self, total_bytes: int, *, share_bytes: int, unknown_bytes: int, wait_seconds: float) -> None:
+    def __init__(
+        self,
+        total_bytes: int,
+        *,
+        share_bytes: int,
+        unknown_bytes: int,
+        wait_seconds: float,
+        max_submissions: int = 64,
+        max_waiting: int = 256,
+        share: float = 1,
+        queue_seconds: float = 0.5,
+    ) -> None:
         self._total_bytes = total_bytes
         self._reserved_bytes = 0  # by tenants
         self._share_bytes = min(share_bytes, total_bytes)
         self._unknown_bytes = unknown_bytes
         self._wait_seconds = wait_seconds
+        self._max_submissions = max_submissions
+        self._share_submissions = max(int(max_submissions * share), 1)
+        self._max_waiting = max_waiting
+        self._share_waiting = max(int(max_waiting * share), 1)
+        self._queue_seconds = queue_seconds
         self._held: Counter[int | None] = Counter()
+        self._submissions: Counter[int | None] = Counter()
         self._waiting: dict[Allocation, None] = {}
+        self._waiting_count: Counter[int | None] = Counter()
 
     @property
     def limit_bytes(self) -> Mapping[tuple[str, ...], float]:
@@ -80,12 +106,31 @@ class UploadMemory:
         return {_TENANTS: self._reserved_bytes, _UNKNOWN: self._held[None]}
 
     def request(self, owner: int | None, size_bytes: int) -> Allocation:
-        """Request memory, to be awaited with `wait`. An upload larger than its share gets all of it."""
-        grant = asyncio.get_running_loop().create_future()
-        allocation = Allocation(owner, min(size_bytes, self._limit_of(owner)), grant)
+        """Request memory, to be awaited with `wait`. An upload larger than its share gets all of it.
+
+        Raises Overloaded.
+        """
+        self.check_queue(owner)
+        loop = asyncio.get_running_loop()
+        allocation = Allocation(owner, min(size_bytes, self._limit_of(owner)), loop.time(), loop.create_future())
         self._waiting[allocation] = None
+        self._waiting_count[owner] += 1
         self._grant_waiting()
         return allocation
+
+    @property
+    def is_waiting(self) -> bool:
+        return bool(self._waiting)
+
+    def check_queue(self, owner: int | None) -> None:
+        """Raise Overloaded if no further upload of an owner may wait. One at least may, whatever others do."""
+        oldest = next((allocation for allocation in self._waiting if allocation.owner == owner), None)
+        if oldest and (
+            asyncio.get_running_loop().time() - oldest.requested_at > self._queue_seconds
+            or self._waiting_count[owner] >= self._share_waiting
+            or len(self._waiting) >= self._max_waiting
+        ):
+            raise self._overloaded()
 
     async def wait(self, allocation: Allocation) -> None:
         """Wait until the memory is granted. Raises Overloaded if it does not come free in time."""
@@ -95,25 +140,33 @@ class UploadMemory:
             async with asyncio.timeout(self._wait_seconds):
                 await allocation.grant
         except TimeoutError:
-            detail = "Too many uploads are in progress. Send the image again later."
-            raise Overloaded(detail, retry_after=self._wait_seconds) from None
+            raise self._overloaded() from None
 
     def shrink(self, allocation: Allocation, size_bytes: int) -> None:
-        """Release what exceeds `size_bytes`; a request that was not granted is withdrawn."""
+        """Release what exceeds `size_bytes` of a body that has arrived; a request that was not granted is withdrawn."""
         if allocation in self._waiting:
-            del self._waiting[allocation]
+            self._leave_queue(allocation)
         else:
             released = max(allocation.size_bytes - size_bytes, 0)
             allocation.size_bytes -= released
             self._hold(allocation.owner, -released)
+            is_submission = size_bytes > 0
+            _count(self._submissions, allocation.owner, is_submission - allocation.is_submission)
+            allocation.is_submission = is_submission
         self._grant_waiting()
 
+    def _overloaded(self) -> Overloaded:
+        detail = "Too many uploads are in progress. Send the image again later."
+        return Overloaded(detail, retry_after=self._wait_seconds)
+
+    def _leave_queue(self, allocation: Allocation) -> None:
+        del self._waiting[allocation]
+        _count(self._waiting_count, allocation.owner, -1)
+
     def _hold(self, owner: int | None, size_bytes: int) -> None:
-        self._held[owner] += size_bytes
+        _count(self._held, owner, size_bytes)
         if owner is not None:
             self._reserved_bytes += size_bytes
-        if not self._held[owner]:
-            del self._held[owner]
 
     def _limit_of(self, owner: int | None) -> int:
         return self._unknown_bytes if owner is None else self._share_bytes
@@ -121,17 +174,32 @@ class UploadMemory:
     def _grant_waiting(self) -> None:
         blocked: set[int | None] = set()
         is_full = False
-        for allocation in list(self._waiting):
+        waiting = list(self._waiting)
+        if len(self._waiting_count) > 1:
+            waiting.sort(key=lambda allocation: self._submissions[allocation.owner] >= self._share_submissions)
+        for allocation in waiting:
             owner, size_bytes = allocation.owner, allocation.size_bytes
+            if len(blocked) == len(self._waiting_count) or (is_full and None not in self._waiting_count):
+                break
             if owner in blocked or self._held[owner] + size_bytes > self._limit_of(owner):
                 blocked.add(owner)
-            elif owner is not None and (is_full or self._reserved_bytes + size_bytes > self._total_bytes):
+            elif owner is not None and (
+                is_full
+                or self._reserved_bytes + size_bytes > self._total_bytes
+                or self._submissions.total() >= self._max_submissions
+            ):
                 is_full = True  # overtaken by smaller uploads, a large one could wait for ever
             else:
-                del self._waiting[allocation]
+                self._leave_queue(allocation)
                 self._hold(owner, size_bytes)
                 if not allocation.grant.done():
                     allocation.grant.set_result(None)
+
+
+def _count(counter: Counter[int | None], owner: int | None, change: int) -> None:
+    counter[owner] += change
+    if not counter[owner]:
+        del counter[owner]
 
 
 MAX_FIELDS = 64
@@ -368,7 +436,8 @@ class UploadReader:
     """Reads the bodies of submissions and of small forms.
 
     One tenant may hold the part `tenant_share` of the `memory_bytes`, at least one largest upload. Callers that are not
-    known yet have the memory of one largest upload beside it.
+    known yet have the memory of one largest upload beside it. No upload begins while
+    `max_submissions` are under way, as many as the upstream takes; `max_waiting` wait.
 
     `idle_seconds` may pass between two chunks, `total_seconds` until the end of the body, `wait_seconds` until memory
     is granted. After `grace_seconds` a submission that is not small must average `min_bytes_per_second`. Only the time
@@ -380,11 +449,13 @@ class UploadReader:
         *,
         max_image_bytes: int,
         max_image_pixels: int,
-        memory_bytes: int = 80_000_000,
+        memory_bytes: int = 64_000_000,
         tenant_share: float = 1,
         idle_seconds: float = 10,
         total_seconds: float = 120,
         wait_seconds: float = 10,
+        max_submissions: int = 64,
+        max_waiting: int = 256,
         grace_seconds: float = 5,
         min_bytes_per_second: float = 32 * 1024,
     ) -> None:
@@ -392,16 +463,20 @@ class UploadReader:
         self._max_image_pixels = max_image_pixels
         self._limits = _TimeLimits(idle_seconds, total_seconds, grace_seconds, min_bytes_per_second)
         largest_bytes = min(max_image_bytes + FORM_OVERHEAD_BYTES, memory_bytes)
-        self._memory = UploadMemory(
+        self._turn = asyncio.Lock()
+        self.memory = UploadMemory(
             memory_bytes,
             share_bytes=max(int(memory_bytes * tenant_share), largest_bytes),
             unknown_bytes=largest_bytes,
             wait_seconds=wait_seconds,
+            max_submissions=max_submissions,
+            max_waiting=max_waiting,
+            share=tenant_share,
         )
 
     def register_metrics(self, gauges: GaugeCollector) -> None:
-        gauges.register(GaugeName.UPLOAD_BYTES, lambda: self._memory.reserved_bytes)
-        gauges.register(GaugeName.UPLOAD_LIMIT_BYTES, lambda: self._memory.limit_bytes)
+        gauges.register(GaugeName.UPLOAD_BYTES, lambda: self.memory.reserved_bytes)
+        gauges.register(GaugeName.UPLOAD_LIMIT_BYTES, lambda: self.memory.limit_bytes)
 
     @asynccontextmanager
     async def receive(
@@ -457,7 +532,7 @@ class UploadReader:
                     if (chunk := await body.read_chunk()) is not None:
                         form.feed(chunk)
             if allocation:
-                self._memory.shrink(allocation, body.received_bytes)
+                self.memory.shrink(allocation, body.received_bytes)
             form.finish()
             yield Upload(await self._inspect_file(form, part), form.fields)
         finally:
@@ -470,11 +545,14 @@ class UploadReader:
     async def _reallocate(
         self, stack: ExitStack, previous: Allocation | None, owner: int | None, size_bytes: int
     ) -> Allocation:
-        allocation = self._memory.request(owner, size_bytes)
-        stack.callback(self._memory.shrink, allocation, 0)
-        await self._memory.wait(allocation)
+        allocation = self.memory.request(owner, size_bytes)
+        stack.callback(self.memory.shrink, allocation, 0)
+        await self.memory.wait(allocation)
         if previous:
-            self._memory.shrink(previous, 0)
+            self.memory.shrink(previous, 0)
+        async with self._turn:
+            # One upload begins in an iteration of the event loop: reads would wait behind the work of many.
+            await asyncio.sleep(0)
         return allocation
 
     async def read_form(self, scope: HTTPScope, receive: Receive) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ import gc
 import struct
 import tracemalloc
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from urllib.parse import urlsplit
 
 import pytest
@@ -16,6 +16,7 @@ from PIL import Image
 from service.api.uploads import MultipartForm, UploadReader
 from service.app import create_app
 from service.usecases.ports import SubmitOutcome
+from tests.behaviour.clients import wait_until
 from tests.behaviour.gateway_fixture import MAX_BYTES, MAX_PIXELS, RunningGateway
 from tests.behaviour.requests import UNREACHABLE_POLICIES, assert_nothing_happened, expect_problem
 from tests.support.images import draw_image, encode_image, make_png, png_claiming_size
@@ -139,6 +140,33 @@ async def test_legacy_client_with_wrong_key_is_refused_early(guarded_gateway: Ru
             writer.write(head + body[:half])
             assert (await read_response(reader)).json() == {"err_code": 1, "err_msg": "账户不存在"}
             writer.write(body[half:])
+
+
+async def test_submissions_beyond_the_queue_are_refused_unread(guarded_gateway: RunningGateway) -> None:
+    gateway = guarded_gateway
+    gateway.services.uploads = UploadReader(
+        max_image_bytes=MAX_BYTES, max_image_pixels=MAX_PIXELS, memory_bytes=1_500, max_waiting=1
+    )
+    memory, head = gateway.services.uploads.memory, make_request_head(gateway, 1_000)
+    async with serve_app(create_app(gateway.services)) as url, AsyncExitStack() as stack:
+        for _ in range(2):  # one is read, and the other waits
+            _, writer = await stack.enter_async_context(open_raw_connection(get_port(url)))
+            stack.callback(writer.transport.abort)
+            writer.write(head)
+        await wait_until(lambda: memory.is_waiting)
+        for path, token, status, code in (
+            (VECTORIZE, gateway.token, 503, "overloaded"),
+            (VECTORIZE, "wrong", 401, "unauthenticated"),
+            (LEGACY, gateway.token, 200, None),
+        ):
+            reader, writer = await stack.enter_async_context(open_raw_connection(get_port(url)))
+            body = encode_field("user_key", token) if path == LEGACY else b""
+            writer.write(make_request_head(gateway, 1_000, path).replace(gateway.token.encode(), token.encode()) + body)
+            writer.write(b"\r\n--b" if path == LEGACY else b"")
+            response = await read_response(reader)
+            assert (response.status, response.json().get("code")) == (status, code)
+            assert ("retry-after" in response.headers) == (status == 503)
+        assert (await gateway.http.get(f"{url}/healthz")).status_code == 200
 
 
 async def count_client_disconnects(gateway: RunningGateway) -> float:

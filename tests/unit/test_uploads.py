@@ -45,6 +45,7 @@ from service.domain.errors import (
 )
 from service.domain.media import ImageInfo, Pause, inspect_image, yield_to_threads
 from service.telemetry.gauges import GaugeCollector
+from service.usecases.background import cancel_and_wait
 from tests.support.images import draw_image, encode_image, make_png
 from tests.unit.asgi_client import Message, make_body_messages, make_http_scope, make_receive
 from tests.unit.multipart_forms import BOUNDARY, CONTENT_TYPE, encode_field, encode_file, encode_form, encode_part
@@ -451,9 +452,9 @@ A, B, C, D = range(1, 5)
 REQUESTS = st.lists(st.tuples(st.none() | st.integers(A, D), st.integers(0, 12)), max_size=12)
 
 
-def request_all(requests: Sequence[tuple[int | None, int]]) -> tuple[UploadMemory, list[Allocation]]:
+def request_all(requests: Sequence[tuple[int | None, int]], **limits: Any) -> tuple[UploadMemory, list[Allocation]]:
     """Request memory for uploads (owner, size) of a memory of ten, with shares of four."""
-    memory = UploadMemory(10, share_bytes=4, unknown_bytes=4, wait_seconds=60)
+    memory = UploadMemory(10, share_bytes=4, unknown_bytes=4, wait_seconds=60, **limits)
     return memory, [memory.request(*request) for request in requests]
 
 
@@ -494,3 +495,62 @@ async def test_every_upload_is_granted_within_the_shares(
         memory.shrink(ended, 0)
         uploads.remove(ended)
     assert set(memory.reserved_bytes.values()) == {0}
+
+
+async def test_number_of_submissions() -> None:
+    """No upload begins while so many are under way, and those of tenants with their share of them come last."""
+    memory, (*submissions, _) = request_all([(A, 1), (A, 1), (C, 4)], max_submissions=2, share=0.5)
+    for submission in submissions:
+        memory.shrink(submission, 1)  # the whole body has arrived
+    waiting = [memory.request(*request) for request in ((A, 2), (B, 4), (None, 1))]
+    assert [upload.grant.done() for upload in waiting] == [False, False, True]
+    memory.shrink(submissions[0], 0)
+    assert [upload.grant.done() for upload in waiting] == [False, True, True]
+    memory.shrink(submissions[1], 0)
+    assert waiting[0].grant.done()
+
+
+async def test_number_of_uploads_that_wait() -> None:
+    memory, uploads = request_all([(A, 4), *[(A, 1)] * 2], max_waiting=4, share=0.5)
+    with pytest.raises(Overloaded):
+        memory.request(A, 1)  # beyond its share
+    uploads += [memory.request(B, 6) for _ in range(3)]  # the first is granted at once
+    uploads.append(memory.request(C, 4))
+    with pytest.raises(Overloaded):
+        memory.request(C, 1)  # too many wait
+    for upload in uploads:
+        memory.shrink(upload, 0)
+    assert memory.request(A, 1).grant.done()
+
+
+async def test_queue_that_does_not_end(clock: LoopClock) -> None:
+    memory, (active, *waiting) = request_all([(A, 4)] * 3, queue_seconds=1)
+    await clock.advance(0.9)
+    waiting.append(memory.request(A, 4))
+    await clock.advance(0.2)
+    with pytest.raises(Overloaded):
+        memory.request(A, 4)
+    assert memory.request(B, 4).grant.done()
+    for upload in (active, *waiting[:2]):
+        memory.shrink(upload, 0)
+    assert not memory.request(A, 4).grant.done()  # behind one that has not waited for long
+
+
+async def test_one_upload_begins_at_a_time() -> None:
+    reader, began = make_reader(), 0
+
+    async def receive() -> Any:
+        nonlocal began
+        began += 1
+        return await asyncio.get_running_loop().create_future()
+
+    async def upload() -> None:
+        async with reader.receive(make_scope(len(SMALL)), receive, **PART):
+            pytest.fail("the body never arrives")
+
+    uploading, counts = [asyncio.create_task(upload()) for _ in range(5)], [0]
+    while counts[-1] < len(uploading):
+        await asyncio.sleep(0)
+        counts.append(began)
+    assert max(after - before for before, after in itertools.pairwise(counts)) == 1
+    await cancel_and_wait(uploading)
