@@ -41,6 +41,7 @@ _BACKLOG = 1024
 _MAX_DESCRIPTORS = 65_536
 _CANCEL_SECONDS = 5.0
 _CHUNKS_TO_JOIN = 1_000
+_DISCARD_DELAY_SECONDS = 0.25
 _USER_TIMEOUT_MS = 60_000
 _UNSENT_BYTES = 128 * 1024
 _HANDSHAKE_SECONDS = 0.1
@@ -610,8 +611,14 @@ class HttpProtocol(HttpToolsProtocol):
         self._is_lingering = True
         self._discard_ends_at = self.loop.time() + self._limits.discard_seconds
         self._extend_discard_deadline()
-        self.flow.resume_reading()
+        # Most clients read the response and close meanwhile, instead of sending all that they have.
+        self.flow.pause_reading()
+        self.loop.call_later(_DISCARD_DELAY_SECONDS, self._resume_discarding)
         self.transport.write_eof()
+
+    def _resume_discarding(self) -> None:
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
 
     def _head_too_large(self) -> tuple[int, str]:
         limits = self._limits

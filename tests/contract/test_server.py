@@ -537,6 +537,15 @@ async def test_a_refused_body_neither_stays_in_memory_nor_delays_the_stop() -> N
         await stopping
 
 
+async def test_the_rest_of_a_refused_body_is_left_to_a_client_that_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_DISCARD_DELAY_SECONDS", 60)
+    async with run_http_server(Application()) as (running, url), open_connection(url) as (reader, writer):
+        head = build_request("/refuse", f"Content-Length: {LARGE_BYTES}", "Connection: close", method="POST")
+        writer.write(head + bytes(LARGE_BYTES))
+        await reader.readuntil(b"too large")
+        assert [connection.flow.read_paused for connection in running.connections] == [True]
+
+
 async def test_a_body_of_tiny_chunks_takes_little_memory_until_it_is_read() -> None:
     is_called, has_left, messages = asyncio.Event(), asyncio.Event(), asyncio.Queue[Any]()
 
