@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import ssl
 from collections.abc import Iterable
@@ -122,6 +123,15 @@ class Connection(asyncio.Protocol):
     @property
     def is_open(self) -> bool:
         return not self._is_closed
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether it is open, and the server has neither sent more nor closed it since the event loop last read."""
+        if self._is_closed:
+            return False
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return not poll.poll(0)
 
     @property
     def is_reusable(self) -> bool:

@@ -243,9 +243,10 @@ class UpstreamPool:
         connections = self._idle[target]
         while connections:
             connection = connections.pop()
-            if connection.is_open:
+            if connection.is_quiet:
                 connection.reuse()
                 return connection
+            connection.abort()
         return None
 
 

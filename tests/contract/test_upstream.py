@@ -8,6 +8,7 @@ import gzip
 import json
 import logging
 import os
+import socket
 import time
 from base64 import b64encode
 from pathlib import Path
@@ -289,6 +290,24 @@ async def test_kept_connection_that_breaks(serve: Handler, results: list[CheckOu
             for _ in range(50):
                 await asyncio.sleep(0)
     assert len(peer.requests) == requests
+
+
+@pytest.mark.parametrize("sent", [vendor_response(err_code=0, status="Failed"), b""], ids=["answer", "end"])
+async def test_what_arrived_unread_on_a_kept_connection_is_no_response(sent: bytes) -> None:
+    """Bytes and the end of a connection count as soon as they have arrived, not when the event loop reads them."""
+    kept: list[Connection] = []
+
+    async def serve(connection: Connection) -> None:
+        kept.append(connection)
+        await reply_with(PENDING)(connection)
+
+    async with run_server(serve) as peer, open_caller(peer.url) as caller:
+        assert (await caller.check("t-1")).outcome is CheckOutcome.RUNNING
+        end = kept[0].writer.get_extra_info("socket")
+        with socket.socket(fileno=os.dup(end.fileno())) as same:
+            same.send(sent) if sent else same.shutdown(socket.SHUT_WR)
+        assert (await caller.check("t-2")).outcome is CheckOutcome.RUNNING
+    assert len(peer.requests) == peer.connections == 2
 
 
 async def test_idle_connections_are_closed_after_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
