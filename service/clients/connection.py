@@ -79,11 +79,11 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._expiry: asyncio.TimerHandle | None = None
-        self._is_idle = self._is_paused = self._is_closed = False
+        self._is_idle = self._is_paused = self._is_closed = self._is_answered_early = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
-        # What is aborted after a response has been sent whole. With 0, TLS connections of uvloop would pause for ever.
+        # `send` ends when all is written. With 0, TLS connections of uvloop would pause for ever.
         self._transport.set_write_buffer_limits(1)
 
     async def send(self, pieces: Iterable[Piece], deadline: Deadline) -> None:
@@ -99,6 +99,7 @@ class Connection(asyncio.Protocol):
                     self.abort()
                     return
                 await self._wait_for_event()
+        self._is_answered_early = self.response.status is not None
 
     @property
     def _is_refused(self) -> bool:
@@ -148,6 +149,16 @@ class Connection(asyncio.Protocol):
             self._expiry.cancel()
         self._is_idle = False
         self.response = ResponseParser()
+
+    def end(self) -> None:
+        """Close after a request.
+
+        A server that answered early still reads: over TLS up to 64 KB of the request are not yet written.
+        """
+        if self._is_answered_early and self.response.has_ended and not self._is_closed:
+            self.keep()
+        else:
+            self.abort()
 
     def abort(self) -> None:
         """Close at once: `close` would wait until the server has read what was written."""

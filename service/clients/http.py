@@ -236,7 +236,7 @@ class UpstreamPool:
                 connection.keep()
                 self._idle[target].append(connection)
             else:
-                connection.abort()
+                connection.end()
 
     def _take_idle(self, target: Target) -> Connection | None:
         # The connection used last is the most likely to be still open.

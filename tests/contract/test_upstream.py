@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import socket
+import ssl
 import time
 from base64 import b64encode
 from pathlib import Path
@@ -20,7 +21,7 @@ from aiohappyeyeballs import start_connection
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from service.clients import breaker, connection, http
+from service.clients import breaker, connection, http, upstream
 from service.clients.breaker import BREAKER_THRESHOLD
 from service.clients.upstream import UpstreamClient, UpstreamOperation
 from service.domain.tasks import DEFAULT_CATALOGUE, FaceEnhanceOptions, UpscaleOptions
@@ -43,7 +44,7 @@ from tests.contract.scripted_server import (
     unreachable_address,
     vendor_response,
 )
-from tests.support.network import reserve_port
+from tests.support.network import create_certificate, reserve_port
 
 ACCEPTED, REJECTED, UNKNOWN = SubmitOutcome.ACCEPTED, SubmitOutcome.REJECTED, SubmitOutcome.UNKNOWN
 REDIRECTED, NOT_SENT = SubmitOutcome.REDIRECTED, SubmitOutcome.NOT_SENT
@@ -196,7 +197,10 @@ async def test_a_stalled_write_ends_the_connection_that_the_server_does_not_read
     assert peer.connections == 1
 
 
-async def test_request_is_sent_whole_though_it_is_accepted_early() -> None:
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_request_is_sent_whole_though_it_is_accepted_early(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def accept_early(connection: Connection) -> None:
         await connection.reader.readuntil(b"\r\n--")
         await connection.send(ACCEPTED_RESPONSE)
@@ -206,11 +210,18 @@ async def test_request_is_sent_whole_though_it_is_accepted_early() -> None:
         connection.server.requests.append((b"", end[-4:]))
         connection.server.request_received.set()
 
-    async with run_server(accept_early) as peer, open_caller(peer.url) as caller, asyncio.timeout(20):
-        image = replace(LARGE, data=b"\n" * (32 << 20))
-        assert (await caller.submit(image=image)).outcome is ACCEPTED
-        await peer.request_received.wait()
-        assert peer.requests == [(b"", b"--\r\n")]
+    trusted, context = create_certificate(tmp_path)
+    monkeypatch.setattr(upstream, "default_tls", lambda: ssl.create_default_context(cafile=trusted))
+    for megabytes in (5, 32):
+        async with (
+            run_server(accept_early, tls=context if scheme == "https" else None) as peer,
+            open_caller(peer.url) as caller,
+            asyncio.timeout(20),
+        ):
+            image = replace(LARGE, data=b"\n" * (megabytes * 1_000_000))
+            assert (await caller.submit(image=image)).outcome is ACCEPTED
+            await peer.request_received.wait()
+            assert peer.requests == [(b"", b"--\r\n")]
 
 
 async def test_response_head_counts_though_the_request_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
