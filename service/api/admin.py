@@ -32,6 +32,8 @@ NewName = Annotated[str, PathParameter(schema_extra={"pattern": _NAME_PATTERN}, 
 TenantName = Annotated[str, PathParameter(description="The name.")]
 ForceDelete = Annotated[bool, QueryParameter(description="Even if tasks run or other entries refer to it.")]
 TokenGrace = Annotated[float, QueryParameter(ge=0, le=31_536_000, description="Seconds for which it stays valid.")]
+_PUT_DESCRIPTION = "Omitted fields get their defaults, only secrets are kept. Its `id` stays the same."
+_PATCH_DESCRIPTION = "Changes the fields that are in the body, and keeps the others."
 _CHANGE_PROBLEMS = ("forbidden", "invalid-options", "ledger-unavailable", "overloaded")
 
 
@@ -130,6 +132,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
     @put(
         "/accounts/{name:str}",
         summary="Make or replace an account",
+        description=_PUT_DESCRIPTION,
         response_headers=openapi.response_headers("ETag"),
         responses=openapi.problem_responses(401, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
     )
@@ -145,6 +148,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
     @patch(
         "/accounts/{name:str}",
         summary="Change some settings of an account",
+        description=_PATCH_DESCRIPTION,
         response_headers=openapi.response_headers("ETag"),
         responses=openapi.problem_responses(401, 404, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
     )
@@ -159,6 +163,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
     @get(
         "/accounts",
         summary="List the accounts",
+        description="All of them, by name, each with its balance, state and open submissions.",
         responses=openapi.problem_responses(401, "ledger-unavailable"),
     )
     async def list_accounts() -> schemas.AccountList:
@@ -169,6 +174,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
     @get(
         "/accounts/{name:str}",
         summary="Read an account: balance, state, open submissions",
+        description="The balance is an observation: what the upstream reported last, and when. Its key is never shown.",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )
     async def read_account(name: TenantName) -> Response[schemas.Account]:
@@ -177,6 +183,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
     @delete(
         "/accounts/{name:str}",
         summary="Delete an account",
+        description="Refused while its tasks run or a tenant uses it. `force` removes it from its tenants.",
         responses=openapi.problem_responses(401, 404, "conflict", *_CHANGE_PROBLEMS),
     )
     async def delete_account(name: TenantName, force: ForceDelete = False) -> None:
@@ -185,6 +192,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
     @post(
         "/accounts/{name:str}/reopen",
         summary="Check an exhausted or invalid account again now",
+        description="For example after a top-up: the next submission tries it, without waiting for the next check.",
         responses=openapi.problem_responses(401, "forbidden", 404, "ledger-unavailable"),
         status_code=200,
     )
@@ -204,6 +212,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
     @put(
         "/tenants/{name:str}",
         summary="Make or replace a tenant",
+        description=_PUT_DESCRIPTION,
         request_class=TenantRequest,
         response_headers=openapi.response_headers("ETag"),
         responses=openapi.problem_responses(401, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
@@ -221,6 +230,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
     @patch(
         "/tenants/{name:str}",
         summary="Change some settings of a tenant",
+        description=_PATCH_DESCRIPTION,
         request_class=TenantRequest,
         response_headers=openapi.response_headers("ETag"),
         responses=openapi.problem_responses(401, 404, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
@@ -237,6 +247,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
     @get(
         "/tenants",
         summary="List the tenants",
+        description="All of them, by name, each with its policies, use and tokens.",
         responses=openapi.problem_responses(401, "ledger-unavailable"),
     )
     async def list_tenants() -> schemas.TenantList:
@@ -245,6 +256,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
     @get(
         "/tenants/{name:str}",
         summary="Read a tenant: policies, use, tokens",
+        description="Of its tokens the ids, labels and times. Neither they nor secrets are shown.",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )
     async def read_tenant(name: TenantName) -> Response[schemas.Tenant]:
@@ -253,6 +265,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
     @delete(
         "/tenants/{name:str}",
         summary="Delete a tenant and its tokens",
+        description="Refused while its tasks run, unless `force` is set. Its usage is kept.",
         responses=openapi.problem_responses(401, 404, "conflict", *_CHANGE_PROBLEMS),
     )
     async def delete_tenant(name: TenantName, force: ForceDelete = False) -> None:
@@ -265,6 +278,7 @@ def _token_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
     @post(
         "/tenants/{name:str}/tokens",
         summary="Make a token for a tenant, shown only once",
+        description="The gateway stores a hash of it. A tenant may have several, for example during a rotation.",
         responses=openapi.problem_responses(401, 404, "malformed-request", *_CHANGE_PROBLEMS),
     )
     async def create_token(name: TenantName, data: JSONBody[schemas.TokenBody | None] = None) -> schemas.NewToken:
@@ -275,6 +289,7 @@ def _token_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
     @delete(
         "/tenants/{name:str}/tokens/{token_id:str}",
         summary="Revoke a token, at once or after a grace period",
+        description="Streams, waits and downloads with it end too.",
         responses=openapi.problem_responses(401, 404, *_CHANGE_PROBLEMS),
     )
     async def revoke_token(name: TenantName, token_id: FromPath[str], grace: TokenGrace = 0) -> None:
@@ -283,6 +298,7 @@ def _token_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
     @post(
         "/tenants/{name:str}/revoke-all",
         summary="Revoke all tokens of a tenant at once",
+        description="Without a grace period, for example after a leak. Make new ones afterwards.",
         responses=openapi.problem_responses(401, "forbidden", 404, "ledger-unavailable", "overloaded"),
         status_code=200,
     )

@@ -12,6 +12,7 @@ from litestar.types import Guard
 from msgspec import Struct
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from service.api.openapi import UNREADABLE_REQUEST
 from service.telemetry.metrics import Metrics, format_exposition
 from service.usecases.background import run_in_turns
 from service.usecases.ledger_snapshot import LedgerSnapshot
@@ -37,7 +38,9 @@ def health_routes(get_health: Callable[[], Health]) -> Sequence[HTTPRouteHandler
     @get(
         "/healthz",
         summary="Check that the process is alive",
+        description="Touches nothing else. If it does not respond, restart the process.",
         response_description="It is alive",
+        responses=UNREADABLE_REQUEST,
     )
     async def healthz() -> HealthReport:
         return HealthReport(Health.OK)
@@ -45,8 +48,10 @@ def health_routes(get_health: Callable[[], Health]) -> Sequence[HTTPRouteHandler
     @get(
         "/readyz",
         summary="Check that the process accepts requests",
+        description="Send it requests only if this is 200. An unreachable Redis does not change it: reads go on.",
         response_description="It accepts requests",
-        responses={503: ResponseSpec(HealthReport, description="It is starting or draining", generate_examples=False)},
+        responses=UNREADABLE_REQUEST
+        | {503: ResponseSpec(HealthReport, description="It is starting or draining", generate_examples=False)},
     )
     async def readyz() -> Response[HealthReport]:
         status = get_health()

@@ -56,6 +56,13 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?", r
 _STATES = {State.QUEUED: "Queued", State.RUNNING: "Running", State.SUCCEEDED: "Completed", State.FAILED: "Failed"}
 _URL_FIELDS = {ArtifactName.IMAGE: "images_url", ArtifactName.VECTOR: "vector_url", ArtifactName.GRID: "grid_url"}
 
+_SUBMIT_DESCRIPTION = (
+    "As the upstream: unknown fields are ignored, the last of a repeated field counts, and errors have status 200 with "
+    "`err_code` 1. There is no idempotency: a repetition is another task."
+)
+_CHECK_DESCRIPTION = (
+    "As the upstream: repeat it until `status` is `Completed` or `Failed`; errors have status 200 with `err_code` 1."
+)
 Count = Annotated[int, Meta(description="The uses left, if known.")]
 Money = Annotated[int, Meta(description="The yuan left, if known.")]
 
@@ -109,8 +116,10 @@ def legacy_routes(
             f"/{_ROUTES[kind]}",
             name=f"legacy-{kind}",
             summary=f"{openapi.SUBMIT_SUMMARIES[kind]}, in the upstream's protocol",
+            description=_SUBMIT_DESCRIPTION,
             operation_class=openapi.legacy_operation(_IMAGE_PART, _FIELDS[kind], kind),
             response_description="The task, or an error",
+            responses=openapi.UNREADABLE_REQUEST,
             status_code=200,
         )
         async def handler(request: Request[Any, Any, Any]) -> Response[Submitted | Failure]:
@@ -144,8 +153,10 @@ def legacy_routes(
     @post(
         "/check_task_status",
         summary="Check a task, in the upstream's protocol",
+        description=_CHECK_DESCRIPTION,
         operation_class=openapi.legacy_operation(None, {"task_id": "task_id"}),
         response_description="The state of the task, or an error",
+        responses=openapi.UNREADABLE_REQUEST,
         status_code=200,
     )
     async def legacy_check(request: Request[Any, Any, Any]) -> Response[Checked | Failure]:

@@ -17,7 +17,9 @@ from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import (
     Components,
+    Contact,
     Example,
+    License,
     OpenAPIMediaType,
     Operation,
     RequestBody,
@@ -28,7 +30,15 @@ from litestar.openapi.spec import (
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service import __version__
-from service.api.errors import MEDIA_TYPE, PROBLEMS, RATE_LIMITED, UNAUTHENTICATED, ProblemType
+from service.api.errors import (
+    HEADERS_TOO_LARGE,
+    MALFORMED_REQUEST,
+    MEDIA_TYPE,
+    PROBLEMS,
+    RATE_LIMITED,
+    UNAUTHENTICATED,
+    ProblemType,
+)
 from service.domain.tasks import MAX_METADATA_BYTES, OPTIONS, Catalogue, Kind
 from service.domain.webhooks import MAX_URL_CHARS
 
@@ -109,6 +119,10 @@ def _problem_response(kinds: Sequence[ProblemType]) -> ResponseSpec:
     )
 
 
+UNREADABLE_REQUEST = problem_responses(MALFORMED_REQUEST.code, HEADERS_TOO_LARGE.code)
+"""Problems that the server reports for every path, of operations that have no others."""
+
+
 def response_headers(*names: str) -> list[ResponseHeader]:
     """Return the headers of a success; `openapi_document` describes them."""
     return [ResponseHeader(name=name, documentation_only=True) for name in names]
@@ -116,7 +130,7 @@ def response_headers(*names: str) -> list[ResponseHeader]:
 
 def submit_operation(kind: Kind, catalogue: Catalogue) -> type[Operation]:
     """Return an operation that takes an image and the options of a kind."""
-    options = _option_schemas(kind)
+    options = option_schemas(kind)
     if kind is Kind.UPSCALE:
         options["model"]["examples"] = list(catalogue.models)
         options["style"]["examples"] = list(catalogue.styles)
@@ -148,7 +162,7 @@ def legacy_operation(part: str | None, names: Mapping[str, str], kind: Kind | No
     if part is None or kind is None:
         properties |= {name: {"type": "string"} for name in names}
         return _form_operation("application/x-www-form-urlencoded", properties, ["user_key", *names])
-    options = _option_schemas(kind)
+    options = option_schemas(kind)
     properties[part] = _FILE_SCHEMA | {"description": "The image."}
     properties |= {name: options[option] for name, option in names.items()}
     return _form_operation("multipart/form-data", properties, ["user_key", part])
@@ -170,7 +184,7 @@ def _form_operation(
     return FormOperation
 
 
-def _option_schemas(kind: Kind) -> dict[str, dict[str, Any]]:
+def option_schemas(kind: Kind) -> dict[str, dict[str, Any]]:
     """Return the schemas of the options of a kind, from the annotations that validate them."""
     _, components = msgspec.json.schema_components([OPTIONS[kind]])
     return dict(components[OPTIONS[kind].__name__]["properties"])
@@ -181,6 +195,8 @@ def openapi_config(title: str, description: str, bearer: str, tags: Mapping[str,
         title=title,
         version=__version__,
         description=description,
+        contact=Contact(name="Operators of the Imaging Gateway"),
+        license=License(name="Proprietary", identifier="LicenseRef-Proprietary"),
         security=[{"token": []}],
         components=Components(
             security_schemes={"token": SecurityScheme(type="http", scheme="bearer", description=bearer)}

@@ -17,6 +17,7 @@ from msgspec.structs import fields
 from service.api import admin_schemas, health, legacy, openapi, schemas
 from service.api.admin_schemas import TaskEvent
 from service.api.errors import MEDIA_TYPE, PROBLEMS, ProblemResponse, render
+from service.api.openapi_tasks import describe_tasks
 from service.api.schemas import Artifact, Availability, Cost, Links, Policy, Quota, Task
 from service.api.tasks import EVENT_STREAM_TYPE, encode_event
 from service.domain.media import EXTENSIONS
@@ -60,7 +61,7 @@ _QUOTA = Quota(
     ],
     account=Availability(can_pay=True, look_again_at=None),
 )
-_EXAMPLES: Mapping[str, Struct] = {type(example).__name__: example for example in (_TASK, _QUOTA)}
+_EXAMPLES: Mapping[str, Struct] = {Quota.__name__: _QUOTA}
 _PROBLEM_EXTRAS: Mapping[str, Mapping[str, Any]] = {
     "invalid-options": {"errors": [{"field": "scale", "detail": "must be a number from 1 to 8"}]},
     "quota-exceeded": {
@@ -151,6 +152,7 @@ _HEADER_COMPONENTS: Mapping[str, Node] = {
     "Idempotent-Replayed": _header(
         "`true` if this is about the first submission under the same `Idempotency-Key`.", const="true"
     ),
+    "Link": _header('Path of the page about this problem, with `rel="help"`.'),
     "WWW-Authenticate": _header("The method of authentication: a bearer token."),
 }
 _HEADER_NAMES = {name.lower(): name for name in _HEADER_COMPONENTS}
@@ -177,7 +179,8 @@ _CONTENTS: Mapping[str, Mapping[str, Node]] = {
 }
 """Contents, by operation and status, for which Litestar knows a single media type."""
 _DEFAULT_PROBLEM: Node = {
-    "description": "Any other problem: an unknown path (404) or method (405), or a fault of the gateway (500).",
+    "description": "Any other problem: a request that can't be parsed (400, 431), an unknown path (404) or method "
+    "(405), or a fault of the gateway (500).",
     "headers": {"X-Request-Id": {"$ref": "#/components/headers/X-Request-Id"}},
     "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
 }
@@ -206,6 +209,7 @@ def build_document(app: Litestar) -> Node:
     for item in document["paths"].values():
         for operation in item.values():
             _complete_operation(operation, components)
+    describe_tasks(document, _TASK)
     if "AccountBody" in components["schemas"]:
         _describe_patches(document)
     if Task.__name__ in components["schemas"]:
@@ -295,7 +299,7 @@ def _problem_response(status: str, response: Node, components: Node) -> Node:
     name = "-or-".join(codes)
     components["responses"][name] = {
         "description": response["description"],
-        "headers": _refer_headers({"X-Request-Id", *_PROBLEM_HEADERS.get(status, ())}, components),
+        "headers": _refer_headers({"X-Request-Id", "Link", *_PROBLEM_HEADERS.get(status, ())}, components),
         "content": {
             MEDIA_TYPE: {
                 "schema": {"$ref": "#/components/schemas/Problem"},

@@ -32,7 +32,7 @@ from service.api.params import check_query, parse_wait_seconds
 from service.api.reads import matches_etag, read_middleware
 from service.api.uploads import UploadReader
 from service.domain.errors import FieldError, GatewayError, InvalidOptions, TenantDisabled, Unauthenticated
-from service.domain.ledger import IDEMPOTENCY_KEY_PATTERN, parse_idempotency_key
+from service.domain.ledger import IDEMPOTENCY_KEY_PATTERN, MAX_IDEMPOTENCY_HEADER_CHARS, parse_idempotency_key
 from service.domain.tasks import Catalogue, Kind, State, parse_metadata, parse_options
 from service.domain.tenants import Tenant
 from service.domain.webhooks import resolve_webhook_url
@@ -150,7 +150,7 @@ def task_routes(
                 str | None,
                 HeaderParameter(
                     name="Idempotency-Key",
-                    schema_extra={"pattern": IDEMPOTENCY_KEY_PATTERN},
+                    schema_extra={"pattern": IDEMPOTENCY_KEY_PATTERN, "max_length": MAX_IDEMPOTENCY_HEADER_CHARS},
                     description=_IDEMPOTENCY_KEY_DESCRIPTION,
                 ),
             ] = None,

@@ -151,6 +151,7 @@ def operator_submission_routes(submissions: SubmissionReports) -> Sequence[HTTPR
     @get(
         "/submissions/{submission_id:str}",
         summary="Read any submission, its outcome and its tenant",
+        description="Of an `unknown` one, `balance_suggests` compares the balance with what it would have cost.",
         response_description="The submission",
         responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
     )

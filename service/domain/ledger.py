@@ -498,7 +498,8 @@ _QUOTED_KEY, _BARE_KEY = re.compile(f'"({_QUOTED_CHAR}*)"'), re.compile(f"{_BARE
 IDEMPOTENCY_KEY_PATTERN = (
     f'^("{_QUOTED_CHAR}{{1,{MAX_IDEMPOTENCY_KEY_CHARS}}}"|{_BARE_CHAR}{{1,{MAX_IDEMPOTENCY_KEY_CHARS}}})$'
 )
-"""A valid header, for the OpenAPI document."""
+MAX_IDEMPOTENCY_HEADER_CHARS = 2 * MAX_IDEMPOTENCY_KEY_CHARS + len('""')
+"""A valid header, for the OpenAPI document, and its length if each character of the key is escaped."""
 
 
 def parse_idempotency_key(values: Sequence[str]) -> str | None:

@@ -83,7 +83,7 @@ async def test_generated_client(gateway: RunningGateway, tmp_path: Path, monkeyp
     async with of("client").AuthenticatedClient(base_url=gateway.url, token=gateway.token) as client:
         submit = of("api.tasks.submit_upscale").asyncio
         task = await submit(client=client, body=body(3), idempotency_key='"4711"')
-        assert (task.kind, task.state, task.options["scale"]) == (models.Kind.UPSCALE, models.State.QUEUED, 3)
+        assert (task.kind, task.state, task.options.scale) == (models.Kind.UPSCALE, models.State.QUEUED, 3)
         await gateway.wait_for_task(task.id)
         task = await of("api.tasks.read_task").asyncio(task.id, client=client)
         assert task.state is models.State.SUCCEEDED
@@ -152,6 +152,7 @@ async def add_examples(gateway: RunningGateway, operations: Mapping[str, Any]) -
     examples = {
         "GET /v1/submissions/{submission_id}": {"submission_id": submission},
         "GET /admin/v1/submissions/{submission_id}": {"submission_id": submission},
+        "GET /admin/v1/tasks/{task_id}": {"task_id": task["id"]},
         "DELETE /admin/v1/tenants/{name}/tokens/{token_id}": {"name": "spare", "token_id": token.json()["id"]},
         "POST /admin/v1/tenants/{name}/webhook-secret": {"name": "spare"},
         "POST /admin/v1/webhooks/{delivery_id}/redeliver": {"delivery_id": event_id(submission)},
