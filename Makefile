@@ -72,6 +72,7 @@ layers: $(VENV_STAMP)
 
 drift: $(VENV_STAMP)
 	$(call step,openapi,.venv/bin/gateway openapi --folder openapi --check)
+	$(call step,breaking changes,.venv/bin/python -m deploy.breaking_changes)
 	$(call step,dashboards,.venv/bin/python -m deploy.grafana --check)
 	$(call step,chart,.venv/bin/python -m deploy.helm --check)
 	$(call step,settings,.venv/bin/python -m deploy.reference --check)

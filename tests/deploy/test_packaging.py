@@ -21,9 +21,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_version() -> None:
-    """The version is that of the chart, and the newest of the changelog, whose versions descend."""
+    """The version is that of the chart and the released documents, and the newest of the changelog, which descend."""
     chart = (ROOT / "deploy" / "helm" / "imaging-gateway" / "Chart.yaml").read_text("utf-8")
     assert re.findall(r'^appVersion: "?([\d.]+)', chart, re.MULTILINE) == [__version__]
+    for document in (ROOT / "openapi" / "released").glob("*.yaml"):
+        assert f"\n  version: {__version__}\n" in document.read_text("utf-8")
     headings = re.findall(r"^## \[(.*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
     released = [heading for heading in headings if heading != "Unreleased]"]
     assert released[0].startswith(f"{__version__}] - ")
