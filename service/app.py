@@ -20,6 +20,7 @@ from litestar.types import ControllerRouterHandler
 from service.api import admin, artifacts, legacy, openapi, tasks, usage
 from service.api.asgi import HeadMiddleware, RequestMiddleware
 from service.api.auth import FailureLimiter, metrics_guard
+from service.api.compression import CompressionMiddleware, static_compression
 from service.api.docs import docs_routes
 from service.api.errors import exception_handlers
 from service.api.health import health_routes, metrics_route
@@ -95,7 +96,7 @@ def tenants_app(container: Container) -> Litestar:
         route_handlers=[
             Router("/", route_handlers=[*task_routes, *event_routes, *artifact_routes], tags=["Tasks"]),
             Router("/", route_handlers=usage.quota_routes(container.quota), tags=["Quota"]),
-            Router("/", route_handlers=usage_routes, tags=["Usage"]),
+            Router("/", route_handlers=usage_routes, tags=["Usage"], middleware=[CompressionMiddleware]),
         ],
         dependencies={"tenant": Provide(tenant)},
         response_headers=[ResponseHeader(name=name, value=value) for name, value in PRIVATE_HEADERS.items()],
@@ -115,7 +116,7 @@ def tenants_app(container: Container) -> Litestar:
         security=[{}],
     )
     health = Router("/", route_handlers=health_routes(container.health), tags=["Service"], security=[{}])
-    return _create_litestar(container, [v1, old, health, root, *docs_routes()], tenants_config())
+    return _create_litestar(container, [v1, old, health, root, _docs_router()], tenants_config())
 
 
 def operators_app(container: Container) -> Litestar:
@@ -155,11 +156,16 @@ def operators_app(container: Container) -> Litestar:
             Router("/", route_handlers=admin.clock_routes(container.registry_admin), tags=["Service"]),
         ],
         guards=[guard, check_query],
+        middleware=[CompressionMiddleware],
         request_class=JsonRequest,
         # Responses show the present state, and one of them a token.
         cache_control=CacheControlHeader(no_store=True),
     )
-    return _create_litestar(container, [admin_routes, health, metrics, *docs_routes()], operators_config())
+    return _create_litestar(container, [admin_routes, health, metrics, _docs_router()], operators_config())
+
+
+def _docs_router() -> Router:
+    return Router("/", route_handlers=docs_routes(), middleware=[static_compression])
 
 
 class _Litestar(Litestar):

@@ -12,6 +12,7 @@ from litestar.types import Guard
 from msgspec import Struct
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from service.api.compression import CompressionMiddleware
 from service.api.openapi import UNREADABLE_REQUEST
 from service.telemetry.metrics import Metrics, format_exposition
 from service.usecases.background import run_in_turns
@@ -61,7 +62,7 @@ def health_routes(get_health: Callable[[], Health]) -> Sequence[HTTPRouteHandler
 
 
 def metrics_route(metrics: Metrics, snapshot: LedgerSnapshot, guards: Sequence[Guard]) -> HTTPRouteHandler:
-    @get("/metrics", include_in_schema=False, guards=guards)
+    @get("/metrics", include_in_schema=False, guards=guards, middleware=[CompressionMiddleware])
     async def scrape() -> Response[bytes]:
         await snapshot.refresh()
         parts = await run_in_turns(format_exposition(metrics.registry))

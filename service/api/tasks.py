@@ -26,6 +26,7 @@ from litestar.types import Receive, Scope, Send
 from service.api import openapi, schemas
 from service.api.asgi import disconnect_outcome
 from service.api.auth import TenantAuth
+from service.api.compression import CompressionMiddleware
 from service.api.errors import OUTCOME, ClientDisconnected, rate_limit_headers, to_problem
 from service.api.overload import overload_middleware
 from service.api.params import check_query, parse_wait_seconds
@@ -204,6 +205,7 @@ def task_routes(
         responses=openapi.problem_responses(
             400, 401, "tenant-disabled", "invalid-options", "rate-limited", "ledger-unavailable"
         ),
+        middleware=[CompressionMiddleware],
     )
     async def list_tasks(
         request: Request[Any, Any, Any],
