@@ -19,7 +19,7 @@ settings.register_profile("short", deadline=None, max_examples=20, stateful_step
 settings.register_profile("long", deadline=None, max_examples=100, stateful_step_count=40)
 settings.load_profile("short")
 
-_SLOW_FOLDERS = {"chaos", "deploy", "monitoring", "process"}
+_SLOW_FOLDERS = {"chaos", "clients", "deploy", "monitoring", "process"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -68,6 +68,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 def _find_scope(node_id: str) -> str:
     file = node_id.partition("::")[0]
     folder = file.split("/")[1]
-    if folder == "monitoring":
+    if folder in {"clients", "monitoring"}:
         return folder
     return file if folder in {"chaos", "process"} else node_id

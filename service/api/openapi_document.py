@@ -258,6 +258,8 @@ def _add_constraints(schema: Node, exact: Node) -> None:
 def _complete_operation(operation: Node, components: Node) -> None:
     for parameter in operation.get("parameters", ()):
         schema = _unwrap(parameter["schema"])
+        if schema.get("enum") == list(ArtifactName):  # so that a generated client takes the `name` of an artifact
+            schema = {"$ref": f"#/components/schemas/{ArtifactName.__name__}"}
         # Client generators ignore the default of a reference that has a description beside it.
         parameter["schema"] = {"$ref": schema["$ref"]} if "$ref" in schema else schema
     if body := operation.get("requestBody"):

@@ -1,4 +1,4 @@
-"""The OpenAPI documents: as they are served, for generated clients, and for requests that schemathesis generates.
+"""The OpenAPI documents: their examples, and requests that schemathesis generates (`tests/clients` has their clients).
 
 Their files are up to date (`make drift`), so what they say is tested without a gateway.
 """
@@ -6,16 +6,11 @@ Their files are up to date (`make drift`), so what they say is tested without a 
 from __future__ import annotations
 
 import asyncio
-import importlib
-import io
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -59,35 +54,6 @@ def test_examples_match_their_schemas(name: str) -> None:
     for example, schema in examples:
         root = schema | {"components": document["components"]}  # to which its references point
         Draft202012Validator(root, format_checker=Draft202012Validator.FORMAT_CHECKER).validate(example)
-
-
-@pytest.mark.slow
-async def test_generated_client(gateway: RunningGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text("post_hooks: []\n")
-    command: list[str | Path] = [sys.executable, "-m", "openapi_python_client", "generate", "--fail-on-warning"]
-    command += ["--path", FOLDER / "gateway.yaml", "--output-path", tmp_path / "generated_client", "--config", config]
-    done = subprocess.run([*command, "--meta", "none"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def of(module: str) -> ModuleType:
-        return importlib.import_module(f"generated_client.{module}")
-
-    models = of("models")
-
-    def body(scale: float) -> object:
-        image = of("types").File(io.BytesIO(make_png(64, 64)), "a.png", "image/png")
-        return models.SubmitUpscaleBody(image=image, scale=scale, metadata='{"order": "4711"}')
-
-    async with of("client").AuthenticatedClient(base_url=gateway.url, token=gateway.token) as client:
-        submit = of("api.tasks.submit_upscale").asyncio
-        task = await submit(client=client, body=body(3), idempotency_key='"4711"')
-        assert (task.kind, task.state, task.options.scale) == (models.Kind.UPSCALE, models.State.QUEUED, 3)
-        await gateway.wait_for_task(task.id)
-        task = await of("api.tasks.read_task").asyncio(task.id, client=client)
-        assert task.state is models.State.SUCCEEDED
-        assert [error.field for error in (await submit(client=client, body=body(9))).errors] == ["scale"]
 
 
 ACCEPTANCE, REJECTION = "positive_data_acceptance", "negative_data_rejection"
