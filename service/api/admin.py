@@ -34,7 +34,7 @@ ForceDelete = Annotated[bool, QueryParameter(description="Even if tasks run or o
 TokenGrace = Annotated[float, QueryParameter(ge=0, le=31_536_000, description="Seconds for which it stays valid.")]
 _PUT_DESCRIPTION = "Omitted fields get their defaults, only secrets are kept. Its `id` stays the same."
 _PATCH_DESCRIPTION = "Changes the fields that are in the body, and keeps the others."
-_CHANGE_PROBLEMS = ("forbidden", "invalid-options", "ledger-unavailable", "overloaded")
+_CHANGE_PROBLEMS = ("forbidden", "ledger-unavailable", "overloaded")
 
 
 class TenantRequest(JsonRequest):
@@ -134,7 +134,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         summary="Make or replace an account",
         description=_PUT_DESCRIPTION,
         response_headers=openapi.response_headers("ETag"),
-        responses=openapi.problem_responses(401, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems("malformed-request", "outdated", *_CHANGE_PROBLEMS),
     )
     async def put_account(
         name: NewName, data: JSONBody[schemas.AccountBody], if_match: IfMatch = None, if_none_match: IfNoneMatch = None
@@ -150,7 +150,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         summary="Change some settings of an account",
         description=_PATCH_DESCRIPTION,
         response_headers=openapi.response_headers("ETag"),
-        responses=openapi.problem_responses(401, 404, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems(404, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
     )
     async def patch_account(name: TenantName, data: MergePatch, if_match: IfMatch = None) -> Response[schemas.Account]:
         def desire(before: tenants.Account | None) -> DesiredAccount:
@@ -164,7 +164,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         "/accounts",
         summary="List the accounts",
         description="All of them, by name, each with its balance, state and open submissions.",
-        responses=openapi.problem_responses(401, "ledger-unavailable"),
+        responses=openapi.operator_problems("ledger-unavailable"),
     )
     async def list_accounts() -> schemas.AccountList:
         accounts = await registry_admin.list_accounts()
@@ -175,7 +175,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         "/accounts/{name:str}",
         summary="Read an account: balance, state, open submissions",
         description="The balance is an observation: what the upstream reported last, and when. Its key is never shown.",
-        responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
+        responses=openapi.operator_problems(404, "ledger-unavailable"),
     )
     async def read_account(name: TenantName) -> Response[schemas.Account]:
         return await render(await registry_admin.get_account(name))
@@ -184,7 +184,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         "/accounts/{name:str}",
         summary="Delete an account",
         description="Refused while its tasks run or a tenant uses it. `force` removes it from its tenants.",
-        responses=openapi.problem_responses(401, 404, "conflict", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems(404, "conflict", *_CHANGE_PROBLEMS),
     )
     async def delete_account(name: TenantName, force: ForceDelete = False) -> None:
         await registry_admin.delete_account(name, force=force)
@@ -193,7 +193,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         "/accounts/{name:str}/reopen",
         summary="Check an exhausted or invalid account again now",
         description="For example after a top-up: the next submission tries it, without waiting for the next check.",
-        responses=openapi.problem_responses(401, "forbidden", 404, "ledger-unavailable"),
+        responses=openapi.operator_problems("forbidden", 404, "ledger-unavailable"),
         status_code=200,
     )
     async def reopen_account(name: TenantName) -> Response[schemas.Account]:
@@ -215,7 +215,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
         description=_PUT_DESCRIPTION,
         request_class=TenantRequest,
         response_headers=openapi.response_headers("ETag"),
-        responses=openapi.problem_responses(401, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems("malformed-request", "outdated", *_CHANGE_PROBLEMS),
     )
     async def put_tenant(
         name: NewName, data: JSONBody[schemas.TenantBody], if_match: IfMatch = None, if_none_match: IfNoneMatch = None
@@ -233,7 +233,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
         description=_PATCH_DESCRIPTION,
         request_class=TenantRequest,
         response_headers=openapi.response_headers("ETag"),
-        responses=openapi.problem_responses(401, 404, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems(404, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
     )
     async def patch_tenant(name: TenantName, data: MergePatch, if_match: IfMatch = None) -> Response[schemas.Tenant]:
         def desire(before: tenants.Tenant | None) -> DesiredTenant:
@@ -248,7 +248,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
         "/tenants",
         summary="List the tenants",
         description="All of them, by name, each with its policies, use and tokens.",
-        responses=openapi.problem_responses(401, "ledger-unavailable"),
+        responses=openapi.operator_problems("ledger-unavailable"),
     )
     async def list_tenants() -> schemas.TenantList:
         return schemas.TenantList([await render(tenant) for tenant in await registry_admin.list_tenants()])
@@ -257,7 +257,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
         "/tenants/{name:str}",
         summary="Read a tenant: policies, use, tokens",
         description="Of its tokens the ids, labels and times. Neither they nor secrets are shown.",
-        responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
+        responses=openapi.operator_problems(404, "ledger-unavailable"),
     )
     async def read_tenant(name: TenantName) -> Response[schemas.Tenant]:
         return await respond(await registry_admin.get_tenant(name))
@@ -266,7 +266,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
         "/tenants/{name:str}",
         summary="Delete a tenant and its tokens",
         description="Refused while its tasks run, unless `force` is set. Its usage is kept.",
-        responses=openapi.problem_responses(401, 404, "conflict", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems(404, "conflict", *_CHANGE_PROBLEMS),
     )
     async def delete_tenant(name: TenantName, force: ForceDelete = False) -> None:
         await registry_admin.delete_tenant(name, force=force)
@@ -279,7 +279,7 @@ def _token_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
         "/tenants/{name:str}/tokens",
         summary="Make a token for a tenant, shown only once",
         description="The gateway stores a hash of it. A tenant may have several, for example during a rotation.",
-        responses=openapi.problem_responses(401, 404, "malformed-request", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems(404, "malformed-request", *_CHANGE_PROBLEMS),
     )
     async def create_token(name: TenantName, data: JSONBody[schemas.TokenBody | None] = None) -> schemas.NewToken:
         body = data or schemas.TokenBody()
@@ -290,7 +290,7 @@ def _token_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
         "/tenants/{name:str}/tokens/{token_id:str}",
         summary="Revoke a token, at once or after a grace period",
         description="Streams, waits and downloads with it end too.",
-        responses=openapi.problem_responses(401, 404, *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems(404, *_CHANGE_PROBLEMS),
     )
     async def revoke_token(name: TenantName, token_id: FromPath[str], grace: TokenGrace = 0) -> None:
         await registry_admin.revoke_token(name, token_id, grace)
@@ -299,7 +299,7 @@ def _token_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
         "/tenants/{name:str}/revoke-all",
         summary="Revoke all tokens of a tenant at once",
         description="Without a grace period, for example after a leak. Make new ones afterwards.",
-        responses=openapi.problem_responses(401, "forbidden", 404, "ledger-unavailable", "overloaded"),
+        responses=openapi.operator_problems("forbidden", 404, "ledger-unavailable", "overloaded"),
         status_code=200,
     )
     async def revoke_all_tokens(name: TenantName) -> schemas.RevokedTokens:
@@ -383,7 +383,7 @@ def registry_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         summary="Read the whole registry, for example to keep it in a file",
         description="With the hashes of tokens and the sources of secrets, without secrets.",
         response_headers=openapi.response_headers("ETag"),
-        responses=openapi.problem_responses(401, "ledger-unavailable"),
+        responses=openapi.operator_problems("ledger-unavailable"),
     )
     async def read_registry() -> Response[schemas.RegistryBody]:
         current = await registry_admin.load_registry()
@@ -397,7 +397,7 @@ def registry_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         description="Entries replace those of the same name: omitted fields get their defaults, only ids and secrets "
         "are kept. Other entries stay, unless `prune` is set. A repetition changes nothing.",
         response_headers=openapi.response_headers("ETag"),
-        responses=openapi.problem_responses(401, "malformed-request", "conflict", "outdated", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems("malformed-request", "conflict", "outdated", *_CHANGE_PROBLEMS),
         request_class=TenantRequest,
         request_max_body_size=_MAX_REGISTRY_BYTES,
     )
@@ -428,7 +428,7 @@ def registry_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         summary="Encrypt all secrets with the first of the secret keys",
         description="Afterwards the other keys can be removed. All processes must already have the first key. The "
         "secrets themselves stay the same; a repetition changes nothing.",
-        responses=openapi.problem_responses(401, "forbidden", "ledger-unavailable", "overloaded"),
+        responses=openapi.operator_problems("forbidden", "ledger-unavailable", "overloaded"),
         status_code=200,
     )
     async def rotate_keys() -> schemas.ReencryptResult:
@@ -455,7 +455,7 @@ def webhook_routes(webhooks: WebhookAdmin) -> Sequence[HTTPRouteHandler]:
         "/tenants/{name:str}/webhook-secret",
         summary="Make a new webhook secret for a tenant, shown only once",
         description="During the grace period both secrets sign, so that the receiver can change over.",
-        responses=openapi.problem_responses(401, 404, "conflict", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems(404, "conflict", *_CHANGE_PROBLEMS),
     )
     async def rotate_webhook_secret(name: TenantName, grace: SecretGrace = 0) -> schemas.NewSecret:
         generated = await webhooks.rotate_secret(name, grace)
@@ -465,7 +465,7 @@ def webhook_routes(webhooks: WebhookAdmin) -> Sequence[HTTPRouteHandler]:
         "/webhooks/failed",
         summary="List failed webhook deliveries, newest first",
         description="Kept for 30 days.",
-        responses=openapi.problem_responses(401, "invalid-options", "ledger-unavailable"),
+        responses=openapi.operator_problems("ledger-unavailable"),
     )
     async def list_failed_webhooks(limit: MaxListed = 100) -> schemas.DeliveryList:
         return schemas.DeliveryList([schemas.render_delivery(entry) for entry in await webhooks.list_failed(limit)])
@@ -474,7 +474,7 @@ def webhook_routes(webhooks: WebhookAdmin) -> Sequence[HTTPRouteHandler]:
         "/webhooks/{delivery_id:str}/redeliver",
         summary="Send a webhook again",
         description="Failed ones, and those delivered in the last three days.",
-        responses=openapi.problem_responses(401, "forbidden", 404, "ledger-unavailable"),
+        responses=openapi.operator_problems("forbidden", 404, "ledger-unavailable"),
         status_code=200,
     )
     async def redeliver_webhook(delivery_id: DeliveryId) -> schemas.Delivery:
@@ -492,7 +492,7 @@ def clock_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
             "This sets the offset to 0 at once and moves leases, checks, deliveries and probes by as much."
         ),
         response_description="The former offset",
-        responses=openapi.problem_responses(401, "forbidden", "ledger-unavailable"),
+        responses=openapi.operator_problems("forbidden", "ledger-unavailable"),
         status_code=200,
     )
     async def reset_clock() -> schemas.ClockReset:

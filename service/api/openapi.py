@@ -109,6 +109,11 @@ def problem_responses(*codes_or_statuses: int | str) -> dict[int, ResponseSpec]:
     return {status: _problem_response(kinds) for status, kinds in by_status.items()}
 
 
+def operator_problems(*codes_or_statuses: int | str) -> dict[int, ResponseSpec]:
+    """Return the problems of an operators' operation: these, and those of the token, body and query of each."""
+    return problem_responses(401, 415, "invalid-options", *codes_or_statuses)
+
+
 def _problem_response(kinds: Sequence[ProblemType]) -> ResponseSpec:
     return ResponseSpec(
         Problem,

@@ -228,7 +228,7 @@ def operator_task_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHa
         summary="Read any task and its tenant",
         description="The task as it is stored: reading it does not check it at the upstream.",
         response_description="The task",
-        responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
+        responses=openapi.operator_problems(404, "ledger-unavailable"),
     )
     async def read_any_task(
         task_id: Annotated[str, PathParameter(description="The `id` of the task, or of its submission.")],
@@ -240,7 +240,7 @@ def operator_task_routes(submissions: SubmissionReports) -> Sequence[HTTPRouteHa
         summary="List a tenant's tasks, newest first",
         description=_LIST_DESCRIPTION,
         response_description="A page of tasks",
-        responses=openapi.problem_responses(401, 404, "malformed-request", "invalid-options", "ledger-unavailable"),
+        responses=openapi.operator_problems(404, "malformed-request", "ledger-unavailable"),
     )
     async def list_tenant_tasks(
         tenant: Annotated[

@@ -95,7 +95,7 @@ def operator_usage_routes(usage: UsageReports) -> Sequence[HTTPRouteHandler]:
         summary="Read the usage of tenants",
         description=_OPERATOR_USAGE_DESCRIPTION,
         response_description="Their usage",
-        responses=openapi.problem_responses(401, "invalid-options", "ledger-unavailable"),
+        responses=openapi.operator_problems("ledger-unavailable"),
     )
     async def read_all_usage(
         request: Request[Any, Any, Any],
@@ -153,7 +153,7 @@ def operator_submission_routes(submissions: SubmissionReports) -> Sequence[HTTPR
         summary="Read any submission, its outcome and its tenant",
         description="Of an `unknown` one, `balance_suggests` compares the balance with what it would have cost.",
         response_description="The submission",
-        responses=openapi.problem_responses(401, 404, "ledger-unavailable"),
+        responses=openapi.operator_problems(404, "ledger-unavailable"),
     )
     async def read_any_submission(
         submission_id: Annotated[str, PathParameter(description="The `id` of the submission, or of its task.")],
@@ -165,9 +165,7 @@ def operator_submission_routes(submissions: SubmissionReports) -> Sequence[HTTPR
         summary="Refund a submission to its tenant's windows, once",
         description="Afterwards it no longer counts in them, whatever its outcome. The usage shows the reason.",
         response_description="The submission",
-        responses=openapi.problem_responses(
-            401, "forbidden", 404, "malformed-request", "conflict", "invalid-options", "ledger-unavailable"
-        ),
+        responses=openapi.operator_problems("forbidden", 404, "malformed-request", "conflict", "ledger-unavailable"),
     )
     async def refund(data: JSONBody[schemas.RefundBody]) -> schemas.Submission:
         status = await submissions.refund(data.target_id(), data.checked_reason())
