@@ -17,8 +17,9 @@ CERTIFICATES := $(wildcard /etc/ssl/certs/ca-certificates.crt)
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 unexport PYTHONDONTWRITEBYTECODE PYTHONHOME PYTHONPATH VIRTUAL_ENV
 
-# Companies that inspect TLS install their authority here; neither pip nor uv uses it by default.
+# Companies that inspect TLS install their authority here; pip, uv and npm don't use it by default.
 ifneq ($(CERTIFICATES),)
+export NODE_EXTRA_CA_CERTS ?= $(CERTIFICATES)
 export PIP_CERT ?= $(CERTIFICATES)
 export UV_SYSTEM_CERTS ?= 1
 endif
