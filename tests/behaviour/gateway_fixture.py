@@ -194,7 +194,9 @@ class RunningGateway:
         self.token = await self.new_token()
 
 
-_PERMANENT_KEYS = re.compile(r"\{gw\}:(version|clock(:offset|:server)?|registry|leases|poll:due|(tenant|account):\d+)")
+_PERMANENT_KEYS = re.compile(
+    r"\{gw\}:(version|clock(:offset|:server)?|registry|leases|poll:(due|claimed)|(tenant|account):\d+)"
+)
 """Keys without a time to live: their number is bounded, and deleting the owner deletes them."""
 
 

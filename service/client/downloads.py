@@ -1,0 +1,125 @@
+"""Fetching of results: whole files of the right type or none, resumed where a connection broke."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import httpx2
+from msgspec import Struct
+
+from service.client.calls import Call, Request, Retries
+from service.client.errors import NoResult, TaskFailed, UnexpectedResponse
+from service.client.models import Artifact, Task
+
+_STATUS_PARTIAL = 206
+_SVG = "image/svg+xml"
+EXTENSIONS: Mapping[str, str] = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", _SVG: "svg"}
+"""File extensions of the types that results have."""
+_SIGNATURES: Mapping[str, bytes] = {
+    "image/png": b"\x89PNG\r\n\x1a\n",
+    "image/jpeg": b"\xff\xd8\xff",
+    "image/webp": b"RIFF",
+}
+_HEAD_BYTES = 64
+
+
+class Content(Struct, frozen=True):
+    """A result in memory; the type is as the response labels it, without parameters."""
+
+    content: bytes
+    media_type: str
+
+
+class SavedFile(Struct, frozen=True):
+    """A result that was written."""
+
+    path: Path
+    media_type: str
+    size: int
+
+
+class _FileReceiver:
+    """Writes a body into a file, over several responses if need be."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._etag = ""
+        self.media_type = ""
+        self.size = 0
+
+    def make_request(self, path: str) -> Request:
+        """Request all, or the rest if the version is known."""
+        headers = {"Accept-Encoding": "identity"}
+        if self.size and self._etag:
+            headers |= {"Range": f"bytes={self.size}-", "If-Range": self._etag}
+        return Request("GET", path, headers=headers, receiver=self)
+
+    def begin(self, response: httpx2.Response) -> None:
+        is_rest = response.status_code == _STATUS_PARTIAL
+        if is_rest and not response.headers.get("content-range", "").startswith(f"bytes {self.size}-"):
+            raise UnexpectedResponse("The response is another part than was requested", response.status_code)
+        if not is_rest:
+            self._file.seek(0)
+            self._file.truncate()
+            self.size = 0
+        etag = response.headers.get("etag", "")
+        self._etag = "" if etag.startswith("W/") else etag
+        self.media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    def write(self, chunk: bytes) -> None:
+        self._file.write(chunk)
+        self.size += len(chunk)
+
+
+def fetch_artifact(retries: Retries, artifact: Artifact) -> Call[Content]:
+    file = BytesIO()
+    receiver = _FileReceiver(file)
+    yield from retries.exchange(lambda: receiver.make_request(artifact.href))
+    return Content(file.getvalue(), receiver.media_type)
+
+
+def download(retries: Retries, task: Task, path: str | os.PathLike[str], name: str | None) -> Call[SavedFile]:
+    """Write a result to `path`, which is replaced when all of it has come. Raises OSError and GatewayError."""
+    artifact = find_artifact(task, name)
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        with partial.open("xb+") as file:
+            receiver = _FileReceiver(file)
+            yield from retries.exchange(lambda: receiver.make_request(artifact.href))
+            file.seek(0)
+            _check_type(artifact, receiver, file.read(_HEAD_BYTES))
+        partial.replace(target)
+    finally:
+        with suppress(FileNotFoundError):
+            partial.unlink()
+    return SavedFile(target, receiver.media_type, receiver.size)
+
+
+def find_artifact(task: Task, name: str | None) -> Artifact:
+    """Return a result of a task. Raises TaskFailed and NoResult."""
+    if task.state == "failed":
+        raise TaskFailed(task)
+    artifact = task.find_artifact(name)
+    if artifact is None:
+        names = ", ".join(item.name for item in task.artifacts) or f"none, it is {task.state}"
+        raise NoResult(f"{task.id} has no result {name or ''}: it has {names}")
+    return artifact
+
+
+def _check_type(artifact: Artifact, receiver: _FileReceiver, head: bytes) -> None:
+    """Raise UnexpectedResponse unless the bytes are what the response and the name promise."""
+    media_type = receiver.media_type
+    is_drawing = media_type == _SVG
+    has_signature = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<" if is_drawing else False
+    if signature := _SIGNATURES.get(media_type):
+        has_signature = head.startswith(signature)
+    if not has_signature or is_drawing != (artifact.name == "vector"):
+        label = media_type or "of no type"
+        raise UnexpectedResponse(f"The result {artifact.name} is no such image: {receiver.size} bytes, {label}", 200)
