@@ -1,6 +1,6 @@
 """The demo: submits one image for each kind of task and reports on the results.
 
-It uses the gateway's public HTTP API alone and imports nothing else of the service.
+It uses the gateway's public HTTP API alone, through the client for callers.
 """
 
 import asyncio
@@ -10,16 +10,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
-from service.demo.client import Cost, GatewayClient, GatewayError, ResultFile, Task, open_client, single_line
+from service.client import (
+    EXTENSIONS,
+    AsyncGatewayClient,
+    Content,
+    Cost,
+    GatewayError,
+    KindName,
+    NoConnection,
+    Task,
+    TaskOptions,
+)
 from service.demo.verify import CheckResult, format_size, verify_results
 
 FINAL_STATES = frozenset({"succeeded", "failed", "no task", "timed out"})
-_EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/svg+xml": "svg"}
 _COLUMNS = ("kind", "state", "seconds", "cost", "file", "pixels", "check")
 _RIGHT_ALIGNED = frozenset({"seconds"})
 
@@ -42,21 +51,20 @@ class DemoOptions:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    kind: str
+    kind: KindName
     image_name: str
     """Name of a file in `images`, fit for the kind."""
-    options: Mapping[str, str] = field(default_factory=dict)
-    """Form fields sent with the image."""
+    options: TaskOptions = field(default_factory=TaskOptions)
 
     def read_image(self) -> bytes:
         return resources.files("service.demo").joinpath("images", self.image_name).read_bytes()
 
 
 JOBS = (
-    Job("upscale", "photo.jpg", {"scale": "2"}),
-    Job("vectorize", "logo.png", {"colors": "5"}),
+    Job("upscale", "photo.jpg", {"scale": 2}),
+    Job("vectorize", "logo.png", {"colors": 5}),
     Job("face-enhance", "face.jpg"),
-    Job("seamless", "texture.jpg", {"fit": "0.5"}),
+    Job("seamless", "texture.jpg", {"fit": 0.5}),
 )
 
 
@@ -68,16 +76,22 @@ async def run_demo(options: DemoOptions) -> int:
     """
     try:
         _create_folder(options.folder)
-        async with open_client(options.base_url, options.token, options.timeout_seconds) as gateway:
-            await gateway.ping()
+        # A demo reports a failure at once, instead of repeating the call.
+        async with AsyncGatewayClient(
+            options.base_url, options.token, retry_seconds=0, timeout_seconds=options.timeout_seconds
+        ) as gateway:
+            await gateway.get_quota()  # checks the address and the token, at no cost
             tasks = await _run_all_tasks(options, gateway)
+    except NoConnection as error:
+        options.output.write(f"{error} — start a gateway with `make run`\n")
+        return 1
     except GatewayError as error:
         options.output.write(f"{error}\n")
         return 1
     return _print_report(options, tasks)
 
 
-async def _run_all_tasks(options: DemoOptions, gateway: GatewayClient) -> Sequence["DemoTask"]:
+async def _run_all_tasks(options: DemoOptions, gateway: AsyncGatewayClient) -> Sequence["DemoTask"]:
     tasks: list[DemoTask] = []
     try:
         with show_progress(options.output) as show_state:
@@ -105,7 +119,7 @@ class DemoTask:
     """One task. Its attributes can be read at any time, also after a cancelled run."""
 
     def __init__(
-        self, job: Job, gateway: GatewayClient, options: DemoOptions, on_state: Callable[[str, str], None]
+        self, job: Job, gateway: AsyncGatewayClient, options: DemoOptions, on_state: Callable[[str, str], None]
     ) -> None:
         """`on_state` is called with the kind and its state after every poll."""
         self.kind = job.kind
@@ -142,16 +156,10 @@ class DemoTask:
     async def _submit_and_verify(self) -> None:
         self._set_state("submitting")
         image = self._job.read_image()
-        poll = await self._gateway.submit(self.kind, (self._job.image_name, image), self._job.options)
-        self._update(poll.task)
-        while not poll.task.is_finished:
-            await asyncio.sleep(poll.pause_seconds)
-            poll = await self._gateway.get_task(poll.task.id)
-            self._update(poll.task)
-        if poll.task.state == "failed":
-            self.errors = (f"the task failed: {_failure_reason(poll.task.error)}",)
-            return
-        files = {artifact.name: await self._gateway.fetch_artifact(artifact) for artifact in poll.task.artifacts}
+        task: Task = await self._gateway.submit(self._job.kind, image, **self._job.options)
+        self._update(task)
+        task = await self._gateway.wait(task, on_update=self._update)
+        files = {artifact.name: await self._gateway.fetch_artifact(artifact) for artifact in task.artifacts}
         self.files = await asyncio.to_thread(_write_files, self._options.folder, self.kind, files)
         contents = {name: file.content for name, file in files.items()}
         self.results = await asyncio.to_thread(verify_results, self.kind, image, contents)
@@ -168,21 +176,14 @@ class DemoTask:
         self._on_state(self.kind, state)
 
 
-def _write_files(folder: Path, kind: str, files: Mapping[str, ResultFile]) -> Mapping[str, str]:
-    names = {name: f"{kind}-{name}.{_EXTENSIONS.get(file.content_type, 'bin')}" for name, file in files.items()}
+def _write_files(folder: Path, kind: str, files: Mapping[str, Content]) -> Mapping[str, str]:
+    names = {name: f"{kind}-{name}.{EXTENSIONS.get(file.media_type, 'bin')}" for name, file in files.items()}
     try:
         for name, file in files.items():
             (folder / names[name]).write_bytes(file.content)
     except OSError as error:
         raise GatewayError(f"the results cannot be written: {error}") from error
     return names
-
-
-def _failure_reason(error: Any) -> str:
-    if isinstance(error, dict):
-        parts = [error[key] for key in ("title", "detail", "message") if isinstance(error.get(key), str)]
-        error = ": ".join(parts)
-    return single_line(error) if isinstance(error, str) and error else "no reason is given"
 
 
 @contextmanager
@@ -192,7 +193,7 @@ def show_progress(output: TextIO) -> Iterator[Callable[[str, str], None]]:
         columns = (SpinnerColumn("line", finished_text=" "), "{task.description}", "{task.fields[state]}")
         console = Console(file=output, force_terminal=True)
         with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-            rows = {job.kind: progress.add_task(job.kind, total=1, state="waiting") for job in JOBS}
+            rows = {str(job.kind): progress.add_task(job.kind, total=1, state="waiting") for job in JOBS}
             yield lambda kind, state: progress.update(rows[kind], state=state, completed=state in FINAL_STATES)
         return
     states: dict[str, str] = {}

@@ -5,12 +5,10 @@ import io
 import json
 import re
 import sys
-import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from email.utils import formatdate
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -21,7 +19,7 @@ from click.testing import CliRunner
 from PIL import Image, ImageFilter
 
 from service.cli import main
-from service.demo.client import Cost, GatewayError, open_client
+from service.client import AsyncGatewayClient, Cost, GatewayError
 from service.demo.run import JOBS, DemoOptions, format_cost, run_demo
 from service.demo.verify import CheckResult, UnreadableError, open_image, read_image, seam_strength, verify_results
 from tests.behaviour.clients import wait_until
@@ -30,13 +28,14 @@ from tests.support.network import serve_app
 from tests.support.valkey import Valkey
 
 IMAGES = resources.files("service.demo") / "images"
-SENT = {job.kind: job.read_image() for job in JOBS}
+SENT: dict[str, bytes] = {job.kind: job.read_image() for job in JOBS}
 ALL = "upscale, vectorize, face-enhance, seamless"
 TOKEN = "gw_demo"
 SVG = (
     b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="320" height="320">'
     b'<path d="M0 0L9 9Z"/><path d="M5 5L9 0Z"/></svg>'
 )
+TIMES = dict.fromkeys(("created_at", "updated_at"), "2026-01-31T12:00:00Z")
 Body = tuple[str, bytes]
 
 
@@ -108,13 +107,13 @@ class ScriptedGateway:
             case "tasks", target:
                 return self._read_task(target.removeprefix("task_"))
             case _:
-                return 200, [], b"{}"
+                return 200, [], b'{"policies": [], "account": {"can_pay": true, "look_again_at": null}}'
 
     def _read_task(self, kind: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         states = self.states[kind]
         state = states.pop(0) if len(states) > 1 else states[0]
         links = [{"name": name, "href": f"/v1/tasks/task_{kind}/artifacts/{name}"} for name in self.results[kind]]
-        task: dict[str, Any] = {"id": f"task_{kind}", "state": state}
+        task: dict[str, Any] = {"id": f"task_{kind}", "kind": kind, "state": state} | TIMES
         if state in {"succeeded", "failed"}:
             task["cost"] = {"count": 1, "money": 0, "basis": "observed"}
             task["artifacts"] = links if state == "succeeded" else []
@@ -202,7 +201,7 @@ async def test_terminal(gateway: ScriptedGateway, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [({"title": "Rejected", "detail": "too\nsmall"}, "Rejected: too small"), (None, "no reason is given")],
+    [({"code": "task-failed", "detail": "too\nsmall"}, "too small"), (None, "no reason is given")],
 )
 async def test_failed_task(gateway: ScriptedGateway, tmp_path: Path, error: object, reason: str) -> None:
     """A failed task is shown with its reason beside the other results; exit code 1."""
@@ -263,7 +262,7 @@ async def test_unusable_folder(gateway: ScriptedGateway, tmp_path: Path) -> None
 
 async def test_interrupted(gateway: ScriptedGateway, tmp_path: Path) -> None:
     """An interrupted demo names exactly the tasks that continue, and raises CancelledError."""
-    gateway.states |= {job.kind: ["running"] for job in JOBS} | {"vectorize": ["succeeded"]}
+    gateway.states |= {str(job.kind): ["running"] for job in JOBS} | {"vectorize": ["succeeded"]}
     output = io.StringIO()
     running = asyncio.create_task(run_and_capture(gateway.url, tmp_path, output=output))
     continued = ("task_upscale", "task_face-enhance", "task_seamless")
@@ -281,22 +280,13 @@ def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.exit_code, result.stderr) == (1, "gateway: the demo needs PIL: install imaging-gateway[local]\n")
 
 
-async def test_pause(gateway: ScriptedGateway) -> None:
-    """The pause before the next poll follows `Retry-After`, in seconds or as a date, and is never zero."""
-    tomorrow = formatdate(time.time() + 86_400, usegmt=True)
-    cases = (("3", 3, 3), ("0", 0.1, 0.1), (None, 1, 1), ("soon", 1, 1), (tomorrow, 80_000, 86_400))
-    async with open_client(gateway.url, TOKEN, 5) as client:
-        for gateway.retry_after, least, most in cases:
-            assert least <= (await client.get_task("task_upscale")).pause_seconds <= most
-
-
 async def test_hostile_responses(gateway: ScriptedGateway) -> None:
     """Text is shown on one line without control characters; no result leaves the folder, no request the gateway."""
     gateway.replies["quota"] = (503, make_problem("Overloaded", "Wait\n\x1b[2J a moment."))
-    task: dict[str, Any] = {"id": "task_1"}
-    async with open_client(gateway.url, TOKEN, 5) as client:
+    task: dict[str, Any] = {"id": "task_1", "kind": "upscale"} | TIMES
+    async with AsyncGatewayClient(gateway.url, TOKEN) as client:
         with pytest.raises(GatewayError, match=r"^Overloaded: Wait \[2J a moment\.$"):
-            await client.ping()
+            await client.get_quota()
         for fields in (
             {},  # no state
             {"state": "succeeded", "artifacts": [{"name": "../../x", "href": "/a"}]},
