@@ -45,7 +45,7 @@ from service.cli.formatting import (
     format_value,
     read_secret,
 )
-from service.cli.usage import format_policies
+from service.cli.reports import format_policies
 from service.domain.tasks import Kind
 from service.domain.tenants import SpendingMode, TenantStatus, Window
 

@@ -2,106 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from service.api.admin_schemas import Delivery, DeliveryList, NewSecret, Tenant
-from service.api.schemas import Cost, OperatorTask, OperatorTaskList, Policy, Submission, Usage, UsageRow, UsageSum
+from service.api.schemas import OperatorTask, OperatorTaskList, Submission, Usage
 from service.cli.client import AdminClient, AdminResponse, print_response, with_admin_client
 from service.cli.common import LazyCommand, json_option, named_fields
-from service.cli.formatting import DURATION, choice, format_number, format_record, format_table, format_value
+from service.cli.formatting import DURATION, choice, format_record, format_table, format_value
+from service.cli.reports import format_cost, format_policies, format_submission, format_usage
 from service.domain.tasks import Kind, State
 
 _MAX_PAGE_SIZE = 100
-_COLUMNS = (
-    *("running", "succeeded", "failed", "unknown", "refused", "not sent"),
-    *("refunded", "charged", "charged yuan", "uses", "yuan"),
-)
-
-
-def _format_usage(usage: Usage) -> str:
-    parts = [f"From {usage.first} to {usage.last}, in UTC.", _format_rows(usage)]
-    if usage.unknown_submissions:
-        rows = [(item.id, item.tenant, item.kind, item.day) for item in usage.unknown_submissions]
-        parts.append(format_table(("unknown submission", "tenant", "kind", "day"), rows))
-    if usage.refunds:
-        head = ("refunded submission", "tenant", "kind", "day", "uses", "yuan", "refunded at", "reason")
-        refunds = [
-            (item.submission, item.tenant, item.kind, item.day, item.count, item.money, item.refunded_at, item.reason)
-            for item in usage.refunds
-        ]
-        parts.append(format_table(head, refunds))
-    return "\n\n".join(parts)
-
-
-def _format_rows(usage: Usage) -> str:
-    """Format the items and their total; tenants with the same name, such as a deleted one, get their ids."""
-    tenants = {(row.tenant, row.tenant_id) for row in usage.items}
-    names = Counter(name for name, _ in tenants)
-    rows = [
-        (
-            row.period,
-            f"{row.tenant} ({row.tenant_id})" if names[row.tenant] > 1 else row.tenant,
-            row.kind,
-            *_row_values(row),
-        )
-        for row in usage.items
-    ]
-    total = ("total", None, None, *_row_values(usage.total))
-    return format_table(("period", "tenant", "kind", *_COLUMNS), [*rows, total])
-
-
-def _row_values(row: UsageRow | UsageSum) -> Sequence[int | float]:
-    tasks, spent = row.tasks, row.spent
-    return (
-        *(tasks.running, tasks.succeeded, tasks.failed, tasks.unknown, tasks.refused, tasks.not_sent),
-        *(row.refunded.tasks, row.charged.tasks, row.charged.money),
-        spent.observed.count + spent.estimated.count,
-        round(spent.observed.money + spent.estimated.money, 2),
-    )
-
-
-def format_policies(policies: Sequence[Policy]) -> str:
-    if not policies:
-        return "It has no limits."
-    head = ("policy", "unit", "limit", "used", "reserved", "remaining", "overrun", "resets at")
-    rows = [
-        (
-            item.policy,
-            "yuan" if item.unit == "money" else item.unit,
-            item.limit,
-            item.used,
-            item.reserved,
-            item.remaining,
-            item.overrun,
-            item.resets_at,
-        )
-        for item in policies
-    ]
-    return format_table(head, rows)
-
-
-def _format_submission(submission: Submission) -> str:
-    task, cost, refund = submission.task, submission.cost, submission.refund
-    return format_record(
-        ("submission", submission.id),
-        ("tenant", submission.tenant),
-        ("account", submission.account),
-        ("kind", submission.kind),
-        ("outcome", submission.outcome),
-        ("balance suggests", submission.balance_suggests),
-        ("created at", submission.created_at),
-        ("settled at", submission.settled_at),
-        ("task", task and task.id),
-        ("state of the task", task and task.state),
-        ("cost", cost and _format_cost(cost)),
-        ("refunded", refund and _format_amount(refund.count, refund.money)),
-        ("refunded at", refund and refund.refunded_at),
-        ("reason", refund and refund.reason),
-    )
 
 
 def _format_task(task: OperatorTask) -> str:
@@ -113,7 +26,7 @@ def _format_task(task: OperatorTask) -> str:
         ("kind", task.kind),
         ("state", task.state),
         ("error", task.error and task.error.detail),
-        ("cost", _format_cost(task.cost)),
+        ("cost", format_cost(task.cost)),
         ("created at", task.created_at),
         ("updated at", task.updated_at),
         ("finished at", task.finished_at),
@@ -132,20 +45,12 @@ def _format_tasks(tasks: OperatorTaskList) -> str:
             item.kind,
             item.state,
             item.account,
-            _format_cost(item.cost),
+            format_cost(item.cost),
             item.submission,
         )
         for item in tasks.items
     ]
     return format_table(head, rows)
-
-
-def _format_cost(cost: Cost) -> str:
-    return f"{_format_amount(cost.count, cost.money)}, {cost.basis}"
-
-
-def _format_amount(uses: int, yuan: float) -> str:
-    return f"{format_number(uses, 'use')}, {format_value(yuan)} yuan"
 
 
 @click.command()
@@ -166,7 +71,7 @@ def usage(client: AdminClient, *, as_csv: bool, as_json: bool, **options: str | 
         click.echo(client.request("GET", "usage", accept="text/csv", **query).content, nl=False)
         return
     response = client.request("GET", "usage", **query)
-    click.echo(response.format_json() if as_json else _format_usage(response.decode(Usage)))
+    click.echo(response.format_json() if as_json else format_usage(response.decode(Usage)))
 
 
 @click.command()
@@ -186,7 +91,7 @@ def quota(client: AdminClient, *, tenant: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("submission", metavar="ID")
-@print_response(Submission, _format_submission)
+@print_response(Submission, format_submission)
 def submission(client: AdminClient, *, submission: str) -> AdminResponse:
     """Show the outcome of the submission ID, which may be the id of its task."""
     return client.request("GET", "submissions", submission)
@@ -197,7 +102,7 @@ def submission(client: AdminClient, *, submission: str) -> AdminResponse:
 @click.option("--task", hidden=True)  # until 0.3.0, like --submission
 @click.option("--submission", hidden=True)
 @click.option("--reason", required=True, help="The reason, which the usage shows.")
-@print_response(Submission, _format_submission)
+@print_response(Submission, format_submission)
 def refund(client: AdminClient, *, reason: str, **targets: str | None) -> AdminResponse:
     """Return the cost of ID, a task or a submission, to its tenant's limits, once."""
     ids = [target for target in targets.values() if target is not None]
