@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from service.api.schemas import Cost, Policy, Submission, Usage, UsageRow, UsageSum
+from msgspec import UNSET
+
 from service.cli.formatting import format_number, format_record, format_table, format_value
+
+if TYPE_CHECKING:  # the schemas take 0.2 s to import, which a caller's command does not need
+    from service.api import schemas
+    from service.client import models
+
+    Cost = schemas.Cost | models.Cost
+    Policy = schemas.Policy | models.Policy
+    Submission = schemas.Submission | models.Submission
+    Usage = schemas.Usage | models.Usage
+    UsageRow = schemas.UsageRow | models.UsageRow
+    UsageSum = schemas.UsageSum | models.UsageSum
 
 _COLUMNS = (
     *("running", "succeeded", "failed", "unknown", "refused", "not sent"),
@@ -14,22 +27,22 @@ _COLUMNS = (
 )
 
 
-def format_usage(usage: Usage) -> str:
-    parts = [f"From {usage.first} to {usage.last}, in UTC.", _format_rows(usage)]
+def format_usage(usage: Usage, *, for_operators: bool = True) -> str:
+    parts = [f"From {usage.first} to {usage.last}, in UTC.", _format_rows(usage, for_operators)]
     if usage.unknown_submissions:
         rows = [(item.id, item.tenant, item.kind, item.day) for item in usage.unknown_submissions]
-        parts.append(format_table(("unknown submission", "tenant", "kind", "day"), rows))
+        parts.append(_format_owned(("unknown submission", "tenant", "kind", "day"), rows, for_operators))
     if usage.refunds:
         head = ("refunded submission", "tenant", "kind", "day", "uses", "yuan", "refunded at", "reason")
         refunds = [
             (item.submission, item.tenant, item.kind, item.day, item.count, item.money, item.refunded_at, item.reason)
             for item in usage.refunds
         ]
-        parts.append(format_table(head, refunds))
+        parts.append(_format_owned(head, refunds, for_operators))
     return "\n\n".join(parts)
 
 
-def _format_rows(usage: Usage) -> str:
+def _format_rows(usage: Usage, for_operators: bool) -> str:
     """Format the items and their total; tenants with the same name, such as a deleted one, get their ids."""
     tenants = {(row.tenant, row.tenant_id) for row in usage.items}
     names = Counter(name for name, _ in tenants)
@@ -43,7 +56,13 @@ def _format_rows(usage: Usage) -> str:
         for row in usage.items
     ]
     total = ("total", None, None, *_row_values(usage.total))
-    return format_table(("period", "tenant", "kind", *_COLUMNS), [*rows, total])
+    return _format_owned(("period", "tenant", "kind", *_COLUMNS), [*rows, total], for_operators)
+
+
+def _format_owned(head: Sequence[str], rows: Iterable[Sequence[object]], for_operators: bool) -> str:
+    """Format a table, for callers without its column `tenant`."""
+    shown = [index for index, name in enumerate(head) if for_operators or name != "tenant"]
+    return format_table([head[index] for index in shown], [[row[index] for index in shown] for row in rows])
 
 
 def _row_values(row: UsageRow | UsageSum) -> Sequence[int | float]:
@@ -56,9 +75,9 @@ def _row_values(row: UsageRow | UsageSum) -> Sequence[int | float]:
     )
 
 
-def format_policies(policies: Sequence[Policy]) -> str:
+def format_policies(policies: Sequence[Policy], *, none: str = "It has no limits.") -> str:
     if not policies:
-        return "It has no limits."
+        return none
     head = ("policy", "unit", "limit", "used", "reserved", "remaining", "overrun", "resets at")
     rows = [
         (
@@ -78,10 +97,10 @@ def format_policies(policies: Sequence[Policy]) -> str:
 
 def format_submission(submission: Submission) -> str:
     task, cost, refund = submission.task, submission.cost, submission.refund
+    owner = [("tenant", submission.tenant), ("account", submission.account)]
     return format_record(
         ("submission", submission.id),
-        ("tenant", submission.tenant),
-        ("account", submission.account),
+        *(pair for pair in owner if pair[1] is not UNSET),
         ("kind", submission.kind),
         ("outcome", submission.outcome),
         ("balance suggests", submission.balance_suggests),
