@@ -12,7 +12,8 @@ import httpx2
 import msgspec
 
 from service.cli.common import CommandError, json_option, load_settings
-from service.cli.formatting import Fields, format_record, format_value, single_line
+from service.cli.formatting import Fields, format_record, format_value
+from service.client import Problem, single_line
 from service.domain.hosts import parse_base_url
 from service.settings import Settings, parse_printable
 
@@ -33,22 +34,6 @@ class ProblemError(CommandError):
 
     def show(self, file: Any = None) -> None:  # noqa: ARG002 - always on standard error
         click.echo(self.message, err=True)
-
-
-class FieldError(msgspec.Struct, frozen=True):
-    field: str
-    detail: str
-
-
-class ProblemDocument(msgspec.Struct, frozen=True):
-    title: str
-    detail: str
-    errors: tuple[FieldError, ...] = ()
-
-    def __str__(self) -> str:
-        errors = [f"{error.field}: {error.detail}" for error in self.errors]
-        detail = "" if self.detail == "; ".join(errors) else f" {single_line(self.detail)}"
-        return "\n  ".join([f"{single_line(self.title)}:{detail}", *map(single_line, errors)])
 
 
 class AdminResponse:
@@ -112,10 +97,10 @@ class AdminClient:
                 raise _unexpected_response(self._url, f"no {accept}")
             return AdminResponse(self._url, response.content, response.headers.get("etag"))
         try:
-            problem = msgspec.json.decode(response.content, type=ProblemDocument)
+            problem = msgspec.json.decode(response.content, type=Problem)
         except msgspec.DecodeError:
             raise _unexpected_response(self._url, f"HTTP {response.status_code}") from None
-        raise ProblemError(response.status_code, str(problem))
+        raise ProblemError(response.status_code, _describe_problem(problem))
 
     def create(self, section: str, name: str, body: Mapping[str, Any]) -> AdminResponse:
         """Create an entry. Raises CommandError, also if the name is taken."""
@@ -239,6 +224,12 @@ def _read_admin_token(settings: Settings) -> str:
             "there is no operator's token: set GATEWAY_ADMIN_TOKEN or GATEWAY_ADMIN_TOKEN_FILE to yours "
             f"(a gateway in development generates {file})"
         ) from None
+
+
+def _describe_problem(problem: Problem) -> str:
+    errors = [f"{error.field}: {error.detail}" for error in problem.errors]
+    detail = "" if problem.detail == "; ".join(errors) else f" {single_line(problem.detail)}"
+    return "\n  ".join([f"{single_line(problem.title)}:{detail}", *map(single_line, errors)])
 
 
 def _unexpected_response(url: str, why: str) -> CommandError:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import click
 
+from service.client import single_line
 from service.domain.tasks import Kind
 from service.domain.tenants import Window
 
@@ -51,11 +52,6 @@ def format_value(value: object) -> str:
 def format_number(number: int, noun: str) -> str:
     """Format a number with its noun, whose plural ends in s."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def single_line(text: str) -> str:
-    """Join text onto one line, without control characters."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
 def _join_columns(columns: Sequence[Sequence[str]]) -> str:

@@ -25,7 +25,8 @@ from service.api.admin_schemas import (
 )
 from service.cli.client import AdminClient, with_admin_client
 from service.cli.common import CommandError, DetailedExitCommand, get_environment, json_option
-from service.cli.formatting import MAX_SECRET_BYTES, format_number, single_line
+from service.cli.formatting import MAX_SECRET_BYTES, format_number
+from service.client import single_line
 from service.domain.errors import ErrorCollector, field_path, suggest, validate_tree
 from service.domain.tenants import Name
 
