@@ -33,6 +33,8 @@ from service.domain.tenants import Operator, OperatorRole, hash_token
 from service.storage.connections import RedisAddress, parse_redis_url
 
 PREFIX, FILE_SUFFIX = "GATEWAY_", "_FILE"
+_CALLER_VARIABLES = ("URL", "TOKEN", "TOKEN_FILE")
+"""Of the callers' commands, which may share a shell with those of operators."""
 _MAX_FILE_BYTES = 65_536
 _SERVICE_LINK = re.compile(r"SERVICE_(HOST|PORT)\w*|PORT_\d+_\w+")
 _SIZE = re.compile(r"(\d{1,12}) ?(?:([KMG])iB)?")
@@ -67,7 +69,7 @@ def _find_unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
     known = [setting.field.upper() + suffix for setting in SETTINGS for suffix in ("", FILE_SUFFIX)]
     for name in sorted(environ):
         suffix = name.removeprefix(PREFIX)
-        if suffix == name or suffix in known:
+        if suffix == name or suffix in known or suffix in _CALLER_VARIABLES:
             continue
         matches = difflib.get_close_matches(suffix, known, n=1)
         if _SERVICE_LINK.fullmatch(suffix):

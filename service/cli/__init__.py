@@ -5,18 +5,18 @@ from __future__ import annotations
 import click
 
 from service import __version__
-from service.cli.common import FieldErrorGroup, LazyCommand
+from service.cli.common import FieldErrorGroup, LazyCommand, RoleCommand
 
 _COMMANDS = {
+    "submit": ("submit", "Submit images: `gateway submit upscale photo.jpg --wait -o out.png`."),
+    "tasks": ("callers", "List your tasks, newest first."),
+    "download": ("download", "Fetch the results of your tasks."),
+    "completion": ("completion", "Print the script that completes commands in bash, zsh or fish."),
     "account": ("admin", "Manage accounts at the upstream."),
     "tenant": ("admin", "Manage tenants, which submit tasks."),
     "token": ("admin", "Manage the bearer tokens of tenants."),
     "webhook": ("usage", "Manage webhooks, which report finished tasks to tenants."),
     "clock": ("admin", "Manage the clock of the ledger."),
-    "quota": ("usage", "Show the limits of TENANT and their use."),
-    "usage": ("usage", "Show tasks and spending of tenants, including deleted ones."),
-    "task": ("usage", "Show tasks of tenants."),
-    "submission": ("usage", "Show the outcome of the submission ID, which may be the id of its task."),
     "refund": ("usage", "Return the cost of ID, a task or a submission, to its tenant's limits, once."),
     "export": ("registry", "Print the registry as TOML: accounts, tenants and tokens."),
     "apply": ("registry", "Change the registry to match FILE, and show the differences."),
@@ -27,6 +27,14 @@ _COMMANDS = {
     "demo": ("dev", "Submit an image of each kind to a running gateway, and check the results."),
     "openapi": ("dev", "Write the OpenAPI documents of both ports."),
 }
+_ROLE_COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "quota": ("Show your limits and their use; of operators those of TENANT.", ()),
+    "usage": ("Show your tasks and spending; of operators those of all tenants.", ()),
+    "task": ("Show your task ID; of operators the tasks of tenants.", ("show", "list")),
+    "submission": ("Show the outcome of the submission ID.", ()),
+}
+"""Commands of operators and callers, with the operators' subcommands: the token that is set decides."""
+_ROLE_MODULES = {"operator": "service.cli.usage", "caller": "service.cli.callers"}
 
 
 @click.group(cls=FieldErrorGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -37,4 +45,6 @@ def main() -> None:
 
 for _name, (_module, _summary) in _COMMANDS.items():
     main.add_command(LazyCommand(_name, f"service.cli.{_module}", _summary))
+for _name, (_summary, _subcommands) in _ROLE_COMMANDS.items():
+    main.add_command(RoleCommand(_name, _ROLE_MODULES, _summary, _subcommands))
 main.add_command(LazyCommand("reseal", "service.cli.registry", attribute="rotate_keys"))  # until 0.2.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from importlib import import_module
@@ -21,6 +21,9 @@ T = TypeVar("T")
 _Command = Callable[..., None]
 # The parameter of an option that removes a value is the field behind this prefix.
 _CLEAR = "clear_"
+_ROLES = {"caller": "GATEWAY_TOKEN", "operator": "GATEWAY_ADMIN_TOKEN"}
+"""The variables with the tokens by role."""
+_ROLE = "role"
 
 
 def add_options(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
@@ -127,6 +130,49 @@ def _lean_imports() -> Iterator[None]:
             del modules["rich"]
 
 
+class RoleCommand(LazyCommand):
+    """A command of operators and one of callers under the same name.
+
+    The token that is set decides; with both, `--as` does. A subcommand of operators is theirs in any case. Without any
+    token, as in development, a command is the operators', unless it has an id in place of a subcommand.
+    """
+
+    def __init__(self, name: str, modules: Mapping[str, str], summary: str, subcommands: Collection[str] = ()) -> None:
+        """`modules` are those of both roles, `subcommands` those of operators."""
+        super().__init__(name, modules["operator"], summary)
+        self._modules = modules
+        self._subcommands = {*subcommands}
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        role = self._find_role(args, is_strict=not extra.get("resilient_parsing") and not {"-h", "--help"} & {*args})
+        with _lean_imports():
+            command: click.Command = getattr(import_module(self._modules[role]), self._attribute)
+        if not any(option.name == _ROLE for option in command.params):
+            text = "Whose command it is, if the tokens of both are set."
+            option = click.Option(["--as", _ROLE], type=click.Choice(_ROLES), expose_value=False, help=text)
+            command.params.append(option)
+        return command.make_context(info_name, args, parent, **extra)
+
+    def _find_role(self, args: Sequence[str], *, is_strict: bool) -> str:
+        words = [word for argument in args for word in argument.partition("=")[::2] if word]
+        if "--as" in words and (named := words[words.index("--as") + 1 :]) and named[0] in _ROLES:
+            return named[0]
+        if self._subcommands & {*args}:
+            return "operator"
+        environ = get_environment()
+        set_roles = [
+            role for role, name in _ROLES.items() if any(environ.get(name + suffix) for suffix in ("", "_FILE"))
+        ]
+        if len(set_roles) > 1 and is_strict:
+            raise click.UsageError(f"{' and '.join(_ROLES.values())} are both set: use --as caller or --as operator.")
+        if len(set_roles) == 1:
+            return set_roles[0]
+        has_id = self._subcommands and any(not argument.startswith("-") for argument in args)
+        return "caller" if has_id else "operator"
+
+
 class FieldErrorGroup(click.Group):
     """A group whose commands report invalid values in the words of the API."""
 
@@ -178,12 +224,22 @@ def _describe_error(error: click.BadParameter) -> str:
     match error.param and error.param.type:
         case click.Choice(choices=choices):
             return f"{name} must be {' or '.join(map(str, choices))}"
-        case click.IntRange(min=minimum, max=maximum):
-            bounds = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-            return f"{name} must be a whole number {bounds}"
-        case click.types.IntParamType():
-            return f"{name} must be a whole number"
+        case click.types.IntParamType() | click.types.FloatParamType() as kind:
+            noun = "a whole number" if isinstance(kind, click.types.IntParamType) else "a number"
+            return f"{name} must be {noun}{_describe_range(kind)}"
         case click.File() | click.Path():
             return f"{name} can't be read: {error.message.rpartition(': ')[2]}"
         case _:
             return f"{name} {error.message}"
+
+
+def _describe_range(kind: click.ParamType[Any]) -> str:
+    match kind:
+        case click.IntRange(min=minimum, max=None):
+            return f" of at least {minimum}"
+        case click.IntRange(min=minimum, max=maximum):
+            return f" from {minimum} to {maximum}"
+        case click.FloatRange(min=minimum, max=maximum):
+            return f" from {minimum:g} to {maximum:g}"
+        case _:
+            return ""

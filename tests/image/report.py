@@ -100,8 +100,8 @@ class Program:
             process.wait()
 
 
-def run_main_job(gateway: Program, url: str, results: Path) -> None:
-    """Create an account, a tenant and a token with a `gateway`, and run the checkout's demo with them.
+def run_main_job(gateway: Program, url: str, results: Path) -> str:
+    """Create an account, a tenant and a token with a `gateway`, run the checkout's demo with them, return the token.
 
     The demo checks the images with a library that production does not have.
     """
@@ -114,3 +114,4 @@ def run_main_job(gateway: Program, url: str, results: Path) -> None:
     policies = json.decode(gateway.check_output("quota", "shop", "--json"))["policies"]
     left = [policy["remaining"] for policy in policies if policy["unit"] == "tasks"]
     assert left == [0], f"of a limit of {len(JOBS)} tasks, {left} are left"
+    return str(token)

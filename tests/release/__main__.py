@@ -118,9 +118,21 @@ def _serve(installed: Program) -> None:
         program = replace(installed, environ={**installed.environ, **settings})
         program.check_output("check-config", "--connect")
         with program.start("serve", log=log, ops_url=f"http://127.0.0.1:{ops_port}") as process:
-            run_main_job(program, f"http://127.0.0.1:{port}", installed.folder / "results")
+            url = f"http://127.0.0.1:{port}"
+            token = run_main_job(program, url, installed.folder / "results")
+            _fetch_results(
+                replace(installed, environ={**installed.environ, "GATEWAY_URL": url, "GATEWAY_TOKEN": token})
+            )
             process.terminate()
             assert process.wait(TIMEOUT_SECONDS) == 0, f"{log.read_text()}it ended with exit code {process.returncode}"
+
+
+def _fetch_results(caller: Program) -> None:
+    """Fetch the results of the main job with the commands of a caller."""
+    tasks = [task["id"] for task in json.decode(caller.check_output("tasks", "--json"))]
+    files = caller.check_output("download", *tasks).split()
+    assert len(files) > len(tasks), f"{len(tasks)} tasks have the results {files}"
+    caller.check_output("submit", "upscale", "--help")
 
 
 if __name__ == "__main__":
