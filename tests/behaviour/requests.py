@@ -50,6 +50,16 @@ def expect_problem(response: Response, status: int, code: str) -> dict[str, Any]
     return document
 
 
+def assert_nothing_external(response: Response) -> None:
+    """Assert that a page's policy allows no other host, no inline script and no `eval`."""
+    assert (response.status_code, response.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    policy = response.headers["content-security-policy"]
+    assert {"default-src 'none'", "script-src 'self'", "connect-src 'self'"} <= {*policy.split("; ")}
+    sources = {source for directive in policy.split("; ") for source in directive.split()[1:]}
+    assert sources <= {"'none'", "'self'", "'unsafe-inline'", "blob:", "data:"}
+    assert response.headers["x-content-type-options"] == "nosniff"
+
+
 def expect_invalid(response: Response, *fields: str) -> None:
     """Assert that a response names these invalid fields, in the gateway's own words."""
     problem = expect_problem(response, 422, "invalid-options")

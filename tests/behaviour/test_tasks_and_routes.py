@@ -13,7 +13,6 @@ from unittest.mock import Mock
 from urllib.parse import urljoin, urlsplit
 
 import pytest
-from httpx2 import Response
 
 from service.api import schemas, tasks
 from service.api.errors import PROBLEMS
@@ -24,7 +23,7 @@ from service.usecases.reports import QuotaReports
 from service.usecases.task_status import TaskReader
 from tests.behaviour.clients import LegacyClient
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN, RunningGateway
-from tests.behaviour.requests import expect_problem
+from tests.behaviour.requests import assert_nothing_external, expect_problem
 from tests.unit.asgi_client import open_raw_connection, read_response
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -200,16 +199,6 @@ async def test_altered_and_foreign_ids_and_cursors(gateway: RunningGateway) -> N
     expect_problem(response, 400, "malformed-request")
     assert (await gateway.call("GET", "/v1/tasks", token=other)).json() == {"items": [], "next_cursor": None}
     assert await gateway.upstream.count_checks() == checks
-
-
-def assert_nothing_external(response: Response) -> None:
-    """Assert that a page's policy allows no other host, no inline script and no `eval`."""
-    assert (response.status_code, response.headers["content-type"]) == (200, "text/html; charset=utf-8")
-    policy = response.headers["content-security-policy"]
-    assert {"default-src 'none'", "script-src 'self'", "connect-src 'self'"} <= {*policy.split("; ")}
-    sources = {source for directive in policy.split("; ") for source in directive.split()[1:]}
-    assert sources <= {"'none'", "'self'", "'unsafe-inline'", "blob:", "data:"}
-    assert response.headers["x-content-type-options"] == "nosniff"
 
 
 @pytest.mark.smoke
