@@ -154,7 +154,10 @@ _PROBLEM_TYPES: Mapping[type[errors.GatewayError], ProblemType] = {
     ),
     errors.Overloaded: ProblemType("overloaded", 503, "Overloaded", "Too much is in flight; nothing was charged."),
     errors.SubmissionUnknown: ProblemType(
-        "submission-unknown", 504, "Submission unknown", "It was sent and may have been charged; do not send it again."
+        "submission-unknown",
+        504,
+        "Submission unknown",
+        "It was sent, may have been charged, and is not sent again: the same `Idempotency-Key` returns its outcome.",
     ),
 }
 _UNMAPPED_TYPES = {METHOD_NOT_ALLOWED, HEADERS_TOO_LARGE, TOO_MANY_ACTIVE_TASKS, INTERNAL_ERROR}

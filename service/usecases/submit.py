@@ -357,8 +357,9 @@ def _error_of(result: SubmitResult, reservation: str) -> errors.GatewayError:
 
 def _unknown_outcome(reservation: str, *, is_replay: bool = False) -> errors.SubmissionUnknown:
     return errors.SubmissionUnknown(
-        "The image was sent, but no usable response came. It may have been charged and is not sent again. "
-        f"GET /v1/submissions/{reservation} returns its state: check it before you submit the image again.",
+        "The image was sent, but no usable response came. It may have been charged and is not sent again: a request "
+        f"with the same Idempotency-Key, and GET /v1/submissions/{reservation}, return its outcome. Check it before "
+        "you submit the image under another key or without one.",
         submission_id=reservation,
         is_replay=is_replay,
     )
