@@ -9,7 +9,7 @@ from litestar import Litestar, Request, Router, get
 from litestar.connection import ASGIConnection
 from litestar.datastructures import CacheControlHeader, ResponseHeader
 from litestar.di import Provide
-from litestar.handlers import BaseRouteHandler
+from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
 from litestar.openapi.config import OpenAPIConfig
 from litestar.plugins import PluginProtocol
 from litestar.plugins.core import MsgspecDIPlugin
@@ -21,10 +21,12 @@ from service.api import admin, artifacts, legacy, openapi, tasks, usage
 from service.api.asgi import HeadMiddleware, RequestMiddleware
 from service.api.auth import FailureLimiter, metrics_guard
 from service.api.compression import CompressionMiddleware, static_compression
-from service.api.docs import docs_routes
+from service.api.docs import Site, docs_routes
 from service.api.errors import exception_handlers
+from service.api.guides import guide_routes, render_cards
 from service.api.health import health_routes, metrics_route
 from service.api.openapi_document import operators_config, tenants_config
+from service.api.pages import Link
 from service.api.params import JsonRequest, check_query
 from service.api.schemas import PRIVATE_HEADERS
 from service.api.uploads import refuse_content_encoding
@@ -35,6 +37,7 @@ from service.telemetry.metrics import Port, preregister
 
 _ADMIN_BODY_BYTES = 1_000_000
 _SERVER_ERRORS = (500, 502, 503, 504)
+_PROBLEMS_LINK = Link("docs/problems", "Problems")
 
 
 def create_app(container: Container) -> RequestMiddleware:
@@ -116,7 +119,9 @@ def tenants_app(container: Container) -> Litestar:
         security=[{}],
     )
     health = Router("/", route_handlers=health_routes(container.health), tags=["Service"], security=[{}])
-    return _create_litestar(container, [v1, old, health, root, _docs_router()], tenants_config())
+    links = [Link("docs", "API"), Link("docs/first-task", "Guides"), _PROBLEMS_LINK]
+    pages = [*docs_routes(Site(links, render_cards())), *guide_routes(container.limits, container.catalogue, links)]
+    return _create_litestar(container, [v1, old, health, root, _pages_router(pages)], tenants_config())
 
 
 def operators_app(container: Container) -> Litestar:
@@ -161,11 +166,12 @@ def operators_app(container: Container) -> Litestar:
         # Responses show the present state, and one of them a token.
         cache_control=CacheControlHeader(no_store=True),
     )
-    return _create_litestar(container, [admin_routes, health, metrics, _docs_router()], operators_config())
+    pages = docs_routes(Site([Link("docs", "API"), _PROBLEMS_LINK]))
+    return _create_litestar(container, [admin_routes, health, metrics, _pages_router(pages)], operators_config())
 
 
-def _docs_router() -> Router:
-    return Router("/", route_handlers=docs_routes(), middleware=[static_compression])
+def _pages_router(routes: Sequence[HTTPRouteHandler]) -> Router:
+    return Router("/", route_handlers=routes, middleware=[static_compression])
 
 
 class _Litestar(Litestar):

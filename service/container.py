@@ -17,6 +17,7 @@ from structlog.typing import FilteringBoundLogger
 
 from service.api.admin_schemas import encode_task_event, log_fields
 from service.api.auth import AdminAuth, TenantAuth
+from service.api.guides import Limits
 from service.api.health import Health
 from service.api.uploads import UploadReader
 from service.clients.artifacts import ArtifactClient
@@ -111,6 +112,7 @@ class Container:
         self.registry = registry
         self.task_cache = task_cache
         self.catalogue = settings.catalogue
+        self.limits = Limits(**{name: getattr(settings, name) for name in Limits.__struct_fields__})
         self.trusted_proxies = settings.trusted_proxies
         self.metrics_token = settings.metrics_token
         self.drain_seconds = settings.lease_seconds

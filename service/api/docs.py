@@ -1,57 +1,59 @@
-"""Routes for the documentation: `/docs` and its parts, `/openapi.json`."""
+"""Routes for the documentation: `/docs` and its parts, the page of problems, `/openapi.json`."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from html import escape
 from importlib.resources import files
-from re import sub
 from typing import Any
 
 import msgspec
 from litestar import MediaType, Request, Response, get
 from litestar.handlers import HTTPRouteHandler
 from litestar.response import Redirect
+from msgspec import Struct
 
 from service.api.errors import PROBLEMS, ProblemType
 from service.api.openapi_document import build_document
+from service.api.pages import Link, frame_routes, page_headers, read_text, render_markdown, render_page
 
 _VIEWER = "scalar-1.76.0.js"
 _VIEWER_INTEGRITY = "sha256-3LAnFSvyC/L23NZuj5+wc8Gp4nTPC5S5OafZmriUcGA="
 """The vendored viewer: `make docs-viewer` fetches another version."""
-_HEADERS = {
-    "Cache-Control": "no-cache",
-    # The viewer sets style attributes. It shows results as images under blob URLs, and has icons under data URLs.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-}
-# Addresses are relative, since a proxy may serve the gateway below a path.
-_HEAD = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-"""
-_PAGE = f"""{_HEAD}<title>Imaging Gateway</title>
+# The viewer sets style attributes. It shows results as images under blob URLs, and has icons under data URLs.
+_VIEWER_HEADERS = page_headers(images="'self' blob: data:", styles="'self' 'unsafe-inline'")
+_GUIDE_LINK = re.compile(r"\[([^\]]+)\]\([\w-]+\)")
+_SECTION = re.compile(r"^## (\S+)\n", re.MULTILINE)
+
+
+class Site(Struct, frozen=True):
+    """The pages of a port: `links` lead to them; `introduction` is shown above the viewer and leads to the guides."""
+
+    links: Sequence[Link]
+    introduction: str = ""
+
+
+def docs_routes(site: Site) -> Sequence[HTTPRouteHandler]:
+    """Return the routes, which document the application that contains them."""
+
+    @cache
+    def render_docs() -> bytes:
+        content = f"""<div id="content">
+{site.introduction}
 <div id="viewer"></div>
 <noscript>Without JavaScript: <a href="openapi.json">the OpenAPI document</a>.</noscript>
+</div>
 <script src="docs/setup.js"></script>
-<script src="docs/{_VIEWER}" integrity="{_VIEWER_INTEGRITY}"></script>
-</html>
-"""
-_PROBLEMS_STYLE = """
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse }
-td { padding: .5rem 1rem .5rem 0; vertical-align: top }
-:target { background: Mark; color: MarkText }
-"""
+<script src="docs/{_VIEWER}" integrity="{_VIEWER_INTEGRITY}"></script>"""
+        return render_page("Documentation", content, path="docs", links=site.links)
 
-
-def docs_routes() -> Sequence[HTTPRouteHandler]:
-    """Return the routes, which document the application that contains them."""
+    @cache
+    def render_problems() -> bytes:
+        return render_page(
+            "Problems", _render_problems(has_guides=bool(site.introduction)), path="docs/problems", links=site.links
+        )
 
     @cache  # built by the first request for it
     def encode_document(app: Any) -> bytes:
@@ -66,23 +68,23 @@ def docs_routes() -> Sequence[HTTPRouteHandler]:
         path: bytes = request.scope["raw_path"]
         if slashes := len(path) - len(path.rstrip(b"/")):  # its relative addresses would lead nowhere
             return Redirect("../" * slashes + "docs")
-        return Response(_PAGE, media_type=MediaType.HTML, headers=_HEADERS)
+        return Response(render_docs(), media_type=MediaType.HTML, headers=_VIEWER_HEADERS)
 
     @get("/docs/setup.js", include_in_schema=False)
     async def setup_script() -> Response[bytes]:
-        return Response(_read_file("docs_setup.js"), media_type="text/javascript", headers=_HEADERS)
+        return Response(_read_file("docs_setup.js"), media_type="text/javascript", headers=page_headers())
 
     @get(f"/docs/{_VIEWER}", include_in_schema=False)
     async def viewer() -> Response[bytes]:
-        headers = {**_HEADERS, "Cache-Control": "public, max-age=31536000, immutable", "Content-Encoding": "gzip"}
+        headers = {**page_headers(), "Cache-Control": "public, max-age=31536000, immutable", "Content-Encoding": "gzip"}
         content = _read_file(f"vendor/{_VIEWER}.gz")
         return Response(content, media_type="text/javascript", headers=headers)
 
-    @get("/docs/problems", include_in_schema=False)
-    async def problems() -> Response[str]:
-        return Response(_render_problems(), media_type=MediaType.HTML, headers=_HEADERS)
+    @get("/docs/problems", include_in_schema=False, sync_to_thread=True)
+    def problems() -> Response[bytes]:
+        return Response(render_problems(), media_type=MediaType.HTML, headers=page_headers())
 
-    return [openapi_document, page, setup_script, viewer, problems]
+    return [openapi_document, page, setup_script, viewer, problems, *frame_routes()]
 
 
 @cache
@@ -90,17 +92,26 @@ def _read_file(name: str) -> bytes:
     return files(__package__).joinpath(name).read_bytes()
 
 
-@cache
-def _render_problems() -> str:
-    rows = "".join(map(_render_row, PROBLEMS))
+def _render_problems(*, has_guides: bool) -> str:
+    """Return the page about all problems: for each its row of the table of errors, and advice from `problems.md`."""
+    text = read_text("problems.md")
+    title, *sections = _SECTION.split(text if has_guides else _GUIDE_LINK.sub(r"\1", text))
+    advice = dict(zip(sections[::2], sections[1::2], strict=True))
+    heading, introduction = title.split("\n", 1)
+    entries = "".join(_render_problem(problem, advice[problem.code]) for problem in PROBLEMS)
+    index = "".join(
+        f'<li><a href="#{problem.code}">{problem.status} {escape(problem.code)}</a>' for problem in PROBLEMS
+    )
     return (
-        f"{_HEAD}<title>Problems</title>\n<style>{_PROBLEMS_STYLE}</style>\n<h1>Problems</h1>\n"
-        "<p>The <code>code</code> of a problem is stable. Its <code>detail</code> explains what to do.\n"
-        f"<table>\n{rows}</table>\n</html>\n"
+        f'<div class="columns"><main id="content"><h1>{escape(heading.removeprefix("# "))}</h1>\n'
+        f"{render_markdown(introduction)[0]}{entries}</main>\n"
+        f'<nav class="side" aria-label="Problems"><h2>Problems</h2><ul>{index}</ul></nav></div>'
     )
 
 
-def _render_row(problem: ProblemType) -> str:
-    code, title = escape(problem.code), escape(problem.title)
-    description = sub(r"`([^`]+)`", r"<code>\1</code>", escape(problem.description))
-    return f'<tr id="{code}"><td>{problem.status}<td><code>{code}</code><td><b>{title}</b><br>{description}\n'
+def _render_problem(problem: ProblemType, advice: str) -> str:
+    return (
+        f'<section class="problem" id="{problem.code}"><h2><code>{problem.code}</code></h2>\n'
+        f'<p class="facts"><span class="badge s{problem.status // 100}">{problem.status}</span> '
+        f"{escape(problem.title)}</p>\n{render_markdown(problem.description)[0]}{render_markdown(advice)[0]}</section>\n"
+    )

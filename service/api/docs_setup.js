@@ -11,5 +11,7 @@ addEventListener("DOMContentLoaded", () => {
     mcp: { disabled: true },
     hideClientButton: true,
     showDeveloperTools: "never",
+    // The colours are those of the other pages (style.css), which follow the system.
+    hideDarkModeToggle: true,
   });
 });

@@ -1,0 +1,170 @@
+"""Guides for the tenants' engineers: their list, and the facts that they state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from html import escape
+
+import msgspec
+from litestar import MediaType, Response, get
+from litestar.handlers import HTTPRouteHandler
+from msgspec import Struct
+
+from service.api.pages import (
+    Link,
+    fill,
+    page_headers,
+    read_text,
+    render_links,
+    render_markdown,
+    render_page,
+)
+from service.api.params import MAX_WAIT_SECONDS
+from service.api.tasks import MAX_STREAM_SECONDS
+from service.domain.ledger import MAX_IDEMPOTENCY_KEY_CHARS
+from service.domain.tasks import MAX_METADATA_BYTES, MAX_PROMPT_CHARS, OPTIONS, VENDOR_FIELDS, Catalogue, Kind
+from service.domain.webhooks import RETRY_SECONDS
+from service.usecases.reports import MAX_DAYS
+from service.usecases.task_status import HEARTBEAT_SECONDS
+
+GUIDE_NAMES = (
+    "first-task",
+    "waiting",
+    "webhooks",
+    "quotas",
+    "idempotency",
+    "migration",
+    "limits",
+    "production",
+)
+"""In reading order: each is a file of the folder `pages/guides`, which begins with its title and its summary."""
+_MIB = 1 << 20
+
+
+class Limits(Struct, frozen=True):
+    """Settings that concern tenants."""
+
+    max_image_bytes: int
+    max_image_pixels: int
+    max_artifact_bytes: int
+    task_retention_days: int
+    reads_per_second: int
+    poll_seconds: float
+    lease_seconds: int
+
+
+class Guide(Struct, frozen=True):
+    """A guide, of which `text` is the Markdown after its title and summary."""
+
+    path: str
+    title: str
+    summary: str
+    text: str
+
+
+@cache
+def load_guides() -> Sequence[Guide]:
+    """Return all guides in reading order."""
+    return [_load_guide(name) for name in GUIDE_NAMES]
+
+
+def guide_routes(limits: Limits, catalogue: Catalogue, links: Sequence[Link]) -> Sequence[HTTPRouteHandler]:
+    """Return a route for each guide; `links` are those to the other pages."""
+    facts = _collect_facts(limits, catalogue)
+
+    def make_route(guide: Guide) -> HTTPRouteHandler:
+        @cache
+        def render() -> bytes:
+            return _render_guide(guide, facts, links)
+
+        @get(f"/{guide.path}", include_in_schema=False, name=guide.path, sync_to_thread=True)
+        def serve_guide() -> Response[bytes]:
+            return Response(render(), media_type=MediaType.HTML, headers=page_headers())
+
+        return serve_guide
+
+    return [make_route(guide) for guide in load_guides()]
+
+
+def render_cards() -> str:
+    """Return a link to each guide with its summary, for the page `docs`."""
+    cards = "".join(
+        f'<li><a href="{guide.path}">{escape(guide.title)}</a><p>{escape(guide.summary)}' for guide in load_guides()
+    )
+    return f"""<section class="start" aria-labelledby="guides">
+<h2 id="guides">Guides</h2>
+<ul class="cards">{cards}</ul>
+</section>"""
+
+
+def _load_guide(name: str) -> Guide:
+    title, summary, text = read_text(f"guides/{name}.md").split("\n\n", 2)
+    return Guide(f"docs/{name}", title.removeprefix("# "), summary.replace("\n", " "), text)
+
+
+def _render_guide(guide: Guide, facts: Mapping[str, str], links: Sequence[Link]) -> bytes:
+    html, sections = render_markdown(fill(guide.text, facts))
+    entries = "".join(f'<li><a href="#{item.fragment}">{escape(item.title)}</a>' for item in sections)
+    guides = [Link(other.path, other.title) for other in load_guides()]
+    content = f"""<div class="columns">
+<main id="content">
+<h1>{escape(guide.title)}</h1>
+<p class="lead">{escape(guide.summary)}
+{html}</main>
+<nav class="side" aria-label="Guides"><h2>Guides</h2>
+<ul>{render_links(guides, path=guide.path, inner=f"<ul>{entries}</ul>")}</ul></nav>
+</div>"""
+    return render_page(guide.title, content, path=guide.path, links=links)
+
+
+def _collect_facts(limits: Limits, catalogue: Catalogue) -> dict[str, str]:
+    """Return what the guides state of settings and constants, so that it is true of this gateway."""
+    return {
+        "max_image": _format_size(limits.max_image_bytes),
+        "max_pixels": f"{limits.max_image_pixels:,}",
+        "max_result": _format_size(limits.max_artifact_bytes),
+        "retention_days": str(limits.task_retention_days),
+        "reads": f"{limits.reads_per_second:,} a second" if limits.reads_per_second else "without a limit",
+        "poll_seconds": f"{limits.poll_seconds:g}",
+        "submit_seconds": str(limits.lease_seconds),
+        "wait_seconds": str(MAX_WAIT_SECONDS),
+        "stream_minutes": f"{MAX_STREAM_SECONDS / 60:g}",
+        "heartbeat_seconds": f"{HEARTBEAT_SECONDS:g}",
+        "webhook_attempts": str(len(RETRY_SECONDS) + 1),
+        "key_chars": str(MAX_IDEMPOTENCY_KEY_CHARS),
+        "prompt_chars": f"{MAX_PROMPT_CHARS:,}",
+        "metadata_bytes": f"{MAX_METADATA_BYTES:,}",
+        "usage_days": str(MAX_DAYS),
+        "models": ", ".join(f"`{name}`" for name in catalogue.models),
+        "styles": ", ".join(f"`{name}`" for name in catalogue.styles),
+        "options": "\n".join(_format_options(kind) for kind in Kind),
+    }
+
+
+def _format_size(size: int) -> str:
+    return f"{size // _MIB} MiB" if size % _MIB == 0 else f"{size:,} bytes"
+
+
+def _format_options(kind: Kind) -> str:
+    """Return a table of the options of a kind in Markdown, empty without options."""
+    _, components = msgspec.json.schema_components([OPTIONS[kind]])
+    properties = components[OPTIONS[kind].__name__]["properties"]
+    if not properties:
+        return f"### {kind}\n\nIt has no options.\n"
+    rows = "".join(
+        f"| `{name}` | `{VENDOR_FIELDS[name]}` | {_format_range(schema)} | `{_format_default(schema['default'])}` |\n"
+        for name, schema in properties.items()
+    )
+    return f"### {kind}\n\n| option | vendor's field | values | default |\n| --- | --- | --- | --- |\n{rows}"
+
+
+def _format_range(schema: Mapping[str, object]) -> str:
+    if "minimum" in schema:
+        noun = "whole number" if schema["type"] == "integer" else "number"
+        return f"{noun} from {schema['minimum']} to {schema['maximum']}"
+    return "`true` or `false`" if schema["type"] == "boolean" else "text"
+
+
+def _format_default(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value) or " "
