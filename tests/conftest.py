@@ -19,7 +19,7 @@ settings.register_profile("short", deadline=None, max_examples=20, stateful_step
 settings.register_profile("long", deadline=None, max_examples=100, stateful_step_count=40)
 settings.load_profile("short")
 
-_SLOW_FOLDERS = {"chaos", "clients", "deploy", "monitoring", "process"}
+_SLOW_FOLDERS = {"chaos", "clients", "deploy", "monitoring", "pages", "process"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -70,4 +70,4 @@ def _find_scope(node_id: str) -> str:
     folder = file.split("/")[1]
     if folder in {"clients", "monitoring"}:
         return folder
-    return file if folder in {"chaos", "process"} else node_id
+    return file if folder in {"chaos", "pages", "process"} else node_id

@@ -1,0 +1,153 @@
+"""Runs the commands and programs of the guides as written, against a running gateway with the sandbox."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import UTC, datetime, timedelta
+from importlib import resources
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx2
+import pytest
+from standardwebhooks import Webhook
+
+from service.api.guides import GUIDE_NAMES
+from tests.process.gateway import GatewayProcess, run_gateway, wait_until
+from tests.process.sandbox import ADMIN_TOKEN, call_admin
+from tests.support.network import reserve_port
+
+FOLDER = resources.files("service") / "pages" / "guides"
+PHOTO = (resources.files("service.demo") / "images" / "photo.jpg").read_bytes()
+SECRET = "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
+EVENT = '{"type":"task.succeeded","data":{"id":"task_1"}}'
+EXPECTED = {
+    "first-task": (r'"state":"succeeded"', r'"code":"invalid-options"'),
+    "waiting": (r"event: state\n", r"304\n"),
+    "webhooks": (r"204\n",),
+    "quotas": (r'"policies":\[', r"period,kind,"),
+    "idempotency": (r"(?i)idempotent-replayed: true", r'"code":"not-found"'),
+    "migration": (r'"err_code":0', r'"status":"\w+"', r'"state":"succeeded"'),
+    "limits": (),
+    "production": (r"order-4711\.1", r'"status":"ok"'),
+}
+"""Of each guide, what its commands print."""
+RECEIVERS = {
+    "python": (f"{sys.executable} receiver.py", "receiver.py"),
+    "javascript": ("node receiver.mjs", "receiver.mjs"),
+    "go": ("go run receiver.go", "receiver.go"),
+}
+UNTESTED_LANGUAGES = {"http"}
+"""Of blocks that only show a request or headers."""
+
+
+def read_blocks(guide: str, language: str) -> Sequence[str]:
+    text = FOLDER.joinpath(f"{guide}.md").read_text("utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    settings = {"GATEWAY_POLL_SECONDS": "0.05", "GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN}
+    with run_gateway(tmp_path_factory.mktemp("gateway"), **settings) as running:
+        yield running
+
+
+def run(command: Sequence[str], folder: Path, variables: Mapping[str, str]) -> str:
+    """Run a command in a folder with a picture; it must succeed. Returns what it printed."""
+    (folder / "photo.jpg").write_bytes(PHOTO)
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **variables}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, f"{command}\n\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("guide", GUIDE_NAMES)
+def test_commands(gateway: GatewayProcess, tmp_path: Path, guide: str) -> None:
+    """The commands of a guide run one after another, then its programs but the receivers."""
+    variables = {"GATEWAY_URL": gateway.url, "GATEWAY_TOKEN": gateway.token}
+    receiver: AbstractContextManager[str] = run_receiver("python", tmp_path) if guide == "webhooks" else nullcontext("")
+    with receiver as address:
+        variables |= {"WEBHOOK_SECRET": SECRET, "RECEIVER": address}
+        script = re.sub(
+            r"^export (\w+)=.*$",
+            lambda found: f"export {found[1]}='{variables[found[1]]}'",
+            "\n".join(read_blocks(guide, "sh")),
+            flags=re.MULTILINE,
+        )
+        printed = run(["/bin/bash", "-euo", "pipefail", "-c", script], tmp_path, {})
+    for pattern in EXPECTED[guide]:
+        assert re.search(pattern, printed), printed
+    for program in read_blocks(guide, "python") if guide != "webhooks" else ():
+        assert "succeeded" in run([sys.executable, "-c", program], tmp_path, variables)
+
+
+@contextmanager
+def run_receiver(language: str, folder: Path) -> Iterator[str]:
+    """Run the program of the guide in a language; yields its address. What it prints is in `printed.txt`."""
+    command, name = RECEIVERS[language]
+    (program,) = read_blocks("webhooks", language)
+    (folder / name).write_text(program)
+    port = reserve_port()
+    environment = {**os.environ, "WEBHOOK_SECRET": SECRET, "PORT": str(port), "GOCACHE": str(folder / "cache")}
+    with (folder / "printed.txt").open("wb") as output:
+        receiver = subprocess.Popen(
+            command.split(), cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    address = f"http://127.0.0.1:{port}/"
+    try:
+        wait_until(lambda: responds(receiver, address), "the receiver")
+        yield address
+    finally:
+        os.killpg(receiver.pid, 9)  # `go run` has a child
+        receiver.wait()
+
+
+def responds(receiver: subprocess.Popen[bytes], address: str) -> bool:
+    assert receiver.poll() is None
+    try:
+        return bool(httpx2.post(address, content=b"{}", trust_env=False).status_code)
+    except httpx2.TransportError:
+        return False
+
+
+@pytest.mark.parametrize("language", RECEIVERS)
+def test_webhook_receivers(gateway: GatewayProcess, tmp_path: Path, language: str) -> None:
+    """Each program accepts the gateway's own request, and refuses everything that is not signed as it is."""
+    with run_receiver(language, tmp_path) as address:
+        signed = sign(EVENT)
+        assert send(address, EVENT, signed) == 204
+        assert send(address, EVENT, signed | {"webhook-signature": f"v1,other {signed['webhook-signature']}"}) == 204
+        assert send(address, EVENT + " ", signed) == 401
+        assert send(address, EVENT, signed | {"webhook-id": "msg_2"}) == 401
+        assert send(address, EVENT, sign(EVENT, age=600)) == 401
+        for name in signed:
+            assert send(address, EVENT, {key: value for key, value in signed.items() if key != name}) == 401
+        webhook = {"url": address, "secret": SECRET, "allow": [f"127.0.0.0/8:{urlsplit(address).port}"]}
+        call_admin(gateway, "PATCH", "/tenants/demo", json={"webhook": webhook})
+        task = gateway.call("POST", "/v1/tasks/face-enhance", files={"image": PHOTO}).json()["id"]
+        wait_until(lambda: f"task.succeeded {task}" in (tmp_path / "printed.txt").read_text(), "the webhook")
+
+
+def sign(body: str, age: int = 0) -> dict[str, str]:
+    sent_at = datetime.now(UTC) - timedelta(seconds=age)
+    signature = Webhook(SECRET).sign("msg_1", sent_at, body)
+    return {"webhook-id": "msg_1", "webhook-timestamp": str(int(sent_at.timestamp())), "webhook-signature": signature}
+
+
+def send(address: str, body: str, headers: Mapping[str, str]) -> int:
+    return httpx2.post(address, content=body, headers=headers, trust_env=False).status_code
+
+
+def test_every_block_is_run() -> None:
+    for guide in GUIDE_NAMES:
+        text = FOLDER.joinpath(f"{guide}.md").read_text("utf-8")
+        languages = {*re.findall(r"^```(\w+)$", text, re.MULTILINE)}
+        assert languages <= {"sh", *RECEIVERS, *UNTESTED_LANGUAGES}
+        assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * len(re.findall(r"^```\w+$", text, re.MULTILINE))
