@@ -28,6 +28,8 @@ from service.api.health import health_routes, metrics_route
 from service.api.openapi_document import operators_config, tenants_config
 from service.api.pages import Link
 from service.api.params import JsonRequest, check_query
+from service.api.playground import PATH as PLAYGROUND_PATH
+from service.api.playground import playground_routes
 from service.api.schemas import PRIVATE_HEADERS
 from service.api.uploads import refuse_content_encoding
 from service.container import Container
@@ -120,7 +122,12 @@ def tenants_app(container: Container) -> Litestar:
     )
     health = Router("/", route_handlers=health_routes(container.health), tags=["Service"], security=[{}])
     links = [Link("docs", "API"), Link("docs/first-task", "Guides"), _PROBLEMS_LINK]
-    pages = [*docs_routes(Site(links, render_cards())), *guide_routes(container.limits, container.catalogue, links)]
+    playground: Sequence[HTTPRouteHandler] = []
+    if container.has_playground:
+        links.append(Link(PLAYGROUND_PATH, "Playground"))
+        playground = playground_routes(links)
+    guides = guide_routes(container.limits, container.catalogue, links)
+    pages = [*docs_routes(Site(links, render_cards())), *guides, *playground]
     return _create_litestar(container, [v1, old, health, root, _pages_router(pages)], tenants_config())
 
 

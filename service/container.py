@@ -26,7 +26,7 @@ from service.clients.upstream import UpstreamClient
 from service.clients.webhooks import WebhookClient
 from service.crypto import Keyring, TaskIdCodec, UserKeyCipher
 from service.domain.tasks import Kind
-from service.settings import Role, Settings
+from service.settings import Role, Settings, Switch
 from service.storage.connections import connect
 from service.storage.deliveries import RedisDeliveryQueue
 from service.storage.ledger import RedisLedger, Retention
@@ -112,6 +112,7 @@ class Container:
         self.registry = registry
         self.task_cache = task_cache
         self.catalogue = settings.catalogue
+        self.has_playground = settings.playground is Switch.ON
         self.limits = Limits(**{name: getattr(settings, name) for name in Limits.__struct_fields__})
         self.trusted_proxies = settings.trusted_proxies
         self.metrics_token = settings.metrics_token

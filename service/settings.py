@@ -394,6 +394,11 @@ class Role(StrEnum):
     WORKER = "worker"
 
 
+class Switch(StrEnum):
+    ON = "on"
+    OFF = "off"
+
+
 class LogLevel(StrEnum):
     DEBUG = "debug"
     INFO = "info"
@@ -536,6 +541,13 @@ class Settings:
     metrics_tenants: int = _declare(
         parse_int(1, 10_000), "200", "The number of tenants with metrics of their own; the rest is counted as `other`."
     )
+    playground: Switch = _declare(
+        parse_choice(Switch),
+        None,
+        "`/playground`, a page on the tenants' port that submits pictures with the token that is pasted into it.",
+        default_note="`on` in development, `off` in production",
+        scope=Scope.API,
+    )
     sandbox_port: int = _declare(
         _parse_port, "8082", "The port of the built-in sandbox; 0 selects a free one.", scope=Scope.DEVELOPMENT
     )
@@ -560,6 +572,8 @@ class Settings:
                 errors.append(f"{setting.name} {error}")
         if "ops_host" in values and "host" in values:
             values["ops_host"] = values["ops_host"] or values["host"]
+        if values.get("playground", "faulty") is None:
+            values["playground"] = Switch.OFF if values.get("env") is Environment.PRODUCTION else Switch.ON
         if values.get("role") is Role.WORKER:
             # It serves no operators, even where it shares its variables with others.
             values |= {"admin_token": None, "operators": None}

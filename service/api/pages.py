@@ -13,7 +13,7 @@ from litestar import Response, get
 from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
 
-_FOLDER = files("service") / "pages"
+_PACKAGE = files("service")
 _MEDIA_TYPES = {
     "css": "text/css",
     "js": "text/javascript",
@@ -47,16 +47,16 @@ def page_headers(*, images: str = "'self'", styles: str = "'self'") -> dict[str,
 
 def read_text(name: str) -> str:
     """Return the text of a file of the folder `pages`."""
-    return _FOLDER.joinpath(name).read_text("utf-8")
+    return _PACKAGE.joinpath("pages", name).read_text("utf-8")
 
 
 def file_route(path: str, name: str) -> HTTPRouteHandler:
-    """Return a route that serves a file of the folder `pages`."""
+    """Return a route that serves a file of the package."""
     media_type = _MEDIA_TYPES[name.rpartition(".")[2]]
 
     @cache
     def read() -> bytes:
-        return _FOLDER.joinpath(name).read_bytes()
+        return _PACKAGE.joinpath(name).read_bytes()
 
     @get(path, include_in_schema=False, name=path)
     async def serve_file() -> Response[bytes]:
@@ -67,7 +67,7 @@ def file_route(path: str, name: str) -> HTTPRouteHandler:
 
 def frame_routes() -> Sequence[HTTPRouteHandler]:
     """Return the routes of what every page loads."""
-    return [file_route(f"/docs/{name}", name) for name in _FRAME_FILES]
+    return [file_route(f"/docs/{name}", f"pages/{name}") for name in _FRAME_FILES]
 
 
 def render_page(title: str, content: str, *, path: str, links: Sequence[Link]) -> bytes:

@@ -198,13 +198,14 @@ async def _set_up_demo(container: Container, settings: Settings, url: str) -> No
     if settings.upstream_user_key:
         token = await _ensure_demo_token(container, settings.data_dir, settings.upstream_user_key)
         image = shlex.quote(f"image=@{resources.files('service.demo') / 'images' / 'photo.jpg'}")
+        browser = f"In a browser, with this token: {url}/playground\n" if container.has_playground else ""
         hint = f"""The demo tenant's token: {token}
-Try it:
+{browser}Or in a shell:
 
   curl -sS -H 'Authorization: Bearer {token}' -F {image} -F scale=2 {url}/v1/tasks/upscale
 
 """
-    click.echo(f"\nThe gateway is ready: {url} (documentation: {url}/docs)\n{hint}Ctrl-C stops it.\n")
+    click.echo(f"\nThe gateway is ready: {url} (guides and API: {url}/docs)\n{hint}Ctrl-C stops it.\n")
 
 
 async def _ensure_demo_token(container: Container, folder: Path, user_key: str) -> str:

@@ -9,8 +9,9 @@ import pytest
 
 from service.api.errors import PROBLEMS
 from service.api.guides import GUIDE_NAMES
-from tests.behaviour.gateway_fixture import MAX_BYTES, MAX_PIXELS, RunningGateway
-from tests.behaviour.requests import assert_nothing_external
+from tests.behaviour.gateway_fixture import MAX_BYTES, MAX_PIXELS, RunningGateway, run_real_gateway
+from tests.behaviour.requests import assert_nothing_external, expect_problem
+from tests.support.valkey import Valkey
 
 
 @pytest.mark.smoke
@@ -43,6 +44,31 @@ async def crawl(gateway: RunningGateway, root: str) -> dict[str, str]:
         assert all(link.startswith("https://") for link in links - own)
         pending |= {urldefrag(link).url for link in own} - {*pages, f"{root}/openapi.json"}
     return pages
+
+
+async def test_playground(gateway: RunningGateway, valkey: Valkey) -> None:
+    """It loads and calls its own origin only, and is there only if it is switched on."""
+    page = await gateway.http.get(f"{gateway.url}/playground")
+    assert_nothing_external(page)
+    policy = page.headers["content-security-policy"]
+    assert "style-src 'self'; img-src 'self' blob:; " in policy
+    assert "frame-ancestors 'none'" in policy
+    assert not re.search(r"<style|style=|<script>| on[a-z]+=", page.text)
+    (module,) = re.findall(r'src="(playground/\S+\.js)"', page.text)
+    pending, modules = {f"{gateway.url}/{module}"}, set()
+    while pending:
+        script = await gateway.http.get(pending.pop())
+        assert (script.status_code, script.headers["content-type"]) == (200, "text/javascript; charset=utf-8")
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|Storage|cookie =", script.text)
+        modules.add(str(script.url))
+        pending |= {urljoin(str(script.url), name) for name in re.findall(r'from "(\S+)"', script.text)} - modules
+    assert len(modules) > 5
+    redirect = await gateway.http.get(f"{gateway.url}/playground/")
+    assert urljoin(f"{gateway.url}/playground/", redirect.headers["location"]) == f"{gateway.url}/playground"
+    expect_problem(await gateway.http.get(f"{gateway.ops_url}/playground"), 404, "not-found")
+    async with run_real_gateway(valkey, GATEWAY_PLAYGROUND="off") as other:
+        expect_problem(await other.http.get(f"{other.url}/playground"), 404, "not-found")
+        assert "playground" not in (await other.http.get(f"{other.url}/docs")).text
 
 
 async def test_guides_state_the_settings(gateway: RunningGateway) -> None:

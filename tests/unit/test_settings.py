@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from service.devstack import start_dev_services
 from service.domain.tenants import Operator, OperatorRole
-from service.settings import LogLevel, Role, Settings, SettingsError, production_warnings
+from service.settings import LogLevel, Role, Settings, SettingsError, Switch, production_warnings
 from service.storage.connections import (
     Credentials,
     InvalidRedisUrl,
@@ -58,6 +58,8 @@ def test_defaults() -> None:
     assert (settings.redis_url, settings.upstream_url, settings.admin_token, settings.secret_keys) == (*[None] * 3, ())
     assert settings.catalogue.vendor_word("model", "general") == "通用模型"
     assert Settings.load({"GATEWAY_HOST": "0.0.0.0"}).ops_host == "0.0.0.0"
+    assert (settings.playground, Settings.load(PRODUCTION).playground) == (Switch.ON, Switch.OFF)
+    assert Settings.load(PRODUCTION | {"GATEWAY_PLAYGROUND": "on"}).playground is Switch.ON
 
 
 def test_given_values() -> None:
@@ -124,6 +126,7 @@ def test_values_from_files(tmp_path: Path) -> None:
         ("POLL_SECONDS", ["nan", "soon", "0.04"]),
         ("LEASE_SECONDS", ["60"]),
         ("MODELS", ["anime=动漫"]),
+        ("PLAYGROUND", ["true", "ON"]),
         ("STYLES", ["general=a,general=b", "general"]),
     ],
 )

@@ -85,7 +85,7 @@ def is_valid_setting(key: str, value: object) -> bool:
 def test_ranges() -> None:
     """The schema has the gateway's ranges of numbers and its choices."""
     properties = SCHEMA["properties"]["settings"]["properties"]
-    for key in ("logLevel", "upstreamCleartext"):
+    for key in ("logLevel", "playground", "upstreamCleartext"):
         assert all(is_valid_setting(key, word) for word in properties[key]["enum"])
     bounded = {key: item for key, item in properties.items() if "minimum" in item}
     assert bounded
