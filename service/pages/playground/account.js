@@ -6,7 +6,6 @@ import { byId, element, formatCount, formatMoney, formatTime } from "./dom.js";
 const UNITS = {
   tasks: (amount) => formatCount(amount, "task"),
   money: formatMoney,
-  active: (amount) => `${amount} at once`,
 };
 const WINDOWS = { minute: "in this minute", hour: "in this hour", day: "today", month: "in this month", total: "in total" };
 
@@ -57,7 +56,7 @@ export function formatCost({ count, money, basis }) {
 
 function renderQuota({ policies, account }) {
   const bars = policies.map((policy) => {
-    const format = UNITS[policy.unit] ?? String;
+    const format = UNITS[policy.unit] ?? ((amount) => amount.toLocaleString());
     const share = (amount) => (policy.limit ? amount / policy.limit : 1);
     const left = `${format(policy.remaining)} left of ${format(policy.limit)}`;
     const held = policy.reserved ? `, ${format(policy.reserved)} held` : "";

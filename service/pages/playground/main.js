@@ -165,6 +165,7 @@ form.addEventListener("submit", async (event) => {
   const button = byId("submit");
   button.disabled = true;
   byId("status").textContent = "Sending the picture…";
+  byId("result-title").scrollIntoView({ block: "nearest" });
   key ??= crypto.randomUUID?.() ?? [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
   await attempt(async () => {
     const sent = picture;
