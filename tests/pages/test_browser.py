@@ -17,13 +17,12 @@ import httpx2
 import pytest
 
 from service.api.guides import GUIDE_NAMES
+from tests.pages.node import NODE, check_types, run_node
 from tests.process.gateway import GatewayProcess, run_gateway
 from tests.process.sandbox import SandboxProcess, call_admin, run_sandbox
 from tests.support.valkey import Valkey
 
 HERE = Path(__file__).parent
-NODE = [shutil.which("node") or "node"]
-TIMEOUT_SECONDS = 300.0
 SAMPLES = {"upscale": "photo.jpg", "vectorize": "logo.png", "face-enhance": "face.jpg", "seamless": "texture.jpg"}
 PROGRAMS = {"curl": ["bash", "-euo", "pipefail"], "Python": [sys.executable], "TypeScript": NODE}
 
@@ -42,16 +41,8 @@ def gateway(
         yield running
 
 
-def run_node(name: str, variables: dict[str, str]) -> None:
-    done = subprocess.run(
-        [*NODE, "--test-reporter=spec", HERE / name],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def run_tests(name: str, **variables: str) -> None:
+    run_node("--test-reporter=spec", HERE / f"{name}.test.mjs", **variables)
 
 
 def new_tenant(gateway: GatewayProcess, name: str, **policy: object) -> str:
@@ -74,15 +65,17 @@ def test_playground(gateway: GatewayProcess, upstream: SandboxProcess, tmp_path:
         "SANDBOX": upstream.url,
         "FOLDER": str(tmp_path),
     }
-    run_node("playground.test.mjs", variables)
+    run_tests("playground", **variables)
     for kind, sample in SAMPLES.items():
         for language, command in PROGRAMS.items():
             folder = tmp_path / language / kind
             folder.mkdir(parents=True)
             shutil.copy(str(resources.files("service.demo") / "images" / sample), folder)
-            program = folder / f"program.{'mjs' if language == 'TypeScript' else 'txt'}"
+            program = folder / ("program.ts" if language == "TypeScript" else "program")
             program.write_bytes((tmp_path / f"{kind}.{language}").read_bytes())
-            environment = {**os.environ, "GATEWAY_TOKEN": gateway.token}
+            if language == "TypeScript":
+                check_types(program)
+            environment = os.environ | {"GATEWAY_TOKEN": gateway.token}
             done = subprocess.run(
                 [*command, program.name], cwd=folder, env=environment, capture_output=True, text=True, check=False
             )
@@ -95,5 +88,5 @@ def test_playground(gateway: GatewayProcess, upstream: SandboxProcess, tmp_path:
 def test_accessibility(gateway: GatewayProcess) -> None:
     """No page has a violation that axe finds, or scrolls sideways: narrow and wide, light and dark."""
     pages = ["/docs", "/docs/problems", "/playground", *(f"/docs/{name}" for name in GUIDE_NAMES)]
-    run_node("accessibility.test.mjs", {"URL": gateway.url, "PAGES": " ".join(pages)})
-    run_node("accessibility.test.mjs", {"URL": gateway.ops_url, "PAGES": "/docs /docs/problems"})
+    run_tests("accessibility", URL=gateway.url, PAGES=" ".join(pages))
+    run_tests("accessibility", URL=gateway.ops_url, PAGES="/docs /docs/problems")

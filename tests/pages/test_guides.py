@@ -18,6 +18,7 @@ import pytest
 from standardwebhooks import Webhook
 
 from service.api.guides import GUIDE_NAMES
+from tests.pages.node import NODE
 from tests.process.gateway import GatewayProcess, run_gateway, wait_until
 from tests.process.sandbox import ADMIN_TOKEN, call_admin
 from tests.support.network import reserve_port
@@ -39,7 +40,7 @@ EXPECTED = {
 """Of each guide, what its commands print."""
 RECEIVERS = {
     "python": (f"{sys.executable} receiver.py", "receiver.py"),
-    "javascript": ("node receiver.mjs", "receiver.mjs"),
+    "javascript": (f"{' '.join(NODE)} receiver.mjs", "receiver.mjs"),
     "go": ("go run receiver.go", "receiver.go"),
 }
 UNTESTED_LANGUAGES = {"http"}
