@@ -23,7 +23,7 @@ from service.api.auth import FailureLimiter, metrics_guard
 from service.api.compression import CompressionMiddleware, static_compression
 from service.api.docs import Site, docs_routes
 from service.api.errors import exception_handlers
-from service.api.guides import guide_routes, render_cards
+from service.api.guides import guide_assets, render_cards
 from service.api.health import health_routes, metrics_route
 from service.api.openapi_document import operators_config, tenants_config
 from service.api.pages import Link
@@ -126,8 +126,8 @@ def tenants_app(container: Container) -> Litestar:
     if container.has_playground:
         links.append(Link(PLAYGROUND_PATH, "Playground"))
         playground = playground_routes(links)
-    guides = guide_routes(container.limits, container.catalogue, links)
-    pages = [*docs_routes(Site(links, render_cards())), *guides, *playground]
+    guides = guide_assets(container.limits, container.catalogue, links)
+    pages = [*docs_routes(Site(links, render_cards(), guides)), *playground]
     return _create_litestar(container, [v1, old, health, root, _pages_router(pages)], tenants_config())
 
 

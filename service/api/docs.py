@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -12,12 +12,22 @@ from typing import Any
 import msgspec
 from litestar import MediaType, Request, Response, get
 from litestar.handlers import HTTPRouteHandler
-from litestar.response import Redirect
 from msgspec import Struct
 
 from service.api.errors import PROBLEMS, ProblemType
 from service.api.openapi_document import build_document
-from service.api.pages import Link, frame_routes, page_headers, read_text, render_markdown, render_page
+from service.api.pages import (
+    Asset,
+    Link,
+    asset_routes,
+    file_asset,
+    frame_assets,
+    page_asset,
+    page_headers,
+    read_text,
+    render_markdown,
+    render_page,
+)
 
 _VIEWER = "scalar-1.76.0.js"
 _VIEWER_INTEGRITY = "sha256-3LAnFSvyC/L23NZuj5+wc8Gp4nTPC5S5OafZmriUcGA="
@@ -33,12 +43,12 @@ class Site(Struct, frozen=True):
 
     links: Sequence[Link]
     introduction: str = ""
+    guides: Mapping[str, Asset] = {}
 
 
 def docs_routes(site: Site) -> Sequence[HTTPRouteHandler]:
     """Return the routes, which document the application that contains them."""
 
-    @cache
     def render_docs() -> bytes:
         content = f"""<div id="content">
 {site.introduction}
@@ -49,11 +59,9 @@ def docs_routes(site: Site) -> Sequence[HTTPRouteHandler]:
 <script src="docs/{_VIEWER}" integrity="{_VIEWER_INTEGRITY}"></script>"""
         return render_page("Documentation", content, path="docs", links=site.links)
 
-    @cache
     def render_problems() -> bytes:
-        return render_page(
-            "Problems", _render_problems(has_guides=bool(site.introduction)), path="docs/problems", links=site.links
-        )
+        content = _render_problems(has_guides=bool(site.guides))
+        return render_page("Problems", content, path="docs/problems", links=site.links)
 
     @cache  # built by the first request for it
     def encode_document(app: Any) -> bytes:
@@ -63,33 +71,19 @@ def docs_routes(site: Site) -> Sequence[HTTPRouteHandler]:
     async def openapi_document(request: Request[Any, Any, Any]) -> Response[bytes]:
         return Response(encode_document(request.app), media_type=MediaType.JSON, headers={"Cache-Control": "no-cache"})
 
-    @get("/docs", include_in_schema=False)
-    async def page(request: Request[Any, Any, Any]) -> Response[Any]:
-        path: bytes = request.scope["raw_path"]
-        if slashes := len(path) - len(path.rstrip(b"/")):  # its relative addresses would lead nowhere
-            return Redirect("../" * slashes + "docs")
-        return Response(render_docs(), media_type=MediaType.HTML, headers=_VIEWER_HEADERS)
-
-    @get("/docs/setup.js", include_in_schema=False)
-    async def setup_script() -> Response[bytes]:
-        return Response(_read_file("docs_setup.js"), media_type="text/javascript", headers=page_headers())
-
     @get(f"/docs/{_VIEWER}", include_in_schema=False)
     async def viewer() -> Response[bytes]:
         headers = {**page_headers(), "Cache-Control": "public, max-age=31536000, immutable", "Content-Encoding": "gzip"}
-        content = _read_file(f"vendor/{_VIEWER}.gz")
-        return Response(content, media_type="text/javascript", headers=headers)
+        return Response(_read_viewer(), media_type="text/javascript", headers=headers)
 
-    @get("/docs/problems", include_in_schema=False, sync_to_thread=True)
-    def problems() -> Response[bytes]:
-        return Response(render_problems(), media_type=MediaType.HTML, headers=page_headers())
-
-    return [openapi_document, page, setup_script, viewer, problems, *frame_routes()]
+    page = page_asset(render_docs, _VIEWER_HEADERS)
+    own = {"setup.js": file_asset("api/docs_setup.js"), "problems": page_asset(render_problems)}
+    return [openapi_document, viewer, *asset_routes("/docs", page, {**frame_assets(), **own, **site.guides})]
 
 
 @cache
-def _read_file(name: str) -> bytes:
-    return files(__package__).joinpath(name).read_bytes()
+def _read_viewer() -> bytes:
+    return files(__package__).joinpath(f"vendor/{_VIEWER}.gz").read_bytes()
 
 
 def _render_problems(*, has_guides: bool) -> str:

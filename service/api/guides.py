@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from html import escape
 
 import msgspec
-from litestar import MediaType, Response, get
-from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
 
-from service.api.pages import (
-    Link,
-    fill,
-    page_headers,
-    read_text,
-    render_links,
-    render_markdown,
-    render_page,
-)
+from service.api.pages import Asset, Link, fill, page_asset, read_text, render_links, render_markdown, render_page
 from service.api.params import MAX_WAIT_SECONDS
 from service.api.tasks import MAX_STREAM_SECONDS
 from service.domain.ledger import MAX_IDEMPOTENCY_KEY_CHARS
@@ -57,10 +47,14 @@ class Limits(Struct, frozen=True):
 class Guide(Struct, frozen=True):
     """A guide, of which `text` is the Markdown after its title and summary."""
 
-    path: str
+    name: str
     title: str
     summary: str
     text: str
+
+    @property
+    def path(self) -> str:
+        return f"docs/{self.name}"
 
 
 @cache
@@ -69,22 +63,10 @@ def load_guides() -> Sequence[Guide]:
     return [_load_guide(name) for name in GUIDE_NAMES]
 
 
-def guide_routes(limits: Limits, catalogue: Catalogue, links: Sequence[Link]) -> Sequence[HTTPRouteHandler]:
-    """Return a route for each guide; `links` are those to the other pages."""
+def guide_assets(limits: Limits, catalogue: Catalogue, links: Sequence[Link]) -> Mapping[str, Asset]:
+    """Return the guides by name; `links` are those to the other pages."""
     facts = _collect_facts(limits, catalogue)
-
-    def make_route(guide: Guide) -> HTTPRouteHandler:
-        @cache
-        def render() -> bytes:
-            return _render_guide(guide, facts, links)
-
-        @get(f"/{guide.path}", include_in_schema=False, name=guide.path, sync_to_thread=True)
-        def serve_guide() -> Response[bytes]:
-            return Response(render(), media_type=MediaType.HTML, headers=page_headers())
-
-        return serve_guide
-
-    return [make_route(guide) for guide in load_guides()]
+    return {guide.name: page_asset(partial(_render_guide, guide, facts, links)) for guide in load_guides()}
 
 
 def render_cards() -> str:
@@ -100,7 +82,7 @@ def render_cards() -> str:
 
 def _load_guide(name: str) -> Guide:
     title, summary, text = read_text(f"guides/{name}.md").split("\n\n", 2)
-    return Guide(f"docs/{name}", title.removeprefix("# "), summary.replace("\n", " "), text)
+    return Guide(name, title.removeprefix("# "), summary.replace("\n", " "), text)
 
 
 def _render_guide(guide: Guide, facts: Mapping[str, str], links: Sequence[Link]) -> bytes:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from html import escape
 from importlib.resources import files
 from itertools import pairwise
+from typing import Any
 
-from litestar import Response, get
+from litestar import MediaType, Request, Response, get
 from litestar.handlers import HTTPRouteHandler
+from litestar.params import FromPath
+from litestar.response import Redirect
 from msgspec import Struct
+
+from service.domain.errors import NotFound
 
 _PACKAGE = files("service")
 _MEDIA_TYPES = {
@@ -50,24 +55,51 @@ def read_text(name: str) -> str:
     return _PACKAGE.joinpath("pages", name).read_text("utf-8")
 
 
-def file_route(path: str, name: str) -> HTTPRouteHandler:
-    """Return a route that serves a file of the package."""
+class Asset(Struct, frozen=True):
+    """The content of a path, made when it is first requested."""
+
+    make: Callable[[], bytes]
+    media_type: str
+    headers: Mapping[str, str]
+
+    def respond(self, request: Request[Any, Any, Any]) -> Response[Any]:
+        """Return the content, or a redirect of a path that ends in slashes: its relative addresses would be wrong."""
+        path: bytes = request.scope["raw_path"]
+        if slashes := len(path) - len(path.rstrip(b"/")):
+            return Redirect("../" * slashes + path.rstrip(b"/").rpartition(b"/")[2].decode())
+        return Response(self.make(), media_type=self.media_type, headers=dict(self.headers))
+
+
+def page_asset(render: Callable[[], bytes], headers: Mapping[str, str] | None = None) -> Asset:
+    return Asset(cache(render), MediaType.HTML, headers or page_headers())
+
+
+def file_asset(name: str) -> Asset:
+    """Return a file of the package."""
     media_type = _MEDIA_TYPES[name.rpartition(".")[2]]
-
-    @cache
-    def read() -> bytes:
-        return _PACKAGE.joinpath(name).read_bytes()
-
-    @get(path, include_in_schema=False, name=path)
-    async def serve_file() -> Response[bytes]:
-        return Response(read(), media_type=media_type, headers=page_headers())
-
-    return serve_file
+    return Asset(cache(_PACKAGE.joinpath(name).read_bytes), media_type, page_headers())
 
 
-def frame_routes() -> Sequence[HTTPRouteHandler]:
-    """Return the routes of what every page loads."""
-    return [file_route(f"/docs/{name}", f"pages/{name}") for name in _FRAME_FILES]
+def asset_routes(path: str, page: Asset, others: Mapping[str, Asset]) -> Sequence[HTTPRouteHandler]:
+    """Return a route for a page, and one for all others below it, by their names."""
+
+    # In threads, since the first request for each renders it.
+    @get(path, include_in_schema=False, name=path, sync_to_thread=True)
+    def serve_page(request: Request[Any, Any, Any]) -> Response[Any]:
+        return page.respond(request)
+
+    @get(f"{path}/{{name:str}}", include_in_schema=False, name=f"{path}/", sync_to_thread=True)
+    def serve_asset(request: Request[Any, Any, Any], name: FromPath[str]) -> Response[Any]:
+        if name not in others:
+            raise NotFound("Nothing exists at this path.")
+        return others[name].respond(request)
+
+    return [serve_page, serve_asset]
+
+
+def frame_assets() -> Mapping[str, Asset]:
+    """Return what every page loads from `docs`."""
+    return {name: file_asset(f"pages/{name}") for name in _FRAME_FILES}
 
 
 def render_page(title: str, content: str, *, path: str, links: Sequence[Link]) -> bytes:

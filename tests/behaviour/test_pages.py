@@ -61,7 +61,7 @@ async def test_playground(gateway: RunningGateway, valkey: Valkey) -> None:
         assert (script.status_code, script.headers["content-type"]) == (200, "text/javascript; charset=utf-8")
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|Storage|cookie =", script.text)
         modules.add(str(script.url))
-        pending |= {urljoin(str(script.url), name) for name in re.findall(r'from "(\S+)"', script.text)} - modules
+        pending |= {urljoin(str(script.url), name) for name in re.findall(r'from "(\./\S+)"', script.text)} - modules
     assert len(modules) > 5
     redirect = await gateway.http.get(f"{gateway.url}/playground/")
     assert urljoin(f"{gateway.url}/playground/", redirect.headers["location"]) == f"{gateway.url}/playground"

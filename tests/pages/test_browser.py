@@ -42,7 +42,7 @@ def gateway(
 
 
 def run_tests(name: str, **variables: str) -> None:
-    run_node("--test-reporter=spec", HERE / f"{name}.test.mjs", **variables)
+    run_node("--test-reporter=spec", HERE / f"{name}.test.mjs", variables=variables)
 
 
 def new_tenant(gateway: GatewayProcess, name: str, **policy: object) -> str:
