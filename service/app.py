@@ -126,8 +126,9 @@ def tenants_app(container: Container) -> Litestar:
     if container.has_playground:
         links.append(Link(PLAYGROUND_PATH, "Playground"))
         playground = playground_routes(links)
+    cards = render_cards(PLAYGROUND_PATH if container.has_playground else None)
     guides = guide_assets(container.limits, container.catalogue, links)
-    pages = [*docs_routes(Site(links, render_cards(), guides)), *playground]
+    pages = [*docs_routes(Site(links, cards, guides)), *playground]
     return _create_litestar(container, [v1, old, health, root, _pages_router(pages)], tenants_config())
 
 

@@ -69,14 +69,17 @@ def guide_assets(limits: Limits, catalogue: Catalogue, links: Sequence[Link]) ->
     return {guide.name: page_asset(partial(_render_guide, guide, facts, links)) for guide in load_guides()}
 
 
-def render_cards() -> str:
-    """Return a link to each guide with its summary, for the page `docs`."""
-    cards = "".join(
-        f'<li><a href="{guide.path}">{escape(guide.title)}</a><p>{escape(guide.summary)}' for guide in load_guides()
-    )
+def render_cards(playground: str | None) -> str:
+    """Return links to the playground, if there is one at this path, and to each guide, for the page `docs`."""
+    cards = [(guide.path, guide.title, guide.summary) for guide in load_guides()]
+    if playground:
+        cards.insert(
+            0, (playground, "Try it in the browser", "Send a picture of yours or a sample, and see the result.")
+        )
+    items = "".join(f'<li><a href="{path}">{escape(title)}</a><p>{escape(summary)}' for path, title, summary in cards)
     return f"""<section class="start" aria-labelledby="guides">
-<h2 id="guides">Guides</h2>
-<ul class="cards">{cards}</ul>
+<h2 id="guides">Start here</h2>
+<ul class="cards">{items}</ul>
 </section>"""
 
 
