@@ -36,6 +36,7 @@ from service.domain.errors import (
     UnsupportedMediaType,
 )
 from service.domain.media import inspect_image
+from service.memory import release_free_memory
 from service.telemetry.gauges import GaugeCollector, GaugeName
 from service.usecases.ports import Image
 
@@ -55,6 +56,11 @@ class Allocation(Struct, eq=False):
     grant: asyncio.Future[None]
     is_submission: bool = False
     """Whether the body has arrived, and the submission has not ended."""
+
+
+_BURST_SHARE = 4
+_RELEASE_SECONDS = 5
+"""This time after less than this part of the memory is in use again, what was freed is returned to the system."""
 
 
 class UploadMemory:
@@ -95,6 +101,8 @@ class UploadMemory:
         self._submissions: Counter[int | None] = Counter()
         self._waiting: dict[Allocation, None] = {}
         self._waiting_count: Counter[int | None] = Counter()
+        self._burst_bytes = total_bytes // _BURST_SHARE
+        self._release_timer: asyncio.TimerHandle | None = None
 
     @property
     def limit_bytes(self) -> Mapping[tuple[str, ...], float]:
@@ -165,8 +173,14 @@ class UploadMemory:
 
     def _hold(self, owner: int | None, size_bytes: int) -> None:
         _count(self._held, owner, size_bytes)
-        if owner is not None:
-            self._reserved_bytes += size_bytes
+        if owner is None:
+            return
+        self._reserved_bytes += size_bytes
+        if self._reserved_bytes <= self._burst_bytes < self._reserved_bytes - size_bytes:
+            if self._release_timer:
+                self._release_timer.cancel()
+            loop = asyncio.get_running_loop()
+            self._release_timer = loop.call_later(_RELEASE_SECONDS, release_free_memory)
 
     def _limit_of(self, owner: int | None) -> int:
         return self._unknown_bytes if owner is None else self._share_bytes

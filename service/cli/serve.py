@@ -27,6 +27,7 @@ from service.container import Container, open_container
 from service.crypto import SecretFileError
 from service.devstack import DevServiceError, ensure_demo_token, start_dev_services
 from service.domain.errors import Unavailable
+from service.memory import release_free_memory
 from service.server import HttpServer, Limits, base_url, listen, raise_descriptor_limit
 from service.settings import Environment, Role, Settings
 from service.storage.connections import parse_redis_url
@@ -140,6 +141,7 @@ async def _serve(settings: Settings, redactor: Redactor) -> None:
                 demo_setup = tasks.create_task(_set_up_demo(container, settings, base_url(tenants)))
             gc.collect()
             gc.freeze()  # later collections skip the objects of the startup, which live until the end
+            release_free_memory()  # of the imports
             await signals.wait_for_stop()
             _log.info("shutdown.begun")
             container.start_draining()

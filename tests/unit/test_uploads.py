@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import resource
 import struct
 import threading
 import tracemalloc
@@ -12,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -44,6 +46,7 @@ from service.domain.errors import (
     UnsupportedCoding,
 )
 from service.domain.media import ImageInfo, Pause, inspect_image, yield_to_threads
+from service.memory import release_free_memory
 from service.telemetry.gauges import GaugeCollector
 from service.usecases.background import cancel_and_wait
 from tests.support.images import draw_image, encode_image, make_png
@@ -534,6 +537,27 @@ async def test_queue_that_does_not_end(clock: LoopClock) -> None:
     for upload in (active, *waiting[:2]):
         memory.shrink(upload, 0)
     assert not memory.request(A, 4).grant.done()  # behind one that has not waited for long
+
+
+async def test_free_memory_is_returned_after_a_burst(clock: LoopClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    began_at, released_at = clock.now, list[float]()
+    monkeypatch.setattr("service.api.uploads.release_free_memory", lambda: released_at.append(clock.now - began_at))
+    memory, _ = request_all([])
+    for size in (3, 3, 2):  # the last is too small for a burst
+        memory.shrink(memory.request(A, size), 0)
+        await clock.advance(4)
+    assert released_at == [12]
+
+
+def test_memory_is_returned_also_from_within_the_heap() -> None:
+    def read_resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    parts = [b"x" * 100_000 for _ in range(500)]
+    before = read_resident_bytes()
+    del parts[:-1]
+    release_free_memory()
+    assert before - read_resident_bytes() > 40_000_000
 
 
 async def test_one_upload_begins_at_a_time() -> None:
