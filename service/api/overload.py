@@ -8,7 +8,7 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 
 from service.api import errors
 from service.api.auth import TenantAuth
-from service.api.uploads import UploadMemory
+from service.api.upload_memory import UploadMemory
 from service.domain.errors import GatewayError, Overloaded
 
 

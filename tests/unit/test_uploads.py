@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from service.api.errors import BodyTimeout, ClientDisconnected
+from service.api.upload_memory import Allocation, UploadMemory
 from service.api.uploads import (
     FORM_OVERHEAD_BYTES,
     MAX_FIELD_BYTES,
@@ -31,10 +32,8 @@ from service.api.uploads import (
     MAX_FORM_BYTES,
     MAX_NAME_CHARS,
     URLENCODED,
-    Allocation,
     MultipartForm,
     Upload,
-    UploadMemory,
     UploadReader,
 )
 from service.domain.errors import (
@@ -541,7 +540,9 @@ async def test_queue_that_does_not_end(clock: LoopClock) -> None:
 
 async def test_free_memory_is_returned_after_a_burst(clock: LoopClock, monkeypatch: pytest.MonkeyPatch) -> None:
     began_at, released_at = clock.now, list[float]()
-    monkeypatch.setattr("service.api.uploads.release_free_memory", lambda: released_at.append(clock.now - began_at))
+    monkeypatch.setattr(
+        "service.api.upload_memory.release_free_memory", lambda: released_at.append(clock.now - began_at)
+    )
     memory, _ = request_all([])
     for size in (3, 3, 2):  # the last is too small for a burst
         memory.shrink(memory.request(A, size), 0)
