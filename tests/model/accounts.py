@@ -93,7 +93,9 @@ def mark_untracked(state: AccountState, reservation: Reservation, until_ms: int)
 
 def resolve_untracked(state: AccountState, reservation: Reservation) -> bool:
     """Resolve an untracked submission. Return whether the balance may not yet have included it."""
-    was_untracked = reservation.charge_pending and reservation.settled_at > state.reconciled_at
+    was_untracked = (
+        reservation.charge_pending and state.untracked_charges > 0 and reservation.settled_at > state.reconciled_at
+    )
     if was_untracked:
         state.untracked_charges -= 1
     reservation.charge_pending = False

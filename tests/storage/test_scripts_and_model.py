@@ -16,7 +16,7 @@ from service.domain.ledger import AccountStatus, Balance, Idempotency, Reservati
 from service.domain.tasks import Kind
 from service.domain.tenants import AccountPolicy, Limit, SpendingMode, TenantPolicy, Window
 from service.storage.deliveries import FAILING_MS, LEASE_MS
-from service.storage.redis import DAY_MS
+from service.storage.redis import DAY_MS, LATE_CHARGE_MS
 from service.usecases.ports import CheckOutcome, ClaimedDelivery, DeliveryResult
 from tests.model.ledger import is_reserved
 from tests.storage import ledger_strategies as draw
@@ -573,3 +573,26 @@ def test_reset_after_steps_back_in_a_row(valkey: Valkey) -> None:
         for _ in range(2):
             machine.step_clock_back(2 * DAY_MS, 0, (TENANT,))
             machine.stored_data_matches()
+
+
+@pytest.mark.parametrize("reported", [None, Balance()], ids=["with a balance", "without"])
+def test_acceptance_of_a_submission_that_a_reset_did_not_move(valkey: Valkey, reported: Balance | None) -> None:
+    """A late outcome of a submission that the balance includes already leaves no charge too few.
+
+    The reset names no tenant, so the outcome still seems to be newer than the balance.
+    """
+    with run_machine(valkey) as machine:
+        machine.set_upstream(late=True, now=True, count=3, money=0)
+        machine.run_submission(ACCOUNTS[0], usual_plan(KINDS[0]), 1)
+        name = machine.reserve(KINDS[0], ACCOUNTS[:1])
+        assert name
+        machine.settle(name, UNKNOWN, Balance(), charged=False)
+        machine.advance_clock(LATE_CHARGE_MS)
+        machine.run_submission(ACCOUNTS[0], usual_plan(KINDS[0]), 1)
+        assert machine.model.accounts[ACCOUNTS[0]].untracked_charges == 0
+        machine.step_clock_back(DAY_MS, 0, ())
+        machine.settle(name, ACCEPTED, reported)
+        machine.stored_data_matches()
+        machine.account_counters_add_up()
+        assert machine.model.accounts[ACCOUNTS[0]].unaccounted_charges == 1
+        assert machine.reserve(KINDS[0], ACCOUNTS[:1]) is None, "the account's only use is that of the open task"

@@ -89,8 +89,11 @@ local function mark_untracked(state, reservation, until_at)
 end
 
 -- Resolves an untracked charge whose outcome became known. Returns whether the known balance may have lacked it until now.
+-- The times alone do not decide that: a reset of the clock leaves those of a reservation that it does not reach. Without the
+-- counter the account would then count a charge too few from there on, and accept a submission that it can't pay.
 local function resolve_untracked(state, reservation)
-  local was_missing = reservation.charge_pending and reservation.settled_at > state.reconciled_at
+  local was_missing = reservation.charge_pending and state.untracked_charges > 0
+    and reservation.settled_at > state.reconciled_at
   if was_missing then
     state.untracked_charges = state.untracked_charges - 1
   end
