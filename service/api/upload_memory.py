@@ -56,7 +56,7 @@ class UploadMemory:
         max_submissions: int = 64,
         max_waiting: int = 256,
         share: float = 1,
-        queue_seconds: float = 0.5,
+        queue_seconds: float = 1.0,
     ) -> None:
         self._total_bytes = total_bytes
         self._reserved_bytes = 0  # by tenants
