@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import shutil
 import sys
@@ -18,6 +19,7 @@ from service.cli.callers import ENVIRONMENT_HELP, EXIT_CODES_HELP, find_gateway,
 from service.cli.common import print_errors
 from service.cli.formatting import choice
 from service.client import EXTENSIONS, AsyncGatewayClient, SavedFile, Task
+from service.client.downloads import is_special
 from service.domain.tasks import ArtifactName
 
 STREAM = "-"
@@ -52,6 +54,10 @@ def check_output(output: str) -> None:
             raise click.UsageError("-o - writes an image, but standard output is a terminal.")
         return
     folder = Path(output) if is_folder(output) else Path(output).parent
+    if is_special(Path(output)):
+        if not os.access(output, os.W_OK):
+            raise click.UsageError(f"-o {output} can't be written.")
+        return
     try:
         if is_folder(output):
             folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +69,10 @@ def check_output(output: str) -> None:
 
 
 async def save_results(gateway: AsyncGatewayClient, task: Task, target: Target, names: Sequence[str]) -> list[Path]:
-    """Write results of a task, by default all. Raises GatewayError and OSError."""
+    """Write results of a task, by default all; into a device or a pipe only one. Raises GatewayError and OSError."""
+    if is_special(target.path):
+        await gateway.download(task, target.path, name=names[0] if names else None)
+        return [target.path]
     folder = target.path if target.stem else target.path.parent
     paths = []
     for name in names or [artifact.name for artifact in task.artifacts]:
@@ -72,7 +81,10 @@ async def save_results(gateway: AsyncGatewayClient, task: Task, target: Target, 
         saved = await gateway.download(task, temporary, name=name)
         path = target.resolve(task, name, saved.media_type)
         try:
-            temporary.replace(path)
+            if path.is_symlink():
+                shutil.copyfile(temporary, path)
+            else:
+                temporary.replace(path)
         finally:
             with suppress(FileNotFoundError):
                 temporary.unlink()

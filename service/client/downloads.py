@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
 import httpx2
@@ -85,21 +87,41 @@ def fetch_artifact(retries: Retries, artifact: Artifact) -> Call[Content]:
 
 
 def download(retries: Retries, task: Task, path: str | os.PathLike[str], name: str | None) -> Call[SavedFile]:
-    """Write a result to `path`, which is replaced when all of it has come. Raises OSError and GatewayError."""
+    """Write a result to `path`, which is replaced when all of it has come. Raises OSError and GatewayError.
+
+    A device, a pipe or a link is not replaced: the result is written into it.
+    """
     artifact = find_artifact(task, name)
     target = Path(path)
+    if target.is_symlink() or is_special(target):
+        with TemporaryFile() as file:
+            receiver = yield from _receive(retries, artifact, file)
+            file.seek(0)
+            with target.open("wb") as opened:
+                shutil.copyfileobj(file, opened)
+        return SavedFile(target, receiver.media_type, receiver.size)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         with partial.open("xb+") as file:
-            receiver = _FileReceiver(file)
-            yield from retries.exchange(lambda: receiver.make_request(artifact.href))
-            file.seek(0)
-            _check_type(artifact, receiver, file.read(_HEAD_BYTES))
+            receiver = yield from _receive(retries, artifact, file)
         partial.replace(target)
     finally:
         with suppress(FileNotFoundError):
             partial.unlink()
     return SavedFile(target, receiver.media_type, receiver.size)
+
+
+def is_special(path: Path) -> bool:
+    """Return whether a path is a device, a pipe or the like: neither a file nor a folder, nor missing."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _receive(retries: Retries, artifact: Artifact, file: BinaryIO) -> Call[_FileReceiver]:
+    receiver = _FileReceiver(file)
+    yield from retries.exchange(lambda: receiver.make_request(artifact.href))
+    file.seek(0)
+    _check_type(artifact, receiver, file.read(_HEAD_BYTES))
+    return receiver
 
 
 def find_artifact(task: Task, name: str | None) -> Artifact:

@@ -84,6 +84,22 @@ async def test_standard_input_and_output(shell: Shell) -> None:
     assert (result.stdout_bytes[:4], result.stderr) == (PNG, "")
 
 
+async def test_output_into_a_pipe_or_a_link(shell: Shell, folder: Path) -> None:
+    """Neither is replaced; a pipe receives the main result."""
+    os.mkfifo(folder / "pipe")
+    reading = os.open(folder / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    await shell.run("submit", "seamless", "photo.png", "-o", "pipe")
+    assert os.read(reading, 4) == PNG
+    os.close(reading)
+    (folder / "out.png").symlink_to("linked.png")
+    await shell.run("submit", "seamless", "photo.png", "-o", "out.png")
+    assert (folder / "linked.png").read_bytes().startswith(PNG)
+    names = {"photo.png", "face.png", "pipe", "out.png", "linked.png", "out-grid.png"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert (folder / "pipe").is_fifo()
+    assert (folder / "out.png").is_symlink()
+
+
 async def test_lost_answer_is_paid_for_once(shell: Shell) -> None:
     proxy = Proxy(urlsplit(shell.gateway.url).port or 0)
     async with proxy.serve():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from datetime import UTC, datetime
@@ -322,6 +323,27 @@ async def test_broken_download_is_resumed(tmp_path: Path, *, is_async: bool) -> 
         )
     assert saved.path.read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+async def test_download_replaces_neither_devices_nor_links(tmp_path: Path, *, is_async: bool) -> None:
+    """Root could replace `/dev/null` for the whole machine."""
+
+    async def serve(connection: Connection) -> None:
+        await connection.receive()
+        await connection.send(response_head(Content_Length=str(len(IMAGE))) + IMAGE)
+
+    pipe, link, linked = (tmp_path / name for name in ("pipe", "link", "linked.png"))
+    os.mkfifo(pipe)
+    link.symlink_to(linked)
+    async with run_server(serve) as server:
+        call = connect(server.url, is_async=is_async)
+        reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        assert (await call("download", make_task(), pipe)).path == pipe
+        await call("download", make_task(), link)
+    assert os.read(reading, len(IMAGE) + 1) == IMAGE == linked.read_bytes()
+    os.close(reading)
+    assert (pipe.is_fifo(), link.is_symlink()) == (True, True)
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "link", "linked.png"}
 
 
 @pytest.mark.parametrize(
