@@ -19,7 +19,6 @@ from service.cli.reports import format_cost, format_policies, format_submission,
 from service.client import (
     TOKEN_VARIABLE,
     URL_VARIABLE,
-    ConnectionLost,
     GatewayClient,
     GatewayError,
     GatewayUnavailable,
@@ -34,6 +33,7 @@ from service.client import (
     Task,
     TaskFailed,
     WaitTimeout,
+    may_be_served,
     read_token,
 )
 from service.domain.tasks import Kind, State
@@ -86,7 +86,7 @@ _CODES: Sequence[tuple[type[Exception] | tuple[type[Exception], ...], ExitCode]]
 
 
 def exit_code_of(error: Exception) -> ExitCode:
-    if isinstance(error, ConnectionLost) and error.idempotency_key:
+    if isinstance(error, GatewayError) and error.idempotency_key and may_be_served(error):
         return ExitCode.UNKNOWN
     return next((code for kinds, code in _CODES if isinstance(error, kinds)), ExitCode.UNAVAILABLE)
 

@@ -40,6 +40,8 @@ class Job:
     """The submission of one file."""
 
     source: str
+    key: str = ""
+    """Of the submission, once it is sent."""
     task: Task | None = None
     is_replayed: bool = False
     results: list[str] = field(default_factory=list)
@@ -120,12 +122,13 @@ class Submitter:
     async def _run(self, job: Job) -> None:
         plan, gateway = self._plan, self._gateway
         image = await asyncio.to_thread(_read_image, job.source)
+        job.key = plan.make_key(image)
         submitted = await gateway.submit(
             plan.kind,
             image,
             metadata=plan.metadata,
             webhook_url=plan.webhook_url,
-            idempotency_key=plan.make_key(image),
+            idempotency_key=job.key,
             **plan.options,
         )
         job.is_replayed = submitted.is_replayed

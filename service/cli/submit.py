@@ -29,10 +29,12 @@ from service.cli.formatting import DURATION, OptionType, format_table
 from service.cli.jobs import Job, Plan, stem_of, submit_all
 from service.cli.reports import format_cost
 from service.client import (
+    GatewayError,
     SubmissionUnknown,
     TaskFailed,
     TaskOptions,
     WaitTimeout,
+    may_be_served,
     single_line,
 )
 from service.domain.tasks import OPTIONS, Kind
@@ -80,7 +82,7 @@ def _check_files(files: Sequence[str], output: str | None, key: str | None) -> N
 def _report(jobs: Sequence[Job], plan: Plan, *, as_json: bool, is_quiet: bool) -> None:
     for job in jobs:
         if job.error:
-            print_errors([f"{single_line(job.source)}: {job.error}{_hint(job)}"])
+            print_errors([f"{single_line(job.source)}: {job.error}{_hint(job, is_new=plan.is_new)}"])
         elif job.is_replayed and not is_quiet:
             note = "this is the task of an earlier request, which is paid for once; --new submits it anew"
             print_errors([f"{single_line(job.source)}: {note}"])
@@ -101,16 +103,22 @@ def _report(jobs: Sequence[Job], plan: Plan, *, as_json: bool, is_quiet: bool) -
         click.echo(format_table(head, rows))
 
 
-def _hint(job: Job) -> str:
+def _hint(job: Job, *, is_new: bool) -> str:
     match job.error:
         case SubmissionUnknown(problem=problem):
             return f" `gateway submission {problem.submission_id}` shows its outcome."
+        case GatewayError(idempotency_key=str() as key) if is_new and may_be_served(job.error):
+            return _advise(key)
         case WaitTimeout():
             return ". It continues: `gateway task ID --wait` waits for it."
         case TaskFailed() if job.is_replayed:
             return ". It was submitted before: --new submits it anew, and pays for it."
         case _:
             return ""
+
+
+def _advise(key: str) -> str:
+    return f" It may have been charged, and --new would pay again: use --idempotency-key {key} in its place."
 
 
 def _submit(
@@ -154,6 +162,9 @@ def _submit(
         continued = ", ".join(job.task.id for job in jobs if job.task and not job.task.has_ended)
         hint = "" if is_new else " The same command resumes, and does not pay again."
         print_errors([f"Interrupted. The gateway continues {continued or 'nothing'}.{hint}"])
+        if is_new:
+            sent = [job for job in jobs if job.key and not job.task and not job.error]
+            print_errors(f"{single_line(job.source)}: no response yet.{_advise(job.key)}" for job in sent)
         raise click.exceptions.Exit(ExitCode.INTERRUPTED) from None
     _report(jobs, plan, as_json=as_json, is_quiet=quiet)
     raise click.exceptions.Exit(max(job.exit_code for job in jobs))

@@ -34,6 +34,7 @@ from service.client.errors import (
     UnexpectedResponse,
     UpstreamRejected,
     WaitTimeout,
+    may_be_served,
     single_line,
 )
 from service.client.models import (
@@ -93,6 +94,7 @@ __all__ = [
     "Usage",
     "WaitTimeout",
     "WebhookEvent",
+    "may_be_served",
     "read_token",
     "single_line",
     "verify_webhook",

@@ -86,18 +86,28 @@ class Retries:
     retry_seconds: float
 
     def exchange(self, make_request: Callable[[], Request], max_seconds: float = math.inf) -> Call[httpx2.Response]:
-        """Send a request, and repeat it after a failure that may pass. Raises GatewayError."""
+        """Send a request, and repeat it after a failure that may pass.
+
+        Raises GatewayError: ConnectionLost also if an earlier attempt at a submission may have been served.
+        """
         deadline = time.monotonic() + min(self.retry_seconds, max_seconds)
         attempts = 0
+        was_lost = False
         while True:
-            outcome: Outcome = yield make_request()
+            request = make_request()
+            outcome: Outcome = yield request
             if isinstance(outcome, httpx2.Response) and outcome.is_success:
                 return outcome
             error = self._to_error(outcome)
             attempts += 1
             pause = _retry_pause(error, attempts)
             if pause is None or time.monotonic() + pause > deadline:
+                if was_lost and not errors.may_be_served(error) and not _is_final(error):
+                    raise errors.ConnectionLost(
+                        f"An earlier attempt without a response may count; then: {error}"
+                    )
                 raise error
+            was_lost = was_lost or (request.method == "POST" and errors.may_be_served(error))
             yield pause
 
     def _to_error(self, outcome: Outcome) -> GatewayError:
@@ -110,6 +120,11 @@ class Retries:
         if isinstance(outcome, httpx2.ConnectError | httpx2.ConnectTimeout):
             return errors.NoConnection(f"Can't connect to {self.base_url}: {why}")
         return errors.ConnectionLost(f"The connection to {self.base_url} broke: {why}")
+
+
+def _is_final(error: GatewayError) -> bool:
+    """Return whether an error tells that no attempt at this request was served."""
+    return isinstance(error, errors.InvalidRequest | errors.UpstreamRejected)
 
 
 def _retry_pause(error: GatewayError, attempts: int) -> float | None:
@@ -165,8 +180,8 @@ class Upload:
         return cls(kind, *_read_image(image), form, key)
 
     def submit(self, retries: Retries) -> Call[SubmittedTask]:
-        """Raises GatewayError with the key. After SubmissionUnknown, ConnectionLost and SubmissionInFlight the image
-        may have been charged; the same key, within 24 hours, returns the outcome and never pays again.
+        """Raises GatewayError with the key. After those for which `may_be_served` is true the image may have been
+        charged; the same key, within 24 hours, returns the outcome and never pays again.
         """
         escaped = self.idempotency_key.replace("\\", r"\\").replace('"', r"\"")
         request = Request(
@@ -193,7 +208,11 @@ def _read_accepted(retries: Retries, response: httpx2.Response) -> Call[Task]:
         return _decode(response, Task)
     except errors.UnexpectedResponse:
         with_id = _decode(response, _AcceptedId)
-    return (yield from get_task(retries, with_id.id))
+    try:
+        return (yield from get_task(retries, with_id.id))
+    except GatewayError as error:
+        message = f"{with_id.id} was accepted, but can't be read: {error}"
+        raise errors.UnexpectedResponse(message, response.status_code) from error
 
 
 class _AcceptedId(msgspec.Struct, frozen=True):

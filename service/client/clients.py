@@ -128,7 +128,8 @@ class GatewayClient(_BaseClient):
 
         However often it is repeated, it is paid for once: all attempts have one `Idempotency-Key`, by default a random
         one. Give a key of your own, such as the id of your order, if your program may call this again after it has
-        crashed. Errors have the key as `idempotency_key`; `SubmissionUnknown` means that it may have been charged.
+        crashed. Errors have the key as `idempotency_key`: repeat with it if `may_be_served` is true of the error, since
+        then it may have been charged.
         """
         return self._run(
             Upload.build(kind, image, options, metadata, webhook_url, idempotency_key).submit(self._retries)

@@ -4,7 +4,7 @@ GatewayError
 ├── NotConfigured             no address or token, or an address that is none
 ├── NoConnection              nothing was sent
 ├── ConnectionLost            no response: a submission may have been accepted
-├── UnexpectedResponse        not of a gateway, or damaged
+├── UnexpectedResponse        not of a gateway, or damaged: a submission may have been accepted
 ├── WaitTimeout, TaskFailed   of a task
 ├── NoResult                  of this name
 ├── InvalidWebhook
@@ -199,6 +199,13 @@ def problem_error(status: int, content: bytes, retry_after: float | None) -> Gat
     default = GatewayUnavailable if status >= 500 else InvalidRequest
     kind = _BY_CODE.get(problem.code) or _BY_STATUS.get(status, default)
     return kind(status, problem, retry_after)
+
+
+def may_be_served(error: Exception) -> bool:
+    """Return whether the request that failed may have been served: a submission may have been charged."""
+    if isinstance(error, UnexpectedResponse):  # a damaged acceptance, or a proxy that got no answer
+        return error.status < 300 or error.status >= 500 or error.status == 408
+    return isinstance(error, ConnectionLost | SubmissionInFlight | SubmissionUnknown)
 
 
 def parse_retry_after(value: str | None) -> float | None:

@@ -112,6 +112,23 @@ async def test_lost_answer_is_paid_for_once(shell: Shell) -> None:
     assert await shell.gateway.upstream.count_submits() == 1
 
 
+async def test_new_submission_without_an_answer_names_its_key(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeated with --new it would be paid for twice."""
+    monkeypatch.setattr(calls, "_MAX_CONNECT_ATTEMPTS", 1)
+    proxy = Proxy(urlsplit(shell.gateway.url).port or 0)
+    url = shell.environ["GATEWAY_URL"]
+    async with proxy.serve():
+        shell.environ["GATEWAY_URL"] = f"http://127.0.0.1:{proxy.port}"
+        losing = asyncio.create_task(proxy.lose_answers(3_600))
+        submitting = shell.run("submit", "upscale", "photo.png", "--new", "--timeout", "1", code=6)
+        result = await submitting
+        losing.cancel()
+    shell.environ["GATEWAY_URL"] = url
+    key = result.stderr.partition("--idempotency-key ")[2].split()[0]
+    await shell.run("submit", "upscale", "photo.png", "--idempotency-key", key)
+    assert await shell.gateway.upstream.count_submits() == 1
+
+
 async def test_unknown_outcome_is_not_sent_again(shell: Shell) -> None:
     await shell.gateway.upstream.lose_next_response()
     await shell.run("submit", "upscale", "photo.png", code=6)

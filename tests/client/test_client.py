@@ -19,9 +19,11 @@ import pytest
 from service.api import schemas
 from service.client import (
     AsyncGatewayClient,
+    ConnectionLost,
     Forbidden,
     GatewayClient,
     GatewayError,
+    GatewayUnavailable,
     InvalidRequest,
     InvalidWebhook,
     NoConnection,
@@ -39,6 +41,7 @@ from service.client import (
     UpstreamRejected,
     WaitTimeout,
     calls,
+    may_be_served,
     models,
     verify_webhook,
 )
@@ -266,6 +269,37 @@ def test_repeated_outcomes(outcomes: list[Any], pauses: list[int], error: type[E
         run()
     assert [int(pause) for pause in seen] == pauses
     assert isinstance(end.value, StopIteration) == (error is None)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "error", "may_count"),
+    [
+        ([TORN, *[httpx2.ConnectError("no")] * 4], ConnectionLost, True),
+        ([TORN, problem(503, "overloaded", **{"Retry-After": "99"})], ConnectionLost, True),
+        ([httpx2.Response(504), problem(401, "unauthenticated")], ConnectionLost, True),
+        ([TORN, problem(502, "upstream-rejected")], UpstreamRejected, False),
+        ([TORN, problem(422, "invalid-options")], InvalidRequest, False),
+        ([httpx2.ConnectError("no")] * 5, NoConnection, False),
+        ([problem(503, "overloaded", **{"Retry-After": "99"})], GatewayUnavailable, False),
+        ([httpx2.Response(413)], UnexpectedResponse, False),
+        ([httpx2.Response(201, content=b'{"id"')], UnexpectedResponse, True),
+        ([httpx2.Response(201, content=b'{"id": "task_1"}'), problem(404, "not-found")], UnexpectedResponse, True),
+    ],
+)
+def test_submission_that_may_have_been_charged(outcomes: list[Any], error: type[Exception], *, may_count: bool) -> None:
+    """What happened to an attempt is not forgotten when the next one is refused."""
+    submitting = calls.Upload.build("upscale", IMAGE, {}, None, None, None).submit(Retries("http://gateway", 60))
+
+    def run() -> None:
+        step = submitting.send(None)
+        for outcome in outcomes:
+            step = submitting.send(outcome)
+            if not isinstance(step, Request):
+                submitting.send(None)
+
+    with pytest.raises(error) as end:
+        run()
+    assert may_be_served(end.value) == may_count
 
 
 def test_retry_after() -> None:
