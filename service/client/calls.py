@@ -103,9 +103,7 @@ class Retries:
             pause = _retry_pause(error, attempts)
             if pause is None or time.monotonic() + pause > deadline:
                 if was_lost and not errors.may_be_served(error) and not _is_final(error):
-                    raise errors.ConnectionLost(
-                        f"An earlier attempt without a response may count; then: {error}"
-                    )
+                    raise errors.ConnectionLost(f"An earlier attempt without a response may count; then: {error}")
                 raise error
             was_lost = was_lost or (request.method == "POST" and errors.may_be_served(error))
             yield pause
@@ -116,7 +114,8 @@ class Retries:
             return errors.problem_error(outcome.status_code, outcome.content, retry_after)
         why = errors.single_line(str(outcome)) or type(outcome).__name__
         if isinstance(outcome, httpx2.UnsupportedProtocol | httpx2.LocalProtocolError):
-            return errors.NotConfigured(f"{self.base_url} is not the address of a gateway, or the token is none: {why}")
+            # The reason may quote the header with the token.
+            return errors.NotConfigured(f"{self.base_url} is not the address of a gateway, or a header is none")
         if isinstance(outcome, httpx2.ConnectError | httpx2.ConnectTimeout):
             return errors.NoConnection(f"Can't connect to {self.base_url}: {why}")
         return errors.ConnectionLost(f"The connection to {self.base_url} broke: {why}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import ssl
 import time
 from collections.abc import Callable, Mapping
@@ -35,6 +36,8 @@ T = TypeVar("T")
 URL_VARIABLE, TOKEN_VARIABLE = "GATEWAY_URL", "GATEWAY_TOKEN"
 DEFAULT_RETRY_SECONDS = 120.0
 _CONNECT_SECONDS = 5.0
+_TOKEN = re.compile(r"[!-~]+")
+_USER_INFO = re.compile(r"[^/?#]*//[^/?#]*@")
 
 
 class _BaseClient:
@@ -44,9 +47,15 @@ class _BaseClient:
         url = base_url or os.environ.get(URL_VARIABLE, "")
         if not url:
             raise NotConfigured(f"There is no address of a gateway: set {URL_VARIABLE}")
-        self._token = token or read_token()
+        self._token = (token or read_token()).strip()
         if not self._token:
             raise NotConfigured(f"There is no token: set {TOKEN_VARIABLE} or {TOKEN_VARIABLE}_FILE")
+        if not _TOKEN.fullmatch(self._token):
+            raise NotConfigured("The token is none: it has blanks, or characters that are not of ASCII")
+        if _USER_INFO.match(url):
+            raise NotConfigured(
+                "The address of the gateway must not have a user or a password: the token stands for them"
+            )
         self._url = single_line(url).rstrip("/")
         self._timeout_seconds = timeout_seconds
         self._retries = Retries(self._url, retry_seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ _SIGNATURES: Mapping[str, bytes] = {
     "image/webp": b"RIFF",
 }
 _HEAD_BYTES = 64
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,15})-[0-9]{1,15}/([0-9]{1,15})")
 
 
 class Content(Struct, frozen=True):
@@ -52,6 +54,7 @@ class _FileReceiver:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._etag = ""
+        self._total: int | None = None
         self.media_type = ""
         self.size = 0
 
@@ -64,15 +67,24 @@ class _FileReceiver:
 
     def begin(self, response: httpx2.Response) -> None:
         is_rest = response.status_code == _STATUS_PARTIAL
-        if is_rest and not response.headers.get("content-range", "").startswith(f"bytes {self.size}-"):
-            raise UnexpectedResponse("The response is another part than was requested", response.status_code)
-        if not is_rest:
+        if is_rest:
+            found = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
+            if not found or int(found[1]) != self.size:
+                raise UnexpectedResponse("The response is another part than was requested", response.status_code)
+            self._total = int(found[2])
+        else:
+            self._total = None
             self._file.seek(0)
             self._file.truncate()
             self.size = 0
         etag = response.headers.get("etag", "")
         self._etag = "" if etag.startswith("W/") else etag
         self.media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    def check_size(self) -> None:
+        """Raise UnexpectedResponse for a part, which a server may send in place of the rest."""
+        if self._total not in {None, self.size}:
+            raise UnexpectedResponse(f"Only {self.size} of {self._total} bytes came", _STATUS_PARTIAL)
 
     def write(self, chunk: bytes) -> None:
         self._file.write(chunk)
@@ -83,6 +95,7 @@ def fetch_artifact(retries: Retries, artifact: Artifact) -> Call[Content]:
     file = BytesIO()
     receiver = _FileReceiver(file)
     yield from retries.exchange(lambda: receiver.make_request(artifact.href))
+    receiver.check_size()
     return Content(file.getvalue(), receiver.media_type)
 
 
@@ -119,6 +132,7 @@ def is_special(path: Path) -> bool:
 def _receive(retries: Retries, artifact: Artifact, file: BinaryIO) -> Call[_FileReceiver]:
     receiver = _FileReceiver(file)
     yield from retries.exchange(lambda: receiver.make_request(artifact.href))
+    receiver.check_size()
     file.seek(0)
     _check_type(artifact, receiver, file.read(_HEAD_BYTES))
     return receiver

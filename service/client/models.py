@@ -49,7 +49,7 @@ class Cost(Struct, frozen=True):
 class Artifact(Struct, frozen=True):
     """A result."""
 
-    name: Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+    name: Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,31}\Z")]
     """Part of a file name, hence the narrow alphabet."""
     href: Annotated[str, Meta(pattern=r"^/(?!/)")]
     """A path on the gateway: the token must not be sent elsewhere."""
@@ -65,8 +65,9 @@ class TaskError(Struct, frozen=True):
 class Task(Struct, frozen=True, kw_only=True):
     """A task: an image that the upstream has accepted."""
 
-    id: str
-    kind: str
+    id: Annotated[str, Meta(pattern=r"^[\w-]{1,500}\Z")]
+    kind: Annotated[str, Meta(pattern=r"^[a-z][a-z0-9-]{0,31}\Z")]
+    """As the id, part of a file name."""
     state: StateName
     created_at: datetime
     updated_at: datetime

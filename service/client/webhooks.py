@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -16,6 +17,7 @@ from service.client.models import Task
 
 _SECRET_PREFIX = "whsec_"  # noqa: S105 - a public prefix
 _VERSION = "v1"
+_TIMESTAMP = re.compile(r"[0-9]{1,15}")
 
 
 class WebhookEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,13 +54,13 @@ def verify_webhook(
     """
     fields = {name.lower(): value for name, value in headers.items()}
     message_id, timestamp = fields.get("webhook-id", ""), fields.get("webhook-timestamp", "")
-    if not message_id or not timestamp.isdecimal() or not timestamp.isascii():
+    if not message_id or not _TIMESTAMP.fullmatch(timestamp):
         raise InvalidWebhook("the request has no webhook-id and webhook-timestamp")
     if abs((time.time() if now is None else now) - int(timestamp)) > tolerance_seconds:
         raise InvalidWebhook("the webhook is too old, or the clocks differ")
-    content = b".".join([message_id.encode(), timestamp.encode(), body])
+    content = b".".join([message_id.encode(errors="replace"), timestamp.encode(), body])
     received = [
-        signature.encode()
+        signature.encode(errors="replace")  # some servers pass bytes that are not UTF-8 on as surrogates
         for version, _, signature in (item.partition(",") for item in fields.get("webhook-signature", "").split())
         if version == _VERSION
     ]

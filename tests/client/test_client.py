@@ -220,6 +220,16 @@ def test_unusable_addresses_and_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path
             GatewayClient(url, token).get_quota()
     with pytest.raises(NoConnection, match=r"http://127\.0\.0\.1:1:"):
         GatewayClient("http://127.0.0.1:1", "t").get_quota()
+    for url, token in (("http://a", "igw_secret\x00"), ("http://a", "igw secret"), ("http://u:secret@a", "t")):
+        with pytest.raises(NotConfigured) as refused:
+            GatewayClient(url, token)
+        assert "secret" not in str(refused.value)
+    quoted = httpx2.LocalProtocolError("Illegal header value b'Bearer secret'")
+    asking = calls.get_quota(Retries("http://a", 0))
+    asking.send(None)
+    with pytest.raises(NotConfigured) as refused:
+        asking.send(quoted)
+    assert "secret" not in str(refused.value)
     monkeypatch.setenv("GATEWAY_TOKEN_FILE", str(tmp_path / "none"))
     with pytest.raises(NotConfigured, match="GATEWAY_TOKEN_FILE"):
         GatewayClient("http://a")
@@ -333,6 +343,17 @@ async def test_accepted_task_of_which_only_the_id_came() -> None:
     assert (reading.method, reading.path) == ("GET", "/v1/tasks/task_1")
 
 
+def test_task_whose_kind_or_id_is_no_part_of_a_file_name() -> None:
+    """`download` names files after them, and prints them."""
+    at = "2026-01-31T12:00:00Z"
+    task = {"id": "task_1", "kind": "upscale", "state": "queued", "created_at": at, "updated_at": at}
+    for change in ({}, {"kind": "../../x"}, {"kind": "/x"}, {"id": "task_../x"}, {"id": "\x1b[2J"}, {"id": "a\n"}):
+        reading = calls.get_task(Retries("", 0), "task_1")
+        reading.send(None)
+        with pytest.raises(UnexpectedResponse if change else StopIteration):
+            reading.send(httpx2.Response(200, json=task | change))
+
+
 def make_task(name: str = "image") -> Task:
     artifacts, at = (models.Artifact(name, "/result"),), datetime.now(UTC)
     return Task(id="t", kind="upscale", state="succeeded", created_at=at, updated_at=at, artifacts=artifacts)
@@ -357,6 +378,25 @@ async def test_broken_download_is_resumed(tmp_path: Path, *, is_async: bool) -> 
         )
     assert saved.path.read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+@pytest.mark.parametrize("received", [0, 10])
+async def test_part_is_no_result(received: int, tmp_path: Path) -> None:
+    """A server may send less of the rest than was requested, or a part without being asked."""
+    part = f"bytes {received}-19/{len(IMAGE)}"
+
+    async def serve(connection: Connection) -> None:
+        if b"range:" in (await connection.receive()).lower().encode() or not received:
+            await connection.send(
+                response_head(206, Content_Range=part, Content_Length=str(20 - received)) + IMAGE[received:20]
+            )
+        else:
+            await connection.send(response_head(ETag='"v1"', Content_Length=str(len(IMAGE))) + IMAGE[:received])
+
+    async with run_server(serve) as server:
+        with pytest.raises(UnexpectedResponse, match=f"20 of {len(IMAGE)}"):
+            await connect(server.url, retry_seconds=1)("download", make_task(), tmp_path / "out.png")
+    assert not list(tmp_path.iterdir())
 
 
 async def test_download_replaces_neither_devices_nor_links(tmp_path: Path, *, is_async: bool) -> None:
@@ -426,6 +466,9 @@ async def test_webhooks_are_verified(gateway: RunningGateway) -> None:
         (received.body, received.headers, make_secret(b"x"), now),
         (received.body, received.headers, secret, now + 301),
         (received.body, received.headers, secret, now - 301),
+        (received.body, received.headers | {"webhook-timestamp": "9" * 400}, secret, now),
+        (received.body, received.headers | {"webhook-signature": "v1,\udce9"}, secret, now),
+        (received.body, received.headers | {"webhook-id": "\udce9"}, secret, now),
     ):
         with pytest.raises(InvalidWebhook):
             verify_webhook(body, headers, secrets, now=at)
