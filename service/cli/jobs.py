@@ -40,6 +40,8 @@ class Job:
     """The submission of one file."""
 
     source: str
+    content: bytes | None = None
+    """Of standard input, which is read before; a thread that reads it could not be interrupted."""
     key: str = ""
     """Of the submission, once it is sent."""
     task: Task | None = None
@@ -121,7 +123,9 @@ class Submitter:
 
     async def _run(self, job: Job) -> None:
         plan, gateway = self._plan, self._gateway
-        image = await asyncio.to_thread(_read_image, job.source)
+        image = job.content
+        if image is None:
+            image = await asyncio.to_thread(Path(job.source).read_bytes)
         job.key = plan.make_key(image)
         submitted = await gateway.submit(
             plan.kind,
@@ -195,10 +199,6 @@ def _show_progress(jobs: Sequence[Job], plan: Plan, *, is_shown: bool) -> Iterat
 
         show()
         yield show
-
-
-def _read_image(source: str) -> bytes:
-    return sys.stdin.buffer.read() if source == STREAM else Path(source).read_bytes()
 
 
 def stem_of(source: str) -> str:

@@ -157,6 +157,8 @@ def _submit(
     jobs = [Job(source) for source in files]
     try:
         with report_errors():
+            for job in jobs:
+                job.content = sys.stdin.buffer.read() if job.source == STREAM else None
             asyncio.run(submit_all(jobs, plan, place, is_quiet=quiet))
     except KeyboardInterrupt:
         continued = ", ".join(job.task.id for job in jobs if job.task and not job.task.has_ended)

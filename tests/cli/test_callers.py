@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,25 @@ async def test_several_files(shell: Shell, folder: Path) -> None:
 async def test_standard_input_and_output(shell: Shell) -> None:
     result = await shell.run("submit", "face-enhance", "-", "-o", "-", stdin=make_png())
     assert (result.stdout_bytes[:4], result.stderr) == (PNG, "")
+
+
+def test_interrupted_while_reading_standard_input() -> None:
+    own = {"GATEWAY_URL": "http://127.0.0.1:1", "GATEWAY_TOKEN": "t", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environ = os.environ | own
+    reading, writing = os.pipe()
+    arguments = [sys.executable, "-m", "service", "submit", "upscale", "-", "-o", "out.png"]
+    with subprocess.Popen(arguments, stdin=reading, stderr=subprocess.PIPE, env=environ, text=True) as process:
+        os.close(reading)
+        os.write(writing, b"x" * 200_000)  # more than a pipe holds: it reads
+        time.sleep(0.5)  # until it waits for more
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(20) == 130
+        finally:
+            os.close(writing)
+            process.kill()
+        assert process.stderr
+        assert process.stderr.read().startswith("gateway: Interrupted.")
 
 
 async def test_output_into_a_pipe_or_a_link(shell: Shell, folder: Path) -> None:
