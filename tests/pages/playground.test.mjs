@@ -213,3 +213,16 @@ test("a recent task opens again", () =>
     assert.deepEqual(await page.locator("figcaption").allTextContents(), ["Result", "Repeated 3 × 3", "Tiling by the vendor"]);
     assert.match(await page.locator("#code code").textContent(), /seamless/);
   }));
+
+test("a result that breaks off is reported", () =>
+  withPage(
+    async (page) => {
+      await setBehaviour();
+      await open(page);
+      await choose(page, "face-enhance");
+      await page.evaluate(() => (Response.prototype.blob = () => Promise.reject(new TypeError("network error"))));
+      await submit(page);
+      await expectProblem(page, "", "No response");
+    },
+    { allow: /network error/ },
+  ));

@@ -15,6 +15,9 @@ export class Problem extends Error {
   }
 }
 
+export const noResponse = () =>
+  new Problem({ code: "", title: "No response", detail: "The gateway can't be reached. Try again.", status: 0 });
+
 export async function call(path, { headers = {}, ...more } = {}) {
   let response;
   try {
@@ -26,7 +29,7 @@ export async function call(path, { headers = {}, ...more } = {}) {
       redirect: "error",
     });
   } catch {
-    throw new Problem({ code: "", title: "No response", detail: "The gateway can't be reached. Try again.", status: 0 });
+    throw noResponse();
   }
   if (response.ok) return response;
   const isProblem = response.headers.get("content-type")?.startsWith("application/problem+json");

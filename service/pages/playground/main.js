@@ -1,6 +1,6 @@
 // The playground: connects its parts.
 
-import { Problem, call, follow, isFinal, setToken, submit } from "./api.js";
+import { Problem, call, follow, isFinal, noResponse, setToken, submit } from "./api.js";
 import { formatCost, refresh } from "./account.js";
 import { showCode } from "./code.js";
 import { byId, element, formatTime } from "./dom.js";
@@ -107,14 +107,14 @@ async function show(task) {
   await showResults(byId("artifacts"), task, sent);
 }
 
-// Run an action; a problem is shown, and the form is usable again after it.
+// Run an action; a problem, also a response that breaks off, is shown, and the form is usable again after it.
 async function attempt(action) {
   try {
     await action();
   } catch (error) {
-    if (!(error instanceof Problem)) throw error;
     byId("status").textContent = "";
-    showProblem(error);
+    showProblem(error instanceof Problem ? error : noResponse());
+    if (!(error instanceof Problem)) console.error(error);
   }
 }
 
