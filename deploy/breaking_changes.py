@@ -116,6 +116,8 @@ class _Comparison:
                 yield from self._compare_schemas(f"{place}.{name}", schema, changed, is_request=is_request)
             else:
                 yield f"{place}.{name} is removed"
+        if is_request:
+            yield from _compare_tolerance(place, old, new)
         for word in ("items", "additionalProperties"):
             if isinstance(old.get(word), Mapping) and isinstance(new.get(word), Mapping):
                 yield from self._compare_schemas(f"{place}[]", old[word], new[word], is_request=is_request)
@@ -135,6 +137,14 @@ class _Comparison:
                 target = target[key]
             node = target
         return node
+
+
+def _compare_tolerance(place: str, old: Node, new: Node) -> Iterator[str]:
+    """Compare what a request may leave out and add."""
+    if new.get("additionalProperties") is False and old.get("additionalProperties") is not False:
+        yield f"{place}: other fields are refused"
+    if "default" in old and old["default"] != new.get("default"):
+        yield f"{place}: default is {new.get('default')}, was {old['default']}"
 
 
 def _parameters(operation: Node) -> dict[str, Node]:

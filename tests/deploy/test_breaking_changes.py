@@ -37,6 +37,7 @@ BREAKING: list[tuple[Edit, str]] = [
     (lambda paths, _: form(paths)["properties"].pop("noise"), "body.noise is removed"),
     (lambda paths, _: form(paths)["properties"]["scale"].update(maximum=4), "body.scale: maximum is 4, was 8"),
     (lambda paths, _: form(paths)["properties"]["scale"].update(type="integer"), "body.scale: number is refused"),
+    (lambda paths, _: form(paths)["properties"]["scale"].update(default=3), "body.scale: default is 3, was 2.0"),
     (lambda _, schemas: schemas["State"]["enum"].append("lost"), "200.state: lost is new"),
     (lambda _, schemas: schemas["State"]["enum"].remove("queued"), "query state: queued is refused"),
     (lambda _, schemas: schemas["Task"]["oneOf"].append({"type": "null"}), "200: null is new"),
@@ -67,3 +68,10 @@ def test_compatible(document: Any) -> None:
         changed = copy.deepcopy(document)
         edit(changed["paths"], changed["components"]["schemas"])
         assert not find_breaking_changes(document, changed)
+
+
+def test_other_fields_that_are_newly_refused(document: Any) -> None:
+    old, new = copy.deepcopy(document), copy.deepcopy(document)
+    form(old["paths"]).pop("additionalProperties", None)
+    form(new["paths"])["additionalProperties"] = False
+    assert "body: other fields are refused" in "".join(find_breaking_changes(old, new))
