@@ -24,6 +24,12 @@ export PIP_CERT ?= $(CERTIFICATES)
 export UV_SYSTEM_CERTS ?= 1
 endif
 
+# Without a home, packages are kept here.
+ifeq ($(shell [ -w "$$HOME" ] && echo yes),)
+export UV_CACHE_DIR ?= $(CURDIR)/.tools/cache
+export npm_config_cache ?= $(CURDIR)/.tools/npm
+endif
+
 # The output of a step is shown only if it fails.
 step = @output=$$($(2) 2>&1) && echo 'ok      $(1)' || { printf '%s\n' "$$output"; echo 'FAILED  $(1)'; exit 1; }
 
@@ -167,7 +173,6 @@ $(VENV_STAMP): pyproject.toml uv.lock
 		mv .tools/venv/bin/uv $(UV)
 		rm -rf .tools/venv
 	fi
-	[ -w "$${HOME:-}" ] || export UV_CACHE_DIR="$${UV_CACHE_DIR:-$$PWD/.tools/cache}"
 	export UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON_DOWNLOADS=never
 	echo 'Building .venv from uv.lock'
 	if [ "$$(cat $@ 2>/dev/null)" != "$(PYTHON) $$(pwd -P)" ]; then
