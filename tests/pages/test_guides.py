@@ -28,7 +28,7 @@ PHOTO = (resources.files("service.demo") / "images" / "photo.jpg").read_bytes()
 SECRET = "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
 EVENT = '{"type":"task.succeeded","data":{"id":"task_1"}}'
 EXPECTED = {
-    "first-task": (r'"state":"succeeded"', r'"code":"invalid-options"'),
+    "first-task": (r'"state":"succeeded"', r"upscaled\.png", r'"code":"invalid-options"'),
     "waiting": (r"event: state\n", r"304\n"),
     "webhooks": (r"204\n",),
     "quotas": (r'"policies":\[', r"period,kind,"),
@@ -62,8 +62,15 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess
 def run(command: Sequence[str], folder: Path, variables: Mapping[str, str]) -> str:
     """Run a command in a folder with a picture; it must succeed. Returns what it printed."""
     (folder / "photo.jpg").write_bytes(PHOTO)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # has the command `gateway`
     done = subprocess.run(
-        command, cwd=folder, env={**os.environ, **variables}, capture_output=True, text=True, timeout=120, check=False
+        command,
+        cwd=folder,
+        env={**os.environ, "PATH": path, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, f"{command}\n\n{done.stdout}\n{done.stderr}"
     return done.stdout
