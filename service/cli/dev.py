@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import sys
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,9 @@ def sandbox(folder: Path | None, host: str, port: int) -> None:
     try:
         asyncio.run(serve(config, host, port, on_ready=click.echo))
     except OSError as error:
-        raise CommandError(f"can't run the sandbox on {host}:{port}: {error.strerror or error}") from None
+        # The text of asyncio repeats the address.
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error
+        raise CommandError(f"can't run the sandbox on {host}:{port}: {why}") from None
     except sqlite3.Error as error:
         raise CommandError(f"can't run the sandbox in {folder}: {error}") from None
 
