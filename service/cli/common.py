@@ -134,7 +134,8 @@ class RoleCommand(LazyCommand):
     """A command of operators and one of callers under the same name.
 
     The token that is set decides; with both, `--as` does. A subcommand of operators is theirs in any case. Without any
-    token, as in development, a command is the operators', unless it has an id in place of a subcommand.
+    token, as in development, a command is the operators', unless it has an id in place of a subcommand, or is `quota`
+    without a tenant.
     """
 
     def __init__(self, name: str, modules: Mapping[str, str], summary: str, subcommands: Collection[str] = ()) -> None:
@@ -169,8 +170,10 @@ class RoleCommand(LazyCommand):
             raise click.UsageError(f"{' and '.join(_ROLES.values())} are both set: use --as caller or --as operator.")
         if len(set_roles) == 1:
             return set_roles[0]
-        has_id = self._subcommands and any(not argument.startswith("-") for argument in args)
-        return "caller" if has_id else "operator"
+        has_name = any(not argument.startswith("-") for argument in args)
+        if self.name == "quota":
+            return "operator" if has_name else "caller"  # operators must name a tenant
+        return "caller" if self._subcommands and has_name else "operator"
 
 
 class FieldErrorGroup(click.Group):

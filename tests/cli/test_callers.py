@@ -268,6 +268,7 @@ async def test_token_of_a_gateway_in_development(shell: Shell, folder: Path) -> 
     (folder / ".gateway").mkdir()
     (folder / ".gateway" / "demo.token").write_text(f"{token}\n")
     await shell.run("tasks")
+    assert "can_pay" in (await shell.run_json("quota"))["account"]
     await shell.run("tasks", "--url", url, code=2)  # the demo's token goes nowhere else
 
 
