@@ -69,8 +69,9 @@ for (const [kind, { figures, option, value }] of Object.entries(KINDS)) {
         if (language !== "curl") await page.keyboard.press("ArrowRight");
         else await page.getByRole("tab", { name: "curl" }).focus();
         const code = await page.getByRole("tabpanel", { name: language }).locator("code").textContent();
-        assert.ok(code.includes(`/v1/tasks/${kind}`), code);
-        assert.ok(!option || code.includes(value), code);
+        assert.ok(code.includes(language === "Python" ? `gateway.submit("${kind}"` : `/v1/tasks/${kind}`), code);
+        if (option && language === "Python") assert.ok(code.includes(`${option}=${value === "true" ? "True" : value}`), code);
+        assert.ok(!option || code.toLowerCase().includes(value), code);
         writeFileSync(`${FOLDER}/${kind}.${language}`, code);
       }
       await page.getByRole("button", { name: kind }).first().waitFor(); // among the recent tasks

@@ -4,7 +4,7 @@ import { byId, element } from "./dom.js";
 
 const LANGUAGES = { curl: toCurl, Python: toPython, TypeScript: toTypeScript };
 
-// Show the programs of a submission: {address, kind, file, options, artifacts}, where options has the form's texts.
+// Show the programs of a submission: {address, kind, file, options, artifacts}, where options has values by name.
 export function showCode(work) {
   const tabs = document.querySelector("#code [role=tablist]");
   const panel = byId("code-panel");
@@ -68,35 +68,24 @@ ${result.join("\n")}
 `;
 }
 
-function toPython({ address, kind, file, options }) {
-  return `import os
-import uuid
-from pathlib import Path
+const literalPython = (value) => (typeof value === "boolean" ? (value ? "True" : "False") : JSON.stringify(value));
 
-import httpx2
+function toPython({ address, kind, file, options, artifacts }) {
+  const named = Object.entries(options).map(([name, value]) => `, ${name}=${literalPython(value)}`);
+  const results = artifacts.map(({ name, file: saved }) => `    gateway.download(task, ${JSON.stringify(saved)}, name=${JSON.stringify(name)})\n`);
+  return `# pip install imaging-gateway; export GATEWAY_TOKEN=igw_...
+from service.client import GatewayClient
 
-headers = {"Authorization": f"Bearer {os.environ['GATEWAY_TOKEN']}", "Prefer": "wait=60"}
-with httpx2.Client(base_url=${JSON.stringify(address)}, headers=headers, timeout=120) as client:
-    response = client.post(
-        "/v1/tasks/${kind}",
-        headers={"Idempotency-Key": f'"{uuid.uuid4()}"'},  # the same for every attempt: it is charged once
-        files={"image": (${JSON.stringify(file)}, Path(${JSON.stringify(file)}).read_bytes())},
-        data=${JSON.stringify(options)},
-    )
-    while True:
-        task = response.raise_for_status().json()
-        if task["state"] in {"succeeded", "failed"}:
-            break
-        response = client.get(task["links"]["self"])
-    for artifact in task["artifacts"]:
-        content = client.get(artifact["href"]).raise_for_status().content
-        Path(f"{task['kind']}-{artifact['name']}").write_bytes(content)
-print(task["state"], task["cost"])
+with GatewayClient(${JSON.stringify(address)}) as gateway:
+    # All attempts have one Idempotency-Key, so it is charged once.
+    task = gateway.submit(${JSON.stringify(kind)}, ${JSON.stringify(file)}${named.join("")})
+    task = gateway.wait(task)
+${results.join("")}print(task.state, task.cost)
 `;
 }
 
 function toTypeScript({ address, kind, file, options }) {
-  const fields = Object.entries(options).map(([name, value]) => `form.set(${JSON.stringify(name)}, ${JSON.stringify(value)});\n`);
+  const fields = Object.entries(options).map(([name, value]) => `form.set(${JSON.stringify(name)}, ${JSON.stringify(String(value))});\n`);
   return `import { randomUUID } from "node:crypto";
 import { openAsBlob } from "node:fs";
 import { writeFile } from "node:fs/promises";

@@ -101,7 +101,7 @@ async function show(task) {
     address: new URL(".", location).href.replace(/\/$/, ""),
     kind: task.kind,
     file: sent?.name ?? "photo.jpg",
-    options: Object.fromEntries(changed.map(([name, value]) => [name, String(value)])),
+    options: Object.fromEntries(changed),
     artifacts: task.artifacts.map(({ name }) => ({ name, file: `${task.kind}-${name}${names[name] ?? ""}` })),
   });
   await showResults(byId("artifacts"), task, sent);
