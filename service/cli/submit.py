@@ -30,6 +30,7 @@ from service.cli.jobs import Job, Plan, stem_of, submit_all
 from service.cli.reports import format_cost
 from service.client import (
     GatewayError,
+    QuotaExceeded,
     SubmissionUnknown,
     TaskFailed,
     TaskOptions,
@@ -105,6 +106,9 @@ def _report(jobs: Sequence[Job], plan: Plan, *, as_json: bool, is_quiet: bool) -
 
 def _hint(job: Job, *, is_new: bool) -> str:
     match job.error:
+        case QuotaExceeded(problem=problem):
+            refused = problem.violated_policies
+            return "".join(f" {item.policy} resets at {item.resets_at}." for item in refused if item.resets_at)
         case SubmissionUnknown(problem=problem):
             return f" `gateway submission {problem.submission_id}` shows its outcome."
         case GatewayError(idempotency_key=str() as key) if is_new and may_be_served(job.error):

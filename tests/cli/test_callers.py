@@ -230,6 +230,8 @@ async def test_tasks_limits_and_usage(shell: Shell, folder: Path) -> None:
     assert (head[:3], line[1:4]) == (["PERIOD", "KIND", "RUNNING"], ["vectorize", "0", "2"])
     assert (await shell.run_json("usage", "--group-by", "none"))["total"]["charged"]["tasks"] == 2
     assert (await shell.run("usage", "--csv", "--from", lines[0][0][:10])).stdout.startswith("period,kind,")
+    await shell.gateway.put_tenant(limits=[{"window": "day", "tasks": 0}])
+    assert "day-tasks resets at 20" in (await shell.run("submit", "upscale", "photo.png", "--new", code=4)).stderr
 
 
 async def test_set_token_decides_whose_command_it_is(shell: Shell) -> None:
