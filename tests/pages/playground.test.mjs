@@ -124,9 +124,12 @@ test("errors that the form can correct", () =>
     await page.getByRole("button", { name: "Connect" }).click();
     await submit(page);
     await expectProblem(page, "", "No picture");
+    const { top, bottom } = await page.getByRole("alert").evaluate((alert) => alert.getBoundingClientRect().toJSON());
+    assert.ok(top >= 0 && bottom <= 900, `${top} ${bottom}`); // in sight
     await page.getByLabel("Picture").setInputFiles({ name: "a.png", mimeType: "image/png", buffer: Buffer.from("%PDF-1.7") });
     await submit(page);
     await expectProblem(page, "unsupported-media-type");
+    assert.ok(await page.locator("#preview").isHidden());
     await choose(page, "upscale");
     const scale = page.getByLabel("scale", { exact: true });
     await scale.evaluate((range) => Object.assign(range, { max: 99, value: 9 })); // as if the page were outdated

@@ -52,6 +52,7 @@ function showProblem(problem) {
   byId("problem").replaceChildren(
     element("div", { className: "notice bad" }, element("strong", {}, problem.title), element("p", {}, problem.detail + wait), element("p", { className: "hint" }, link, link ? " · " : null, facts)),
   );
+  byId("problem").scrollIntoView({ block: "nearest" });
   showErrors(options, problem.errors ?? []);
 }
 
@@ -139,6 +140,7 @@ form.addEventListener("input", (event) => {
   if (event.target.name === "kind") renderOptions(options, kinds.find(({ name }) => name === chosenKind()).options);
 });
 byId("picture").addEventListener("change", (event) => usePicture(event.target.files[0] ?? null));
+byId("preview").addEventListener("error", ({ target }) => (target.hidden = true)); // no picture: submitting it says so
 byId("sample").addEventListener("click", () => attempt(useSample));
 const drop = byId("drop");
 for (const name of ["dragover", "dragleave", "drop"]) {
