@@ -72,7 +72,11 @@ class Retention(Struct, frozen=True, kw_only=True):
 
     @property
     def keep_ms(self) -> int:
-        """Retention of reservations and running tasks: longer than any task runs."""
+        """Retention of reservations and running tasks: longer than any task runs.
+
+        That of a reservation starts when it is made, and again when it is accepted, refused or ended: one without an
+        outcome, or of unknown outcome, is never older.
+        """
         return self.keep_finished_ms + 30 * DAY_MS
 
 
@@ -121,7 +125,6 @@ class RedisLedger:
             ],
             previous_account=previous,
             account_status=account_status,
-            keep_ms=self._retention.keep_ms,
             accounts=request.accounts,
         )
         return _parse_verdict(answer)

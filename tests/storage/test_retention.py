@@ -8,6 +8,7 @@ from service.storage.redis import DAY_MS
 from service.usecases.ports import CheckOutcome, CheckResult, ReserveRequest
 from tests.storage.seeded_store import ACCOUNTS, FIRST, RETENTION, SECOND, START_MS, TENANT, TENANTS, SeededStore
 
+HOUR_MS = 3_600_000
 MONTH_MS = 30 * DAY_MS
 KEY = Idempotency("k", "c")
 SUCCEEDED_CHECK = CheckResult(outcome=CheckOutcome.SUCCEEDED, balance=Balance(8, 0))
@@ -46,24 +47,48 @@ async def test_everything_expires(store: SeededStore) -> None:
 
 
 async def test_prolonged(store: SeededStore) -> None:
-    """A change of account, an outcome and a check restart the retention; the key of a lost submission is kept a day."""
+    """An outcome and a check restart the retention; the key of a lost submission is kept a day."""
     keys = store.keys
+    for outcome in (ReservationState.ACCEPTED, ReservationState.REFUSED, ReservationState.NOT_SENT):
+        await store.reserve(outcome)
+        await shorten_ttl(store, keys.reservation(outcome))
+        await store.settle(outcome, outcome)
+        assert await ttl_ms(store, keys.reservation(outcome)) == RETENTION.keep_ms
+    running = keys.task(ReservationState.ACCEPTED)
+    await shorten_ttl(store, running)
+    await store.record_check(CheckResult(outcome=CheckOutcome.RUNNING))
+    assert await ttl_ms(store, running) == RETENTION.keep_ms
+    await store.settle("lost", ReservationState.ACCEPTED, idempotency=KEY)
+    assert await ttl_ms(store, keys.idempotency(TENANT, "k")) == DAY_MS
+
+
+async def test_unknown(store: SeededStore) -> None:
+    """Neither a change of account nor an unknown outcome prolongs a submission, also one that Redis lost."""
+    key, lost = store.keys.reservation("moved"), store.keys.reservation("lost")
     await store.reserve("moved")
-    await shorten_ttl(store, keys.reservation("moved"))
+    await shorten_ttl(store, key)
     ask = ReserveRequest("moved", TENANT, (SECOND,), Kind.UPSCALE)
     assert isinstance(await store.ledger.change_account(ask, FIRST, None), Grant)
-    assert await ttl_ms(store, keys.reservation("moved")) == RETENTION.keep_ms
-    await shorten_ttl(store, keys.reservation("moved"))
+    assert await ttl_ms(store, key) == 60_000
     assert await store.ledger.settle_expired(1) == []
     await store.advance_clock(RETENTION.lease_ms)
     assert await store.ledger.settle_expired(1)
-    assert await ttl_ms(store, keys.reservation("moved")) == RETENTION.keep_ms
-    await store.accept("running")
-    await shorten_ttl(store, keys.task("running"))
-    await store.record_check(CheckResult(outcome=CheckOutcome.RUNNING))
-    assert await ttl_ms(store, keys.task("running")) == RETENTION.keep_ms
-    await store.settle("lost", ReservationState.ACCEPTED, idempotency=KEY)
-    assert await ttl_ms(store, keys.idempotency(TENANT, "k")) == DAY_MS
+    assert await ttl_ms(store, key) == 60_000
+    await store.settle("lost", ReservationState.UNKNOWN, created=store.now - DAY_MS)
+    assert await ttl_ms(store, lost) == RETENTION.keep_ms - DAY_MS
+
+
+async def test_oldest_unknown_is_moved_by_a_reset(store: SeededStore) -> None:
+    """A reset of the clock moves a submission of unknown outcome at the end of its retention."""
+    await store.reserve("doubtful")
+    await store.settle("doubtful", ReservationState.UNKNOWN)
+    await store.advance_clock(RETENTION.keep_ms + HOUR_MS)
+    await store.ledger.reserve(ReserveRequest("other", TENANT, (FIRST,), Kind.UPSCALE))
+    await store.advance_clock(-HOUR_MS)
+    assert await store.ledger.reset_clock([TENANT], []) == HOUR_MS
+    reservation = await store.ledger.get_reservation("doubtful")
+    assert reservation
+    assert (reservation.created_at, reservation.settled_at) == (START_MS, START_MS - HOUR_MS)
 
 
 async def test_ended_and_refunded(store: SeededStore) -> None:

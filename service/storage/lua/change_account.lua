@@ -1,7 +1,7 @@
 -- Moves a reservation whose account did not take it to the next account. It keeps its place in the windows.
 -- USES: store, windows, account, reserve_rules
 -- KEYS     clock, tenant, reservation, previous account, account...
--- ARGV     MessagePack {previous_account, account_status, keep_ms, accounts}; account_status is what the previous account
+-- ARGV     MessagePack {previous_account, account_status, accounts}; account_status is what the previous account
 --          becomes, if anything
 -- RETURNS  as reserve; after anything but 'granted' the reservation is where it was, to be settled
 local args = cmsgpack.unpack(ARGV[1])
@@ -43,5 +43,5 @@ apply_to_windows(tenant, reservation, 1)
 save_state(tenant)
 save_state(previous)
 save_state(account)
-save_reservation(KEYS[3], reservation, args.keep_ms)
+save_reservation(KEYS[3], reservation)
 return {'granted', cmsgpack.pack(tenant.state), wall, account.id, reservation.lease_expires_at - now + wall}

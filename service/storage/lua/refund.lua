@@ -34,5 +34,5 @@ reservation.refund = refund
 apply_to_windows(tenant, reservation, 1)
 apply_to_usage(args.usage_prefix, args.reservation, reservation, old_usage, args.keep_usage_ms)
 save_state(tenant)
-save_reservation(KEYS[3], reservation, redis.call('PTTL', KEYS[3]))
+save_reservation(KEYS[3], reservation)
 return {'refunded', redis.call('GET', KEYS[3]), now - wall}

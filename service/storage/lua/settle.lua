@@ -55,7 +55,7 @@ elseif not reservation then
   if outcome == 'unknown' then
     save_state(tenant)
     save_state(account)
-    save_reservation(KEYS[3], reservation, args.keep_ms)
+    save_reservation(KEYS[3], reservation, math.max(args.created_at + args.keep_ms - wall, 1))
     return {'settled', now}
   end
 end
@@ -116,7 +116,8 @@ end
 store_inference(account, args.reservation_prefix)
 save_state(tenant)
 save_state(account)
-save_reservation(KEYS[3], reservation, args.keep_ms)
+-- One of unknown outcome expires as if it had none, so that reset_clock.lua finds it by the day on which it was made.
+save_reservation(KEYS[3], reservation, outcome ~= 'unknown' and args.keep_ms or nil)
 redis.call('ZREM', KEYS[4], args.reservation)
 
 if outcome == 'accepted' then

@@ -79,6 +79,7 @@ local function load_reservation(key)
   return reservation
 end
 
+-- Stores a reservation for `keep_ms`, or until it would have expired anyway without that.
 local function save_reservation(key, reservation, keep_ms)
   if not next(reservation.money_holds) then
     reservation.money_holds = nil
@@ -89,5 +90,9 @@ local function save_reservation(key, reservation, keep_ms)
   if reservation.balance_after and not next(reservation.balance_after) then
     reservation.balance_after = nil
   end
-  redis.call('SET', key, cmsgpack.pack(reservation), 'PX', keep_ms)
+  if keep_ms then
+    redis.call('SET', key, cmsgpack.pack(reservation), 'PX', keep_ms)
+  else
+    redis.call('SET', key, cmsgpack.pack(reservation), 'KEEPTTL')
+  end
 end
