@@ -8,6 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 import uvloop
+from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 from msgspec.structs import replace
 
@@ -46,7 +47,7 @@ from service.usecases.ports import (
 )
 from tests.model.ledger import is_open, is_reserved, roll_windows
 from tests.model.tasks import StoreModel
-from tests.storage.ledger_strategies import KINDS, WEBHOOKS, SimulatedUpstream, SubmissionPlan
+from tests.storage.ledger_strategies import KINDS, MAX_CLOCK_STEP_MS, WEBHOOKS, SimulatedUpstream, SubmissionPlan
 from tests.storage.seeded_store import RETENTION
 from tests.support.server_time import install_server_time, set_server_time
 
@@ -96,7 +97,12 @@ class LedgerComparison(RuleBasedStateMachine):
         super().__init__()
         install_server_time()
         self.loop = uvloop.new_event_loop()
-        self.retention = replace(RETENTION, lost_after_ms=90_000, unusable_after_ms=200_000)
+        self.retention = replace(
+            RETENTION,
+            lost_after_ms=90_000,
+            unusable_after_ms=200_000,
+            keep_finished_ms=settings().stateful_step_count * MAX_CLOCK_STEP_MS,  # no submission expires in the model
+        )
         self.model = StoreModel(START_MS, self.retention)
         self.latest_ms = START_MS
         self.keys = Keys("model")

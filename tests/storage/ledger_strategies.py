@@ -66,8 +66,9 @@ answers = st.sampled_from([CheckOutcome.SUCCEEDED] * 6 + [CheckOutcome.FAILED] *
 
 answer_delays = st.sampled_from([0, 1, 1, 700])
 """The duration of an answer, in milliseconds."""
+MAX_CLOCK_STEP_MS = 31 * 86_400_000
 clock_steps = st.sampled_from(
-    [1, 999, 2_500, 30_000, 60_000, 180_000, 600_000, 600_000, 3_600_000, 86_400_000, 31 * 86_400_000]
+    [1, 999, 2_500, 30_000, 60_000, 180_000, 600_000, 600_000, 3_600_000, 86_400_000, MAX_CLOCK_STEP_MS]
 )
 
 
