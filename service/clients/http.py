@@ -284,18 +284,17 @@ class _Call:
         return self._received is not None and self._received.status is not None
 
     def get_response(self) -> UpstreamResponse:
-        """Return what has arrived. Raises the error of a response without a head."""
+        """Return what has arrived. Raises ResponseLost without a head."""
         received = self._received
         if received is None or received.status is None:
-            raise (received and received.error) or EOFError
-        truncation = type(received.error).__name__ if received.error else ""
+            raise ResponseLost((received and received.failure) or EOFError.__name__)
         retry_after = parse_retry_after(received.retry_after)
-        return UpstreamResponse(received.status, bytes(received.body), truncation, retry_after)
+        return UpstreamResponse(received.status, bytes(received.body), received.failure, retry_after)
 
     def classify_error(self, error: Exception) -> NotSent | ResponseLost:
         """Return NotSent only if nothing was sent: a resent submission would be paid twice."""
         if self._received is not None:
-            return ResponseLost(type(error).__name__)
+            return error if isinstance(error, ResponseLost) else ResponseLost(type(error).__name__)
         if isinstance(error, ConnectFailed):
             self._notify_breaker(self._breaker.on_failed)
         return error if isinstance(error, NotSent) else NotSent(type(error).__name__)

@@ -26,8 +26,11 @@ class ResponseParser:
     """Known once the head has arrived."""
     retry_after: str | None = None
     has_ended = False
-    error: Exception | None = None
-    """Why the response may be incomplete, once it has ended."""
+    failure = ""
+    """The type of the error for which the response may be incomplete, once it has ended.
+
+    The error itself would refer to the frames of the request, and keep its image in memory.
+    """
     is_reusable = False
     """Whether its connection may be kept, once it has ended."""
 
@@ -78,7 +81,7 @@ class ResponseParser:
 
     def _end(self, error: Exception | None = None) -> None:
         if not self.has_ended:
-            self.has_ended, self.error = True, error
+            self.has_ended, self.failure = True, type(error).__name__ if error else ""
 
     def on_message_begin(self) -> None:
         if self.has_ended:

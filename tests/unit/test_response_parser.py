@@ -70,19 +70,19 @@ def test_odd_responses(piece_bytes: int) -> None:
         assert (response.status, bytes(response.body)) == (200, BODY), data[:200]
     for data in UNREADABLE:
         response = parse(data, piece_bytes)
-        assert (response.status, response.error is None) == (None, False), data[:200]
+        assert (response.status, bool(response.failure)) == (None, True), data[:200]
 
 
 @pytest.mark.parametrize("status", [204, 304])
 def test_responses_without_a_body(status: int) -> None:
     response = parse(b"HTTP/1.1 %d x\r\n" % status + REST)
-    assert (response.status, bytes(response.body), response.error) == (status, b"", None)
+    assert (response.status, bytes(response.body), response.failure) == (status, b"", "")
 
 
 def test_only_a_complete_response_without_further_bytes_leaves_its_connection_usable() -> None:
     for data in (OK + REST, OK + CHUNKED + CHUNKS, b"HTTP/1.1 103 x\r\n\r\n" + OK + REST):
         response = parse(data)
-        assert (response.is_reusable, response.error) == (True, None)
+        assert (response.is_reusable, response.failure) == (True, "")
         response.feed(b"x")
         assert not response.is_reusable
     close = b"Connection: close\r\n"
@@ -99,10 +99,10 @@ def test_only_a_complete_response_without_further_bytes_leaves_its_connection_us
 
 def test_what_is_read_is_limited() -> None:
     field, chunk = b"X: " + b"y" * 999 + b"\r\n", b"1;%s\r\nz\r\n" % (b"x" * 999)
-    assert parse(OK + field * (MAX_HEAD_BYTES // 1_000 + 1), 1_000).error
+    assert parse(OK + field * (MAX_HEAD_BYTES // 1_000 + 1), 1_000).failure
     assert parse(OK + field * (MAX_HEAD_BYTES // 1_000 + 1) + REST, 1_000).status is None
     for data in (OK + b"\r\n" + b"z" * (MAX_BODY_BYTES + 1), OK + CHUNKED + b"\r\n" + chunk * MAX_BODY_BYTES):
         response = parse(data, 10_000)
         assert response.status == 200
-        assert response.error
+        assert response.failure
         assert 1_000 < len(response.body) <= MAX_BODY_BYTES
