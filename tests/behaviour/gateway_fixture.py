@@ -195,9 +195,9 @@ class RunningGateway:
 
 
 _PERMANENT_KEYS = re.compile(
-    r"\{gw\}:(version|clock(:offset|:server)?|registry|leases|poll:(due|claimed)|(tenant|account):\d+)"
+    r"\{[\w-]+\}:(version|clock(:offset|:server)?|registry|leases|poll:(due|claimed)|(tenant|account):\d+)"
 )
-"""Keys without a time to live: their number is bounded, and deleting the owner deletes them."""
+"""Keys without a time to live, of any gateway: their number is bounded, and deleting the owner deletes them."""
 
 
 async def assert_keys_expire(client: Any) -> None:
