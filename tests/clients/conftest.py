@@ -15,7 +15,7 @@ from service.domain.tasks import Kind
 from tests.process.gateway import TIMEOUT_SECONDS, GatewayProcess, run_gateway
 from tests.process.sandbox import run_sandbox
 from tests.support.images import make_png
-from tests.support.valkey import Valkey
+from tests.support.valkey import run_valkey
 
 PROGRAMS = Path(__file__).parent / "programs"
 RunProgram = Callable[..., None]
@@ -36,9 +36,9 @@ def run(
 
 
 @pytest.fixture(scope="session")
-def gateway(valkey: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    with run_sandbox() as sandbox:
-        settings = sandbox.gateway_settings(valkey)
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    with run_valkey() as store, run_sandbox() as sandbox:  # a store of its own, since it runs until the session ends
+        settings = sandbox.gateway_settings(store)
         with run_gateway(tmp_path_factory.mktemp("gateway"), **settings) as running:
             for kind in Kind:
                 running.call("POST", f"/v1/tasks/{kind}", files={"image": make_png()}).raise_for_status()
