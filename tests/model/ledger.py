@@ -481,6 +481,8 @@ class LedgerModel:
         self._store_key(settlement.tenant, settlement, overwrites=False)
         reservation.state, reservation.settled_at = UNKNOWN, at.ledger_ms
         reservation.window_starts = {window: window_bounds(window, reservation.created_at)[0] for window in Window}
+        tenant = self.tenants[settlement.tenant] = self.tenant_state(settlement.tenant)
+        roll_windows(tenant, max(at.server_ms, reservation.created_at))
         state = self.account_state(settlement.account)
         state.unknown_outcomes += 1
         state.expected_drop.charges += 1

@@ -252,7 +252,7 @@ class LedgerComparison(RuleBasedStateMachine):
             tenant=TENANT,
             account=sum(ACCOUNTS) - account if wrong_account and known else account,
             kind=kind,
-            created_at=known.created_at if known else self.model.now_ms - 1_000,
+            created_at=known.created_at if known else self.latest_ms - 1_000,
             outcome=outcome,
             balance=self.upstream.balances[account] if reported is None else reported,
             account_status=closes if outcome is ReservationState.REFUSED else None,

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from service.domain import ledger
 from service.domain.errors import Violation
-from service.domain.ledger import Grant, PolicyDenial
+from service.domain.ledger import Grant, PolicyDenial, ReservationState
 from service.domain.tasks import Kind
 from service.domain.tenants import Limit, TenantPolicy, Window
 from service.storage.redis import parse_server_time
@@ -83,3 +83,14 @@ async def test_work_goes_on_after_a_step_back(store: SeededStore) -> None:
     await store.advance_clock(RETENTION.lease_ms)
     assert [item.reservation for item in await store.ledger.settle_expired(9)] == ["dies"]
     assert await store.ledger.clock_offset() > 0
+
+
+async def test_lost_submission_of_a_later_period(store: SeededStore) -> None:
+    """Windows count a submission that Redis lost and that was made before the clock stepped back from their period."""
+    await store.advance_clock(1_000)
+    made_at = store.now
+    await store.advance_clock(-STEP_MS)
+    await store.settle("lost", ReservationState.ACCEPTED, created=made_at)
+    await store.advance_clock(STEP_MS)
+    _, snapshot = await store.ledger.reserve(ReserveRequest("next", TENANT, (FIRST,), Kind.UPSCALE))
+    assert {window: item.tasks for window, item in snapshot.state.windows.items()} == dict.fromkeys(Window, 1)

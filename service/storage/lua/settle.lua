@@ -23,7 +23,10 @@ local function recreate_reservation()
   for _, window in ipairs(WINDOWS) do
     reservation.window_starts[window] = window_start(window, args.created_at)
   end
+  -- It may have been made in a later period than the present one, before the server's clock stepped back.
+  roll_windows(tenant, math.max(wall, args.created_at))
   apply_to_windows(tenant, reservation, 1)
+  roll_windows(tenant, wall)
   apply_to_usage(args.usage_prefix, args.reservation, reservation, {}, args.keep_usage_ms)
   account.state.unknown_outcomes = account.state.unknown_outcomes + 1
   local expected = account.state.expected_drop
