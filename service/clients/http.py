@@ -189,11 +189,13 @@ class UpstreamPool:
                         await self._exchange(call, parse_target(base_url), path, form, deadline)
                 except TimeoutError as error:
                     call.finish(error)  # what has arrived by the deadline counts
-                response = call.get_response()
-                tracing.record_status(span, response.status)
-                return response
+                if call.status is None:
+                    tracing.record_error(span, call.failure)
+                else:
+                    tracing.record_status(span, call.status)
+            return call.get_response()
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not hide that the request was sent
-            if not call.has_response:
+            if call.status is None:
                 raise call.classify_error(error) from None
             _log.exception("upstream.close_error")
             return call.get_response()
@@ -280,14 +282,20 @@ class _Call:
         self._received.finish(error)
 
     @property
-    def has_response(self) -> bool:
-        return self._received is not None and self._received.status is not None
+    def status(self) -> int | None:
+        """The status of the response; None without one."""
+        return self._received.status if self._received else None
+
+    @property
+    def failure(self) -> str:
+        """The type of the error for which there is no response."""
+        return (self._received and self._received.failure) or EOFError.__name__
 
     def get_response(self) -> UpstreamResponse:
         """Return what has arrived. Raises ResponseLost without a head."""
         received = self._received
         if received is None or received.status is None:
-            raise ResponseLost((received and received.failure) or EOFError.__name__)
+            raise ResponseLost(self.failure)
         retry_after = parse_retry_after(received.retry_after)
         return UpstreamResponse(received.status, bytes(received.body), received.failure, retry_after)
 

@@ -104,6 +104,11 @@ def record_status(span: Span, status: int) -> None:
         _set_error(span, str(status))
 
 
+def record_error(span: Span, error_type: str) -> None:
+    """Record the type of the error for which there is no response."""
+    _set_error(span, error_type)
+
+
 def start_redis_span(
     tracer: Tracer, operation: str, *, script: str | None = None, batch_size: int = 1
 ) -> AbstractContextManager[Span]:
