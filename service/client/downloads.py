@@ -62,16 +62,22 @@ class _FileReceiver:
         """Request all, or the rest if the version is known."""
         headers = {"Accept-Encoding": "identity"}
         if self.size and self._etag:
-            headers |= {"Range": f"bytes={self.size}-", "If-Range": self._etag}
+            headers |= {"Range": f"bytes={self._resume_at}-", "If-Range": self._etag}
         return Request("GET", path, headers=headers, receiver=self)
+
+    @property
+    def _resume_at(self) -> int:
+        # The last byte is requested again: beyond that of a whole result, nothing could be.
+        return max(self.size - 1, 0)
 
     def begin(self, response: httpx2.Response) -> None:
         is_rest = response.status_code == _STATUS_PARTIAL
         if is_rest:
             found = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
-            if not found or int(found[1]) != self.size:
+            if not found or int(found[1]) != self._resume_at:
                 raise UnexpectedResponse("The response is another part than was requested", response.status_code)
             self._total = int(found[2])
+            self.size = self._file.seek(self._resume_at)
         else:
             self._total = None
             self._file.seek(0)

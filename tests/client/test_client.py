@@ -359,18 +359,22 @@ def make_task(name: str = "image") -> Task:
     return Task(id="t", kind="upscale", state="succeeded", created_at=at, updated_at=at, artifacts=artifacts)
 
 
-async def test_broken_download_is_resumed(tmp_path: Path, *, is_async: bool) -> None:
-    whole, half = IMAGE, len(IMAGE) // 2
+@pytest.mark.parametrize("received", [len(IMAGE) // 2, len(IMAGE)])
+async def test_broken_download_is_resumed(tmp_path: Path, received: int, *, is_async: bool) -> None:
+    """Also if only the end of a chunked response was lost."""
+    whole = IMAGE
 
     async def serve(connection: Connection) -> None:
         head = (await connection.receive()).lower()
-        if f"range: bytes={half}-" in head:
+        if "if-range:" in head:
+            assert f"range: bytes={received - 1}-" in head
             assert 'if-range: "v1"' in head
-            content_range = f"bytes {half}-{len(whole) - 1}/{len(whole)}"
-            rest = whole[half:]
+            content_range = f"bytes {received - 1}-{len(whole) - 1}/{len(whole)}"
+            rest = whole[received - 1 :]
             await connection.send(response_head(206, Content_Range=content_range, Content_Length=str(len(rest))) + rest)
         else:
-            await connection.send(response_head(ETag='"v1"', Content_Length=str(len(whole))) + whole[:half])
+            chunk = b"%x\r\n%s\r\n" % (received, whole[:received])
+            await connection.send(response_head(ETag='"v1"', Transfer_Encoding="chunked") + chunk)
 
     async with run_server(serve) as server:
         saved = await connect(server.url, is_async=is_async, retry_seconds=1)(
@@ -383,12 +387,13 @@ async def test_broken_download_is_resumed(tmp_path: Path, *, is_async: bool) -> 
 @pytest.mark.parametrize("received", [0, 10])
 async def test_part_is_no_result(received: int, tmp_path: Path) -> None:
     """A server may send less of the rest than was requested, or a part without being asked."""
-    part = f"bytes {received}-19/{len(IMAGE)}"
+    start = max(received - 1, 0)
+    part = f"bytes {start}-19/{len(IMAGE)}"
 
     async def serve(connection: Connection) -> None:
         if b"range:" in (await connection.receive()).lower().encode() or not received:
             await connection.send(
-                response_head(206, Content_Range=part, Content_Length=str(20 - received)) + IMAGE[received:20]
+                response_head(206, Content_Range=part, Content_Length=str(20 - start)) + IMAGE[start:20]
             )
         else:
             await connection.send(response_head(ETag='"v1"', Content_Length=str(len(IMAGE))) + IMAGE[:received])
