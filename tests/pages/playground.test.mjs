@@ -17,7 +17,7 @@ async function choose(page, kind) {
 }
 
 const submit = (page) => page.getByRole("button", { name: "Submit" }).click();
-const state = (page, name) => page.getByRole("status").filter({ hasText: `The task is ${name}.` }).waitFor();
+const state = (page, name) => page.getByRole("status").filter({ hasText: new RegExp(`The task (is|has) ${name}\\.`) }).waitFor();
 
 async function expectProblem(page, code, text = code) {
   await page.getByRole("alert").filter({ hasText: text }).waitFor();
@@ -53,7 +53,7 @@ for (const [kind, { figures, option, value }] of Object.entries(KINDS)) {
       await page.keyboard.press("Enter");
       await state(page, "succeeded");
       const shown = await page.evaluate(() => [...new Set(globalThis.shown)]);
-      assert.deepEqual(shown, ["Sending the picture…", "The task is queued.", "The task is running.", "The task is succeeded."]);
+      assert.deepEqual(shown, ["Sending the picture…", "The task is queued.", "The task is running.", "The task has succeeded."]);
       await page.locator("figure").nth(figures.length - 1).waitFor();
       assert.deepEqual(await page.locator("figcaption").allTextContents(), figures);
       await page.waitForFunction(() => [...document.querySelectorAll("figure img")].every((image) => image.complete && image.naturalWidth));

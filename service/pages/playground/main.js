@@ -78,7 +78,7 @@ function showState(task) {
     else step.removeAttribute("aria-current");
   });
   steps.lastElementChild.textContent = isFinal(task) ? task.state : "ended";
-  byId("status").textContent = `The task is ${task.state}.`;
+  byId("status").textContent = `The task ${isFinal(task) ? "has" : "is"} ${task.state}.`;
   const seconds = task.finished_at && ((new Date(task.finished_at) - new Date(task.created_at)) / 1000).toFixed(1);
   const rows = { Task: task.id, Kind: task.kind, Submitted: formatTime(task.created_at), Duration: seconds && `${seconds} s`, Cost: isFinal(task) && formatCost(task.cost) };
   byId("details").replaceChildren(
