@@ -306,12 +306,13 @@ class HttpServer:
 class _Cycle(RequestResponseCycle):
     """A request and its response. The body is passed on in the parts that the parser made: uvicorn copies it twice."""
 
-    def __init__(self, **parts: Any) -> None:
-        super().__init__(**parts)
-        self.chunks: list[bytes] = []  # received, and not yet read by the application
-        self._chunk_bytes = 0
+    chunks: list[bytes] | None = None
+    """What was received and not yet read by the application; no list is made for a request without a body."""
+    _chunk_bytes = 0
 
     def add_chunk(self, chunk: bytes) -> None:
+        if self.chunks is None:
+            self.chunks = []
         self.chunks.append(chunk)
         if len(self.chunks) == _CHUNKS_TO_JOIN:
             self.chunks = [b"".join(self.chunks)]  # each has an overhead of some 40 bytes
@@ -322,10 +323,9 @@ class _Cycle(RequestResponseCycle):
 
     async def receive(self) -> Any:
         message: Any = await super().receive()
-        if message["type"] == "http.request":
+        if message["type"] == "http.request" and self.chunks:
             message["body"] = self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
-            self.chunks.clear()
-            self._chunk_bytes = 0
+            self.chunks, self._chunk_bytes = None, 0
         return message
 
 
@@ -530,7 +530,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         if self._active_cycle:
-            self._active_cycle.chunks.clear()  # nothing will read it
+            self._active_cycle.chunks = None  # nothing will read it
         self._active_cycle = None
         self.server_state.total_requests += 1
         if self.is_closing():
