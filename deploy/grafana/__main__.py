@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from deploy.grafana.now import NOW
 from deploy.grafana.service import SERVICE
 from deploy.grafana.tasks import TASKS
 from deploy.grafana.tenants import TENANTS
@@ -17,7 +18,7 @@ FOLDER = Path(__file__).parent / "dashboards"
 
 def render_all() -> dict[str, str]:
     """Return the text of each dashboard by file name."""
-    return {f"{dashboard.name}.json": dashboard.render() for dashboard in (SERVICE, TENANTS, UPSTREAM, TASKS)}
+    return {f"{dashboard.name}.json": dashboard.render() for dashboard in (NOW, SERVICE, TENANTS, UPSTREAM, TASKS)}
 
 
 def find_drift(folder: Path) -> Iterable[str]:

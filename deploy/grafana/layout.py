@@ -27,6 +27,23 @@ RUNBOOK = "https://imaging-gateway.example/RUNBOOK.md"
 """The address of the published RUNBOOK.md, the default of the dashboard variable `runbook`."""
 
 
+_START = series("process_start_time_seconds")
+_VERSION = f"on (job, instance) group_left (version) {series('gateway_build_info')}"
+# The SDK has no type for annotations of Prometheus. The value of each sample is its time, in milliseconds.
+_ROLLOUTS = {
+    "name": "Rollouts",
+    "datasource": SOURCE,
+    "enable": True,
+    "iconColor": "blue",
+    "target": {"expr": f"1000 * {_START} * {_VERSION}", "refId": "rollouts"},
+    "titleFormat": "{{version}} started",
+    "textFormat": "{{instance}}",
+    "tagKeys": "version",
+    "useValueForTime": "on",
+}
+"""The starts of processes: several at once with another version are a rollout."""
+
+
 class Variable(Struct, frozen=True):
     """A variable with the values of a metric's label."""
 
@@ -75,7 +92,8 @@ class Dashboard(Struct, frozen=True):
             for panel in row.panels:
                 number += 1
                 builder.with_panel(panel.id(number))
-        return json.dumps(builder.build(), cls=JSONEncoder, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+        document = {**builder.build().to_json(), "annotations": {"list": [_ROLLOUTS]}}
+        return json.dumps(document, cls=JSONEncoder, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
 
     def _variables(self) -> Iterable[Builder[VariableModel]]:
         yield dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus")

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeVar
 
-from grafana_foundation_sdk.builders import bargauge, common, dashboard, prometheus, stat, statetimeline, timeseries
+from grafana_foundation_sdk.builders import (
+    bargauge,
+    common,
+    dashboard,
+    prometheus,
+    stat,
+    statetimeline,
+    table,
+    timeseries,
+)
 from grafana_foundation_sdk.models import units
 from grafana_foundation_sdk.models.common import (
     BarGaugeDisplayMode,
@@ -22,6 +33,7 @@ from grafana_foundation_sdk.models.common import (
 )
 from grafana_foundation_sdk.models.dashboard import (
     DataSourceRef,
+    DataTransformerConfig,
     DynamicConfigValue,
     FieldColorModeId,
     Threshold,
@@ -29,7 +41,7 @@ from grafana_foundation_sdk.models.dashboard import (
     ValueMap,
     ValueMappingResult,
 )
-from grafana_foundation_sdk.models.prometheus import QueryEditorMode
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat, QueryEditorMode
 
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 
@@ -43,19 +55,21 @@ RATIO = units.PercentUnit
 YUAN = "prefix:¥"
 """Grafana has no unit for yuan, and a prefix shows an amount in full, not in thousands."""
 
-SIXTH, QUARTER, THIRD, HALF = 4, 6, 8, 12
+EIGHTH, SIXTH, QUARTER, THIRD, HALF = 3, 4, 6, 8, 12
 """Widths of panels, of the 24 columns of a dashboard."""
 _TALL = 8
 _SHORT = 4
 _LIMIT = "/(limit|floor)$/"
 
-Panel = timeseries.Panel | stat.Panel | bargauge.Panel | statetimeline.Panel
+_ALERT_RULES = Path(__file__).parents[1] / "prometheus"
+
+Panel = timeseries.Panel | stat.Panel | bargauge.Panel | statetimeline.Panel | table.Panel
 Queries = Mapping[str, str]
 """Queries by legend; a legend that ends in `limit` or `floor` is drawn as such."""
 Steps = tuple[tuple[float | None, str], ...]
 """The colour from each value on; None is the lowest."""
 
-_P = TypeVar("_P", timeseries.Panel, stat.Panel, bargauge.Panel, statetimeline.Panel)
+_P = TypeVar("_P", timeseries.Panel, stat.Panel, bargauge.Panel, statetimeline.Panel, table.Panel)
 
 
 def rising_thresholds(warning: float, critical: float) -> Steps:
@@ -152,6 +166,31 @@ def states(
     return panel.legend(_legend()).tooltip(_tooltip()).show_value(VisibilityMode.NEVER).merge_values(merge_values=True)
 
 
+def alert_table(title: str, text: str, query: str, *, width: int = HALF) -> table.Panel:
+    """A table of alerts by their labels. The value is a time, and the label `runbook` repeats the name of the alert."""
+    panel = _panel(table.Panel(), title, text, units.NoUnit, {}, width, GREEN, "No alert is firing").height(_TALL)
+    panel.with_target(_query(query, 0).instant().format(PromQueryFormat.TABLE))
+    order = {name: index for index, name in enumerate(("severity", "alertname", "runbook", "Value"))}
+    hidden = dict.fromkeys(("Time", "job"), True)
+    layout = {"indexByName": order, "excludeByName": hidden, "renameByName": {"alertname": "alert", "Value": "since"}}
+    panel.with_transformation(DataTransformerConfig("organize", options=layout))
+    panel.sort_by([common.TableSortByFieldState().display_name("severity")])
+    severities = {"page": ValueMappingResult(color="red"), "ticket": ValueMappingResult(color="yellow")}
+    cell = DynamicConfigValue("custom.cellOptions", {"type": "color-background"})
+    panel.override_by_name("severity", [DynamicConfigValue("mappings", [ValueMap(severities)]), cell])
+    panel.override_by_name("since", [DynamicConfigValue("unit", units.DateTimeFromNow)])
+    # Grafana can't change the case of a value, but fragments are in lower case.
+    entries = {name: ValueMappingResult(name.lower(), index=index) for index, name in enumerate(_alert_names())}
+    link = {"title": "What to do", "url": "${runbook}#${__value.text}", "targetBlank": True}
+    properties = {"mappings": [ValueMap(entries)], "links": [link]}
+    return panel.override_by_name("runbook", [DynamicConfigValue(*each) for each in properties.items()])
+
+
+def _alert_names() -> list[str]:
+    texts = [path.read_text("utf-8") for path in _ALERT_RULES.glob("alerts-*.yaml")]
+    return sorted({name for text in texts for name in re.findall(r"^ *- alert: (\w+)$", text, re.MULTILINE)})
+
+
 def _panel(panel: _P, title: str, text: str, unit: str, queries: Queries, width: int, steps: Steps, empty: str) -> _P:
     """Set the properties of all panels. Only line charts and timelines query a range."""
     past = isinstance(panel, timeseries.Panel | statetimeline.Panel)
@@ -159,12 +198,16 @@ def _panel(panel: _P, title: str, text: str, unit: str, queries: Queries, width:
     thresholds = [Threshold(value, colour) for value, colour in steps]
     panel.thresholds(dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(thresholds))
     for index, (legend, expression) in enumerate(queries.items()):
-        query = prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(chr(ord("A") + index))
-        query.editor_mode(QueryEditorMode.CODE)
-        panel.with_target((query.range() if past else query.instant()).datasource(SOURCE))
+        query = _query(expression, index).legend_format(legend)
+        panel.with_target(query.range() if past else query.instant())
     if empty:
         panel.no_value(empty)
     return panel
+
+
+def _query(expression: str, index: int) -> prometheus.Dataquery:
+    query = prometheus.Dataquery().expr(expression).ref_id(chr(ord("A") + index))
+    return query.editor_mode(QueryEditorMode.CODE).datasource(SOURCE)
 
 
 def _legend() -> common.VizLegendOptions:

@@ -269,7 +269,7 @@ _REDIS_ROW = Row(
 SERVICE = Dashboard(
     "service",
     "service",
-    "Start here: service level objectives, load, saturation, processes, and Redis.",
+    "Service level objectives, load, saturation, processes, and Redis.",
     (
         Row("Objectives", tuple(panel for each in OBJECTIVES for panel in each.panels())),
         _REQUESTS_ROW,
