@@ -21,6 +21,7 @@ _COMMANDS = {
     "export": ("registry", "Print the registry as TOML: accounts, tenants and tokens."),
     "apply": ("registry", "Change the registry to match FILE, and show the differences."),
     "rotate-keys": ("registry", "Encrypt all secrets of the registry with the first of GATEWAY_SECRET_KEYS."),
+    "top": ("top", "Show what gateways do, live: requests, tasks, balances, denials."),
     "serve": ("serve", "Run the gateway until SIGINT or SIGTERM."),
     "check-config": ("check_config", "Print the effective settings, or all their errors, and start nothing."),
     "sandbox": ("dev", "Run a stand-in for the upstream: the vendor's API with real image processing."),

@@ -173,15 +173,10 @@ def with_admin_client(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run_command(*, url: str | None, **arguments: Any) -> None:
         settings = load_settings()
-        base = (url or _admin_url(settings)).rstrip("/")
-        headers = {"Authorization": f"Bearer {_read_admin_token(settings)}"}
-        try:
-            parse_base_url(base)
-            # A proxy from the environment would receive the token.
-            http = httpx2.Client(base_url=base, headers=headers, timeout=_HTTP_TIMEOUT, trust_env=False)
-        except (ValueError, httpx2.InvalidURL):
-            raise CommandError(f"{single_line(base)} is no address such as http://127.0.0.1:8081") from None
-        with http:
+        base = check_url(url or ops_url(settings))
+        headers = {"Authorization": f"Bearer {read_admin_token(settings)}"}
+        # A proxy from the environment would receive the token.
+        with httpx2.Client(base_url=base, headers=headers, timeout=_HTTP_TIMEOUT, trust_env=False) as http:
             command(AdminClient(base, http), **arguments)
 
     return run_command
@@ -205,14 +200,25 @@ def print_response(
     return wrap_command
 
 
-def _admin_url(settings: Settings) -> str:
+def check_url(url: str) -> str:
+    """Return an address without a trailing slash. Raises CommandError."""
+    base = url.rstrip("/")
+    try:
+        parse_base_url(base)
+        httpx2.URL(base)
+    except (ValueError, httpx2.InvalidURL):
+        raise CommandError(f"{single_line(base)} is no address such as http://127.0.0.1:8081") from None
+    return base
+
+
+def ops_url(settings: Settings) -> str:
     if not settings.ops_port:
         raise CommandError("GATEWAY_OPS_PORT is 0, any free port: use --url")
     host = _LOOPBACK_BY_WILDCARD.get(settings.ops_host, settings.ops_host)
     return f"http://{f'[{host}]' if ':' in host else host}:{settings.ops_port}"
 
 
-def _read_admin_token(settings: Settings) -> str:
+def read_admin_token(settings: Settings) -> str:
     """Return the token of the settings, or the one that a gateway in development generated."""
     if settings.admin_token:
         return settings.admin_token
