@@ -40,6 +40,7 @@ from service.cli.formatting import (
     YUAN,
     Fields,
     choice,
+    format_json,
     format_record,
     format_table,
     format_value,
@@ -226,11 +227,12 @@ def reopen_account(client: AdminClient, *, name: str) -> AdminResponse:
 @account.command("delete")
 @click.argument("name")
 @click.option("--force", is_flag=True, help="Even with running tasks or tenants.")
+@json_option
 @with_admin_client
-def delete_account(client: AdminClient, *, name: str, force: bool) -> None:
+def delete_account(client: AdminClient, *, name: str, force: bool, as_json: bool) -> None:
     """Delete the account NAME."""
     client.request("DELETE", "accounts", name, force=force)
-    click.echo(f"The account {name} is deleted.")
+    click.echo(format_json({"deleted": name}) if as_json else f"The account {name} is deleted.")
 
 
 def _format_tokens(tokens: Sequence[Token]) -> str:
@@ -297,10 +299,14 @@ def list_tokens(client: AdminClient, *, tenant: str, as_json: bool) -> None:
 @click.argument("tenant")
 @click.argument("token_id", metavar="ID")
 @click.option("--grace", type=DURATION, default="0", help="Time until it expires: 3600 (seconds), 1h, 7d.")
+@json_option
 @with_admin_client
-def revoke_token(client: AdminClient, *, tenant: str, token_id: str, grace: float) -> None:
+def revoke_token(client: AdminClient, *, tenant: str, token_id: str, grace: float, as_json: bool) -> None:
     """Revoke the token ID of TENANT."""
     client.request("DELETE", "tenants", tenant, "tokens", token_id, grace=grace)
+    if as_json:
+        click.echo(format_json({"revoked": [token_id], "grace_seconds": grace}))
+        return
     status = f"expires in {grace:g} seconds" if grace else "is revoked"
     click.echo(f"The token {token_id} of {tenant} {status}.")
 
@@ -471,11 +477,12 @@ def show_tenant(client: AdminClient, *, name: str) -> AdminResponse:
 @tenant.command("delete")
 @click.argument("name")
 @click.option("--force", is_flag=True, help="Even with running tasks.")
+@json_option
 @with_admin_client
-def delete_tenant(client: AdminClient, *, name: str, force: bool) -> None:
+def delete_tenant(client: AdminClient, *, name: str, force: bool, as_json: bool) -> None:
     """Delete the tenant NAME and its tokens."""
     client.request("DELETE", "tenants", name, force=force)
-    click.echo(f"The tenant {name} is deleted.")
+    click.echo(format_json({"deleted": name}) if as_json else f"The tenant {name} is deleted.")
 
 
 @click.group()

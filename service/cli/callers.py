@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 
 from service.cli.common import json_option, print_errors
-from service.cli.formatting import DURATION, choice, format_record, format_table
+from service.cli.formatting import DURATION, choice, format_json, format_record, format_table
 from service.cli.reports import format_cost, format_policies, format_submission, format_usage
 from service.client import (
     TOKEN_VARIABLE,
@@ -132,10 +131,6 @@ def with_client(command: Callable[..., None]) -> Callable[..., None]:
             command(gateway, **arguments)
 
     return run_command
-
-
-def format_json(value: object) -> str:
-    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
 
 
 def format_task(task: Task) -> str:

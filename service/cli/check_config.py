@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
 import click
 import httpx2
+from msgspec import Struct
 
-from service.cli.common import get_environment, print_errors
+from service.cli.common import get_environment, json_option, print_errors
 from service.cli.dev import SANDBOX_PACKAGES, missing_packages_error
-from service.cli.formatting import format_table
+from service.cli.formatting import format_json, format_table
 from service.crypto import Keyring, UserKeyCipher
 from service.devstack import DevServiceError, find_server_binary
 from service.domain.errors import LedgerUnavailable, field_path
@@ -38,10 +39,29 @@ _TIMEOUT_SECONDS = 5.0
 _ENV_VARIABLE = f"{PREFIX}ENV"
 
 
+class Report(Struct, kw_only=True):
+    """The result of the command, which `--json` prints."""
+
+    valid: bool
+    env: str | None = None
+    settings: Sequence[SettingReport] = ()
+    errors: list[str] = []
+    warnings: list[str] = []
+    connections: list[str] = []
+    """What `--connect` reached."""
+
+
+class SettingReport(Struct, frozen=True):
+    name: str
+    value: str
+    source: str
+
+
 @click.command()
 @click.option("--production", is_flag=True, help="Check the settings as with GATEWAY_ENV=production.")
 @click.option("--connect", is_flag=True, help="Connect to the store and the upstream, at no cost.")
-def check_config(*, production: bool, connect: bool) -> None:
+@json_option
+def check_config(*, production: bool, connect: bool, as_json: bool) -> None:
     """Print the effective settings, or all their errors, and start nothing.
 
     Secrets are not shown. The exit code is 0 if the settings are valid, else 1.
@@ -51,20 +71,46 @@ def check_config(*, production: bool, connect: bool) -> None:
         environ = {name: text for name, text in environ.items() if name != _ENV_VARIABLE + FILE_SUFFIX} | {
             _ENV_VARIABLE: "production"
         }
+    report = _check(environ, connect=connect)
+    if as_json:
+        click.echo(format_json(report))
+    else:
+        _print_report(report)
+    if not report.valid:
+        sys.exit(1)
+
+
+def _check(environ: Mapping[str, str], *, connect: bool) -> Report:
     try:
         settings = Settings.load(environ)
     except SettingsError as error:
-        print_errors(error.errors)
-        sys.exit(1)
+        return Report(valid=False, errors=list(error.errors))
     if errors := list(_missing_dependencies(settings)):
-        print_errors(errors)
-        sys.exit(1)
-    rows = [(item.name, _display_value(settings, item), _value_source(environ, item)) for item in SETTINGS]
-    click.echo(format_table(("setting", "value", "from"), rows))
-    _print_warnings(_production_warnings(settings, environ))
-    if connect and not asyncio.run(_check_connections(settings)):
-        sys.exit(1)
-    click.echo(f"These settings are valid for {settings.env}.")
+        return Report(valid=False, errors=errors)
+    report = Report(
+        valid=True,
+        env=settings.env,
+        settings=[
+            SettingReport(item.name, _display_value(settings, item), _value_source(environ, item)) for item in SETTINGS
+        ],
+        warnings=list(_production_warnings(settings, environ)),
+    )
+    if connect:
+        asyncio.run(_check_connections(settings, report))
+    report.valid = not report.errors
+    return report
+
+
+def _print_report(report: Report) -> None:
+    if report.settings:
+        rows = [(item.name, item.value, item.source) for item in report.settings]
+        click.echo(format_table(("setting", "value", "from"), rows))
+    print_errors(f"warning: {warning}" for warning in report.warnings)
+    print_errors(report.errors)
+    for line in report.connections:
+        click.echo(line)
+    if report.valid:
+        click.echo(f"These settings are valid for {report.env}.")
 
 
 def _missing_dependencies(settings: Settings) -> Iterator[str]:
@@ -112,31 +158,29 @@ def _production_warnings(settings: Settings, environ: Mapping[str, str]) -> Iter
             yield f"{setting.name} has no effect in production"
 
 
-async def _check_connections(settings: Settings) -> bool:
-    """Check the store and the upstream, print the results, and return whether both can be used."""
-    return all(await asyncio.gather(_check_store(settings), _check_upstream(settings.upstream_url)))
+async def _check_connections(settings: Settings, report: Report) -> None:
+    """Check the store and the upstream, and add the results."""
+    await asyncio.gather(_check_store(settings, report), _check_upstream(settings.upstream_url, report))
 
 
-async def _check_store(settings: Settings) -> bool:
+async def _check_store(settings: Settings, report: Report) -> None:
     url, prefix = settings.redis_url, settings.key_prefix
     if url is None:
-        click.echo("`gateway serve` starts the embedded Valkey server.")
-        return True
-    report = await check_server(url, prefix, timeout=_TIMEOUT_SECONDS)
-    print_errors(f"{PREFIX}REDIS_URL {error}" for error in report.errors)
-    _print_warnings(f"{PREFIX}REDIS_URL {warning}" for warning in report.warnings)
-    if report.errors:
-        return False
-    click.echo(f"{report.server or 'The store'} answers at {redact_url(url)}.")
+        report.connections.append("`gateway serve` starts the embedded Valkey server.")
+        return
+    server = await check_server(url, prefix, timeout=_TIMEOUT_SECONDS)
+    report.errors += [f"{PREFIX}REDIS_URL {error}" for error in server.errors]
+    report.warnings += [f"{PREFIX}REDIS_URL {warning}" for warning in server.warnings]
+    if server.errors:
+        return
+    report.connections.append(f"{server.server or 'The store'} answers at {redact_url(url)}.")
     try:
         registry = await _load_registry(url, prefix)
     except LedgerUnavailable:
-        print_errors([f"{PREFIX}REDIS_URL became unavailable"])
-        return False
-    _print_warnings(_registry_warnings(registry, settings))
-    errors = list(_registry_errors(registry, settings, is_former_version=report.is_upgradable))
-    print_errors(errors)
-    return not errors
+        report.errors.append(f"{PREFIX}REDIS_URL became unavailable")
+        return
+    report.warnings += _registry_warnings(registry, settings)
+    report.errors += _registry_errors(registry, settings, is_former_version=server.is_upgradable)
 
 
 async def _load_registry(redis_url: str, prefix: str) -> Registry:
@@ -175,11 +219,11 @@ def _registry_warnings(registry: Registry, settings: Settings) -> Iterator[str]:
             yield f"{field_path('tenants', name, 'webhook', field)} {warning}"
 
 
-async def _check_upstream(url: str | None) -> bool:
+async def _check_upstream(url: str | None, report: Report) -> None:
     """Connect without a request, since every call of the upstream costs money."""
     if url is None:
-        click.echo("`gateway serve` starts the sandbox.")
-        return True
+        report.connections.append("`gateway serve` starts the sandbox.")
+        return
     parts = urlsplit(url)
     is_tls = parts.scheme == "https"
     host, port = str(parts.hostname), parts.port or (443 if is_tls else 80)
@@ -194,13 +238,8 @@ async def _check_upstream(url: str | None) -> bool:
         why = "invalid host name"
     else:
         writer.transport.abort()
-        click.echo(
+        report.connections.append(
             f"The upstream accepts connections at {host}:{port}{' with TLS' if is_tls else ''}; nothing was sent."
         )
-        return True
-    print_errors([f"{PREFIX}UPSTREAM_URL can't be reached at {host}:{port}: {why}"])
-    return False
-
-
-def _print_warnings(warnings: Iterable[str]) -> None:
-    print_errors(f"warning: {warning}" for warning in warnings)
+        return
+    report.errors.append(f"{PREFIX}UPSTREAM_URL can't be reached at {host}:{port}: {why}")

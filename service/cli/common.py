@@ -16,7 +16,7 @@ import click
 if TYPE_CHECKING:
     from service.settings import Settings
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the JSON response.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 T = TypeVar("T")
 _Command = Callable[..., None]
 # The parameter of an option that removes a value is the field behind this prefix.

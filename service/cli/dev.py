@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from service.cli.common import CommandError, load_settings
+from service.cli.common import CommandError, json_option, load_settings
 
 # The sandbox loads its image libraries for the first task, so that a missing one would fail every task.
 SANDBOX_PACKAGES = ("PIL", "cv2", "numpy", "vtracer")
@@ -58,9 +58,10 @@ def sandbox(folder: Path | None, host: str, port: int) -> None:
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("demo-results"), show_default=True)
 @click.option("--url", help="Address of the tenants' port.  [default: from GATEWAY_HOST and GATEWAY_PORT]")
 @click.option("--token", help="A tenant's token.  [default: the demo tenant's]")
-def demo(folder: Path, url: str | None, token: str | None) -> None:
+@json_option
+def demo(folder: Path, url: str | None, token: str | None, *, as_json: bool) -> None:
     """Submit an image of each kind to a running gateway, and check the results."""
-    if missing := missing_packages_error("the demo", ("PIL", "rich")):
+    if missing := missing_packages_error("the demo", ("PIL",)):
         raise CommandError(missing)
     from service.cli.serve import read_demo_token
     from service.demo.run import DemoOptions, run_demo
@@ -74,6 +75,7 @@ def demo(folder: Path, url: str | None, token: str | None) -> None:
         token=token,
         folder=folder,
         output=sys.stdout,
+        as_json=as_json,
     )
     sys.exit(asyncio.run(run_demo(options)))
 
@@ -81,7 +83,8 @@ def demo(folder: Path, url: str | None, token: str | None) -> None:
 @click.command()
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("openapi"), show_default=True)
 @click.option("--check", is_flag=True, help="Write nothing; fail if a file differs from the code.")
-def openapi(folder: Path, *, check: bool) -> None:
+@json_option
+def openapi(folder: Path, *, check: bool, as_json: bool) -> None:
     """Write the OpenAPI documents of both ports."""
     import yaml
 
@@ -94,7 +97,12 @@ def openapi(folder: Path, *, check: bool) -> None:
         if not check:
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-            click.echo(f"wrote {path}")
+            if not as_json:
+                click.echo(f"wrote {path}")
+    if as_json:
+        from service.cli.formatting import format_json
+
+        click.echo(format_json({"outdated": outdated, "written": bool(outdated) and not check}))
     if check and outdated:
         raise CommandError(f"{', '.join(outdated)} differs from the code: run `make openapi` and commit it")
 

@@ -7,17 +7,18 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
 
 from service.cli.callers import ENVIRONMENT_HELP, EXIT_CODES_HELP, find_gateway, report_errors, url_option
-from service.cli.common import print_errors
-from service.cli.formatting import choice
+from service.cli.common import json_option, print_errors
+from service.cli.formatting import choice, format_json
 from service.client import EXTENSIONS, AsyncGatewayClient, SavedFile, Task
 from service.client.downloads import is_special
 from service.domain.tasks import ArtifactName
@@ -112,8 +113,9 @@ def _warn_of_extension(path: Path, saved: SavedFile) -> None:
 @click.argument("task_ids", metavar="ID...", nargs=-1, required=True)
 @click.option("-o", "--output", default=".", show_default=True, help="A folder, of one task also a file or `-`.")
 @click.option("--name", type=choice(ArtifactName), help="Only this result.  [default: all of them]")
+@json_option
 @url_option
-def download(task_ids: Sequence[str], output: str, name: str | None, url: str | None) -> None:
+def download(task_ids: Sequence[str], output: str, name: str | None, url: str | None, *, as_json: bool) -> None:
     """Fetch the results of your tasks ID, and print the paths of the files.
 
     Waits for tasks that have not ended. A file appears when all of it has come. Results of upscale --vector and of
@@ -121,12 +123,32 @@ def download(task_ids: Sequence[str], output: str, name: str | None, url: str | 
     """
     if len(task_ids) > 1 and not is_folder(output):
         raise click.UsageError(f"-o {output} must be a folder, since there are several tasks.")
+    if output == STREAM and as_json:
+        raise click.UsageError("-o - writes the result: --json needs another output.")
     check_output(output)
-    with report_errors():
-        asyncio.run(_download(task_ids, output, name, find_gateway(url)))
+    saved: list[dict[str, Any]] = []
+
+    def report(task_id: str, paths: Sequence[Path]) -> None:
+        saved.append({"task": task_id, "files": list(map(str, paths))})
+        if not as_json:
+            for path in paths:
+                click.echo(path)
+
+    try:
+        with report_errors():
+            asyncio.run(_download(task_ids, output, name, find_gateway(url), report))
+    finally:
+        if as_json:
+            click.echo(format_json(saved))
 
 
-async def _download(task_ids: Sequence[str], output: str, name: str | None, place: tuple[str, str]) -> None:
+async def _download(
+    task_ids: Sequence[str],
+    output: str,
+    name: str | None,
+    place: tuple[str, str],
+    report: Callable[[str, Sequence[Path]], None],
+) -> None:
     async with AsyncGatewayClient(*place) as gateway:
         for task_id in task_ids:
             task = await gateway.wait(task_id)
@@ -134,5 +156,4 @@ async def _download(task_ids: Sequence[str], output: str, name: str | None, plac
                 await print_result(gateway, task, name)
                 continue
             stem = f"{task.kind}-{task.id.removeprefix('task_')[:12]}" if is_folder(output) else ""
-            for path in await save_results(gateway, task, Target(Path(output), stem), [name] if name else []):
-                click.echo(path)
+            report(task_id, await save_results(gateway, task, Target(Path(output), stem), [name] if name else []))

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any, BinaryIO, TypeVar
 
 import click
+import msgspec
 
 from service.client import single_line
 from service.domain.tasks import Kind
@@ -47,6 +48,11 @@ def format_value(value: object) -> str:
             return ", ".join(map(format_value, value))
         case _:
             return single_line(str(value))
+
+
+def format_json(value: object) -> str:
+    """Format the output of `--json`, which is documented as stable: fields are only added."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
 
 
 def format_number(number: int, noun: str) -> str:

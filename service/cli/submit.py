@@ -19,13 +19,12 @@ from service.cli.callers import (
     EXIT_CODES_HELP,
     ExitCode,
     find_gateway,
-    format_json,
     report_errors,
     url_option,
 )
 from service.cli.common import print_errors
 from service.cli.download import STREAM, check_output, is_folder
-from service.cli.formatting import DURATION, OptionType, format_table
+from service.cli.formatting import DURATION, OptionType, format_json, format_table
 from service.cli.jobs import Job, Plan, stem_of, submit_all
 from service.cli.reports import format_cost
 from service.client import (

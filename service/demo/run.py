@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import msgspec
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
@@ -45,6 +46,8 @@ class DemoOptions:
     """Receives the results; created if missing. Files of an earlier run are overwritten."""
     output: TextIO
     """Receives the progress and the report."""
+    as_json: bool = False
+    """Whether the report is JSON, and no progress is shown."""
     timeout_seconds: float = 120.0
     """Limit for each task, from the upload to the last byte of its results."""
 
@@ -82,19 +85,16 @@ async def run_demo(options: DemoOptions) -> int:
         ) as gateway:
             await gateway.get_quota()  # checks the address and the token, at no cost
             tasks = await _run_all_tasks(options, gateway)
-    except NoConnection as error:
-        options.output.write(f"{error} — start a gateway with `make run`\n")
-        return 1
     except GatewayError as error:
-        options.output.write(f"{error}\n")
-        return 1
+        hint = " — start a gateway with `make run`" if isinstance(error, NoConnection) else ""
+        return _print_report(options, (), error=f"{error}{hint}")
     return _print_report(options, tasks)
 
 
 async def _run_all_tasks(options: DemoOptions, gateway: AsyncGatewayClient) -> Sequence["DemoTask"]:
     tasks: list[DemoTask] = []
     try:
-        with show_progress(options.output) as show_state:
+        with show_progress(None if options.as_json else options.output) as show_state:
             async with asyncio.TaskGroup() as group:
                 for job in JOBS:
                     task = DemoTask(job, gateway, options, show_state)
@@ -153,6 +153,18 @@ class DemoTask:
                 self._set_state("no task")
             self.errors = (str(error),)
 
+    def describe(self) -> Mapping[str, Any]:
+        """Return its form in the JSON report."""
+        return {
+            "kind": self.kind,
+            "state": self.state,
+            "seconds": round(self.elapsed_seconds, 1),
+            "task": self.task_id,
+            "cost": self.cost,
+            "files": self.files,
+            "errors": self.errors,
+        }
+
     async def _submit_and_verify(self) -> None:
         self._set_state("submitting")
         image = self._job.read_image()
@@ -187,8 +199,11 @@ def _write_files(folder: Path, kind: str, files: Mapping[str, Content]) -> Mappi
 
 
 @contextmanager
-def show_progress(output: TextIO) -> Iterator[Callable[[str, str], None]]:
-    """Yield a function that shows the state of a kind: in a live table of a terminal, or line by line."""
+def show_progress(output: TextIO | None) -> Iterator[Callable[[str, str], None]]:
+    """Yield a function that shows the state of a kind: in a live table of a terminal, line by line, or not at all."""
+    if output is None:
+        yield lambda _kind, _state: None
+        return
     if output.isatty():
         columns = (SpinnerColumn("line", finished_text=" "), "{task.description}", "{task.fields[state]}")
         console = Console(file=output, force_terminal=True)
@@ -208,7 +223,15 @@ def show_progress(output: TextIO) -> Iterator[Callable[[str, str], None]]:
     output.write("\n")
 
 
-def _print_report(options: DemoOptions, tasks: Sequence[DemoTask]) -> int:
+def _print_report(options: DemoOptions, tasks: Sequence[DemoTask], *, error: str = "") -> int:
+    if options.as_json:
+        is_valid = not error and not any(task.errors for task in tasks)
+        report = {"valid": is_valid, "tasks": [task.describe() for task in tasks], "error": error or None}
+        options.output.write(msgspec.json.format(msgspec.json.encode(report), indent=2).decode() + "\n")
+        return 0 if is_valid else 1
+    if error:
+        options.output.write(f"{error}\n")
+        return 1
     options.output.write(f"{format_report(tasks)}\n")
     errors = group_errors(tasks)
     if errors:
