@@ -119,7 +119,7 @@ async def test_accounts_are_listed_reopened_and_deleted_under_tasks_by_force(she
     assert (await shell.run_record("account", "show", "main"))["state:"] == "exhausted"
     assert (await shell.run_record("account", "reopen", "main"))["state:"] == "open"
     assert (await shell.run("account", "delete", "main", code=1)).stderr.startswith("Conflict: ")
-    await shell.run("account", "delete", "main", "--force")
+    assert await shell.run_json("account", "delete", "main", "--force") == {"deleted": "main"}
     assert (await shell.run("account", "show", "main", code=1)).stderr.startswith("Not found: ")
 
 
@@ -202,7 +202,7 @@ async def test_tenant_is_shown_disabled_enabled_and_deleted_under_tasks_by_force
     assert await shell.run_table("tenant", "enable", "shop") == [["state:", "disabled -> active"]]
     assert await shell.is_accepted()
     assert (await shell.run("tenant", "delete", "shop", code=1)).stderr.startswith("Conflict: ")
-    await shell.run("tenant", "delete", "shop", "--force")
+    assert await shell.run_json("tenant", "delete", "shop", "--force") == {"deleted": "shop"}
     assert await shell.run_json("tenant", "list") == {"items": []}
     assert not await shell.is_accepted()
 
@@ -227,7 +227,7 @@ async def test_tokens_are_printed_alone_and_listed_one_per_line(shell: Shell) ->
 
     await shell.run("token", "revoke", "shop", result["id"], "--grace", "1h")
     assert await shell.is_accepted(result["token"])
-    await shell.run("token", "revoke", "shop", labelled)
+    assert await shell.run_json("token", "revoke", "shop", labelled) == {"revoked": [labelled], "grace_seconds": 0}
     assert not await shell.is_accepted(token)
     printed = (await shell.run("tenant", "revoke-all", "shop")).stdout
     assert all(item["id"] in printed for item in (first, result))
@@ -276,7 +276,7 @@ async def test_deleted_tenants_of_the_same_name_have_their_ids(shell: Shell) -> 
     for _ in range(2):
         await shell.gateway.submit()
         ids.append(shell.gateway.services.registry.current.tenants["shop"].id)
-        await shell.run("tenant", "delete", "shop", "--force")
+        assert await shell.run_json("tenant", "delete", "shop", "--force") == {"deleted": "shop"}
         await shell.run("tenant", "create", "shop", "--account", "main")
         shell.gateway.token = await shell.gateway.new_token()
     assert [line[1] for line in (await shell.run_table("usage"))[3:5]] == [f"shop ({number})" for number in ids]

@@ -200,6 +200,7 @@ async def test_exit_codes(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None
         ("submit upscale photo.png ./photo.png -o .", "photo"),
         ("submit upscale - -", "standard input"),
         ("download a b -o x.png", "folder"),
+        ("download a -o - --json", "--json"),
         ("usage --csv --json", "--csv"),
     ],
 )
@@ -218,7 +219,9 @@ async def test_tasks_limits_and_usage(shell: Shell, folder: Path) -> None:
     record = await shell.run_record("task", ids[0])
     assert (record["kind:"], record["state:"], record["options:"]) == ("vectorize", "succeeded", "colors=5")
     assert (await shell.run("download", ids[0], "-o", "x.svg")).stdout == "x-image.png\nx.svg\n"
-    assert (await shell.run("download", *ids, "--name", "vector")).stdout.count(".svg\n") == 2
+    saved = await shell.run_json("download", *ids, "--name", "vector")
+    assert [item["task"] for item in saved] == ids
+    assert all(name.endswith(".svg") and (folder / name).exists() for item in saved for name in item["files"])
     assert (
         "x.png holds image/svg+xml" in (await shell.run("download", ids[0], "-o", "x.png", "--name", "vector")).stderr
     )

