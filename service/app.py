@@ -23,7 +23,7 @@ from service.api.auth import FailureLimiter, metrics_guard
 from service.api.compression import CompressionMiddleware, static_compression
 from service.api.docs import Site, docs_routes
 from service.api.errors import exception_handlers
-from service.api.guides import guide_assets, render_cards
+from service.api.guides import GUIDE_NAMES, OPERATOR_GUIDE_NAMES, guide_assets, render_cards
 from service.api.health import health_routes, metrics_route
 from service.api.openapi_document import operators_config, tenants_config
 from service.api.pages import Link
@@ -126,8 +126,8 @@ def tenants_app(container: Container) -> Litestar:
     if container.has_playground:
         links.append(Link(PLAYGROUND_PATH, "Playground"))
         playground = playground_routes(links)
-    cards = render_cards(PLAYGROUND_PATH if container.has_playground else None)
-    guides = guide_assets(container.limits, container.catalogue, links)
+    cards = render_cards(GUIDE_NAMES, PLAYGROUND_PATH if container.has_playground else None)
+    guides = guide_assets(GUIDE_NAMES, container.limits, container.catalogue, links)
     pages = [*docs_routes(Site(links, cards, guides)), *playground]
     return _create_litestar(container, [v1, old, health, root, _pages_router(pages)], tenants_config())
 
@@ -174,7 +174,9 @@ def operators_app(container: Container) -> Litestar:
         # Responses show the present state, and one of them a token.
         cache_control=CacheControlHeader(no_store=True),
     )
-    pages = docs_routes(Site([Link("docs", "API"), _PROBLEMS_LINK]))
+    links = [Link("docs", "API"), Link("docs/operating", "Guide"), _PROBLEMS_LINK]
+    guides = guide_assets(OPERATOR_GUIDE_NAMES, container.limits, container.catalogue, links)
+    pages = docs_routes(Site(links, render_cards(OPERATOR_GUIDE_NAMES), guides))
     return _create_litestar(container, [admin_routes, health, metrics, _pages_router(pages)], operators_config())
 
 

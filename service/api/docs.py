@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -34,7 +34,7 @@ _VIEWER_INTEGRITY = "sha256-3LAnFSvyC/L23NZuj5+wc8Gp4nTPC5S5OafZmriUcGA="
 """The vendored viewer: `make docs-viewer` fetches another version."""
 # The viewer sets style attributes. It shows results as images under blob URLs, and has icons under data URLs.
 _VIEWER_HEADERS = page_headers(images="'self' blob: data:", styles="'self' 'unsafe-inline'")
-_GUIDE_LINK = re.compile(r"\[([^\]]+)\]\([\w-]+\)")
+_GUIDE_LINK = re.compile(r"\[([^\]]+)\]\(([\w-]+)\)")
 _SECTION = re.compile(r"^## (\S+)\n", re.MULTILINE)
 
 
@@ -60,7 +60,7 @@ def docs_routes(site: Site) -> Sequence[HTTPRouteHandler]:
         return render_page("Documentation", content, path="docs", links=site.links)
 
     def render_problems() -> bytes:
-        content = _render_problems(has_guides=bool(site.guides))
+        content = _render_problems(site.guides)
         return render_page("Problems", content, path="docs/problems", links=site.links)
 
     @cache  # built by the first request for it
@@ -86,10 +86,13 @@ def _read_viewer() -> bytes:
     return files(__package__).joinpath(f"vendor/{_VIEWER}.gz").read_bytes()
 
 
-def _render_problems(*, has_guides: bool) -> str:
-    """Return the page about all problems: for each its row of the table of errors, and advice from `problems.md`."""
-    text = read_text("problems.md")
-    title, *sections = _SECTION.split(text if has_guides else _GUIDE_LINK.sub(r"\1", text))
+def _render_problems(guides: Collection[str]) -> str:
+    """Return the page about all problems: for each its row of the table of errors, and advice from `problems.md`.
+
+    Links to guides that are not of this port are removed.
+    """
+    text = _GUIDE_LINK.sub(lambda link: link[0] if link[2] in guides else link[1], read_text("problems.md"))
+    title, *sections = _SECTION.split(text)
     advice = dict(zip(sections[::2], sections[1::2], strict=True))
     heading, introduction = title.split("\n", 1)
     entries = "".join(_render_problem(problem, advice[problem.code]) for problem in PROBLEMS)

@@ -1,4 +1,4 @@
-"""Guides for the tenants' engineers: their list, and the facts that they state."""
+"""Guides for the tenants' engineers and for operators: their lists, and the facts that they state."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ GUIDE_NAMES = (
     "production",
 )
 """In reading order: each is a file of the folder `pages/guides`, which begins with its title and its summary."""
+OPERATOR_GUIDE_NAMES = ("operating",)
 _MIB = 1 << 20
 
 
@@ -58,20 +59,21 @@ class Guide(Struct, frozen=True):
 
 
 @cache
-def load_guides() -> Sequence[Guide]:
-    """Return all guides in reading order."""
-    return [_load_guide(name) for name in GUIDE_NAMES]
+def load_guides(names: Sequence[str]) -> Sequence[Guide]:
+    return [_load_guide(name) for name in names]
 
 
-def guide_assets(limits: Limits, catalogue: Catalogue, links: Sequence[Link]) -> Mapping[str, Asset]:
-    """Return the guides by name; `links` are those to the other pages."""
-    facts = _collect_facts(limits, catalogue)
-    return {guide.name: page_asset(partial(_render_guide, guide, facts, links)) for guide in load_guides()}
+def guide_assets(
+    names: Sequence[str], limits: Limits, catalogue: Catalogue, links: Sequence[Link]
+) -> Mapping[str, Asset]:
+    """Return the guides of these names; `links` are those to the other pages."""
+    facts, guides = _collect_facts(limits, catalogue), load_guides(names)
+    return {guide.name: page_asset(partial(_render_guide, guide, guides, facts, links)) for guide in guides}
 
 
-def render_cards(playground: str | None) -> str:
+def render_cards(names: Sequence[str], playground: str | None = None) -> str:
     """Return links to the playground, if there is one at this path, and to each guide, for the page `docs`."""
-    cards = [(guide.path, guide.title, guide.summary) for guide in load_guides()]
+    cards = [(guide.path, guide.title, guide.summary) for guide in load_guides(names)]
     if playground:
         cards.insert(
             0, (playground, "Try it in the browser", "Send a picture of yours or a sample, and see the result.")
@@ -88,17 +90,17 @@ def _load_guide(name: str) -> Guide:
     return Guide(name, title.removeprefix("# "), summary.replace("\n", " "), text)
 
 
-def _render_guide(guide: Guide, facts: Mapping[str, str], links: Sequence[Link]) -> bytes:
+def _render_guide(guide: Guide, guides: Sequence[Guide], facts: Mapping[str, str], links: Sequence[Link]) -> bytes:
     html, sections = render_markdown(fill(guide.text, facts))
     entries = "".join(f'<li><a href="#{item.fragment}">{escape(item.title)}</a>' for item in sections)
-    guides = [Link(other.path, other.title) for other in load_guides()]
+    others = [Link(other.path, other.title) for other in guides]
     content = f"""<div class="columns">
 <main id="content">
 <h1>{escape(guide.title)}</h1>
 <p class="lead">{escape(guide.summary)}
 {html}</main>
 <nav class="side" aria-label="Guides"><h2>Guides</h2>
-<ul>{render_links(guides, path=guide.path, inner=f"<ul>{entries}</ul>")}</ul></nav>
+<ul>{render_links(others, path=guide.path, inner=f"<ul>{entries}</ul>")}</ul></nav>
 </div>"""
     return render_page(guide.title, content, path=guide.path, links=links)
 

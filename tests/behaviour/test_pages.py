@@ -8,7 +8,7 @@ from urllib.parse import urldefrag, urljoin
 import pytest
 
 from service.api.errors import PROBLEMS
-from service.api.guides import GUIDE_NAMES
+from service.api.guides import GUIDE_NAMES, OPERATOR_GUIDE_NAMES
 from tests.behaviour.gateway_fixture import MAX_BYTES, MAX_PIXELS, RunningGateway, run_real_gateway
 from tests.behaviour.requests import assert_nothing_external, expect_problem
 from tests.support.valkey import Valkey
@@ -20,7 +20,8 @@ async def test_links_of_all_pages(gateway: RunningGateway) -> None:
     pages = await crawl(gateway, gateway.url)
     assert {f"{gateway.url}/docs/{name}" for name in (*GUIDE_NAMES, "problems")} < pages.keys()
     operators_pages = await crawl(gateway, gateway.ops_url)
-    assert operators_pages.keys() == {f"{gateway.ops_url}/docs", f"{gateway.ops_url}/docs/problems"}
+    names = ("docs", "docs/problems", *(f"docs/{name}" for name in OPERATOR_GUIDE_NAMES))
+    assert operators_pages.keys() == {f"{gateway.ops_url}/{name}" for name in names}
     for url, text in (pages | operators_pages).items():
         for link in re.findall(r'href="([^"]*#[^"]+)"', text):
             page, fragment = urldefrag(urljoin(url, link))

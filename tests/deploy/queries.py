@@ -43,23 +43,35 @@ class Selector(NamedTuple):
 
 
 class PanelQuery(NamedTuple):
-    """A query of a panel with every variable set to all."""
+    """A query of a panel or an annotation with every variable set to all. A table has no legend."""
 
     location: str
     text: str
-    legend: str
+    legend: str | None
 
 
 def panel_queries() -> Sequence[PanelQuery]:
-    return [
+    queries = [
         PanelQuery(
-            f"{name}: {panel['title']} ({number})", fill_variables(dashboard, target["expr"]), target["legendFormat"]
+            f"{name}: {panel['title']} ({number})",
+            fill_variables(dashboard, target["expr"]),
+            target.get("legendFormat"),
         )
         for name, dashboard in DASHBOARDS.items()
         for panel in dashboard["panels"]
         if panel["type"] != "row"
         for number, target in enumerate(panel["targets"], 1)
     ]
+    queries += [
+        PanelQuery(
+            f"{name}: annotation {item['name']}",
+            fill_variables(dashboard, item["target"]["expr"]),
+            item["titleFormat"] + item["textFormat"],
+        )
+        for name, dashboard in DASHBOARDS.items()
+        for item in dashboard["annotations"]["list"]
+    ]
+    return queries
 
 
 def query_variables(dashboard: Mapping[str, Any]) -> Sequence[Any]:

@@ -107,6 +107,17 @@ def test_dashboards() -> None:
                 assert around[0] in {"max", "min"}, query.location
 
 
+def test_table_of_alerts() -> None:
+    """Each alert leads to its entry in the runbook."""
+    tables = [panel for panel in DASHBOARDS["now"]["panels"] if panel["type"] == "table"]
+    overrides = {item["matcher"]["options"]: item["properties"] for item in tables[0]["fieldConfig"]["overrides"]}
+    properties = {item["id"]: item["value"] for item in overrides["runbook"]}
+    ((mapping,), (link,)) = properties["mappings"], properties["links"]
+    assert link["url"] == "${runbook}#${__value.text}"
+    fragments = {name: result["text"] for name, result in mapping["options"].items()}
+    assert fragments == {alert["alert"]: alert["annotations"]["runbook_url"].partition("#")[2] for alert in ALERTS}
+
+
 def test_burn_rate_of_the_alerts() -> None:
     """The burn rate shown as critical is the one that an alert fires on."""
     alerts = (PROMETHEUS / "alerts-slo.yaml").read_text("utf-8")

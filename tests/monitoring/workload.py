@@ -191,7 +191,7 @@ def create_tenants(gateway: MonitoredGateway) -> None:
     """Create all accounts and tenants, and wait until the gateway has them."""
     gateway.create_account("main", 1_000, 1_000, floor_count=5, floor_money=10)
     gateway.create_account("money", 0, 1_000)
-    gateway.create_account("leaky", 20, 50)
+    gateway.create_account("leaky", 20, 500)
     gateway.create_account("empty", 0, 0)
     gateway.create_account("unknown", 5, 5)
     gateway.create_account("blind", 5, 5, max_price={})
@@ -279,8 +279,8 @@ def inject_upstream_faults(gateway: MonitoredGateway) -> None:
 
 
 def spend_outside(gateway: MonitoredGateway) -> None:
-    """Spend prepaid uses and money outside the gateway."""
-    for count, money in ((20, 50), (15, 50), (14, 40)):
+    """Spend prepaid uses and money outside the gateway, so much that an alert pages."""
+    for count, money in ((20, 500), (15, 500), (14, 300)):
         gateway.set_balance("leaky", count, money)
         gateway.run_task("leaky")
     unexplained = gateway.call_admin("GET", "/accounts/leaky")["unexplained"]

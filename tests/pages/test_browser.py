@@ -89,4 +89,4 @@ def test_accessibility(gateway: GatewayProcess) -> None:
     """No page has a violation that axe finds, or scrolls sideways: narrow and wide, light and dark."""
     pages = ["/docs", "/docs/problems", "/playground", *(f"/docs/{name}" for name in GUIDE_NAMES)]
     run_tests("accessibility", URL=gateway.url, PAGES=" ".join(pages))
-    run_tests("accessibility", URL=gateway.ops_url, PAGES="/docs /docs/problems")
+    run_tests("accessibility", URL=gateway.ops_url, PAGES="/docs /docs/problems /docs/operating")

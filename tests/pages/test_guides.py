@@ -17,7 +17,7 @@ import httpx2
 import pytest
 from standardwebhooks import Webhook
 
-from service.api.guides import GUIDE_NAMES
+from service.api.guides import GUIDE_NAMES, OPERATOR_GUIDE_NAMES
 from tests.pages.node import NODE
 from tests.process.gateway import GatewayProcess, run_gateway, wait_until
 from tests.process.sandbox import ADMIN_TOKEN, call_admin
@@ -36,6 +36,14 @@ EXPECTED = {
     "migration": (r'"err_code":0', r'"status":"\w+"', r'"state":"succeeded"'),
     "limits": (),
     "production": (r"order-4711\.1", r'"status":"ok"'),
+    "operating": (
+        r"1 of 1 up",
+        r'"token":"igw_',
+        r'"state":"read-only"',
+        r"state: +read-only -> active",
+        r'"deleted": "shop"',
+        r"\ndemo open ",
+    ),
 }
 """Of each guide, what its commands print."""
 RECEIVERS = {
@@ -76,10 +84,12 @@ def run(command: Sequence[str], folder: Path, variables: Mapping[str, str]) -> s
     return done.stdout
 
 
-@pytest.mark.parametrize("guide", GUIDE_NAMES)
+@pytest.mark.parametrize("guide", [*GUIDE_NAMES, *OPERATOR_GUIDE_NAMES])
 def test_commands(gateway: GatewayProcess, tmp_path: Path, guide: str) -> None:
     """The commands of a guide run one after another, then its programs but the receivers."""
     variables = {"GATEWAY_URL": gateway.url, "GATEWAY_TOKEN": gateway.token}
+    variables |= {"GATEWAY_OPS_HOST": "127.0.0.1", "GATEWAY_OPS_PORT": gateway.environ["GATEWAY_OPS_PORT"]}
+    variables |= {"GATEWAY_ADMIN_TOKEN": ADMIN_TOKEN}
     receiver: AbstractContextManager[str] = run_receiver("python", tmp_path) if guide == "webhooks" else nullcontext("")
     with receiver as address:
         variables |= {"WEBHOOK_SECRET": SECRET, "RECEIVER": address}
@@ -154,7 +164,7 @@ def send(address: str, body: str, headers: Mapping[str, str]) -> int:
 
 
 def test_every_block_is_run() -> None:
-    for guide in GUIDE_NAMES:
+    for guide in (*GUIDE_NAMES, *OPERATOR_GUIDE_NAMES):
         text = FOLDER.joinpath(f"{guide}.md").read_text("utf-8")
         languages = {*re.findall(r"^```(\w+)$", text, re.MULTILINE)}
         assert languages <= {"sh", *RECEIVERS, *UNTESTED_LANGUAGES}
