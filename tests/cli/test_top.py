@@ -243,7 +243,7 @@ async def test_once(shell: Shell) -> None:
     assert "is no address" in (await shell.run("top", "--url", "ftp://x", code=1)).stderr
 
 
-async def test_terminal_shows_a_gateway_that_returns_and_ctrl_c_ends_it(shell: Shell) -> None:
+async def test_terminal_is_drawn_again_until_ctrl_c(shell: Shell) -> None:
     ours, theirs = pty.openpty()
     own_url, away_url = shell.gateway.ops_url, UNREACHABLE_URL
     environ = os.environ | shell.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
