@@ -123,7 +123,7 @@ class Worker:
 
 
 def _store_image(folder: Path, image: bytes) -> None:
-    # Imported when needed: OpenCV and NumPy take most of a second, by which the server would start later.
+    # Imported when needed: Pillow takes a tenth of a second, by which the server would start later.
     from service.sandbox.imaging import check_image  # noqa: PLC0415
 
     check_image(image)
