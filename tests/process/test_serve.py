@@ -202,13 +202,22 @@ def expect_start_error(gateway: GatewayProcess) -> str:
     return last
 
 
-@pytest.mark.parametrize("name", ["GATEWAY_PORT", "GATEWAY_OPS_PORT", "GATEWAY_SANDBOX_PORT"])
+@pytest.mark.parametrize("name", ["GATEWAY_PORT", "GATEWAY_OPS_PORT"])
 def test_port_in_use(tmp_path: Path, name: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         with start_gateway(tmp_path, **{name: port}) as gateway:
             error = expect_start_error(gateway)
     assert (port in error, name in error) == (True, True)
+
+
+def test_sandbox_takes_a_free_port_and_the_demo_tenant_has_limits(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with run_gateway(tmp_path, GATEWAY_SANDBOX_PORT=port) as gateway:
+            gateway.wait_for_log("sandbox.port_taken")
+            assert gateway.run_curl_example().status_code == 201
+            assert {policy["used"] for policy in gateway.call("GET", "/v1/quota").json()["policies"]} == {1}
 
 
 def test_damaged_folder_is_reported(tmp_path: Path) -> None:

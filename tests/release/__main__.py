@@ -28,7 +28,7 @@ from tests.support.network import reserve_port
 from tests.support.valkey import run_valkey
 
 _ROOT = Path(__file__).parents[2]
-_EXTRA = "imaging-gateway[local]"
+_EXTRA = "extra [local]"
 _EXCLUDED = "The package `litestar` requires `polyfactory"
 """Fault of an installation from the lock file, since `exclude-dependencies` of pyproject.toml omits this package."""
 

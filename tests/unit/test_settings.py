@@ -148,7 +148,7 @@ def test_unknown_variables() -> None:
         ({"ROLE": "api"}, ["ROLE=api"]),
         ({"UPSTREAM_USER_KEY": "mine"}, ["UPSTREAM_USER_KEY"]),
         ({"OPS_PORT": "8080"}, ["OPS_PORT"]),
-        ({"PORT": "8082"}, ["SANDBOX_PORT"]),
+        ({"PORT": "8082"}, []),
         ({"PORT": "0", "OPS_PORT": "0", "SANDBOX_PORT": "0"}, []),
         ({"HOST": "10.0.0.1", "OPS_HOST": "10.0.0.2", "OPS_PORT": "8080"}, []),
         (

@@ -73,7 +73,7 @@ const literalPython = (value) => (typeof value === "boolean" ? (value ? "True" :
 function toPython({ address, kind, file, options, artifacts }) {
   const named = Object.entries(options).map(([name, value]) => `, ${name}=${literalPython(value)}`);
   const results = artifacts.map(({ name, file: saved }) => `    gateway.download(task, ${JSON.stringify(saved)}, name=${JSON.stringify(name)})\n`);
-  return `# pip install imaging-gateway; export GATEWAY_TOKEN=igw_...
+  return `# Needs the gateway's wheel, which the operators give you, and: export GATEWAY_TOKEN=igw_...
 from service.client import GatewayClient
 
 with GatewayClient(${JSON.stringify(address)}) as gateway:
