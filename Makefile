@@ -6,6 +6,7 @@ UV_VERSION := 0.13.9
 HADOLINT_VERSION := 2.15.1
 
 UV := .tools/uv-$(UV_VERSION)
+RUN_STAMP := .venv/.ready-to-run
 VENV_STAMP := .venv/.ready
 NODE_STAMP := node_modules/.ready
 CERTIFICATES := $(wildcard /etc/ssl/certs/ca-certificates.crt)
@@ -41,10 +42,10 @@ sync = UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON_DOWNLOADS=never $(UV) sync --locke
 
 .PHONY: run demo test test-fast test-all test-clients test-pages chaos bench bench-quick check lint format types layers drift openapi openapi-lint docs-viewer dashboards chart settings sbom audit release-check image-check fmt clean help
 
-run: $(VENV_STAMP) ## Start the gateway with a store and a sandbox on this machine
+run: $(RUN_STAMP) ## Start the gateway with a store and a sandbox on this machine
 	@exec .venv/bin/gateway serve
 
-demo: $(VENV_STAMP) ## Run every kind of task, end to end
+demo: $(RUN_STAMP) ## Run every kind of task, end to end
 	@exec .venv/bin/gateway demo
 
 test-fast: $(VENV_STAMP) ## Run unit tests and a smoke test of the whole, in 30 seconds
@@ -149,40 +150,57 @@ help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 24
 
 # A virtual environment that is incomplete, moved, or made for another Python has no matching stamp and is rebuilt; a
-# complete one that is older than the lock file is updated.
-ifneq ($(file <$(VENV_STAMP)),$(PYTHON) $(CURDIR))
-.PHONY: $(VENV_STAMP)
-endif
+# complete one that is older than the lock file is updated. There is a stamp of what `make run` needs, and one of all.
+STAMPS := $(RUN_STAMP) $(VENV_STAMP)
+.PHONY: $(foreach stamp,$(STAMPS),$(if $(subst x$(PYTHON) $(CURDIR),,x$(file <$(stamp))),$(stamp)))
 
-$(VENV_STAMP): pyproject.toml uv.lock
-	@fail() { echo "error: $$1" >&2; exit 1; }
+$(RUN_STAMP): packages := --all-extras --no-default-groups --inexact
+$(VENV_STAMP): packages := --all-extras
+
+$(STAMPS): pyproject.toml uv.lock | $(UV)
+	@$(functions)
+	check_python
+	export UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON_DOWNLOADS=never
+	venv="$(PYTHON) $$(pwd -P)"
+	if ! grep -qsxF "$$venv" $(STAMPS); then
+		$(UV) venv --quiet --clear --python "$$(command -v '$(PYTHON)')" .venv >.tools/log 2>&1 ||
+			fail ".venv could not be made: $$(sed 's/^error: //;q' .tools/log) (more in .tools/log)"
+	fi
+	rm -f $(STAMPS)
+	timed 'Installing the packages of uv.lock into .venv' $(UV) sync --locked $(packages) ||
+		fail "the packages of uv.lock could not be installed: $$(sed 's/^error: //;q' .tools/log) (more in .tools/log)"
+	printf '%s' "$$venv" | tee $(RUN_STAMP) >$@
+
+$(UV):
+	@$(functions)
+	check_python
+	rm -rf .tools/venv
+	mkdir -p .tools
+	'$(PYTHON)' -m venv .tools/venv >.tools/log 2>&1 ||
+		fail "no virtual environment could be made: $$(tail -n 1 .tools/log)"
+	timed 'Fetching uv $(UV_VERSION), which installs packages' .tools/venv/bin/python -m pip install --no-cache-dir \
+		--disable-pip-version-check --no-input --retries 1 --only-binary :all: uv==$(UV_VERSION) ||
+		fail 'uv could not be fetched from the package registry: is there a network? (more in .tools/log)'
+	mv .tools/venv/bin/uv $(UV)
+	rm -rf .tools/venv
+
+define functions
+fail() { echo "error: $$1" >&2; exit 1; }
+check_python() {
 	command -v '$(PYTHON)' >/dev/null || fail 'there is no $(PYTHON): install Python 3.11 or newer (Debian: python3 python3-venv)'
 	'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
 		fail "$$('$(PYTHON)' --version 2>&1) is too old: name Python 3.11 or newer, as in PYTHON=python3.12 make"
 	'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null ||
 		fail '$(PYTHON) has no venv module: install it (Debian: python3-venv)'
-	mkdir -p .tools
-	if ! [ -x $(UV) ]; then
-		echo 'Fetching uv $(UV_VERSION)'
-		rm -rf .tools/venv
-		'$(PYTHON)' -m venv .tools/venv >.tools/log 2>&1 ||
-			fail "no virtual environment could be made: $$(tail -n 1 .tools/log)"
-		.tools/venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check --no-input --retries 1 \
-			--only-binary :all: uv==$(UV_VERSION) >.tools/log 2>&1 ||
-			fail 'uv could not be fetched from the package registry: is there a network? (more in .tools/log)'
-		mv .tools/venv/bin/uv $(UV)
-		rm -rf .tools/venv
-	fi
-	export UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON_DOWNLOADS=never
-	echo 'Building .venv from uv.lock'
-	if [ "$$(cat $@ 2>/dev/null)" != "$(PYTHON) $$(pwd -P)" ]; then
-		$(UV) venv --quiet --clear --python "$$(command -v '$(PYTHON)')" .venv >.tools/log 2>&1 ||
-			fail ".venv could not be made: $$(sed 's/^error: //;q' .tools/log) (more in .tools/log)"
-	fi
-	rm -f $@
-	$(UV) sync --locked --all-extras --quiet >.tools/log 2>&1 ||
-		fail "the packages of uv.lock could not be installed: $$(sed 's/^error: //;q' .tools/log) (more in .tools/log)"
-	printf '%s' "$(PYTHON) $$(pwd -P)" >$@
+}
+timed() { # NAME COMMAND...: show the name, run the command, and show how long it took
+	printf '%s ... ' "$$1"
+	started=$$(date +%s)
+	shift
+	"$$@" >.tools/log 2>&1 || { echo; return 1; }
+	echo "$$(($$(date +%s) - started)) s"
+}
+endef
 
 $(NODE_STAMP): $(VENV_STAMP) package.json package-lock.json .npmrc
 	@$(sync) clients
