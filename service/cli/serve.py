@@ -204,7 +204,8 @@ async def _set_up_demo(container: Container, settings: Settings, url: str) -> No
         hint = f"""The demo tenant's token: {token}
 {browser}Or in a shell:
 
-  curl -sS -H 'Authorization: Bearer {token}' -F {image} -F scale=2 {url}/v1/tasks/upscale
+  export GATEWAY_URL={url} GATEWAY_TOKEN={token}
+  curl -sS -H "Authorization: Bearer $GATEWAY_TOKEN" -F {image} -F scale=2 "$GATEWAY_URL/v1/tasks/upscale"
 
 """
     click.echo(f"\nThe gateway is ready: {url} (guides and API: {url}/docs)\n{hint}Ctrl-C stops it.\n")

@@ -129,7 +129,7 @@ def test_usage_errors_of_apply(arguments: str) -> None:
         assert run_command("apply", *arguments.split(), code=1, env=ENVIRONMENT | setting).stderr
 
 
-@pytest.mark.parametrize("name", ["README.md", "deploy/OPERATIONS.md", "deploy/RUNBOOK.md"])
+@pytest.mark.parametrize("name", ["deploy/GUIDE.md", "deploy/OPERATIONS.md", "deploy/RUNBOOK.md"])
 def test_documented_commands_exist_with_their_options(name: str) -> None:
     text = (_ROOT / name).read_text()
     blocks = re.sub(r"\$\([^)]*\)", "VALUE", "".join(_BLOCK.findall(text)).replace("\\\n", ""))

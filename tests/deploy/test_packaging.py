@@ -44,7 +44,6 @@ def test_version() -> None:
 def test_drift(tmp_path: Path, command: click.Command, option: str, name: str) -> None:
     """`make drift` fails for a file that is missing or changed, and writing all files fixes that."""
     (tmp_path / "deploy").mkdir()
-    (tmp_path / "README.md").write_bytes((ROOT / "README.md").read_bytes())
     file, arguments = tmp_path / name, [option, str(tmp_path)]
 
     def check() -> int:

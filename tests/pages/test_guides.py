@@ -1,4 +1,4 @@
-"""Runs the commands and programs of the guides as written, against a running gateway with the sandbox."""
+"""Runs the commands and programs of the guides and the README as written, against a running gateway with the sandbox."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from tests.process.gateway import GatewayProcess, run_gateway, wait_until
 from tests.process.sandbox import ADMIN_TOKEN, call_admin
 from tests.support.network import reserve_port
 
+ROOT = Path(__file__).parents[2]
 FOLDER = resources.files("service") / "pages" / "guides"
 PHOTO = (resources.files("service.demo") / "images" / "photo.jpg").read_bytes()
 SECRET = "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
 EVENT = '{"type":"task.succeeded","data":{"id":"task_1"}}'
 EXPECTED = {
-    "first-task": (r'"state":"succeeded"', r"upscaled\.png", r'"code":"invalid-options"'),
+    "first-task": (r'"state":"succeeded"', r'"next_cursor":', r'"code":"invalid-options"'),
+    "client": (r"upscaled\.png", r"face\.png", r"day"),
     "waiting": (r"event: state\n", r"304\n"),
     "webhooks": (r"204\n",),
     "quotas": (r'"policies":\[', r"period,kind,"),
@@ -56,7 +58,10 @@ UNTESTED_LANGUAGES = {"http"}
 
 
 def read_blocks(guide: str, language: str) -> Sequence[str]:
-    text = FOLDER.joinpath(f"{guide}.md").read_text("utf-8")
+    return find_blocks(FOLDER.joinpath(f"{guide}.md").read_text("utf-8"), language)
+
+
+def find_blocks(text: str, language: str) -> Sequence[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
@@ -104,6 +109,30 @@ def test_commands(gateway: GatewayProcess, tmp_path: Path, guide: str) -> None:
         assert re.search(pattern, printed), printed
     for program in read_blocks(guide, "python") if guide != "webhooks" else ():
         assert "succeeded" in run([sys.executable, "-c", program], tmp_path, variables)
+
+
+def run_in_checkout(gateway: GatewayProcess, script: str, folder: Path, **variables: str) -> str:
+    """Run commands in a folder like that of `make run`, with the ports of the gateway."""
+    for name in (".venv", "service"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".gateway").symlink_to(gateway.stdout_path.parent)
+    ports = {name: text for name, text in gateway.environ.items() if name.endswith("_PORT")}
+    return run(["/bin/bash", "-euo", "pipefail", "-c", script], folder, ports | variables)
+
+
+def test_commands_of_the_readme(gateway: GatewayProcess, tmp_path: Path) -> None:
+    _, tour = find_blocks((ROOT / "README.md").read_text("utf-8"), "sh")
+    printed = run_in_checkout(gateway, tour, tmp_path, GATEWAY_URL=gateway.url, GATEWAY_TOKEN=gateway.token)
+    assert '"state":"succeeded"' in printed
+    assert '"day-tasks"' in printed
+    assert (tmp_path / "result.png").stat().st_size > 10_000
+
+
+def test_commands_of_the_operators_guide(gateway: GatewayProcess, tmp_path: Path) -> None:
+    script = "\n".join(find_blocks((ROOT / "deploy" / "GUIDE.md").read_text("utf-8"), "sh"))
+    printed = run_in_checkout(gateway, script, tmp_path, GATEWAY_ADMIN_TOKEN=ADMIN_TOKEN)
+    for pattern in (r"main +open", r"shop +face-enhance", r"face-enhance +\w+"):
+        assert re.search(pattern, printed), printed
 
 
 @contextmanager

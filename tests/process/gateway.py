@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import httpx2
@@ -97,9 +98,10 @@ class GatewayProcess:
         wait_until(lambda: event in self.log_path.read_text(), event)
 
     def run_curl_example(self) -> httpx2.Response:
-        """Send the request of the printed `curl` line."""
-        (line,) = re.findall(r"^ +(curl .*)$", self.stdout_path.read_text(), re.MULTILINE)
-        words = shlex.split(line)
+        """Send the request of the printed `curl` line, with the variables of the line before it."""
+        ((exports, line),) = re.findall(r"^ +export (.*)\n +(curl .*)$", self.stdout_path.read_text(), re.MULTILINE)
+        variables = dict(pair.split("=", 1) for pair in shlex.split(exports))
+        words = shlex.split(Template(line).substitute(variables))
         header = words[words.index("-H") + 1].split(": ", 1)
         fields = dict(words[index + 1].split("=", 1) for index, word in enumerate(words) if word == "-F")
         with Path(fields.pop("image").removeprefix("@")).open("rb") as image:
