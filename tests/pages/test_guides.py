@@ -1,4 +1,4 @@
-"""Runs the commands and programs of the guides and the README as written, against a running gateway with the sandbox."""
+"""Runs the commands and programs of the guides and the README as written, on a gateway with the sandbox."""
 
 from __future__ import annotations
 
