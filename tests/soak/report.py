@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from tests.bench.load import percentile
 from tests.soak.run import WARM_UP_SHARE, Result
 from tests.soak.verdict import CONFIDENCE
@@ -53,8 +55,6 @@ def format_page(result: Result) -> str:
 
 def draw(result: Result, path: Path) -> None:
     """Draw the samples into a PNG; the warm-up is shaded."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - only there for benchmarks
-
     samples, counts = result.samples, result.key_counts
     minutes = [sample.at / 60 for sample in samples]
     names = [*samples[0].memory_mb]
