@@ -16,7 +16,7 @@ import pytest
 
 from service.api import schemas, tasks
 from service.api.errors import PROBLEMS
-from service.api.uploads import MultipartForm
+from service.api.form_parser import MultipartForm
 from service.domain.tasks import Kind
 from service.usecases.caches import TaskCache
 from service.usecases.reports import QuotaReports

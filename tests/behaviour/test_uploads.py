@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from service.api.uploads import MultipartForm, UploadReader
+from service.api.form_parser import MultipartForm
+from service.api.uploads import UploadReader
 from service.app import create_app
 from service.usecases.ports import SubmitOutcome
 from tests.behaviour.clients import wait_until
