@@ -31,6 +31,7 @@ from service.api.params import JsonRequest, check_query
 from service.api.playground import PATH as PLAYGROUND_PATH
 from service.api.playground import playground_routes
 from service.api.schemas import PRIVATE_HEADERS
+from service.api.submissions import SubmissionReceiver
 from service.api.uploads import refuse_content_encoding
 from service.container import Container
 from service.domain.errors import Unauthenticated
@@ -85,11 +86,18 @@ def tenants_app(container: Container) -> Litestar:
             await failures.delay(request)
             raise
 
-    task_routes = tasks.task_routes(
+    receiver = SubmissionReceiver(
         tenant_auth=auth,
         submitter=container.submitter,
-        reader=container.task_reader,
         uploads=container.uploads,
+        catalogue=container.catalogue,
+        fetch_image=container.fetch_image,
+        fetches=container.image_fetches,
+    )
+    task_routes = tasks.task_routes(
+        tenant_auth=auth,
+        receiver=receiver,
+        reader=container.task_reader,
         catalogue=container.catalogue,
         estimator=container.task_cache.durations,
     )

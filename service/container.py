@@ -22,6 +22,7 @@ from service.api.health import Health
 from service.api.uploads import UploadReader
 from service.clients.artifacts import ArtifactClient
 from service.clients.http import MAX_REQUESTS
+from service.clients.images import ImageClient
 from service.clients.upstream import UpstreamClient
 from service.clients.webhooks import WebhookClient
 from service.crypto import Keyring, TaskIdCodec, UserKeyCipher
@@ -56,6 +57,7 @@ from service.usecases.poller import BalanceRefresher, TaskPoller
 from service.usecases.ports import (
     CheckOutcome,
     DeliveryQueue,
+    FetchImage,
     Ledger,
     SubmitOutcome,
     TaskStore,
@@ -75,6 +77,8 @@ JOB_RESTART_SECONDS = 1.0
 TASK_ID_PURPOSE, WEBHOOK_SECRET_PURPOSE, LINK_PURPOSE = "task-id", "webhook-secret", "artifact-link"
 """Purposes of encryption, each with derived keys of its own, beside that of UserKeyCipher."""
 REDIS_TIMEOUT_SECONDS = 5.0
+MAX_IMAGE_FETCHES = 64
+"""Images that a process fetches at once from their URLs."""
 
 
 class Container:
@@ -98,6 +102,7 @@ class Container:
         registry: CachedRegistry,
         task_cache: TaskCache,
         fetch_artifact: FetchArtifact,
+        fetch_image: FetchImage,
         post_webhook: PostWebhook,
         now: Callable[[], float] = time.time,
         jobs: Sequence[Job] = (),
@@ -115,6 +120,8 @@ class Container:
         self.has_playground = settings.playground is Switch.ON
         self.limits = Limits(**{name: getattr(settings, name) for name in Limits.__struct_fields__})
         self.trusted_proxies = settings.trusted_proxies
+        self.fetch_image = fetch_image
+        self.image_fetches = TenantSlots(MAX_IMAGE_FETCHES, settings.tenant_share)
         self.metrics_token = settings.metrics_token
         self.drain_seconds = settings.lease_seconds
         self._is_draining = False
@@ -345,6 +352,7 @@ async def open_container(
             registry=registry,
             task_cache=task_cache,
             fetch_artifact=artifact_client.fetch,
+            fetch_image=ImageClient(metrics, seconds=settings.image_url_seconds, tracer=tracer).fetch,
             post_webhook=WebhookClient(tracer=tracer).post,
             jobs=[subscriber.run for subscriber in subscribers],
             redactor=redactor,

@@ -507,6 +507,12 @@ class Settings:
     max_image_pixels: int = _declare(
         parse_int(1, 1_000_000_000), "25000000", "The most pixels an image may have.", scope=Scope.API
     )
+    image_url_seconds: int = _declare(
+        parse_int(1, 300),
+        "30",
+        "How long the image at an `image_url` may take to arrive, with all redirects.",
+        scope=Scope.API,
+    )
     max_artifact_bytes: int = _declare(
         parse_size, "256 MiB", "The largest result that is delivered to a tenant.", scope=Scope.API
     )

@@ -236,6 +236,22 @@ _VENDOR_ROW = Row(
             empty="No requests",
         ),
         graph(
+            "Images fetched from URLs",
+            "Fetches of an `image_url` per minute, by outcome. All but `done` and `overloaded` are up to callers and"
+            " the servers of their images.",
+            PER_MINUTE,
+            {"{{outcome}}": per_minute("gateway_image_fetches_total", "outcome")},
+            width=THIRD,
+        ),
+        graph(
+            "Duration of fetches from URLs, 95%",
+            "Duration of fetches of an `image_url`, before anything is reserved. Worry when it nears the limit.",
+            SECONDS,
+            {"95%": quantile(0.95, "gateway_image_fetch_duration_seconds")},
+            width=THIRD,
+            empty="No requests",
+        ),
+        graph(
             "Connections in use",
             "Busy connections of all processes and their limit, by operation. At the limit requests wait.",
             COUNT,

@@ -248,6 +248,15 @@ class TenantSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         TenantStatus.ACTIVE
     )
     note: _Note = ""
+    allow_image_url: Annotated[
+        list[Annotated[str, Meta(max_length=255)]],
+        Meta(
+            max_length=MAX_ALLOW_ENTRIES,
+            description="Hosts from which an `image_url` is fetched, none by default, and networks such as 10.0.0.0/8: "
+            "an address that is not public is called only if one of them has it. Each is for the ports 80 and 443, or "
+            "for its own: images.example:8443. The hosts of redirects must be among them.",
+        ),
+    ] = []
 
     def _to_desired(self, name: str, secret: str | None, errors: ErrorCollector) -> DesiredTenant:
         errors.errors += [
@@ -277,6 +286,7 @@ class TenantSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             state=self.state,
             webhook=webhook,
             note=self.note,
+            allow_image_url=errors.collect("", (), webhooks.parse_allow_list, "allow_image_url", self.allow_image_url),
         )
         key = None if secret is None else errors.collect("", b"", webhooks.parse_secret, secret)
         return DesiredTenant(tenant, secret=key)
@@ -405,6 +415,7 @@ def tenant_spec(tenant: tenants.Tenant) -> TenantSpec:
         webhook=None if webhook.url is None else WebhookSpec(webhook.url, list(webhook.allow)),
         state=tenant.state,
         note=tenant.note,
+        allow_image_url=list(tenant.allow_image_url),
     )
 
 

@@ -127,6 +127,9 @@ _PROBLEM_TYPES: Mapping[type[errors.GatewayError], ProblemType] = {
     ),
     errors.InvalidOptions: ProblemType("invalid-options", 422, "Invalid options", "`errors` names each faulty field."),
     errors.InvalidImage: ProblemType("invalid-image", 422, "Invalid image", "It is damaged or incomplete."),
+    errors.ImageUnreachable: ProblemType(
+        "image-unreachable", 422, "Image unreachable", "It can't be fetched from its `image_url`; nothing was charged."
+    ),
     errors.IdempotencyKeyInvalid: ProblemType(
         "idempotency-key-invalid", 400, "Invalid idempotency key", "It is malformed, too long, or sent twice."
     ),
@@ -205,6 +208,8 @@ def to_problem(error: errors.GatewayError) -> ProblemResponse:
             headers |= REPLAYED_HEADERS if error.is_replay else {}
         case errors.UpstreamRejected():
             extras["upstream_reason"] = error.reason
+        case errors.ImageUnreachable():
+            extras["reason"] = error.reason
         case errors.RangeNotSatisfiable() if error.content_range:
             headers["Content-Range"] = error.content_range
         case _:

@@ -1,4 +1,4 @@
-"""Incremental parsing of multipart forms."""
+"""Incremental parsing of forms: multipart, urlencoded, and JSON objects in place of one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import re
 from collections.abc import Callable, Iterator
 from encodings.aliases import aliases
 from typing import Any
+from urllib.parse import parse_qsl
 
+import msgspec
 from multipart import MultipartError, MultipartSegment, PushMultipartParser
 
-from service.domain.errors import FieldError, ImageTooLarge, InvalidOptions, MalformedRequest
+from service.domain.errors import FieldError, ImageTooLarge, InvalidOptions, MalformedRequest, check_json
+from service.domain.image_urls import IMAGE_URL_FIELD
 
 MAX_FIELDS = 64
 MAX_NAME_CHARS = 128
@@ -36,10 +39,13 @@ _CHARSETS = frozenset(
 class MultipartForm:
     """Incremental parser of a multipart form: feed every chunk, then finish.
 
-    The only file accepted is of at most `max_file_bytes` in the part `file_part` (None: no file); everything else
-    together may be `max_other_bytes`. Errors are raised as early as possible. `identify` is called with each complete
-    field until it returns the `owner`, and may raise too.
+    It takes `memory_ratio` times the bytes of its body. The only file accepted is of at most `max_file_bytes` in the
+    part `file_part` (None: no file); everything else together may be `max_other_bytes`. Errors are raised as early as
+    possible. `identify` is called with each complete field until it returns the `owner`, and may raise too.
     """
+
+    memory_ratio = 1
+    is_typed = False
 
     def __init__(
         self,
@@ -69,9 +75,23 @@ class MultipartForm:
         self._file: list[bytes] = []
         self._latest_parts: list[bytes] = []
         self._file_bytes = 0
-        self._has_file = False
+        self.has_file = False
         self.owner = owner
         self.fields: list[tuple[str, str]] = []
+
+    @property
+    def max_bytes(self) -> int:
+        return self._max_file_bytes + self._max_other_bytes
+
+    @property
+    def is_file_empty(self) -> bool:
+        return not self._file_bytes
+
+    def check_length(self, length: int) -> None:
+        """Raise ImageTooLarge for a body of this length."""
+        if length > self.max_bytes:
+            limit = self._max_file_bytes
+            raise ImageTooLarge(f"The request has {length} bytes; an image may have at most {limit} bytes.")
 
     def feed(self, chunk: bytes) -> None:
         """Parse the next bytes. Raises MalformedRequest, InvalidOptions, ImageTooLarge."""
@@ -93,14 +113,12 @@ class MultipartForm:
             raise MalformedRequest(f"The form without its file is larger than {self._max_other_bytes} bytes.")
 
     def finish(self) -> None:
-        """End the form. Raises MalformedRequest if it is incomplete, InvalidOptions if its file is missing."""
+        """End the form. Raises MalformedRequest if it is incomplete."""
         try:
             self._parser.close()
         except MultipartError as error:
             error.__traceback__ = None
             raise MalformedRequest("The form is incomplete. Send it again.") from None
-        if self._file_part is not None and not self._has_file:
-            raise _field_error(self._file_part, "is required: send the image as a file in this part")
 
     def take_file(self) -> tuple[bytes, bytes]:
         """Return the file of a finished form and its SHA-256, empty without `has_digest`; drop it from the form."""
@@ -111,6 +129,7 @@ class MultipartForm:
     def discard(self) -> None:
         # A traceback may hold this form.
         self._parser, self._file, self._latest_parts, self._value = None, [], [], bytearray()
+        self.fields = []
 
     def _begin_part(self, part: Any) -> None:
         name = _decode_name(part.name)
@@ -122,18 +141,18 @@ class MultipartForm:
             self._value.clear()
             return
         if self._file_part is None:
-            raise _field_error(name, "is a file, and this call accepts none")
+            raise field_error(name, "is a file, and this call accepts none")
         if name != self._file_part:
-            raise _field_error(name, f"is a file: the only file belongs in the part {self._file_part}")
-        if self._has_file:
-            raise _field_error(name, "is given more than once")
+            raise field_error(name, f"is a file: the only file belongs in the part {self._file_part}")
+        if self.has_file:
+            raise field_error(name, "is given more than once")
         self._name = None
-        self._has_file = True
+        self.has_file = True
 
     def _append_content(self, content: bytes) -> None:
         if self._name is not None:
             if len(self._value) + len(content) > MAX_FIELD_BYTES:
-                raise _field_error(self._name, f"must be at most {MAX_FIELD_BYTES} bytes")
+                raise field_error(self._name, f"must be at most {MAX_FIELD_BYTES} bytes")
             self._value += content
             return
         self._file_bytes += len(content)
@@ -153,7 +172,7 @@ class MultipartForm:
             value = self._value.decode(self._charset)
         except UnicodeDecodeError:
             declared = self._charset.replace("_", "-")
-            raise _field_error(self._name, f"must be text in {declared}, as its part declares") from None
+            raise field_error(self._name, f"must be text in {declared}, as its part declares") from None
         self.fields.append((self._name, value))
         if self._identify is not None and self.owner is None:
             self.owner = self._identify(self._name, value)
@@ -168,13 +187,13 @@ def _resolve_charset(name: str, part: Any) -> str:
     """Return the codec of a field (RFC 7578, 4.5). Raises InvalidOptions for an unsupported one."""
     encoding = part.header("Content-Transfer-Encoding", "").strip().lower()
     if encoding in _REFUSED_TRANSFER_ENCODINGS:
-        raise _field_error(name, f"must be sent without the transfer encoding {encoding}")
+        raise field_error(name, f"must be sent without the transfer encoding {encoding}")
     if not part.charset:
         return "utf_8"
     charset = part.charset.strip().lower().replace("-", "_")
     charset = aliases.get(charset, charset)
     if charset not in _CHARSETS:
-        raise _field_error(name, "must be in a supported charset, best UTF-8")
+        raise field_error(name, "must be in a supported charset, best UTF-8")
     return str(charset)
 
 
@@ -188,7 +207,7 @@ def _decode_name(encoded: str) -> str:
     return name
 
 
-def _field_error(field: str, detail: str) -> InvalidOptions:
+def field_error(field: str, detail: str) -> InvalidOptions:
     return InvalidOptions([FieldError(field, detail)])
 
 
@@ -215,3 +234,97 @@ class _PaddingTolerantParser(PushMultipartParser):  # type: ignore[misc]
                 yield from self.parse(delimiter + rest)
             else:
                 self._buffer = delimiter + padded[1]
+
+
+MAX_FORM_BYTES = 64 * 1024
+"""Of a form without a file."""
+MAX_JSON_BYTES = 8 * 1024 * 1024
+"""Of a JSON body. Up to three copies are in memory, and its parser keeps the event loop for some 30 ms."""
+
+
+class UrlencodedForm:
+    """A form without a file, collected until its end; see MultipartForm."""
+
+    memory_ratio = 1
+    is_typed = False
+    has_file, is_file_empty = False, True
+
+    def __init__(self, max_bytes: int = MAX_FORM_BYTES, *, owner: int | None = None) -> None:
+        self.max_bytes = max_bytes
+        self.owner = owner
+        self.fields: list[tuple[str, Any]] = []
+        self._body = bytearray()
+
+    def check_length(self, length: int) -> None:
+        """Raise MalformedRequest for a body of this length."""
+        if length > self.max_bytes:
+            raise MalformedRequest(f"The form is larger than {self.max_bytes} bytes.")
+
+    def feed(self, chunk: bytes) -> None:
+        """Add the next bytes. Raises as `check_length` does."""
+        self.check_length(len(self._body) + len(chunk))
+        self._body += chunk
+
+    def finish(self) -> None:
+        """End the form. Raises MalformedRequest."""
+        body, self._body = self._body, bytearray()
+        try:
+            text = body.decode()
+            self.fields = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS)
+        except UnicodeDecodeError:
+            raise MalformedRequest("The form is not UTF-8.") from None
+        except ValueError:
+            raise MalformedRequest(f"The form has more than {MAX_FIELDS} fields.") from None
+
+    def take_file(self) -> tuple[bytes, bytes]:
+        return b"", b""
+
+    def discard(self) -> None:
+        self._body, self.fields = bytearray(), []
+
+
+class JsonForm(UrlencodedForm):
+    """A JSON object in place of a form: its values have the types of the options. One may be long: IMAGE_URL_FIELD."""
+
+    memory_ratio = 3
+    is_typed = True
+
+    def __init__(self, *, owner: int | None = None) -> None:
+        super().__init__(MAX_JSON_BYTES, owner=owner)
+
+    def check_length(self, length: int) -> None:
+        """Raise ImageTooLarge for a body of this length."""
+        if length > self.max_bytes:
+            detail = f"A JSON body may have at most {self.max_bytes} bytes: send a larger image as the file of a form."
+            raise ImageTooLarge(detail)
+
+    def finish(self) -> None:
+        """End the object. Raises MalformedRequest."""
+        body, self._body = bytes(self._body), bytearray()
+        long_value = b""
+        try:
+            if len(body) > 2 * MAX_FORM_BYTES:
+                # Cut out, since millions of small values would take many times the memory of their text. It is too
+                # long to occur twice.
+                long_value = bytes(msgspec.json.decode(body, type=_LongValue).image_url)
+                body = body.replace(long_value, b'""', 1)
+                if len(body) > MAX_FORM_BYTES:
+                    raise MalformedRequest(f"The JSON without {IMAGE_URL_FIELD} is larger than {MAX_FORM_BYTES} bytes.")
+            check_json(body.decode())
+            fields = msgspec.json.decode(body, type=dict[str, Any])
+            if long_value:
+                fields[IMAGE_URL_FIELD] = msgspec.json.decode(long_value, type=str)
+        except UnicodeDecodeError:
+            raise MalformedRequest("The body of the request is not UTF-8.") from None
+        except (ValueError, RecursionError):  # includes msgspec.DecodeError
+            raise MalformedRequest(
+                "The body of the request must be a JSON object, not deeply nested, with each name once."
+            ) from None
+        self.fields = [*fields.items()]
+
+
+class _LongValue(msgspec.Struct):
+    image_url: msgspec.Raw = msgspec.Raw(b'""')
+
+
+Form = MultipartForm | UrlencodedForm

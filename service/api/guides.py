@@ -9,9 +9,11 @@ from html import escape
 import msgspec
 from msgspec import Struct
 
+from service.api.form_parser import MAX_FORM_BYTES, MAX_JSON_BYTES
 from service.api.pages import Asset, Link, fill, page_asset, read_text, render_links, render_markdown, render_page
 from service.api.params import MAX_WAIT_SECONDS
 from service.api.tasks import MAX_STREAM_SECONDS
+from service.domain.image_urls import MAX_IMAGE_URL_CHARS
 from service.domain.ledger import MAX_IDEMPOTENCY_KEY_CHARS
 from service.domain.tasks import MAX_METADATA_BYTES, MAX_PROMPT_CHARS, OPTIONS, VENDOR_FIELDS, Catalogue, Kind
 from service.domain.webhooks import RETRY_SECONDS
@@ -31,7 +33,7 @@ GUIDE_NAMES = (
 )
 """In reading order: each is a file of the folder `pages/guides`, which begins with its title and its summary."""
 OPERATOR_GUIDE_NAMES = ("operating",)
-_MIB = 1 << 20
+_KIB, _MIB = 1 << 10, 1 << 20
 
 
 class Limits(Struct, frozen=True):
@@ -39,6 +41,7 @@ class Limits(Struct, frozen=True):
 
     max_image_bytes: int
     max_image_pixels: int
+    image_url_seconds: int
     max_artifact_bytes: int
     task_retention_days: int
     reads_per_second: int
@@ -111,6 +114,9 @@ def _collect_facts(limits: Limits, catalogue: Catalogue) -> dict[str, str]:
     return {
         "max_image": _format_size(limits.max_image_bytes),
         "max_pixels": f"{limits.max_image_pixels:,}",
+        "image_url_seconds": str(limits.image_url_seconds),
+        "max_json": _format_size(MAX_JSON_BYTES),
+        "max_form": _format_size(MAX_FORM_BYTES),
         "max_result": _format_size(limits.max_artifact_bytes),
         "retention_days": str(limits.task_retention_days),
         "reads": f"{limits.reads_per_second:,} a second" if limits.reads_per_second else "without a limit",
@@ -120,6 +126,7 @@ def _collect_facts(limits: Limits, catalogue: Catalogue) -> dict[str, str]:
         "stream_minutes": f"{MAX_STREAM_SECONDS / 60:g}",
         "heartbeat_seconds": f"{HEARTBEAT_SECONDS:g}",
         "webhook_attempts": str(len(RETRY_SECONDS) + 1),
+        "url_chars": f"{MAX_IMAGE_URL_CHARS:,}",
         "key_chars": str(MAX_IDEMPOTENCY_KEY_CHARS),
         "prompt_chars": f"{MAX_PROMPT_CHARS:,}",
         "metadata_bytes": f"{MAX_METADATA_BYTES:,}",
@@ -131,7 +138,9 @@ def _collect_facts(limits: Limits, catalogue: Catalogue) -> dict[str, str]:
 
 
 def _format_size(size: int) -> str:
-    return f"{size // _MIB} MiB" if size % _MIB == 0 else f"{size:,} bytes"
+    if size % _MIB == 0:
+        return f"{size // _MIB} MiB"
+    return f"{size // _KIB} KiB" if size % _KIB == 0 else f"{size:,} bytes"
 
 
 def _format_options(kind: Kind) -> str:

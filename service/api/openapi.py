@@ -39,6 +39,7 @@ from service.api.errors import (
     UNAUTHENTICATED,
     ProblemType,
 )
+from service.domain.errors import UnreachableReason
 from service.domain.tasks import MAX_METADATA_BYTES, OPTIONS, Catalogue, Kind
 from service.domain.webhooks import MAX_URL_CHARS
 
@@ -83,6 +84,7 @@ class Problem(Struct, frozen=True):
         Annotated[str, Meta(description="Of `upstream-rejected`, in the upstream's words.")] | UnsetType
     ) = UNSET
     submission_id: Annotated[str, Meta(description="Of `submission-unknown`.")] | UnsetType = UNSET
+    reason: Annotated[UnreachableReason, Meta(description="Of `image-unreachable`.")] | UnsetType = UNSET
 
 
 NOT_MODIFIED: dict[int, ResponseSpec] = {
@@ -94,6 +96,15 @@ _FILE_SCHEMA = {
     "format": "binary",  # of OpenAPI 3.0, the only one that most client generators support
     "contentMediaType": "application/octet-stream",
 }
+
+
+_ONE_SOURCE = {
+    "additionalProperties": False,
+    "if": {"required": ["image"]},
+    "then": {"not": {"required": ["image_url"]}},
+    "else": {"required": ["image_url"]},
+}
+"""Exactly one of both. Client generators ignore these words, but not `oneOf`, from which they make types."""
 
 
 def problem_responses(*codes_or_statuses: int | str) -> dict[int, ResponseSpec]:
@@ -139,26 +150,42 @@ def submit_operation(kind: Kind, catalogue: Catalogue) -> type[Operation]:
     if kind is Kind.UPSCALE:
         options["model"]["examples"] = list(catalogue.models)
         options["style"]["examples"] = list(catalogue.styles)
-    properties = {
-        "image": _FILE_SCHEMA | {"description": "The image: PNG, JPEG or WebP."},
-        **options,
-        "metadata": {
-            "type": "string",
-            "contentMediaType": "application/json",
-            "contentSchema": {"type": "object", "additionalProperties": {"type": "string"}},
-            "maxLength": MAX_METADATA_BYTES,
-            "description": f"A JSON object of strings, at most {MAX_METADATA_BYTES} bytes, returned unchanged.",
-            "examples": ['{"order": "4711"}'],
-        },
-        "webhook_url": {
-            "type": "string",
-            "format": "uri",
-            "maxLength": MAX_URL_CHARS,
-            "description": "Receives the event of this task instead of your default address. The operators must have "
-            "allowed its host.",
-        },
+    text_metadata = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"type": "object", "additionalProperties": {"type": "string"}},
+        "maxLength": MAX_METADATA_BYTES,
+        "description": f"A JSON object of strings, at most {MAX_METADATA_BYTES} bytes, returned unchanged.",
+        "examples": ['{"order": "4711"}'],
     }
-    return _form_operation("multipart/form-data", properties, ["image"], additionalProperties=False)
+    metadata = {
+        "type": "object",
+        "additionalProperties": {"type": "string"},
+        "description": f"At most {MAX_METADATA_BYTES} bytes as JSON, returned unchanged.",
+        "examples": [{"order": "4711"}],
+    }
+    webhook_url = {
+        "type": "string",
+        "format": "uri",
+        "maxLength": MAX_URL_CHARS,
+        "description": "Receives the event of this task instead of your default address. The operators must have "
+        "allowed its host.",
+    }
+    image_url = {
+        "type": "string",
+        "format": "uri",
+        "description": "The address of the image, whose host the operators must have allowed you, or the image itself "
+        "as `data:image/png;base64,...`.",
+    }
+    image = _FILE_SCHEMA | {"description": "The image: PNG, JPEG or WebP."}
+    form = {"image": image, "image_url": image_url, **options, "metadata": text_metadata, "webhook_url": webhook_url}
+    values = {"image_url": image_url, **options, "metadata": metadata, "webhook_url": webhook_url}
+    return _body_operation(
+        {
+            "multipart/form-data": _object_schema(form, [], **_ONE_SOURCE),
+            "application/json": _object_schema(values, ["image_url"], additionalProperties=False),
+        }
+    )
 
 
 def legacy_operation(part: str | None, names: Mapping[str, str], kind: Kind | None = None) -> type[Operation]:
@@ -166,27 +193,31 @@ def legacy_operation(part: str | None, names: Mapping[str, str], kind: Kind | No
     properties: dict[str, Any] = {"user_key": {"type": "string", "format": "password", "description": "Your token."}}
     if part is None or kind is None:
         properties |= {name: {"type": "string"} for name in names}
-        return _form_operation("application/x-www-form-urlencoded", properties, ["user_key", *names])
+        schema = _object_schema(properties, ["user_key", *names])
+        return _body_operation({"application/x-www-form-urlencoded": schema})
     options = option_schemas(kind)
     properties[part] = _FILE_SCHEMA | {"description": "The image."}
     properties |= {name: options[option] for name, option in names.items()}
-    return _form_operation("multipart/form-data", properties, ["user_key", part])
+    return _body_operation({"multipart/form-data": _object_schema(properties, ["user_key", part])})
 
 
-def _form_operation(
-    media_type: str, properties: Mapping[str, Any], required: list[str], **keywords: Any
-) -> type[Operation]:
-    """Return an operation that reads its form from the stream, so that Litestar can't describe it."""
-    schema = {"type": "object", "properties": properties, "required": required} | keywords
+def _object_schema(properties: Mapping[str, Any], required: list[str], **keywords: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties} | ({"required": required} if required else {}) | keywords
+
+
+def _body_operation(schemas: Mapping[str, Any]) -> type[Operation]:
+    """Return an operation that reads its body, by media type, from the stream, so that Litestar can't describe it."""
 
     @dataclass
-    class FormOperation(Operation):
+    class BodyOperation(Operation):
         def __post_init__(self) -> None:
             # Litestar copies what is no `Schema` as it is.
-            content = {media_type: OpenAPIMediaType(schema=cast("Schema", schema))}
+            content = {
+                media_type: OpenAPIMediaType(schema=cast("Schema", schema)) for media_type, schema in schemas.items()
+            }
             self.request_body = RequestBody(required=True, content=content)
 
-    return FormOperation
+    return BodyOperation
 
 
 def option_schemas(kind: Kind) -> dict[str, dict[str, Any]]:

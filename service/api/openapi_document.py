@@ -20,6 +20,7 @@ from service.api.errors import MEDIA_TYPE, PROBLEMS, ProblemResponse, render
 from service.api.openapi_tasks import describe_tasks
 from service.api.schemas import Artifact, Availability, Cost, Links, Policy, Quota, Task
 from service.api.tasks import EVENT_STREAM_TYPE, encode_event
+from service.domain.errors import UnreachableReason
 from service.domain.media import EXTENSIONS
 from service.domain.tasks import ArtifactName, CostBasis, Kind, State, UpscaleOptions
 from service.domain.tenants import Window
@@ -72,6 +73,7 @@ _PROBLEM_EXTRAS: Mapping[str, Mapping[str, Any]] = {
     },
     "too-many-active-tasks": {"violated_policies": [{"policy": "max-active", "limit": 20, "resets_at": None}]},
     "upstream-rejected": {"upstream_reason": "图片太小"},
+    "image-unreachable": {"reason": UnreachableReason.HTTP_STATUS},
     "submission-unknown": {"submission_id": "f3a1c09b6d5e4f708192a3b4c5d6e7f8"},
 }
 
@@ -263,11 +265,11 @@ def _complete_operation(operation: Node, components: Node) -> None:
         # Client generators ignore the default of a reference that has a description beside it.
         parameter["schema"] = {"$ref": schema["$ref"]} if "$ref" in schema else schema
     if body := operation.get("requestBody"):
-        (media,) = body["content"].values()
-        schema = _unwrap(media["schema"])
-        # Litestar describes an optional body as one that may be null.
-        body["required"] = schema == media["schema"]
-        media["schema"] = schema
+        for media in body["content"].values():
+            schema = _unwrap(media["schema"])
+            # Litestar describes an optional body as one that may be null.
+            body["required"] = schema == media["schema"]
+            media["schema"] = schema
     responses = operation["responses"]
     # The validation error of Litestar, which the exception handlers replace.
     if MEDIA_TYPE not in responses.get("400", {}).get("content", [MEDIA_TYPE]):

@@ -31,26 +31,22 @@ from service.api.errors import OUTCOME, ClientDisconnected, rate_limit_headers, 
 from service.api.overload import overload_middleware
 from service.api.params import check_query, parse_wait_seconds
 from service.api.reads import matches_etag, read_middleware
-from service.api.uploads import UploadReader
+from service.api.submissions import SubmissionReceiver
 from service.domain.errors import FieldError, GatewayError, InvalidOptions, TenantDisabled, Unauthenticated
 from service.domain.ledger import IDEMPOTENCY_KEY_PATTERN, MAX_IDEMPOTENCY_HEADER_CHARS, parse_idempotency_key
-from service.domain.tasks import Catalogue, Kind, State, parse_metadata, parse_options
+from service.domain.tasks import Catalogue, Kind, State
 from service.domain.tenants import Tenant
-from service.domain.webhooks import resolve_webhook_url
 from service.usecases.caches import CachedTask, DurationEstimator
 from service.usecases.reports import SubmissionReports
-from service.usecases.submit import Submission, Submitter
+from service.usecases.submit import Submission
 from service.usecases.task_status import TaskReader
 
 _log = structlog.get_logger(__name__)
 
-IMAGE_PART = "image"
 EVENT_STREAM_TYPE = "text/event-stream"
 MAX_STREAM_SECONDS = 600.0
 """A stream ends after this time. Its client reconnects, to any process, which checks its token again."""
 
-_METADATA_FIELD, _WEBHOOK_FIELD = "metadata", "webhook_url"
-_NON_OPTION_FIELDS = frozenset({_METADATA_FIELD, _WEBHOOK_FIELD})
 _MAX_PAGE_SIZE = 100
 
 _RETRY_MS = 1_000
@@ -61,7 +57,8 @@ _HEARTBEAT = b":\n\n"
 _EVENT_ID = re.compile(rf"([0-9]{{1,9}})-({'|'.join(State)})")
 
 _SUBMIT_DESCRIPTION = (
-    "The image is sent to the upstream once; the response comes as soon as the upstream has accepted it. Then follow "
+    "Send the image, or its `image_url`, with the options as a form, or an `image_url` with them as JSON. The image is "
+    "sent to the upstream once; the response comes as soon as the upstream has accepted it. Then follow "
     "the task to its end. Part order does not matter. An unknown field is an error, never ignored. Only a response of "
     "201 or 504 may have been charged: repeat the request with the same `Idempotency-Key`, and it is charged once."
 )
@@ -87,7 +84,8 @@ _SUBMIT_HEADERS = (
 )
 _SUBMIT_PROBLEMS = (
     *(400, 401, 402, "kind-not-allowed", "tenant-read-only", "tenant-disabled", "idempotency-in-flight", 413, 415),
-    *("invalid-options", "invalid-image", "idempotency-key-reused", 429, "upstream-rejected", 503, 504),
+    *("invalid-options", "invalid-image", "image-unreachable", "idempotency-key-reused", 429, "upstream-rejected", 503),
+    504,
 )
 _STREAM_RESPONSES = {204: ResponseSpec(None, description="The task has ended", generate_examples=False)}
 _LIST_DESCRIPTION = "Continue with `next_cursor` until it is null. A page may hold fewer tasks than `limit`."
@@ -100,9 +98,8 @@ Cursor = Annotated[str | None, QueryParameter(description="`next_cursor` of the 
 def task_routes(
     *,
     tenant_auth: TenantAuth,
-    submitter: Submitter,
+    receiver: SubmissionReceiver,
     reader: TaskReader,
-    uploads: UploadReader,
     catalogue: Catalogue,
     estimator: DurationEstimator,
 ) -> Sequence[HTTPRouteHandler]:
@@ -116,21 +113,6 @@ def task_routes(
             headers["Preference-Applied"] = f"wait={wait}"
         return cached, headers
 
-    async def submit_upload(request: Request[Any, Any, Any], tenant: Tenant, kind: Kind, key: str | None) -> Submission:
-        # A function of its own, so that nothing holds the image while the end of the task is awaited.
-        async with uploads.receive(
-            request.scope, request.receive, part=IMAGE_PART, owner=tenant.id, has_digest=key is not None
-        ) as upload:
-            tenant = tenant_auth.authenticate(request)  # again: the upload may have taken minutes
-            submitter.check_allowed(tenant, kind)
-            extras, option_fields = _split_fields(upload.fields)
-            options = parse_options(kind, option_fields, catalogue)
-            metadata = parse_metadata(extras.get(_METADATA_FIELD))
-            webhook_url = resolve_webhook_url(tenant.webhook, extras.get(_WEBHOOK_FIELD))
-            return await submitter.submit(
-                tenant, options, metadata, upload.image, idempotency_key=key, webhook_url=webhook_url
-            )
-
     def make_submit_handler(kind: Kind) -> HTTPRouteHandler:
         @post(
             f"/tasks/{kind}",
@@ -142,7 +124,7 @@ def task_routes(
             response_headers=openapi.response_headers(*_SUBMIT_HEADERS),
             responses=openapi.problem_responses(*_SUBMIT_PROBLEMS),
             status_code=201,
-            middleware=[overload_middleware(tenant_auth, uploads.memory)],
+            middleware=[overload_middleware(tenant_auth, receiver.uploads.memory)],
         )
         async def handler(
             request: Request[Any, Any, Any],
@@ -158,11 +140,11 @@ def task_routes(
             prefer: Annotated[str | None, HeaderParameter(name="Prefer", description=_PREFER_DESCRIPTION)] = None,
         ) -> Response[schemas.Task]:
             del idempotency_key, prefer  # declared for the OpenAPI document; each may be sent several times
-            submitter.check_allowed(tenant, kind)
+            receiver.submitter.check_allowed(tenant, kind)
             key = parse_idempotency_key(request.headers.getall("idempotency-key", []))
             if request.query_params:
                 raise InvalidOptions([FieldError(name, "goes into the form") for name in request.query_params])
-            accepted = await submit_upload(request, tenant, kind, key)
+            accepted = await receiver.receive(request, tenant, kind, key)
             return await _accepted_response(
                 request, accepted, estimator, partial(read_with_wait, request, tenant, accepted.task.id)
             )
@@ -382,18 +364,3 @@ async def _accepted_response(
         except Exception:  # noqa: BLE001 - its id alone is still of use
             links = schemas.Links(self=schemas.task_path(accepted.task), events=schemas.events_path(accepted.task))
             return Response({"id": accepted.task.id, "links": links}, headers=headers)
-
-
-def _split_fields(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """Separate the fields that are no options; empty ones are dropped. Raises InvalidOptions for repeats."""
-    extras: dict[str, str] = {}
-    errors = []
-    for name, value in fields:
-        if name not in _NON_OPTION_FIELDS or not value:
-            continue
-        if name in extras:
-            errors.append(FieldError(name, "is given more than once"))
-        extras[name] = value
-    if errors:
-        raise InvalidOptions(errors)
-    return extras, [field for field in fields if field[0] not in _NON_OPTION_FIELDS]

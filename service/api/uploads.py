@@ -1,4 +1,4 @@
-"""Bounded reading of multipart uploads.
+"""Bounded reading of submissions, whose image is in their body or at an `image_url`.
 
 A body is read once it has been granted memory, so that many large uploads wait in the network instead of in memory. An
 upload keeps its memory until its submission has been handled.
@@ -7,12 +7,12 @@ upload keeps its memory until its submission has been handled.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
-from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from types import TracebackType
-from typing import Self
-from urllib.parse import parse_qsl
+from typing import Any, Self
 
 import structlog
 from litestar.datastructures import Headers
@@ -21,7 +21,7 @@ from msgspec import Struct
 from multipart import parse_options_header
 
 from service.api.errors import BodyTimeout, ClientDisconnected
-from service.api.form_parser import MAX_FIELDS, Identify, MultipartForm
+from service.api.form_parser import MAX_FORM_BYTES, Form, Identify, JsonForm, MultipartForm, UrlencodedForm, field_error
 from service.api.upload_memory import Allocation, UploadMemory
 from service.domain.errors import (
     ImageTooLarge,
@@ -30,19 +30,19 @@ from service.domain.errors import (
     UnsupportedCoding,
     UnsupportedMediaType,
 )
-from service.domain.media import inspect_image
+from service.domain.image_urls import decode_data_url, is_data_url
+from service.domain.media import BITMAP_SNIFF_BYTES, SNIFF_BYTES, check_bitmap_type, inspect_image
 from service.telemetry.gauges import GaugeCollector, GaugeName
-from service.usecases.ports import Image
+from service.usecases.ports import Image, ImageStream
 
 MULTIPART = "multipart/form-data"
 URLENCODED = "application/x-www-form-urlencoded"
+JSON = "application/json"
 
 _log = structlog.get_logger(__name__)
 
 FORM_OVERHEAD_BYTES = 256 * 1024
 """Allowed for fields and framing beside the image."""
-MAX_FORM_BYTES = 64 * 1024
-"""Allowed for a form without a file."""
 
 
 class _LongInspectionError(Exception):
@@ -54,10 +54,17 @@ def _end_inspection() -> None:
 
 
 class Upload(Struct, frozen=True):
-    """An image, and the form's fields in their order."""
+    """An image, or the URL to fetch it from, and the other fields in their order: typed values of JSON, else texts."""
 
-    image: Image
-    fields: Sequence[tuple[str, str]]
+    source: Image | str
+    fields: Sequence[tuple[str, Any]]
+    is_typed: bool = False
+
+    @property
+    def image(self) -> Image:
+        if isinstance(self.source, str):
+            raise TypeError("the image is at a URL")
+        return self.source
 
 
 class UploadReader:
@@ -113,40 +120,44 @@ class UploadReader:
         receive: Receive,
         *,
         part: str,
+        url_field: str | None = None,
         owner: int | None,
         identify: Identify | None = None,
         has_digest: bool,
     ) -> AsyncIterator[Upload]:
         """Read a submission whose image is in the part `part`. Its memory stays reserved within the block.
 
-        That of a tenant `owner` is reserved before the body is read. Otherwise `identify` returns the tenant from a
-        field, or refuses the rest of the body by raising; bytes before that take the memory of unknown callers.
-        Without `has_digest` the SHA-256 of the image stays empty: it takes 6 ms for 10 MB.
+        With a `url_field` the form may be urlencoded or JSON, and this field has the image or its URL instead. The
+        memory of a tenant `owner` is reserved before the body is read. Otherwise `identify` returns the tenant from a
+        field, or refuses the rest of the body by raising; bytes before that take the memory of unknown callers. Without
+        `has_digest` the SHA-256 of the image stays empty: it takes 6 ms for 10 MB.
         Raises UnsupportedMediaType, ImageTooLarge, InvalidOptions, InvalidImage, MalformedRequest, Overloaded,
         ClientDisconnected.
         """
         headers = Headers.from_scope(scope)
         kind, boundary = _parse_form_type(headers)
-        if kind != MULTIPART:
-            raise UnsupportedMediaType(f"Send the request as {MULTIPART}, with the image in the part {part}.")
-        max_bytes = self._max_image_bytes + FORM_OVERHEAD_BYTES
-        length = _parse_content_length(headers)
-        if length is not None and length > max_bytes:
-            raise ImageTooLarge(
-                f"The request has {length} bytes; an image may have at most {self._max_image_bytes} bytes."
+        form: Form
+        if kind == MULTIPART:
+            form = MultipartForm(
+                boundary,
+                file_part=part,
+                max_file_bytes=self._max_image_bytes,
+                max_other_bytes=FORM_OVERHEAD_BYTES,
+                owner=owner,
+                identify=identify,
+                has_digest=has_digest,
             )
-        form = MultipartForm(
-            boundary,
-            file_part=part,
-            max_file_bytes=self._max_image_bytes,
-            max_other_bytes=FORM_OVERHEAD_BYTES,
-            owner=owner,
-            identify=identify,
-            has_digest=has_digest,
-        )
+        elif url_field and kind in {JSON, URLENCODED}:
+            form = JsonForm(owner=owner) if kind == JSON else UrlencodedForm(owner=owner)
+        else:
+            other = f", or as {JSON} with {url_field}" if url_field else ""
+            raise UnsupportedMediaType(f"Send the request as {MULTIPART}, with the image in the part {part}{other}.")
+        length = _parse_content_length(headers)
+        if length is not None:
+            form.check_length(length)
         is_small = length is not None and length <= MAX_FORM_BYTES
         body = _BodyReader(receive, self._limits, has_min_rate=not is_small)
-        size_bytes = max_bytes if length is None else length
+        size_bytes = (form.max_bytes if length is None else length) * form.memory_ratio
         chunk: bytes | None = b""
         stack = ExitStack()
         stack.callback(form.discard)
@@ -160,15 +171,17 @@ class UploadReader:
                     if (chunk := await body.read_chunk()) is not None:
                         form.feed(chunk)
             if allocation:
-                self.memory.shrink(allocation, body.received_bytes)
+                self.memory.shrink(allocation, body.received_bytes * form.memory_ratio)
             form.finish()
-            yield Upload(await self._inspect_file(form, part), form.fields)
+            source = await self._take_source(form, part, url_field, has_digest=has_digest)
+            fields = [field for field in form.fields if field[0] != url_field]
+            if allocation and not form.has_file:
+                form.discard()
+                self.memory.shrink(allocation, len(source.data) if isinstance(source, Image) else 0)
+            yield Upload(source, fields, form.is_typed)
         finally:
             del chunk
-            try:
-                stack.close()
-            except Exception:  # noqa: BLE001 - must not turn the response to an accepted submission into an error
-                _log.exception("upload.cleanup_error")
+            _close(stack)
 
     async def _reallocate(
         self, stack: ExitStack, previous: Allocation | None, owner: int | None, size_bytes: int
@@ -190,34 +203,83 @@ class UploadReader:
         """
         kind, boundary = _parse_form_type(Headers.from_scope(scope))
         body = _BodyReader(receive, self._limits)
+        form: Form
         if kind == MULTIPART:
             form = MultipartForm(
                 boundary, file_part=None, max_file_bytes=0, max_other_bytes=MAX_FORM_BYTES, has_digest=False
             )
-            async with body:
-                while (chunk := await body.read_chunk()) is not None:
-                    form.feed(chunk)
-            form.finish()
-            return form.fields
-        if kind != URLENCODED:
+        elif kind == URLENCODED:
+            form = UrlencodedForm()
+        else:
             raise UnsupportedMediaType(f"Send the form as {URLENCODED} or {MULTIPART}.")
-        text = bytearray()
         async with body:
             while (chunk := await body.read_chunk()) is not None:
-                if body.received_bytes > MAX_FORM_BYTES:
-                    raise MalformedRequest(f"The form is larger than {MAX_FORM_BYTES} bytes.")
-                text += chunk
-        try:
-            return parse_qsl(text.decode(), keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS)
-        except UnicodeDecodeError:
-            raise MalformedRequest("The form is not UTF-8.") from None
-        except ValueError:
-            raise MalformedRequest(f"The form has more than {MAX_FIELDS} fields.") from None
+                form.feed(chunk)
+        form.finish()
+        return form.fields
 
-    async def _inspect_file(self, form: MultipartForm, part: str) -> Image:
-        data, sha256 = form.take_file()
-        if not data:
-            raise InvalidImage(f"The file in the part {part} is empty: send the bytes of a PNG, JPEG or WebP image.")
+    @asynccontextmanager
+    async def fetch(
+        self, opening: AbstractAsyncContextManager[ImageStream], owner: int, *, has_digest: bool
+    ) -> AsyncIterator[Image]:
+        """Read an image from another server, within the bounds of an upload; `opening` opens it.
+
+        Its memory is granted before its first byte is read, and stays reserved within the block. Raises what `opening`
+        raises, ImageTooLarge, UnsupportedMediaType, InvalidImage and Overloaded.
+        """
+        stack = ExitStack()
+        try:
+            async with opening as stream:
+                size_bytes = self._max_image_bytes if stream.length is None else stream.length
+                self._check_size(size_bytes)
+                allocation = await self._reallocate(stack, None, owner, size_bytes)
+                data, sha256 = await self._read_stream(stream.chunks, has_digest=has_digest)
+            self.memory.shrink(allocation, len(data))
+            yield await self._inspect(data, sha256)
+        finally:
+            _close(stack)
+
+    async def _read_stream(self, chunks: AsyncIterator[bytes], *, has_digest: bool) -> tuple[bytes, bytes]:
+        """Return the content of a stream and its SHA-256."""
+        digest, received = hashlib.sha256() if has_digest else None, bytearray()
+        is_known = False
+        async for chunk in chunks:
+            received += chunk
+            self._check_size(len(received))
+            if not is_known and len(received) >= BITMAP_SNIFF_BYTES:
+                check_bitmap_type(bytes(received[:SNIFF_BYTES]))  # the rest of what is no image is not read
+                is_known = True
+            if digest:
+                digest.update(chunk)
+        return bytes(received), digest.digest() if digest else b""
+
+    def _check_size(self, size_bytes: int) -> None:
+        if size_bytes > self._max_image_bytes:
+            raise ImageTooLarge(f"The image is larger than {self._max_image_bytes} bytes, which is the limit.")
+
+    async def _take_source(self, form: Form, part: str, url_field: str | None, *, has_digest: bool) -> Image | str:
+        """Return the image of a form, or the URL to fetch it from. Raises InvalidOptions unless it has just one."""
+        urls = [value for name, value in form.fields if name == url_field and (value or form.is_typed)]
+        if not urls:
+            if not form.has_file:
+                other = f", or its URL in {url_field}" if url_field else ""
+                raise field_error(part, f"is required: send the image as a file in this part{other}")
+            if form.is_file_empty:
+                detail = f"The file in the part {part} is empty: send the bytes of a PNG, JPEG or WebP image."
+                raise InvalidImage(detail)
+            return await self._inspect(*form.take_file())
+        (url, *others), field = urls, url_field or ""
+        if others:
+            raise field_error(field, "is given more than once")
+        if not form.is_file_empty:
+            raise field_error(field, f"must not be given beside {part}")
+        if not isinstance(url, str):
+            raise field_error(field, "must be text")
+        if not is_data_url(url):
+            return url
+        return await self._inspect(*await self._read_stream(_pace(decode_data_url(url)), has_digest=has_digest))
+
+    async def _inspect(self, data: bytes, sha256: bytes) -> Image:
         try:
             info = inspect_image(data, _end_inspection)
         except _LongInspectionError:
@@ -228,6 +290,20 @@ class UploadReader:
                 f" at most {self._max_image_pixels} are accepted."
             )
         return Image(data, sha256, info.media_type, info.width, info.height)
+
+
+def _close(stack: ExitStack) -> None:
+    try:
+        stack.close()
+    except Exception:  # noqa: BLE001 - must not turn the response to an accepted submission into an error
+        _log.exception("upload.cleanup_error")
+
+
+async def _pace(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield pieces that are computed, each in an iteration of the event loop."""
+    for piece in pieces:
+        yield piece
+        await asyncio.sleep(0)
 
 
 class _TimeLimits(Struct, frozen=True):

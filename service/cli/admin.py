@@ -80,6 +80,13 @@ _TENANT_OPTIONS = (
         "as 10.0.0.0/8:8080, unless that is 80 or 443; repeatable.",
     ),
     click.option(
+        "--allow-image-url",
+        multiple=True,
+        metavar="HOST",
+        help="A host from which its image_url is fetched, or a network for private addresses such as 10.0.0.0/8; with "
+        "its port unless that is 80 or 443; repeatable.",
+    ),
+    click.option(
         "--webhook-secret-file",
         type=click.File("rb"),
         help="Read the whsec_ secret from a file, or from standard input with `-`.  [default: unchanged, or generated]",
@@ -328,6 +335,7 @@ def _tenant_settings(tenant: Tenant) -> Fields:
         ("webhook", webhook and webhook.url),
         ("webhook hosts", webhook and webhook.allow),
         ("disabled URLs", webhook and webhook.disabled_urls),
+        ("image hosts", tenant.allow_image_url),
         ("note", tenant.note),
         *([("webhook secret, shown once", webhook.secret)] if webhook and webhook.secret else []),
     ]
@@ -390,6 +398,7 @@ def create_tenant(
 @clear_option("--no-max-active", "max_active", "Remove the maximum number of tasks at once.")
 @clear_option("--all-kinds", "kinds", "Allow all kinds.")
 @clear_option("--no-webhook", "webhook", "Send no webhooks. Its secret is kept.")
+@clear_option("--no-image-url", "allow_image_url", "Fetch no images from URLs.")
 @json_option
 @with_admin_client
 def update_tenant(
@@ -404,8 +413,8 @@ def update_tenant(
     """Change the tenant NAME: only what the options name.
 
     A --limit changes the tasks, the money or both of its window; `money=none` removes the money, --no-limit the whole
-    limit. The options --account, --kind and --webhook-allow each replace the whole list. The URL of a webhook enables
-    it again after a response 410.
+    limit. The options --account, --kind, --webhook-allow and --allow-image-url each replace the whole list. The URL of
+    a webhook enables it again after a response 410.
     """
     patch, changed_limits = _tenant_fields(options), named_items("--limit", limits, no_limits)
 

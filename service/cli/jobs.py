@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 import msgspec
@@ -29,6 +30,7 @@ from service.client import (
     TaskFailed,
     TaskOptions,
     WaitTimeout,
+    single_line,
 )
 from service.domain.tasks import OPTIONS, Kind
 
@@ -37,7 +39,7 @@ _TICK_SECONDS = 1.0
 
 @dataclass
 class Job:
-    """The submission of one file."""
+    """The submission of one file, or of the image at one URL."""
 
     source: str
     content: bytes | None = None
@@ -48,6 +50,11 @@ class Job:
     is_replayed: bool = False
     results: list[str] = field(default_factory=list)
     error: GatewayError | OSError | ValueError | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name for people, without the query of a URL, which may grant access."""
+        return single_line(self.source.partition("?")[0] if is_url(self.source) else self.source)
 
     @property
     def state(self) -> str:
@@ -87,7 +94,7 @@ class Plan:
     output: str | None
 
     def make_key(self, image: bytes) -> str:
-        """Return the key of a submission: the same for the same content, which then is paid for once."""
+        """Return the key of a submission: the same for the same content or URL, which then is paid for once."""
         if self.idempotency_key:
             return self.idempotency_key
         if self.is_new:
@@ -123,13 +130,15 @@ class Submitter:
 
     async def _run(self, job: Job) -> None:
         plan, gateway = self._plan, self._gateway
+        url = job.source if is_url(job.source) else None
         image = job.content
-        if image is None:
+        if image is None and url is None:
             image = await asyncio.to_thread(Path(job.source).read_bytes)
-        job.key = plan.make_key(image)
+        job.key = plan.make_key(job.source.encode() if image is None else image)
         submitted = await gateway.submit(
             plan.kind,
             image,
+            image_url=url,
             metadata=plan.metadata,
             webhook_url=plan.webhook_url,
             idempotency_key=job.key,
@@ -201,5 +210,11 @@ def _show_progress(jobs: Sequence[Job], plan: Plan, *, is_shown: bool) -> Iterat
         yield show
 
 
+def is_url(source: str) -> bool:
+    return source.lower().startswith(("http://", "https://"))
+
+
 def stem_of(source: str) -> str:
+    if is_url(source):
+        return Path(urlsplit(source).path).stem or "image"
     return "stdin" if source == STREAM else Path(source).stem

@@ -25,7 +25,7 @@ from service.cli.callers import (
 from service.cli.common import print_errors
 from service.cli.download import STREAM, check_output, is_folder
 from service.cli.formatting import DURATION, OptionType, format_json, format_table
-from service.cli.jobs import Job, Plan, stem_of, submit_all
+from service.cli.jobs import Job, Plan, is_url, stem_of, submit_all
 from service.cli.reports import format_cost
 from service.client import (
     GatewayError,
@@ -35,7 +35,6 @@ from service.client import (
     TaskOptions,
     WaitTimeout,
     may_be_served,
-    single_line,
 )
 from service.domain.tasks import OPTIONS, Kind
 
@@ -47,10 +46,13 @@ _SUMMARIES = {
 }
 _HELP = """Submit images, one task for each: `gateway submit KIND FILE...`
 
+A FILE may be the http(s) address of an image, if the operators have allowed you its host: the gateway fetches it.
+
 \b
 Examples:
   gateway submit upscale photo.jpg --scale 2 --wait -o out.png
   gateway submit vectorize logos/*.png -o vectors/
+  gateway submit upscale https://images.example/photo.jpg -o out.png
   curl -s https://a.example/face.jpg | gateway submit face-enhance - -o - > out.png
   id=$(gateway submit seamless texture.jpg --quiet)
   gateway download "$id" -o tile.png
@@ -74,7 +76,7 @@ def _check_files(files: Sequence[str], output: str | None, key: str | None) -> N
         repeated = [stem for stem, count in Counter(map(stem_of, files)).items() if count > 1]
         if repeated:
             raise click.UsageError(f"Several files are named {', '.join(repeated)}: their results would be one file.")
-    elif files[0] != STREAM and Path(output).exists() and Path(output).samefile(files[0]):
+    elif files[0] != STREAM and not is_url(files[0]) and Path(output).exists() and Path(output).samefile(files[0]):
         raise click.UsageError(f"-o {output} is the image itself.")
     check_output(output)
 
@@ -82,10 +84,10 @@ def _check_files(files: Sequence[str], output: str | None, key: str | None) -> N
 def _report(jobs: Sequence[Job], plan: Plan, *, as_json: bool, is_quiet: bool) -> None:
     for job in jobs:
         if job.error:
-            print_errors([f"{single_line(job.source)}: {job.error}{_hint(job, is_new=plan.is_new)}"])
+            print_errors([f"{job.label}: {job.error}{_hint(job, is_new=plan.is_new)}"])
         elif job.is_replayed and not is_quiet:
             note = "this is the task of an earlier request, which is paid for once; --new submits it anew"
-            print_errors([f"{single_line(job.source)}: {note}"])
+            print_errors([f"{job.label}: {note}"])
     if plan.output == STREAM:
         return
     if as_json:
@@ -97,7 +99,7 @@ def _report(jobs: Sequence[Job], plan: Plan, *, as_json: bool, is_quiet: bool) -
     elif any(job.task for job in jobs):
         head = ("file", "state", "cost", "results", "task")
         rows = [
-            (job.source, job.state, job.task and format_cost(job.task.cost), job.results, job.task and job.task.id)
+            (job.label, job.state, job.task and format_cost(job.task.cost), job.results, job.task and job.task.id)
             for job in jobs
         ]
         click.echo(format_table(head, rows))
@@ -169,7 +171,7 @@ def _submit(
         print_errors([f"Interrupted. The gateway continues {continued or 'nothing'}.{hint}"])
         if is_new:
             sent = [job for job in jobs if job.key and not job.task and not job.error]
-            print_errors(f"{single_line(job.source)}: no response yet.{_advise(job.key)}" for job in sent)
+            print_errors(f"{job.label}: no response yet.{_advise(job.key)}" for job in sent)
         raise click.exceptions.Exit(ExitCode.INTERRUPTED) from None
     _report(jobs, plan, as_json=as_json, is_quiet=quiet)
     raise click.exceptions.Exit(max(job.exit_code for job in jobs))
@@ -186,6 +188,16 @@ def _parse_key(text: str) -> str:
     if not re.fullmatch(r"[ -~]{1,255}", text):
         raise click.BadParameter("must be 1 to 255 characters of ASCII")
     return text
+
+
+class _SourceType(click.Path):
+    """A file, standard input, or the address of an image."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False, readable=True, allow_dash=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if is_url(value) else super().convert(value, param, ctx)
 
 
 def _make_option(item: msgspec.structs.FieldInfo) -> click.Option:
@@ -244,8 +256,7 @@ def _make_command(kind: Kind) -> click.Command:
 
     for option in reversed(_COMMON_OPTIONS):
         callback = option(callback)
-    path = click.Path(exists=True, dir_okay=False, readable=True, allow_dash=True)
-    files = click.Argument(["files"], metavar="FILE...", nargs=-1, required=True, type=path)
+    files = click.Argument(["files"], metavar="FILE...", nargs=-1, required=True, type=_SourceType())
     command = click.command(
         kind.value,
         help=f"{_SUMMARIES[kind]} Images are PNG, JPEG or WebP; `-` is standard input.",

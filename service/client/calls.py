@@ -67,6 +67,7 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
     form: Mapping[str, str] | None = None
+    json: Mapping[str, Any] | None = None
     image: tuple[str, bytes] | None = None
     """Its file name and content."""
     extra_seconds: float = 0.0
@@ -153,45 +154,46 @@ def _retry_pause(error: GatewayError, attempts: int) -> float | None:
 class Upload:
     """A submission. It is sent under `idempotency_key` until its outcome is known."""
 
-    kind: str
-    file_name: str
-    image: bytes
-    form: Mapping[str, str]
+    request: Request
     idempotency_key: str
 
     @classmethod
     def build(
         cls,
         kind: str,
-        image: ImageSource,
+        image: ImageSource | None,
         options: Mapping[str, Any],
         metadata: Mapping[str, str] | None,
         webhook_url: str | None,
         idempotency_key: str | None,
+        image_url: str | None = None,
     ) -> Upload:
-        """Read the image and encode the form. Raises OSError, and ValueError for a key that no header can have."""
+        """Read the image and encode the request.
+
+        Raises OSError, and ValueError for a key that no header can have, or unless one of image and URL is given.
+        """
         key = idempotency_key or str(uuid.uuid4())
         if not _KEY.fullmatch(key):
             raise ValueError("an idempotency key is 1 to 255 characters of ASCII")
-        form = {name: _encode_field(value) for name, value in options.items() if value is not None}
+        if (image is None) == (image_url is None):
+            raise ValueError("a submission has an image or an image_url")
+        escaped = key.replace("\\", r"\\").replace('"', r"\"")
+        request = Request("POST", _path("tasks", kind), headers={"Idempotency-Key": f'"{escaped}"'})
+        fields = {name: value for name, value in options.items() if value is not None}
+        more = {"webhook_url": webhook_url} if webhook_url else {}
+        if image is None:
+            body = fields | more | {"image_url": image_url} | ({"metadata": dict(metadata)} if metadata else {})
+            return cls(replace(request, json=body), key)
+        form = {name: _encode_field(value) for name, value in fields.items()} | more
         form |= {"metadata": msgspec.json.encode(metadata).decode()} if metadata else {}
-        form |= {"webhook_url": webhook_url} if webhook_url else {}
-        return cls(kind, *_read_image(image), form, key)
+        return cls(replace(request, form=form, image=_read_image(image)), key)
 
     def submit(self, retries: Retries) -> Call[SubmittedTask]:
         """Raises GatewayError with the key. After those for which `may_be_served` is true the image may have been
         charged; the same key, within 24 hours, returns the outcome and never pays again.
         """
-        escaped = self.idempotency_key.replace("\\", r"\\").replace('"', r"\"")
-        request = Request(
-            "POST",
-            _path("tasks", self.kind),
-            headers={"Idempotency-Key": f'"{escaped}"'},
-            form=self.form,
-            image=(self.file_name, self.image),
-        )
         try:
-            response = yield from retries.exchange(lambda: request)
+            response = yield from retries.exchange(lambda: self.request)
             task = yield from _read_accepted(retries, response)
         except GatewayError as error:
             error.idempotency_key = self.idempotency_key

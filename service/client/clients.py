@@ -78,6 +78,7 @@ class _BaseClient:
                 headers=identity | dict(request.headers),
                 params=request.params or None,
                 data=request.form,
+                json=request.json,
                 files={"image": request.image} if request.image else None,
                 timeout=timeout,
             )
@@ -126,8 +127,9 @@ class GatewayClient(_BaseClient):
     def submit(
         self,
         kind: KindName,
-        image: ImageSource,
+        image: ImageSource | None = None,
         *,
+        image_url: str | None = None,
         metadata: Mapping[str, str] | None = None,
         webhook_url: str | None = None,
         idempotency_key: str | None = None,
@@ -135,13 +137,14 @@ class GatewayClient(_BaseClient):
     ) -> SubmittedTask:
         """Submit an image (a path, bytes or an open file) and return its task, which has not ended yet.
 
+        With `image_url` in its place the gateway fetches the image, if the operators have allowed you its host.
         However often it is repeated, it is paid for once: all attempts have one `Idempotency-Key`, by default a random
         one. Give a key of your own, such as the id of your order, if your program may call this again after it has
         crashed. Errors have the key as `idempotency_key`: repeat with it if `may_be_served` is true of the error, since
         then it may have been charged.
         """
         return self._run(
-            Upload.build(kind, image, options, metadata, webhook_url, idempotency_key).submit(self._retries)
+            Upload.build(kind, image, options, metadata, webhook_url, idempotency_key, image_url).submit(self._retries)
         )
 
     def get_task(self, task_id: str) -> Task:
@@ -253,14 +256,17 @@ class AsyncGatewayClient(_BaseClient):
     async def submit(
         self,
         kind: KindName,
-        image: ImageSource,
+        image: ImageSource | None = None,
         *,
+        image_url: str | None = None,
         metadata: Mapping[str, str] | None = None,
         webhook_url: str | None = None,
         idempotency_key: str | None = None,
         **options: Unpack[TaskOptions],
     ) -> SubmittedTask:
-        upload = await asyncio.to_thread(Upload.build, kind, image, options, metadata, webhook_url, idempotency_key)
+        upload = await asyncio.to_thread(
+            Upload.build, kind, image, options, metadata, webhook_url, idempotency_key, image_url
+        )
         return await self._run(upload.submit(self._retries))
 
     async def get_task(self, task_id: str) -> Task:

@@ -10,6 +10,7 @@ GatewayError
 ├── InvalidWebhook
 └── ProblemError              a problem document
     ├── InvalidRequest        400, 405, 413, 415, 416, 422, 431
+    │   └── ImageUnreachable  422: the gateway can't fetch the image from its URL
     ├── Unauthenticated       401
     ├── BalanceExhausted      402
     ├── Forbidden             403
@@ -117,6 +118,7 @@ class Problem(msgspec.Struct, frozen=True):
     violated_policies: tuple[Violation, ...] = ()
     submission_id: str = ""
     upstream_reason: str = ""
+    reason: str = ""
 
 
 class ProblemError(GatewayError):
@@ -135,6 +137,10 @@ class ProblemError(GatewayError):
 
 class InvalidRequest(ProblemError):
     """The caller can correct the request; `problem.errors` has the fields."""
+
+
+class ImageUnreachable(InvalidRequest):
+    """The image can't be fetched from its `image_url`, for `problem.reason`; nothing was charged."""
 
 
 class Unauthenticated(ProblemError):
@@ -178,6 +184,7 @@ class SubmissionUnknown(ProblemError):
 
 _BY_CODE: Mapping[str, type[ProblemError]] = {
     "idempotency-in-flight": SubmissionInFlight,
+    "image-unreachable": ImageUnreachable,
     "upstream-rejected": UpstreamRejected,
     "submission-unknown": SubmissionUnknown,
 }

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
+from enum import StrEnum
 from typing import Any, ParamSpec, TypeVar
 
 from msgspec import Struct, inspect
@@ -92,6 +93,25 @@ class UnsupportedCoding(UnsupportedMediaType):
 
 class InvalidImage(CallerFault):
     """The image is broken or incomplete."""
+
+
+class UnreachableReason(StrEnum):
+    """Why an image can't be fetched. Nothing here depends on what lies behind an address that is not called."""
+
+    NO_CONNECTION = "no-connection"
+    """No address, none that may be called, no server, or none with a valid certificate: indistinguishable."""
+    TIMEOUT = "timeout"
+    HTTP_STATUS = "http-status"
+    REDIRECT = "redirect"
+    INTERRUPTED = "interrupted"
+
+
+class ImageUnreachable(CallerFault):
+    """The image can't be fetched from its `image_url`."""
+
+    def __init__(self, detail: str, *, reason: UnreachableReason) -> None:
+        super().__init__(detail)
+        self.reason = reason
 
 
 class IdempotencyKeyInvalid(CallerFault):

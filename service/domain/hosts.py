@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from urllib.parse import urlsplit
@@ -182,6 +182,21 @@ class Destination(Struct, frozen=True):
 
     def has_address(self, ip: IpAddress) -> bool:
         return self.network is not None and ip in self.network
+
+
+def allows_url(destinations: Iterable[Destination], url: str) -> bool:
+    """Return whether host and port of a valid HTTP URL are among the destinations."""
+    host, port = url_address(url)
+    ip = parse_ip(host)
+    return any(
+        entry.has_port(port) and (entry.place == host or (ip is not None and entry.has_address(ip)))
+        for entry in destinations
+    )
+
+
+def allows_address(destinations: Iterable[Destination], ip: IpAddress, port: int) -> bool:
+    """Return whether an address that is not public may be called: only a network among the destinations permits it."""
+    return any(entry.has_address(ip) and entry.has_port(port) for entry in destinations)
 
 
 def parse_destination(entry: str) -> Destination | None:

@@ -326,10 +326,15 @@ class ReservationState(StrEnum):
 
 
 class Idempotency(Struct, frozen=True):
-    """Digests that identify a repeated submission."""
+    """Digests that identify a repeated submission.
+
+    `source_digest` is of the content with the URL of the image in place of its bytes, empty without a URL: it is known
+    before the image is fetched.
+    """
 
     key_digest: str
     content_digest: str
+    source_digest: str = ""
 
 
 class Refund(Struct):
@@ -525,7 +530,12 @@ def parse_idempotency_key(values: Sequence[str]) -> str | None:
 
 
 def digest_submission(
-    key: str, options: Options, metadata: Mapping[str, str], image_sha256: bytes, webhook_url: str | None = None
+    key: str,
+    options: Options,
+    metadata: Mapping[str, str],
+    image_sha256: bytes,
+    webhook_url: str | None = None,
+    image_url: str | None = None,
 ) -> Idempotency:
     """Digest the key and the content: kind, options that differ from their defaults, metadata and image.
 
@@ -536,10 +546,15 @@ def digest_submission(
         for option in msgspec.structs.fields(options)
         if getattr(options, option.name) != option.default
     ]
-    content: tuple[object, ...] = (options.kind, sorted(changed_options), sorted(metadata.items()), image_sha256)
-    if webhook_url is not None:
-        content += (webhook_url,)
-    return Idempotency(_short_digest(key.encode()), _short_digest(msgspec.msgpack.encode(content)))
+
+    def digest_content(image: bytes) -> str:
+        content: tuple[object, ...] = (options.kind, sorted(changed_options), sorted(metadata.items()), image)
+        if webhook_url is not None:
+            content += (webhook_url,)
+        return _short_digest(msgspec.msgpack.encode(content))
+
+    source_digest = "" if image_url is None else digest_content(image_url.encode())
+    return Idempotency(_short_digest(key.encode()), digest_content(image_sha256), source_digest)
 
 
 def _short_digest(data: bytes) -> str:

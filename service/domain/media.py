@@ -49,10 +49,16 @@ def inspect_image(data: bytes, pause: Pause = yield_to_threads) -> ImageInfo:
     if not data:
         raise InvalidImage("The image is empty: send the bytes of a PNG, JPEG or WebP image.")
     inspectors = {PNG: _inspect_png, JPEG: _inspect_jpeg, WEBP: _inspect_webp}
-    if inspector := inspectors.get(sniff_type(data[:BITMAP_SNIFF_BYTES])):
-        return inspector(data, _Work(pause))
+    return inspectors[check_bitmap_type(data)](data, _Work(pause))
+
+
+def check_bitmap_type(head: bytes) -> str:
+    """Return the type of an image that begins with these bytes. Raises UnsupportedMediaType for other formats."""
+    media_type = sniff_type(head[:BITMAP_SNIFF_BYTES])
+    if media_type in {PNG, JPEG, WEBP}:
+        return media_type
     for pattern, name in _OTHER_FORMATS:
-        if pattern.match(data[:256]):
+        if pattern.match(head[:256]):
             raise UnsupportedMediaType(f"The file is {name}; send a PNG, JPEG or WebP image.")
     raise UnsupportedMediaType("The file's type is not known; send a PNG, JPEG or WebP image.")
 

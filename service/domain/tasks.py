@@ -153,8 +153,10 @@ class Catalogue(Struct, frozen=True):
 DEFAULT_CATALOGUE = Catalogue(models={"general": "通用模型"}, styles={"general": "通用风格"})
 
 
-def parse_options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Catalogue) -> Options:
-    """Parse the options of a kind from form fields; an empty value counts as absent.
+def parse_options(
+    kind: Kind, fields: Sequence[tuple[str, Any]], catalogue: Catalogue, *, is_typed: bool = False
+) -> Options:
+    """Parse the options of a kind from form fields, of which an empty one counts as absent, or from typed values.
 
     Raises InvalidOptions with every field that is unknown, repeated, mistyped or out of range.
     """
@@ -162,18 +164,18 @@ def parse_options(kind: Kind, fields: Sequence[tuple[str, str]], catalogue: Cata
     types = _OPTION_TYPES[kind]
     values: dict[str, Any] = {}
     errors: list[FieldError] = []
-    for name, text in fields:
+    for name, value in fields:
         try:
             if name not in types:
                 options = f"this kind takes {', '.join(types)}" if types else "this kind takes no options"
                 raise FieldError(name, f"is not an option; {options}")
-            if not text:
+            if not (value or is_typed):
                 continue
             if name in values:
                 raise FieldError(name, "is given more than once")
-            values[name] = msgspec.convert(text, types[name], strict=False)
+            values[name] = msgspec.convert(value, types[name], strict=is_typed)
             if name in {"model", "style"}:
-                values[name] = catalogue.find_name(name, text)
+                values[name] = catalogue.find_name(name, value)
         except msgspec.ValidationError:
             errors.append(FieldError(name, expected_format(types[name])))
         except FieldError as error:  # a copy: its traceback would hold this frame, and the frame holds it
@@ -187,13 +189,31 @@ def parse_metadata(text: str | None) -> dict[str, str]:
     """Parse the caller's labels: a JSON object of strings. Raises InvalidOptions."""
     if text is None:
         return {}
-    if len(text.encode()) > MAX_METADATA_BYTES:
-        raise InvalidOptions([FieldError("metadata", f"must be at most {MAX_METADATA_BYTES} bytes")])
     try:
+        _check_metadata_size(text.encode())
         check_json(text)
         return msgspec.json.decode(text, type=dict[str, str])
     except ValueError:  # includes msgspec.DecodeError and UnicodeError
-        raise InvalidOptions([FieldError("metadata", "must be a JSON object of strings, each name once")]) from None
+        raise _invalid_metadata() from None
+
+
+def check_metadata(value: Any) -> dict[str, str]:
+    """Check the caller's labels within a JSON body. Raises InvalidOptions."""
+    try:
+        metadata = msgspec.convert(value, dict[str, str])
+    except msgspec.ValidationError:
+        raise _invalid_metadata() from None
+    _check_metadata_size(msgspec.json.encode(metadata))
+    return metadata
+
+
+def _check_metadata_size(encoded: bytes) -> None:
+    if len(encoded) > MAX_METADATA_BYTES:
+        raise InvalidOptions([FieldError("metadata", f"must be at most {MAX_METADATA_BYTES} bytes")])
+
+
+def _invalid_metadata() -> InvalidOptions:
+    return InvalidOptions([FieldError("metadata", "must be a JSON object of strings, each name once")])
 
 
 class Artifact(Struct, frozen=True, omit_defaults=True):

@@ -6,14 +6,22 @@ import hashlib
 import hmac
 import secrets
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated
 
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from service.domain.hosts import WEB_PORTS, Destination, IpAddress, parse_destination, parse_ip, url_address
+from service.domain.hosts import (
+    WEB_PORTS,
+    Destination,
+    IpAddress,
+    allows_address,
+    allows_url,
+    parse_destination,
+    url_address,
+)
 from service.domain.tasks import Kind
 
 NAME_RULE = "be up to 63 lower-case letters, digits, dots, dashes and underscores, a letter or digit first"
@@ -69,19 +77,14 @@ class Webhook(Struct, frozen=True):
             return False
         own_host, own_port = url_address(self.url)
         own = Destination(own_host, None if own_port in WEB_PORTS else own_port)
-        host, port = url_address(url)
-        ip = parse_ip(host)
-        return any(
-            entry.has_port(port) and (entry.place == host or (ip is not None and entry.has_address(ip)))
-            for entry in (own, *self.destinations())
-        )
+        return allows_url((own, *self.destinations()), url)
 
     def allows_address(self, ip: IpAddress, port: int) -> bool:
         """Whether webhooks may go to an address that is not public: only a network of `allow` permits it."""
-        return any(entry.has_address(ip) and entry.has_port(port) for entry in self.destinations())
+        return allows_address(self.destinations(), ip, port)
 
     def destinations(self) -> list[Destination]:
-        return [destination for destination in map(parse_destination, self.allow) if destination]
+        return _parse_destinations(self.allow)
 
     def with_secret(self, current: WebhookSecrets | None, new_secret: bytes | None, generated_secret: bytes) -> Webhook:
         """Return a copy with the new secret, else the current one, else the generated one if it has a URL."""
@@ -97,6 +100,10 @@ class Webhook(Struct, frozen=True):
     def with_disabled_url(self, url: str) -> Webhook:
         others = tuple(disabled for disabled in self.disabled_urls if disabled != strip_query(url))
         return replace(self, disabled_urls=(*others, strip_query(url))[-MAX_DISABLED_URLS:])
+
+
+def _parse_destinations(entries: Sequence[str]) -> list[Destination]:
+    return [destination for destination in map(parse_destination, entries) if destination]
 
 
 def strip_query(url: str) -> str:
@@ -154,9 +161,14 @@ class Tenant(Struct, frozen=True):
     state: TenantStatus = TenantStatus.ACTIVE
     webhook: Webhook = Webhook()
     note: str = ""
+    allow_image_url: tuple[str, ...] = ()
+    """Destinations from which images are fetched; none by default."""
 
     def can_submit(self, kind: Kind) -> bool:
         return self.kinds is None or kind in self.kinds
+
+    def image_destinations(self) -> list[Destination]:
+        return _parse_destinations(self.allow_image_url)
 
 
 class AccountPolicy(Struct, frozen=True):

@@ -38,9 +38,6 @@ RETRY_SECONDS = (5, 30, 120, 600, 1_800, 3_600, 7_200, 14_400, 28_800, 28_800)
 """Delay after each failed attempt; after the last one the delivery fails."""
 MAX_RETRY_AFTER_SECONDS = 3_600
 _JITTER_RATIO = 0.2
-_URL_FORMAT = (
-    f"must be a URL such as https://host/path, at most {MAX_URL_CHARS} characters long, without credentials or fragment"
-)
 _STATUS_GONE = 410
 _BUSY_STATUSES = frozenset({429, 503})
 
@@ -123,18 +120,22 @@ def retry_delay(
     return max(delay, requested)
 
 
-def parse_url(field: str, text: str) -> str:
-    """Validate and normalise a webhook URL. Raises InvalidOptions, also if its host is a metadata service."""
+def parse_url(field: str, text: str, max_chars: int = MAX_URL_CHARS) -> str:
+    """Validate and normalise a URL to call. Raises InvalidOptions, also if its host is a metadata service."""
+    rule = (
+        f"must be a URL such as https://host/path, at most {max_chars} characters long, without credentials or fragment"
+    )
+    error = InvalidOptions([FieldError(field, rule)])
     try:
         parts = urlsplit(text)
         host, _ = parts.hostname, parts.port  # reading the port validates it
         bracketed = "[" in parts.netloc and IPv6Address(host or "")
     except ValueError:
-        raise InvalidOptions([FieldError(field, _URL_FORMAT)]) from None
+        raise error from None
     is_plain = re.fullmatch(r"[!-~]+", text) and "\\" not in text and "@" not in parts.netloc and "#" not in text
     is_host = HOST_NAME.fullmatch(host or "") or (bracketed and not bracketed.scope_id)
-    if not is_plain or not is_host or parts.scheme not in {"http", "https"} or len(text) > MAX_URL_CHARS:
-        raise InvalidOptions([FieldError(field, _URL_FORMAT)])
+    if not is_plain or not is_host or parts.scheme not in {"http", "https"} or len(text) > max_chars:
+        raise error
     ip = parse_ip(host or "")
     if ip and is_metadata(ip):
         raise InvalidOptions([FieldError(field, "must not be the address of a metadata service")])

@@ -201,12 +201,31 @@ class RedisLedger:
                 settled.append(settlement)
         return settled
 
-    async def tenant_snapshot(self, tenant: int) -> TenantSnapshot:
-        packed, time = await self._scripts.read(
-            ("HGET", self._keys.tenant(tenant), "state"), self._keys.server_time_command
+    async def find_replay(
+        self, tenant: int, idempotency: Idempotency
+    ) -> tuple[Replay | InFlight | None, TenantSnapshot]:
+        keys = self._keys
+        entry, packed, time = await self._scripts.read(
+            ("GET", keys.idempotency(tenant, idempotency.key_digest)),
+            ("HGET", keys.tenant(tenant), "state"),
+            keys.server_time_command,
         )
-        state = msgspec.msgpack.decode(packed, type=TenantState) if packed else TenantState()
-        return TenantSnapshot(state, parse_server_time(time))
+        snapshot = _make_snapshot(packed, time)
+        name, *digests = str(entry or b"", "ascii").split(" ")
+        if digests[1:] != [idempotency.source_digest]:
+            return None, snapshot
+        reservation = await self.get_reservation(name)
+        match reservation and reservation.state:
+            case ReservationState.RESERVED:
+                return InFlight(snapshot.now), snapshot
+            case ReservationState.ACCEPTED | ReservationState.UNKNOWN as state:
+                return Replay(name, state, snapshot.now), snapshot
+        return None, snapshot
+
+    async def tenant_snapshot(self, tenant: int) -> TenantSnapshot:
+        return _make_snapshot(
+            *await self._scripts.read(("HGET", self._keys.tenant(tenant), "state"), self._keys.server_time_command)
+        )
 
     async def tenant_states(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
         (time,) = await self._scripts.read(self._keys.server_time_command)
@@ -313,6 +332,7 @@ class RedisLedger:
             "redis_key": self._keys.idempotency(tenant, idempotency.key_digest),
             "key_digest": idempotency.key_digest,
             "content_digest": idempotency.content_digest,
+            "digests": f"{idempotency.content_digest} {idempotency.source_digest}".rstrip(),
             "keep_ms": KEEP_IDEMPOTENCY_KEY_MS,
         }
 
@@ -338,6 +358,11 @@ def _parse_verdict(answer: list[Any]) -> Verdict:
             "The gateway's store does not know this tenant. Try again.", retry_after=RETRY_AFTER_SECONDS
         )
     raise LedgerUnavailable("This submission expired before it could be sent. Submit it again.", retry_after=1)
+
+
+def _make_snapshot(packed: bytes | None, time: Any) -> TenantSnapshot:
+    state = msgspec.msgpack.decode(packed, type=TenantState) if packed else TenantState()
+    return TenantSnapshot(state, parse_server_time(time))
 
 
 def _decode_reservation(packed: bytes, offset: int) -> Reservation:

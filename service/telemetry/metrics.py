@@ -23,6 +23,7 @@ from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
 from service import __version__
+from service.domain.errors import UnreachableReason
 from service.domain.ledger import MAX_ACTIVE_POLICY, UNIT_MONEY, UNIT_TASKS, policy_name, policy_names
 from service.domain.tasks import CostBasis, Kind, State, Task
 from service.domain.tenants import Registry, Tenant, Window
@@ -61,6 +62,22 @@ class ReadSource(StrEnum):
     MEMORY = "memory"
     STORE = "store"
     UPSTREAM = "upstream"
+
+
+class ImageFetchOutcome(StrEnum):
+    """Outcome of fetching an image from its URL: also those of UnreachableReason."""
+
+    DONE = "done"
+    REFUSED = "refused"
+    """Too large, or no image."""
+    CANCELLED = "cancelled"
+    """The caller left, or lost its access."""
+    OVERLOADED = "overloaded"
+    NO_CONNECTION = UnreachableReason.NO_CONNECTION.value
+    TIMEOUT = UnreachableReason.TIMEOUT.value
+    HTTP_STATUS = UnreachableReason.HTTP_STATUS.value
+    REDIRECT = UnreachableReason.REDIRECT.value
+    INTERRUPTED = UnreachableReason.INTERRUPTED.value
 
 
 class RedisOutcome(StrEnum):
@@ -244,6 +261,14 @@ class Metrics:
             _UPSTREAM_SECONDS,
             *call,
         )
+        results = ", ".join(ImageFetchOutcome)
+        self.image_fetches = counter(
+            "gateway_image_fetches", f"Images fetched from their `image_url`, by outcome ({results}).", "outcome"
+        )
+        self.image_fetch_duration_seconds = histogram(
+            "gateway_image_fetch_duration_seconds", "Duration of the fetches of images.", _UPSTREAM_SECONDS
+        )
+        preregister(self.image_fetches, ImageFetchOutcome)
         outcomes, errors = ", ".join(RedisOutcome), ", ".join(RedisErrorKind)
         self.redis_calls = counter(
             "gateway_redis_calls",

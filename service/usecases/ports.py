@@ -5,7 +5,8 @@ Calls that can't reach their store raise LedgerUnavailable; nothing is retried u
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from enum import StrEnum
 from typing import Protocol
 
@@ -18,7 +19,9 @@ from service.domain.ledger import (
     Balance,
     DayUsage,
     Idempotency,
+    InFlight,
     RefundResult,
+    Replay,
     Reservation,
     ReservationState,
     TenantState,
@@ -127,6 +130,18 @@ class ArtifactStream(Struct, frozen=True, kw_only=True):
     accept_ranges: str | None = None
 
 
+class ImageStream(Struct, frozen=True):
+    """An image that is being fetched: its announced length in bytes, and chunks that are read on demand."""
+
+    length: int | None
+    chunks: AsyncIterator[bytes]
+
+
+FetchImage = Callable[[str, Tenant], AbstractAsyncContextManager[ImageStream]]
+"""Opens the image at a URL that the tenant may name. Entering, and reading its chunks, raise ImageUnreachable and
+Overloaded."""
+
+
 class WebhookResponse(Struct, frozen=True, kw_only=True):
     """The response to a webhook, or in `error` why there is none."""
 
@@ -207,6 +222,11 @@ class Ledger(Protocol):
 
     async def settle_expired(self, limit: int) -> Sequence[Settlement]:
         """Settle up to `limit` reservations with expired leases as unknown."""
+
+    async def find_replay(
+        self, tenant: int, idempotency: Idempotency
+    ) -> tuple[Replay | InFlight | None, TenantSnapshot]:
+        """Find an earlier submission under the same key whose image had the same URL, without a reservation."""
 
     async def tenant_snapshot(self, tenant: int) -> TenantSnapshot: ...
 

@@ -25,6 +25,7 @@ from service.domain.ledger import (
     AccountStatus,
     Balance,
     Grant,
+    Idempotency,
     InFlight,
     NoAccount,
     PolicyDenial,
@@ -133,18 +134,49 @@ class Submitter:
         *,
         idempotency_key: str | None = None,
         webhook_url: str | None = None,
+        image_url: str | None = None,
     ) -> Submission:
         """Submit once, also if called again with the same idempotency key; goes on if the client leaves.
 
-        Events go to `webhook_url`, or to the tenant's default. Raises the errors of `Denial` and `UpstreamFault`,
-        IdempotencyKeyReused, IdempotencyInFlight and LedgerUnavailable.
+        Events go to `webhook_url`, or to the tenant's default. The image is from `image_url` if given. Raises the
+        errors of `Denial` and `UpstreamFault`, IdempotencyKeyReused, IdempotencyInFlight and LedgerUnavailable.
         """
         self.check_allowed(tenant, options.kind)
-        work = self.supervisor.spawn(self._submit(tenant, options, metadata, image, idempotency_key, webhook_url))
+        idempotency = (
+            None
+            if idempotency_key is None
+            else digest_submission(idempotency_key, options, metadata, image.sha256, webhook_url, image_url)
+        )
+        work = self.supervisor.spawn(self._submit(tenant, options, metadata, image, idempotency, webhook_url))
         try:
             return await asyncio.shield(work)
         finally:
             del work  # breaks the cycle error -> traceback -> this frame, which would keep the image
+
+    async def find_replay(
+        self,
+        tenant: Tenant,
+        options: Options,
+        metadata: dict[str, str],
+        image_url: str,
+        *,
+        idempotency_key: str,
+        webhook_url: str | None,
+    ) -> Submission | None:
+        """Return the earlier submission of the same request, whose image then need not be fetched again.
+
+        It may be gone from its URL by now. None leaves the decision to `submit`, which compares the image. Raises
+        IdempotencyInFlight, SubmissionUnknown and LedgerUnavailable.
+        """
+        idempotency = digest_submission(idempotency_key, options, metadata, b"", webhook_url, image_url)
+        verdict, snapshot = await self.ledger.find_replay(tenant.id, idempotency)
+        match verdict:
+            case Replay():
+                limits = compute_rate_limits(tenant.policy, snapshot.state, snapshot.now)
+                return await self._load_replay(verdict, limits)
+            case InFlight():
+                raise _in_flight()
+        return None
 
     async def _submit(
         self,
@@ -152,15 +184,10 @@ class Submitter:
         options: Options,
         metadata: dict[str, str],
         image: Image,
-        idempotency_key: str | None,
+        idempotency: Idempotency | None,
         webhook_url: str | None,
     ) -> Submission:
         accounts = self.registry.current.accounts_of(tenant)
-        idempotency = (
-            None
-            if idempotency_key is None
-            else digest_submission(idempotency_key, options, metadata, image.sha256, webhook_url)
-        )
         request = ReserveRequest(
             secrets.token_hex(16), tenant.id, tuple(account.id for account in accounts), options.kind, idempotency
         )
@@ -218,11 +245,7 @@ class Submitter:
             case NoAccount():
                 raise self._count_denial(request, _no_account(verdict))
             case InFlight():
-                raise errors.IdempotencyInFlight(
-                    "The first submission under this Idempotency-Key has no outcome yet. "
-                    "Send the same again after Retry-After.",
-                    retry_after=IN_FLIGHT_RETRY_SECONDS,
-                )
+                raise _in_flight()
             case Grant():
                 return verdict
             case _:
@@ -297,6 +320,13 @@ class Submitter:
             metadata=pending.metadata,
             version=1,
         )
+
+
+def _in_flight() -> errors.IdempotencyInFlight:
+    return errors.IdempotencyInFlight(
+        "The first submission under this Idempotency-Key has no outcome yet. Send the same again after Retry-After.",
+        retry_after=IN_FLIGHT_RETRY_SECONDS,
+    )
 
 
 def _quota_denied(verdict: PolicyDenial, limits: tuple[RateLimit, ...]) -> errors.QuotaDenied:

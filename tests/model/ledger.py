@@ -25,6 +25,7 @@ from service.domain.ledger import (
     ClockReading,
     DayUsage,
     Grant,
+    Idempotency,
     InFlight,
     KeyReuse,
     LedgerClock,
@@ -398,19 +399,27 @@ class LedgerModel:
         if request.idempotency is None:
             return None
         key = request.tenant, request.idempotency.key_digest
-        name, content, expires_at = self.idempotency_keys.get(key, ("", "", 0))
+        name, digests, expires_at = self.idempotency_keys.get(key, ("", "", 0))
         reservation = self.reservations.get(name)
         if reservation is None or expires_at <= self.now_ms:
             return None
-        if content != request.idempotency.content_digest:
+        if digests.split()[0] != request.idempotency.content_digest:
             return KeyReuse(self.now_ms)
+        return InFlight(self.now_ms) if is_reserved(reservation) else Replay(name, reservation.state, self.now_ms)
+
+    def find_replay(self, tenant: int, idempotency: Idempotency) -> Verdict | None:
+        name, digests, _ = self.idempotency_keys.get((tenant, idempotency.key_digest), ("", "", 0))
+        reservation = self.reservations.get(name)
+        if reservation is None or digests.split()[1:] != [idempotency.source_digest]:
+            return None
         return InFlight(self.now_ms) if is_reserved(reservation) else Replay(name, reservation.state, self.now_ms)
 
     def _store_key(self, tenant: int, source: ReserveRequest | Settlement, *, overwrites: bool) -> None:
         if idempotency := source.idempotency:
             key, expires_at = (tenant, idempotency.key_digest), self.now_ms + KEEP_IDEMPOTENCY_KEY_MS
             if overwrites or self.idempotency_keys.get(key, ("", "", 0))[2] <= self.now_ms:
-                self.idempotency_keys[key] = source.reservation, idempotency.content_digest, expires_at
+                digests = " ".join(filter(None, (idempotency.content_digest, idempotency.source_digest)))
+                self.idempotency_keys[key] = source.reservation, digests, expires_at
 
     def _choose(
         self,

@@ -26,6 +26,7 @@ from service.domain.ledger import (
     Reservation,
     ReservationState,
     TenantState,
+    Verdict,
 )
 from service.domain.tasks import Artifact, ArtifactName, CostBasis, Kind, Task, TaskError
 from service.domain.tenants import Account, AccountPolicy, Tenant, TenantPolicy
@@ -219,7 +220,12 @@ class LedgerComparison(RuleBasedStateMachine):
         """Reserve, under a new name unless one is given. Returns None if refused."""
         ask = ReserveRequest(name or self.next_name(), TENANT, accounts, kind, idempotency)
         answer = self.compare(self.ledger.reserve(ask), self.model.reserve, ask)
+        if idempotency:
+            self.compare(self._find_replay(idempotency), self.model.find_replay, TENANT, idempotency)
         return ask.reservation if answer and isinstance(answer[0], Grant) else None
+
+    async def _find_replay(self, idempotency: Idempotency) -> Verdict | None:
+        return (await self.ledger.find_replay(TENANT, idempotency))[0]
 
     def change_account(
         self, reservation: str, left: int, accounts: tuple[int, ...], closes: AccountStatus | None
@@ -434,8 +440,8 @@ class LedgerComparison(RuleBasedStateMachine):
     async def _compare_values(self) -> None:
         model, keys = self.model, self.keys
         kept = {
-            keys.idempotency(TENANT, key): f"{name} {content}"
-            for (_, key), (name, content, _) in model.idempotency_keys.items()
+            keys.idempotency(TENANT, key): f"{name} {digests}"
+            for (_, key), (name, digests, _) in model.idempotency_keys.items()
         }
         names, *values = await self.scripts.read(
             ("KEYS", keys.idempotency(TENANT, "*").replace("{", "\\{")),

@@ -19,7 +19,10 @@ numbers = st.integers(0, 7)
 """The index of the item to use, counted from the newest."""
 
 idempotencies = st.none() | st.builds(
-    Idempotency, st.sampled_from(["k1", "k2", "k3"]), st.sampled_from(["c1", "c1", "c1", "c2"])
+    Idempotency,
+    st.sampled_from(["k1", "k2", "k3"]),
+    st.sampled_from(["c1", "c1", "c1", "c2"]),
+    st.sampled_from(["", "s1", "s2"]),
 )
 limits = st.builds(
     Limit,

@@ -122,7 +122,7 @@ class LedgerMachine(LedgerComparison):
     )
     def submit_with_key(self, key: str, outcome: ReservationState, late: ReservationState, pause: int) -> None:
         """Submit with an idempotency key, and again before and after the outcomes, also with other content."""
-        first, other = Idempotency(key, "c1"), Idempotency(key, "c2")
+        first, other = Idempotency(key, "c1", "s1"), Idempotency(key, "c2")
         name = self.reserve(KINDS[0], ACCOUNTS, first)
         for idempotency in (first, other):
             self.reserve(KINDS[0], ACCOUNTS, idempotency)

@@ -151,7 +151,7 @@ async def test_failed_jobs_are_restarted(monkeypatch: pytest.MonkeyPatch) -> Non
             third.set()
             await asyncio.Event().wait()
 
-    ports = ("ledger", "tasks", "deliveries", "upstream", "task_cache", "fetch_artifact", "post_webhook")
+    ports = ("ledger", "tasks", "deliveries", "upstream", "task_cache", "fetch_artifact", "fetch_image", "post_webhook")
     adapters: Any = dict.fromkeys([*ports, "user_keys"])  # which are never called
     adapters["registry"] = CachedRegistry(cast("Any", None))
     settings = Settings.load(ENVIRONMENT | {"GATEWAY_REDIS_URL": "redis://localhost"})

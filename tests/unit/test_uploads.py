@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from service.api.errors import BodyTimeout, ClientDisconnected
-from service.api.form_parser import MAX_FIELD_BYTES, MAX_FIELDS, MAX_NAME_CHARS, MultipartForm
+from service.api.form_parser import MAX_FIELD_BYTES, MAX_FIELDS, MAX_FORM_BYTES, MAX_NAME_CHARS, MultipartForm
 from service.api.upload_memory import Allocation, UploadMemory
-from service.api.uploads import FORM_OVERHEAD_BYTES, MAX_FORM_BYTES, URLENCODED, Upload, UploadReader
+from service.api.uploads import FORM_OVERHEAD_BYTES, URLENCODED, Upload, UploadReader
 from service.domain.errors import (
     GatewayError,
     ImageTooLarge,

@@ -3,7 +3,7 @@
 -- USES: store, windows, account, reserve_rules
 -- KEYS     clock, tenant, reservation, leases, account...
 -- ARGV     MessagePack {reservation, tenant, kind, lease_ms, keep_ms, accounts, reservation_prefix, idempotency},
---          idempotency {redis_key, key_digest, content_digest, keep_ms}
+--          idempotency {redis_key, key_digest, content_digest, digests, keep_ms}: the stored digests begin with content_digest
 -- RETURNS  all times in the server's time:
 --          {'granted', tenant's state, wall, account, lease_expires_at}
 --          {'denied', tenant's state, wall, {policy, limit, resets_at or 0}...}
@@ -31,7 +31,7 @@ end
 local idempotency = args.idempotency
 local stored = idempotency and redis.call('GET', idempotency.redis_key)
 if stored then
-  local id, content = stored:match('^(%S+) (%S+)$')
+  local id, content = stored:match('^(%S+) (%S+)')
   local original = load_reservation(args.reservation_prefix .. id)
   if original and content ~= idempotency.content_digest then
     return {'key-reused', cmsgpack.pack(tenant.state), wall}
@@ -83,6 +83,6 @@ save_state(account)
 save_reservation(KEYS[3], reservation, args.keep_ms)
 redis.call('ZADD', KEYS[4], reservation.lease_expires_at, args.reservation)
 if idempotency then
-  redis.call('SET', idempotency.redis_key, args.reservation .. ' ' .. idempotency.content_digest, 'PX', idempotency.keep_ms)
+  redis.call('SET', idempotency.redis_key, args.reservation .. ' ' .. idempotency.digests, 'PX', idempotency.keep_ms)
 end
 return {'granted', packed_state, wall, account.id, reservation.lease_expires_at - now + wall}

@@ -4,8 +4,8 @@
 -- ARGV     MessagePack {reservation, tenant, account, kind, created_at, outcome, balance, account_status, keep_ms, is_late,
 --          new_task, usage_prefix, keep_usage_ms, reservation_prefix, idempotency_prefix, idempotency}, new_task {id,
 --          options, metadata, check_interval_ms, webhook_url, trace_context}; the prefixes are those of the keys of the
---          tenant's days, of reservations, and of the tenant's idempotency keys; idempotency {key_digest, content_digest,
---          keep_ms} is stored even if the reservation was lost
+--          tenant's days, of reservations, and of the tenant's idempotency keys; idempotency {key_digest, digests, keep_ms}
+--          is stored even if the reservation was lost
 -- RETURNS  {'settled', now}, {'final', now} if it had a final outcome before and nothing changed, {'pending', now} if
 --          a late one came before the sender's own, which goes first while its lease runs, or
 --          {'wrong-account', now, account} if the reservation is on another account than the caller presumed
@@ -51,7 +51,7 @@ elseif not reservation then
   local idempotency = args.idempotency
   if idempotency then
     reservation.key_digest = idempotency.key_digest
-    local entry = args.reservation .. ' ' .. idempotency.content_digest
+    local entry = args.reservation .. ' ' .. idempotency.digests
     redis.call('SET', args.idempotency_prefix .. idempotency.key_digest, entry, 'NX', 'PX', idempotency.keep_ms)
   end
   recreate_reservation()
