@@ -100,9 +100,9 @@ _FILE_SCHEMA = {
 
 _ONE_SOURCE = {
     "additionalProperties": False,
-    "if": {"required": ["image"]},
-    "then": {"not": {"required": ["image_url"]}},
-    "else": {"required": ["image_url"]},
+    "if": {"properties": {"image": {}}, "required": ["image"]},
+    "then": {"properties": {"image_url": False}},
+    "else": {"properties": {"image_url": {}}, "required": ["image_url"]},
 }
 """Exactly one of both. Client generators ignore these words, but not `oneOf`, from which they make types."""
 

@@ -261,6 +261,8 @@ class UploadReader:
         """Return the image of a form, or the URL to fetch it from. Raises InvalidOptions unless it has just one."""
         urls = [value for name, value in form.fields if name == url_field and (value or form.is_typed)]
         if not urls:
+            if not isinstance(form, MultipartForm):
+                raise field_error(url_field or part, "is required: the URL of the image")
             if not form.has_file:
                 other = f", or its URL in {url_field}" if url_field else ""
                 raise field_error(part, f"is required: send the image as a file in this part{other}")

@@ -139,7 +139,7 @@ async def test_missing_or_invalid_token_is_401(gateway: RunningGateway) -> None:
 
 async def test_unsupported_and_malformed_bodies(gateway: RunningGateway) -> None:
     unsupported: list[dict[str, Any]] = [
-        {"json": {"image": "..."}},
+        {"content": b"{}", "headers": {"Content-Type": "application/problem+json"}},
         {},
         {"content": b"x", "headers": {"Content-Type": "multipart/form-data"}},
         {"content": b"x", "headers": {"Content-Type": ";;;=,"}},

@@ -149,8 +149,11 @@ async def test_options_of_json_have_types(gateway: RunningGateway, valkey: Valke
 
 async def test_exactly_one_of_image_and_url(gateway: RunningGateway, images: ImageServer, valkey: Valkey) -> None:
     for fields in ({"image_url": ""}, {"fit": "0.5"}):
-        expect_invalid(await gateway.call("POST", PATH, data=fields), "image")
-    expect_invalid(await post(gateway), "image")
+        expect_invalid(await gateway.call("POST", PATH, data=fields), "image_url")
+        parts = [(name, (None, value)) for name, value in fields.items()]
+        expect_invalid(await gateway.call("POST", PATH, files=parts), "image")
+    expect_invalid(await post(gateway), "image_url")
+    expect_invalid(await post(gateway, image="AAAA"), "image_url")
     expect_invalid(await post(gateway, image_url=""), "image_url")
     for value in (None, 1, [DATA_URL]):
         expect_invalid(await post(gateway, image_url=value), "image_url")
