@@ -150,42 +150,33 @@ def submit_operation(kind: Kind, catalogue: Catalogue) -> type[Operation]:
     if kind is Kind.UPSCALE:
         options["model"]["examples"] = list(catalogue.models)
         options["style"]["examples"] = list(catalogue.styles)
-    text_metadata = {
-        "type": "string",
-        "contentMediaType": "application/json",
-        "contentSchema": {"type": "object", "additionalProperties": {"type": "string"}},
-        "maxLength": MAX_METADATA_BYTES,
-        "description": f"A JSON object of strings, at most {MAX_METADATA_BYTES} bytes, returned unchanged.",
-        "examples": ['{"order": "4711"}'],
+    properties = {
+        "image": _FILE_SCHEMA | {"description": "The image: PNG, JPEG or WebP."},
+        "image_url": {
+            "type": "string",
+            "format": "uri",
+            "description": "The address of the image, whose host the operators must have allowed you, or a small image "
+            "itself as `data:image/png;base64,...`.",
+        },
+        **options,
+        "metadata": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"type": "object", "additionalProperties": {"type": "string"}},
+            "maxLength": MAX_METADATA_BYTES,
+            "description": f"A JSON object of strings, at most {MAX_METADATA_BYTES} bytes, returned unchanged.",
+            "examples": ['{"order": "4711"}'],
+        },
+        "webhook_url": {
+            "type": "string",
+            "format": "uri",
+            "maxLength": MAX_URL_CHARS,
+            "description": "Receives the event of this task instead of your default address. The operators must have "
+            "allowed its host.",
+        },
     }
-    metadata = {
-        "type": "object",
-        "additionalProperties": {"type": "string"},
-        "description": f"At most {MAX_METADATA_BYTES} bytes as JSON, returned unchanged.",
-        "examples": [{"order": "4711"}],
-    }
-    webhook_url = {
-        "type": "string",
-        "format": "uri",
-        "maxLength": MAX_URL_CHARS,
-        "description": "Receives the event of this task instead of your default address. The operators must have "
-        "allowed its host.",
-    }
-    image_url = {
-        "type": "string",
-        "format": "uri",
-        "description": "The address of the image, whose host the operators must have allowed you, or the image itself "
-        "as `data:image/png;base64,...`.",
-    }
-    image = _FILE_SCHEMA | {"description": "The image: PNG, JPEG or WebP."}
-    form = {"image": image, "image_url": image_url, **options, "metadata": text_metadata, "webhook_url": webhook_url}
-    values = {"image_url": image_url, **options, "metadata": metadata, "webhook_url": webhook_url}
-    return _body_operation(
-        {
-            "multipart/form-data": _object_schema(form, [], **_ONE_SOURCE),
-            "application/json": _object_schema(values, ["image_url"], additionalProperties=False),
-        }
-    )
+    # Not the JSON body too: some client generators would take it alone, and others rename what they make of the form.
+    return _form_operation("multipart/form-data", properties, **_ONE_SOURCE)
 
 
 def legacy_operation(part: str | None, names: Mapping[str, str], kind: Kind | None = None) -> type[Operation]:
@@ -193,31 +184,25 @@ def legacy_operation(part: str | None, names: Mapping[str, str], kind: Kind | No
     properties: dict[str, Any] = {"user_key": {"type": "string", "format": "password", "description": "Your token."}}
     if part is None or kind is None:
         properties |= {name: {"type": "string"} for name in names}
-        schema = _object_schema(properties, ["user_key", *names])
-        return _body_operation({"application/x-www-form-urlencoded": schema})
+        return _form_operation("application/x-www-form-urlencoded", properties, required=["user_key", *names])
     options = option_schemas(kind)
     properties[part] = _FILE_SCHEMA | {"description": "The image."}
     properties |= {name: options[option] for name, option in names.items()}
-    return _body_operation({"multipart/form-data": _object_schema(properties, ["user_key", part])})
+    return _form_operation("multipart/form-data", properties, required=["user_key", part])
 
 
-def _object_schema(properties: Mapping[str, Any], required: list[str], **keywords: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties} | ({"required": required} if required else {}) | keywords
-
-
-def _body_operation(schemas: Mapping[str, Any]) -> type[Operation]:
-    """Return an operation that reads its body, by media type, from the stream, so that Litestar can't describe it."""
+def _form_operation(media_type: str, properties: Mapping[str, Any], **keywords: Any) -> type[Operation]:
+    """Return an operation that reads its form from the stream, so that Litestar can't describe it."""
+    schema = {"type": "object", "properties": properties} | keywords
 
     @dataclass
-    class BodyOperation(Operation):
+    class FormOperation(Operation):
         def __post_init__(self) -> None:
             # Litestar copies what is no `Schema` as it is.
-            content = {
-                media_type: OpenAPIMediaType(schema=cast("Schema", schema)) for media_type, schema in schemas.items()
-            }
+            content = {media_type: OpenAPIMediaType(schema=cast("Schema", schema))}
             self.request_body = RequestBody(required=True, content=content)
 
-    return BodyOperation
+    return FormOperation
 
 
 def option_schemas(kind: Kind) -> dict[str, dict[str, Any]]:

@@ -265,11 +265,11 @@ def _complete_operation(operation: Node, components: Node) -> None:
         # Client generators ignore the default of a reference that has a description beside it.
         parameter["schema"] = {"$ref": schema["$ref"]} if "$ref" in schema else schema
     if body := operation.get("requestBody"):
-        for media in body["content"].values():
-            schema = _unwrap(media["schema"])
-            # Litestar describes an optional body as one that may be null.
-            body["required"] = schema == media["schema"]
-            media["schema"] = schema
+        (media,) = body["content"].values()
+        schema = _unwrap(media["schema"])
+        # Litestar describes an optional body as one that may be null.
+        body["required"] = schema == media["schema"]
+        media["schema"] = schema
     responses = operation["responses"]
     # The validation error of Litestar, which the exception handlers replace.
     if MEDIA_TYPE not in responses.get("400", {}).get("content", [MEDIA_TYPE]):

@@ -57,10 +57,11 @@ _HEARTBEAT = b":\n\n"
 _EVENT_ID = re.compile(rf"([0-9]{{1,9}})-({'|'.join(State)})")
 
 _SUBMIT_DESCRIPTION = (
-    "Send the image, or its `image_url`, with the options as a form, or an `image_url` with them as JSON. The image is "
-    "sent to the upstream once; the response comes as soon as the upstream has accepted it. Then follow "
-    "the task to its end. Part order does not matter. An unknown field is an error, never ignored. Only a response of "
-    "201 or 504 may have been charged: repeat the request with the same `Idempotency-Key`, and it is charged once."
+    "The form has the image or its `image_url`. With `image_url` it may also be urlencoded or a JSON object, such as "
+    '`{"image_url": "https://images.example/photo.jpg", "metadata": {"order": "4711"}}`. The image is sent to the '
+    "upstream once; the response comes as soon as the upstream has accepted it. Then follow the task to its end. Part "
+    "order does not matter. An unknown field is an error, never ignored. Only a response of 201 or 504 may have been "
+    "charged: repeat the request with the same `Idempotency-Key`, and it is charged once."
 )
 _IDEMPOTENCY_KEY_DESCRIPTION = (
     'A key of your choice, best a UUID in quotes: `"8e03978e-40d5-43dd-bc93-6894a57f9324"`. Within 24 hours the same '

@@ -42,6 +42,7 @@ TENANT: dict[str, Any] = {
     "state": "read-only",
     "note": "Ask Li before raising a limit.",
     "webhook": {"url": "https://hooks.example/a?key=1", "allow": ["other.example"]},
+    "allow_image_url": ["images.example:8443", "10.0.0.0/8"],
 }
 Change = tuple[dict[str, Any], dict[str, Any]]
 """A patch, and what it changes."""
@@ -58,6 +59,8 @@ TENANT_CHANGES: list[Change] = [
     ({"limits": [{"window": "hour", "tasks": 1}]}, {"limits": [{"window": "hour", "tasks": 1, "money": None}]}),
     ({"kinds": None, "max_active": None}, {"kinds": None, "max_active": None}),
     ({"webhook": {"allow": None}}, {"webhook": TENANT["webhook"] | {"allow": []}}),
+    ({"allow_image_url": None}, {"allow_image_url": []}),
+    ({"allow_image_url": ["A.example", "a.example"]}, {"allow_image_url": ["a.example"]}),
     ({"webhook": None, "note": "Another."}, {"webhook": None, "note": "Another."}),
 ]
 

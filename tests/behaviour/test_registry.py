@@ -32,6 +32,7 @@ TENANT = {
     "kinds": ["upscale"],
     "state": "read-only",
     "webhook": {"url": "https://hooks.example/a", "allow": ["10.0.0.0/8"]},
+    "allow_image_url": ["images.example", "10.0.0.0/8:8080"],
 }
 TOKEN = {"sha256": "ab" * 32, "label": "a label", "expires_at": "2100-01-01T00:00:00Z"}
 FULL_REGISTRY: dict[str, Any] = {

@@ -129,6 +129,7 @@ TENANT_OPTIONS = (
     *("--limit", "day:tasks=100,money=50.5", "--limit", "total:tasks=0", "--state", "read-only"),
     *("--kind", "upscale", "--kind", "face-enhance", "--note", "Ask Li before raising a limit."),
     *("--webhook-url", "https://hooks.test/in", "--webhook-allow", "127.0.0.0/8", "--webhook-allow", "other.test"),
+    *("--allow-image-url", "images.test", "--allow-image-url", "10.0.0.0/8:81"),
 )
 TENANT_UPDATES: Updates = [
     ("--max-active 20 --state read-only --no-limit month", {}),
@@ -143,6 +144,8 @@ TENANT_UPDATES: Updates = [
     ("--state disabled", {"state": "disabled"}),
     ("--webhook-url https://b.test/", {"webhook": {"url": "https://b.test/", "allow": ["127.0.0.0/8", "other.test"]}}),
     ("--no-webhook", {"webhook": None}),
+    ("--allow-image-url images.test", {"allow_image_url": ["images.test"]}),
+    ("--no-image-url", {"allow_image_url": None}),
     ("--note=", {"note": None}),
 ]
 
@@ -153,6 +156,7 @@ async def test_tenant_options_set_what_they_name(shell: Shell) -> None:
     stored = await shell.get_admin("/tenants/other")
     assert (stored["accounts"], stored["limits"]) == (["spare", "main"], LIMITS)
     assert (stored["max_active"], stored["spending_mode"], stored["state"]) == (20, "count_only", "read-only")
+    assert stored["allow_image_url"] == ["images.test", "10.0.0.0/8:81"]
     assert (stored["kinds"], stored["note"]) == (["upscale", "face-enhance"], "Ask Li before raising a limit.")
     assert await shell.run_json("tenant", "show", "other") == stored
     (_, line, _) = await shell.run_table("tenant", "list")

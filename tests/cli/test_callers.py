@@ -21,6 +21,7 @@ from service.client import calls
 from tests.behaviour.clients import wait_until
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN
 from tests.cli.conftest import Shell, run_command, run_shell
+from tests.contract.scripted_server import file_response, reply_and_close, run_server
 from tests.support.images import make_png
 from tests.support.proxy import Proxy
 from tests.support.valkey import Valkey
@@ -78,6 +79,23 @@ async def test_several_files(shell: Shell, folder: Path) -> None:
     assert len(list((folder / "results").iterdir())) == 4
     again = json.loads((await shell.run(*arguments, code=4)).stdout)
     assert (again[0]["replayed"], again[0]["task"]) == (True, photo["task"])
+
+
+async def test_addresses_of_images(shell: Shell, folder: Path) -> None:
+    """They are sent as they are; the same address is the same submission, and its query is not shown."""
+    async with run_server(reply_and_close(file_response())) as images:
+        await shell.gateway.put_tenant(allow_image_url=[f"127.0.0.0/8:{urlsplit(images.url).port}"])
+        url = f"{images.url}/pictures/cat.png?signature=hush"
+        submit = ["submit", "seamless", url, "photo.png", "-o", "results/"]
+        (_, (name, state, _, results, task), _) = await shell.run_table(*submit)
+        assert (name, state) == (f"{images.url}/pictures/cat.png", "succeeded")
+        assert results == "results/cat-seamless.png, results/cat-seamless-grid.png"
+        assert (folder / "results" / "cat-seamless.png").read_bytes().startswith(PNG)
+    again = await shell.run("submit", "seamless", url, "--quiet")
+    assert (again.stdout, len(images.requests)) == (f"{task}\n", 1)
+    refused = await shell.run("submit", "seamless", url, "--new", code=4)
+    assert "hush" not in refused.stderr
+    await shell.run("submit", "seamless", "ftp://images.test/cat.png", code=2)
 
 
 async def test_standard_input_and_output(shell: Shell) -> None:

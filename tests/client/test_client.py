@@ -24,6 +24,7 @@ from service.client import (
     GatewayClient,
     GatewayError,
     GatewayUnavailable,
+    ImageUnreachable,
     InvalidRequest,
     InvalidWebhook,
     NoConnection,
@@ -52,7 +53,14 @@ from service.usecases.ports import SubmitOutcome
 from tests.behaviour.clients import wait_until
 from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
 from tests.behaviour.webhook_receiver import make_secret, run_receiver
-from tests.contract.scripted_server import Connection, http_response, response_head, run_server
+from tests.contract.scripted_server import (
+    Connection,
+    file_response,
+    http_response,
+    reply_and_close,
+    response_head,
+    run_server,
+)
 from tests.support.images import make_png
 from tests.support.proxy import Proxy
 from tests.support.valkey import Valkey
@@ -164,6 +172,22 @@ async def test_unknown_outcome_is_never_sent_again(gateway: RunningGateway) -> N
     assert unknown.value.idempotency_key == "order-1"
     assert (await call("get_submission", unknown.value.problem.submission_id)).outcome == "unknown"
     assert await gateway.upstream.count_submits() == 1
+
+
+async def test_image_by_url(gateway: RunningGateway, *, is_async: bool) -> None:
+    call = connect(gateway.url, gateway.token, is_async=is_async)
+    async with run_server(reply_and_close(file_response())) as images:
+        await gateway.put_tenant(allow_image_url=[f"127.0.0.0/8:{urlsplit(images.url).port}"])
+        arguments = {"image_url": images.url, "scale": 3, "vector": True, "metadata": {"a": "1"}}
+        task = await call("submit", "upscale", **arguments)
+        assert (task.options["scale"], task.options["vector"], task.metadata) == (3, True, {"a": "1"})
+    assert (await call("submit", "upscale", **arguments, idempotency_key=task.idempotency_key)).id == task.id
+    with pytest.raises(ImageUnreachable) as unreachable:
+        await call("submit", "upscale", **arguments)
+    assert unreachable.value.problem.reason == "no-connection"
+    for both in ({}, {"image": IMAGE, "image_url": images.url}):
+        with pytest.raises(ValueError, match="image_url"):
+            await call("submit", "upscale", **both)
 
 
 async def test_problems_are_typed(gateway: RunningGateway) -> None:

@@ -45,7 +45,7 @@ class OpenApiGenerator {
 
     private static UpscaleTask submit(TasksApi tasks, File image, String key, String metadata) throws ApiException {
         return tasks.submitUpscale(
-            image, key, null, null, null, BigDecimal.valueOf(3), null, null, null, null, null, null, null, null, null,
-            metadata, null);
+            key, null, image, null, null, null, BigDecimal.valueOf(3), null, null, null, null, null, null, null, null,
+            null, metadata, null);
     }
 }

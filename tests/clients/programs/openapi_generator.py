@@ -12,14 +12,14 @@ image, output = map(Path, sys.argv[1:])
 configuration = Configuration(host=os.environ["GATEWAY_URL"], access_token=os.environ["GATEWAY_TOKEN"])
 tasks = TasksApi(ApiClient(configuration))
 file = (image.name, image.read_bytes())
-submitted = tasks.submit_upscale(file, '"openapi-generator"', scale=3, metadata='{"order": "4711"}')
+submitted = tasks.submit_upscale('"openapi-generator"', image=file, scale=3, metadata='{"order": "4711"}')
 task = tasks.read_task(submitted.id, prefer="wait").actual_instance
 assert isinstance(task, UpscaleTask)
 assert task.state is State.SUCCEEDED
 output.write_bytes(tasks.read_artifact(task.id, task.artifacts[0].name))
 problem = None
 try:
-    tasks.submit_upscale(file, metadata="no JSON")
+    tasks.submit_upscale(image=file, metadata="no JSON")
 except UnprocessableEntityException as error:
     problem = error.data
 assert isinstance(problem, Problem)
