@@ -106,7 +106,7 @@ _TENANTS = st.builds(
     spending_mode=st.sampled_from(SpendingMode),
     kinds=st.none() | st.lists(st.sampled_from(Kind), unique=True),
     webhook=st.none() | _WEBHOOKS,
-    allow_image_url=st.lists(st.sampled_from(["images.test", "10.0.0.0/8:81", "[fd00::1]:8443"]), unique=True),
+    allow_image_url=st.lists(st.sampled_from(["images.test", "10.0.0.0/8:81", "fd00::/8:8443"]), unique=True),
     note=st.text(max_size=20),
     state=st.sampled_from(TenantStatus),
 )
