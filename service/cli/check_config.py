@@ -17,6 +17,7 @@ from service.cli.formatting import format_json, format_table
 from service.crypto import Keyring, UserKeyCipher
 from service.devstack import DevServiceError, find_server_binary
 from service.domain.errors import LedgerUnavailable, field_path
+from service.domain.hosts import wide_network_warnings
 from service.domain.tenants import Registry
 from service.domain.webhooks import webhook_warnings
 from service.settings import (
@@ -217,6 +218,8 @@ def _registry_warnings(registry: Registry, settings: Settings) -> Iterator[str]:
     for name, tenant in sorted(registry.tenants.items()):
         for field, warning in webhook_warnings(tenant.webhook, settings.private_domains):
             yield f"{field_path('tenants', name, 'webhook', field)} {warning}"
+        for warning in wide_network_warnings(tenant.allow_image_url):
+            yield f"{field_path('tenants', name, 'allow_image_url')} {warning}"
 
 
 async def _check_upstream(url: str | None, report: Report) -> None:

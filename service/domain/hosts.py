@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from urllib.parse import urlsplit
@@ -31,6 +31,7 @@ HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?")
 _DESTINATION = re.compile(r"(?:\[(?P<ip>[^]]*:[^]]*)\]|(?P<place>[^:/]+|[^/]+/[0-9]+))(?::(?P<port>[1-9][0-9]{0,4}))?")
 _BASE_URL_RULE = "must be a URL such as http://host or https://host/path, without credentials, query or fragment"
 _MAX_PORT = 65_535
+_WIDEST_PRIVATE_PREFIX = 7  # of fc00::/7
 WEB_PORT, WEB_PORT_TLS = 80, 443
 WEB_PORTS = frozenset({WEB_PORT, WEB_PORT_TLS})
 _NON_PUBLIC_IPV4 = tuple(
@@ -207,6 +208,13 @@ def parse_destination(entry: str) -> Destination | None:
     place = parse_network(text) or text.lower()
     is_valid = (port or 0) <= _MAX_PORT and (not isinstance(place, str) or HOST_NAME.fullmatch(place))
     return Destination(place, port) if is_valid else None
+
+
+def wide_network_warnings(entries: Iterable[str]) -> Iterator[str]:
+    """Yield a warning for each destination that is wider than any private network."""
+    for destination in map(parse_destination, entries):
+        if destination and (network := destination.network) and network.prefixlen < _WIDEST_PRIVATE_PREFIX:
+            yield f"has {network}, which is wider than any private network: name the networks that are meant"
 
 
 def parse_network(text: str) -> IpNetwork | None:

@@ -22,6 +22,7 @@ from service.domain.hosts import (
     parse_destination,
     parse_ip,
     url_address,
+    wide_network_warnings,
 )
 from service.domain.tasks import State
 from service.domain.tenants import Webhook
@@ -33,7 +34,6 @@ _EVENT_ID_PREFIX = "msg_"
 _EVENT_ID = re.compile(rf"{_EVENT_ID_PREFIX}([0-9a-f]{{32}})")
 MAX_URL_CHARS = 2_048
 MAX_ALLOW_ENTRIES = 100
-_WIDEST_PRIVATE_PREFIX = 7  # of fc00::/7
 RETRY_SECONDS = (5, 30, 120, 600, 1_800, 3_600, 7_200, 14_400, 28_800, 28_800)
 """Delay after each failed attempt; after the last one the delivery fails."""
 MAX_RETRY_AFTER_SECONDS = 3_600
@@ -167,11 +167,10 @@ def webhook_warnings(webhook: Webhook, private_domains: Sequence[str]) -> Iterat
         return
     if is_cleartext(webhook.url, private_domains):
         yield "url", "has no TLS: anyone on the network path can read the events, with the links to results"
-    networks = [entry.network for entry in webhook.destinations() if entry.network]
-    for network in networks:
-        if network.prefixlen < _WIDEST_PRIVATE_PREFIX:
-            yield "allow", f"has {network}, which is wider than any private network: name the networks that are meant"
-    if not networks and is_private_host(url_address(webhook.url)[0], private_domains):
+    yield from (("allow", warning) for warning in wide_network_warnings(webhook.allow))
+    if not any(entry.network for entry in webhook.destinations()) and is_private_host(
+        url_address(webhook.url)[0], private_domains
+    ):
         yield "url", "is at a private host, but allow has no network: nothing is delivered"
 
 

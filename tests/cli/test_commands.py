@@ -373,6 +373,7 @@ async def test_questionable_accounts_and_webhooks_are_reported_in_production(val
         "wide": {"url": "https://hooks.example/", "allow": ["0.0.0.0/0", "10.0.0.0/8", "::/1:8443"]},
     }
     warned = ["tenants.lost.webhook.url", "tenants.plain.webhook.url", *["tenants.wide.webhook.allow"] * 2]
+    warned += ["tenants.wide.allow_image_url"] * 2
     async with run_server(never_reply) as peer:
         places = {"GATEWAY_SECRET_KEYS": generate_secret_key(), "GATEWAY_UPSTREAM_URL": peer.url}
         async with run_real_gateway(valkey, None, **places) as gateway:
@@ -380,7 +381,7 @@ async def test_questionable_accounts_and_webhooks_are_reported_in_production(val
                 body = {"user_key": "key", "base_url": url}
                 (await gateway.call_admin("PUT", f"/accounts/{name}", json=body)).raise_for_status()
             for name, webhook in webhooks.items():
-                await gateway.put_tenant(name, webhook=webhook)
+                await gateway.put_tenant(name, webhook=webhook, allow_image_url=webhook.get("allow", []))
         environ = PRODUCTION | places | {"GATEWAY_REDIS_URL": valkey.url}
         for cleartext, code, reported in (
             ("refuse", 1, [*warned, "accounts.plain.base_url"]),
