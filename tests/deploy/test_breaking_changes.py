@@ -33,7 +33,7 @@ BREAKING: list[tuple[Edit, str]] = [
     (lambda paths, _: paths[LIST]["get"]["parameters"][0].update(required=True), "query state is required"),
     (lambda paths, _: paths[TASK]["get"]["responses"].pop("200"), "200 is removed"),
     (lambda paths, _: paths[TASK]["get"]["responses"]["200"]["headers"].pop("ETag"), "header ETag is removed"),
-    (lambda paths, _: form(paths)["required"].append("scale"), "body.scale is required"),
+    (lambda paths, _: form(paths).update(required=["scale"]), "body.scale is required"),
     (lambda paths, _: form(paths)["properties"].pop("noise"), "body.noise is removed"),
     (lambda paths, _: form(paths)["properties"]["scale"].update(maximum=4), "body.scale: maximum is 4, was 8"),
     (lambda paths, _: form(paths)["properties"]["scale"].update(type="integer"), "body.scale: number is refused"),

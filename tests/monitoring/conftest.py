@@ -133,6 +133,7 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredSys
         workload.create_tenants(gateway)
         prometheus.wait_for_scrape()  # an increase needs an earlier sample
         workload.run_tasks(gateway)
+        workload.fetch_images(gateway)
         workload.send_refused(gateway)
         workload.inject_upstream_faults(gateway)
         workload.spend_outside(gateway)

@@ -18,6 +18,7 @@ MAX_SERIES = 4_000
 UNCOUNTED_LABELS = {"tenant", "account", "upstream", "method", "route", "status", "command"}
 """Labels of counters whose values are not known in advance, or need not all occur."""
 UNREACHED_VALUES = {
+    ("gateway_image_fetches", "outcome", "overloaded"): "it takes a machine without descriptors",
     ("gateway_redis_calls", "outcome", "fault"): "it would be a fault of a script",
     ("gateway_redis_calls", "outcome", "abandoned"): "it takes a caller that leaves within a millisecond",
     ("gateway_redis_errors", "error", "cluster"): "the store is no cluster",

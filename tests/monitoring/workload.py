@@ -51,8 +51,20 @@ RECEIVER_STATUSES = {"accepting": 204, "busy": 500, "gone": 410}
 _ACCOUNT = {"max-active": "main", "balance": "empty"}
 
 
-class _WebhookReceiver(BaseHTTPRequestHandler):
-    """Responds with the status in the path."""
+class _CallerServer(BaseHTTPRequestHandler):
+    """A server of callers: of images by the name in the path, and of webhooks, with the status there."""
+
+    def do_GET(self) -> None:
+        if self.path == "/silent":
+            self.rfile.read(1)  # until the gateway disconnects
+            return
+        statuses = {"/image": 200, "/text": 200, "/torn": 200, "/moved": 302}
+        content = make_png() if self.path == "/image" else b"It is no image."
+        self.send_response(statuses.get(self.path, 404))
+        self.send_header("Location", "http://other.test/")
+        self.send_header("Content-Length", str(len(content) + (self.path == "/torn")))
+        self.end_headers()
+        self.wfile.write(content if self.path != "/torn" else content[:5])
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -162,10 +174,10 @@ def run_monitored_gateway(folder: Path) -> Iterator[MonitoredGateway]:
     with ExitStack() as opened:
         store = opened.enter_context(run_valkey("--appendonly", "yes", "--appendfsync", "always"))
         upstream = opened.enter_context(run_sandbox())
-        shared = upstream.gateway_settings(store)
+        shared = upstream.gateway_settings(store) | {"GATEWAY_IMAGE_URL_SECONDS": "1"}
         api = opened.enter_context(start_gateway(folder / "api", GATEWAY_ROLE="api", **shared))
         worker = opened.enter_context(start_gateway(folder / "worker", GATEWAY_ROLE="worker", **shared))
-        receiver = opened.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), _WebhookReceiver))
+        receiver = opened.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), _CallerServer))
         receiving = Thread(target=receiver.serve_forever)
         receiving.start()
         gateway = MonitoredGateway(
@@ -197,6 +209,8 @@ def create_tenants(gateway: MonitoredGateway) -> None:
     gateway.create_account("blind", 5, 5, max_price={})
     gateway.create_account("away", 5, 5, base_url=gateway.unreachable_url)
     gateway.create_tenant("steady", "main", limits=[{"window": item, "tasks": 500, "money": 500} for item in WINDOWS])
+    ports = [urlsplit(url).port for url in (gateway.receiver_url, gateway.unreachable_url)]
+    gateway.create_tenant("fetching", "main", allow_image_url=[f"127.0.0.0/8:{port}" for port in ports])
     for name in ("money", "leaky", "unknown", "blind", "away"):
         gateway.create_tenant(name, name)
     gateway.create_tenant("two-accounts", "unknown", "main")
@@ -303,6 +317,26 @@ def interrupt_store(gateway: MonitoredGateway, is_noticed: Callable[[], bool]) -
         restarted = gateway.opened.enter_context(subprocess.Popen(gateway.store.process.args))
         gateway.opened.callback(restarted.kill)
         wait_until(lambda: gateway.call("steady", "GET", "/v1/tasks").status_code == 200, "the return of the store")
+
+
+def fetch_images(gateway: MonitoredGateway) -> None:
+    """Submit images by URL, with every outcome of their fetch."""
+    url = gateway.receiver_url
+    for image_url, status in (
+        (f"{url}/image", 201),
+        (f"{url}/text", 415),
+        (f"{url}/torn", 422),
+        (f"{url}/moved", 422),
+        (f"{url}/missing", 422),
+        (f"{url}/silent", 422),
+        (gateway.unreachable_url, 422),
+    ):
+        answer = gateway.call("fetching", "POST", "/v1/tasks/face-enhance", json={"image_url": image_url})
+        assert answer.status_code == status, (image_url, answer.text)
+    with suppress(httpx2.ReadTimeout):
+        body = {"image_url": f"{url}/silent"}
+        gateway.call("fetching", "POST", "/v1/tasks/face-enhance", json=body, timeout=0.2)
+    gateway.wait_for_sample("gateway_image_fetches_total", outcome="cancelled")
 
 
 def abandon_request(gateway: MonitoredGateway) -> None:
