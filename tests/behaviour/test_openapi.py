@@ -32,6 +32,7 @@ FOLDER = Path(__file__).parents[2] / "openapi"
 HOOK_URL = "https://hooks.example/tasks"
 IMAGE_URL = "The address of the image"
 """The description of `image_url` begins with it."""
+DATA_URL = f"data:image/png;base64,{b64encode(make_png()).decode()}"
 
 
 def iter_objects(node: Any) -> Iterator[dict[str, Any]]:
@@ -150,6 +151,10 @@ async def add_examples(gateway: RunningGateway, operations: Mapping[str, Any]) -
     if refund := operations.get("POST /admin/v1/refunds"):
         (media,) = refund["requestBody"]["content"].values()
         media["example"] = {"submission": submission, "reason": "It was of no use."}
+    for kind in Kind:  # few generated ones have exactly one of `image` and `image_url`
+        if submit := operations.get(f"POST /v1/tasks/{kind}"):
+            (media,) = submit["requestBody"]["content"].values()
+            media["example"] = {"image_url": DATA_URL}
 
 
 def run_checks(document: dict[str, Any], url: str, token: str) -> tuple[set[str], list[str]]:
@@ -172,7 +177,7 @@ def load_schema(document: dict[str, Any], url: str, token: str) -> schemathesis.
     today = datetime.now(UTC).date()
     schemathesis.openapi.format("binary", st.just(make_png()))
     schemathesis.openapi.format("uri", st.just(HOOK_URL))
-    schemathesis.openapi.format("data-url", st.just(f"data:image/png;base64,{b64encode(make_png()).decode()}"))
+    schemathesis.openapi.format("data-url", st.just(DATA_URL))
     schemathesis.openapi.format("date", st.dates(today - timedelta(days=30), today).map(str))
     config = {
         "seed": 1,
