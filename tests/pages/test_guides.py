@@ -43,7 +43,7 @@ EXPECTED = {
         r'"token":"igw_',
         r'"state":"read-only"',
         r"state: +read-only -> active",
-        r'"deleted": "shop"',
+        r'"deleted": "studio"',
         r"\ndemo open ",
     ),
 }
