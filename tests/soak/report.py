@@ -104,9 +104,10 @@ def _draw_lines(
             axis.plot(*zip(*points, strict=True), label=name, linewidth=1)
     axis.axvspan(0, warm_up, color="0.93")
     axis.set(title=heading, xlabel="minutes")
-    axis.set_ylim(bottom=0)
     if "latency" in heading:
         axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
 
