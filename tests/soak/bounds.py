@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import runpy
-from typing import Any, cast
-
-from service.sandbox import faults, store
-from service.usecases import caches, task_status
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 _BOUND = 300
+_SIZES = (
+    ("service.usecases.caches", "MAX_CACHED_TASKS"),
+    ("service.usecases.task_status", "_MAX_QUERIES"),
+    ("service.sandbox.store", "MAX_TASKS"),
+    ("service.sandbox.faults", "_MAX_RECORDS"),
+)
+_lru_cache: Callable[..., Any] = functools.lru_cache
+
+
+def _bounded_lru_cache(maxsize: Any = 128, typed: bool = False) -> Any:
+    return _lru_cache(min(maxsize, _BOUND) if isinstance(maxsize, int) else maxsize, typed)
+
 
 if __name__ == "__main__":
-    for module, name in (
-        (caches, "MAX_CACHED_TASKS"),
-        (task_status, "_MAX_QUERIES"),
-        (store, "MAX_TASKS"),
-        (faults, "_MAX_RECORDS"),
-    ):
-        assert hasattr(module, name)
-        setattr(cast("Any", module), name, _BOUND)
+    functools.lru_cache = _bounded_lru_cache  # before any module is imported that uses it, also of libraries
+    for module, name in _SIZES:
+        imported = import_module(module)
+        assert hasattr(imported, name)
+        setattr(imported, name, _BOUND)
     runpy.run_module("service", run_name="__main__", alter_sys=True)
