@@ -171,7 +171,7 @@ $(STAMPS): pyproject.toml uv.lock | $(UV)
 			fail ".venv could not be made: $$(sed 's/^error: //;q' .tools/log) (more in .tools/log)"
 	fi
 	rm -f $(STAMPS)
-	timed 'Installing the packages of uv.lock into .venv' $(UV) sync --locked $(packages) ||
+	timed 'Installing the packages of uv.lock into .venv' $(UV) sync --locked --quiet $(packages) ||
 		fail "the packages of uv.lock could not be installed: $$(sed 's/^error: //;q' .tools/log) (more in .tools/log)"
 	printf '%s' "$$venv" | tee $(RUN_STAMP) >$@
 
