@@ -10,6 +10,7 @@ from typing import Any
 
 _BOUND = 300
 _SIZES = (
+    ("service.clients.artifacts", "MAX_CACHED_TYPES"),
     ("service.usecases.caches", "MAX_CACHED_TASKS"),
     ("service.usecases.task_status", "_MAX_QUERIES"),
     ("service.sandbox.store", "MAX_TASKS"),

@@ -59,7 +59,7 @@ def draw(result: Result, path: Path) -> None:
     minutes = [sample.at / 60 for sample in samples]
     names = [*samples[0].memory_mb]
     lines: list[tuple[str, Mapping[str, Sequence[tuple[float, float]]]]] = [
-        ("memory, MB", {name: _zip(minutes, [sample.memory_mb[name] for sample in samples]) for name in names}),
+        ("memory less that after the warm-up, MB", {name: _memory_changes(result, name) for name in names}),
         ("descriptors", {name: _zip(minutes, [sample.descriptors[name] for sample in samples]) for name in names}),
         (
             "latency, ms",
@@ -106,10 +106,15 @@ def _draw_lines(
     axis.set(title=heading, xlabel="minutes")
     if "latency" in heading:
         axis.set_yscale("log")
-    else:
+    elif "memory" not in heading:
         axis.set_ylim(bottom=0)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
+
+
+def _memory_changes(result: Result, name: str) -> list[tuple[float, float]]:
+    warm = next(sample for sample in result.samples if sample.at >= result.seconds * WARM_UP_SHARE)
+    return [(sample.at / 60, sample.memory_mb[name] - warm.memory_mb[name]) for sample in result.samples]
 
 
 def _zip(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float]]:
