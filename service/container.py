@@ -15,7 +15,7 @@ from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 from structlog.typing import FilteringBoundLogger
 
-from service.api.admin_schemas import encode_task_event, log_fields
+from service.api.admin_schemas import encode_task_event, encode_threshold_event, log_fields
 from service.api.auth import AdminAuth, TenantAuth
 from service.api.guides import Limits
 from service.api.health import Health
@@ -63,6 +63,7 @@ from service.usecases.ports import (
     TaskStore,
     Upstream,
 )
+from service.usecases.quota_thresholds import ThresholdReporter
 from service.usecases.reports import QuotaReports, SubmissionReports, UsageReports
 from service.usecases.settlement import SettlementQueue
 from service.usecases.submit import Submitter
@@ -203,6 +204,9 @@ class Container:
             metrics=metrics,
             tracer=tracer,
         )
+        self.threshold_reporter = ThresholdReporter(
+            ledger=ledger, deliveries=deliveries, registry=registry, encode_event=encode_threshold_event
+        )
         self.uploads.register_metrics(metrics.gauges)
         metrics.gauges.register(GaugeName.WAITING_CLIENTS, lambda: {(): task_cache.subscription_count})
         metrics.gauges.register(GaugeName.SETTLEMENTS_PENDING, lambda: {(): settlements.pending_count})
@@ -213,6 +217,7 @@ class Container:
         if settings.role is not Role.API:
             poller = self.task_poller
             self.jobs += [poller.run, poller.expire_leases, self.balance_refresher.run, self.webhook_dispatcher.run]
+            self.jobs.append(self.threshold_reporter.run)
         if settings.role is not Role.WORKER:
             self.jobs.append(self.task_reader.touch_watched)
 

@@ -239,5 +239,5 @@ TASKS = Dashboard(
     "tasks and webhooks",
     "Tasks, their duration, the checks of running tasks, and webhooks.",
     (_TASKS_ROW, _POLLER_ROW, _WEBHOOKS_ROW),
-    variables=(Variable("tenant", "gateway_tenant_spent_yuan", "The tenants to show on panels by tenant."),),
+    variables=(Variable("tenant", "gateway_tasks_active", "The tenants to show on panels by tenant."),),
 )

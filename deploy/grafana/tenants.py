@@ -20,8 +20,13 @@ from deploy.grafana.queries import max_by, or_zero_if_redis_up, per_hour, per_mi
 
 _TENANT = 'tenant=~"$tenant"'
 _NO_LIMITS = "No tenant has a limit"
-_SPENT_METRIC = "gateway_tenant_spent_yuan"
-_EXACT_NOTE = "Exact, from the ledger, less refunds; calendar time in UTC."
+_SPENT_METRICS = (("Yuan", "gateway_tenant_spent_yuan", YUAN), ("Uses", "gateway_tenant_spent_uses", COUNT))
+_SPENT_WINDOWS = (
+    ("today", "since midnight", "day"),
+    ("this month", "since the first of the month", "month"),
+    ("in total", "ever", "total"),
+)
+_EXACT_NOTE = "Exact, from the ledger: what limits and `gateway report` count, less refunds; calendar time in UTC."
 _RATE_NOTE = (
     "Counted by the processes when tasks end: a restart resets the counters, so the exact sums are in the row above."
 )
@@ -44,6 +49,10 @@ def _time_until_limit(window: str, over: str, before: str) -> str:
     return f"{left} / ({pace} > 0) < {before}"
 
 
+def _reached() -> str:
+    return max_by("gateway_quota_threshold_reached", "tenant", "policy", where=(_TENANT,))
+
+
 _FORECASTS = (
     ("hour", "10m", "3600 - time() % 3600"),
     ("day", "1h", "86400 - time() % 86400"),
@@ -53,13 +62,12 @@ _FORECASTS = (
 """Windows, the range of their rate, and the seconds until they reset."""
 
 
-def _spent(window: str) -> str:
-    """The money spent in the current window by the chosen tenants, or zero."""
-    return or_zero_if_redis_up(f"sum({_per_tenant(window)})")
-
-
-def _per_tenant(window: str) -> str:
-    return max_by(_SPENT_METRIC, "tenant", where=(_TENANT, f'window="{window}"'))
+def _spent(metric: str, window: str, by: str = "") -> str:
+    """What the chosen tenants have spent in the current window, or zero."""
+    each = max_by(metric, "tenant", "kind", where=(_TENANT, f'window="{window}"'))
+    if not by:
+        return or_zero_if_redis_up(f"sum({each})")
+    return or_zero_if_redis_up(f"topk(15, sum by ({by}) ({each}))", by)
 
 
 _QUOTA_ROW = Row(
@@ -92,6 +100,7 @@ _QUOTA_ROW = Row(
             " known yet.",
             SECONDS,
             {"{{tenant}} {{policy}}": " or ".join(_time_until_limit(*each) for each in _FORECASTS)},
+            width=THIRD,
             empty="No limit runs out at this rate",
         ),
         graph(
@@ -105,6 +114,18 @@ _QUOTA_ROW = Row(
                 ),
                 "{{tenant}} balance": per_minute("gateway_balance_denials_total", "tenant", where=(_TENANT,)),
             },
+            width=THIRD,
+        ),
+        bars(
+            "Limits above a threshold",
+            "Used share of the limits that have reached a threshold of their `warn_at` in the current window. Each was"
+            " reported to the tenant's webhook once. Worry when it is early in the window.",
+            RATIO,
+            {"{{tenant}} {{policy}}": f"topk(20, {_quota('used')} / ({_quota('limit')} > 0) and ({_reached()} == 1))"},
+            width=THIRD,
+            steps=rising_thresholds(0.8, 0.95),
+            maximum=1,
+            empty="No threshold is reached",
         ),
     ),
 )
@@ -121,28 +142,28 @@ _SPENDING_ROW = Row(
         ),
         *(
             figure(
-                title,
-                f"Money that the selected tenants have spent {text}. {_EXACT_NOTE} Worry when it is more than the"
+                f"{name} {title}",
+                f"{name} that the selected tenants have spent {text}. {_EXACT_NOTE} Worry when it is more than the"
                 " budget, whatever the limits.",
-                YUAN,
-                {"spent": _spent(window)},
-                width=QUARTER,
-                decimals=2,
+                unit,
+                {"spent": _spent(metric, window)},
+                width=QUARTER if unit == YUAN else THIRD,
+                decimals=2 if unit == YUAN else 0,
             )
-            for title, text, window in (
-                ("Today", "since midnight", "day"),
-                ("This month", "since the first of the month", "month"),
-                ("In total", "ever", "total"),
-            )
+            for name, metric, unit in _SPENT_METRICS
+            for title, text, window in _SPENT_WINDOWS
         ),
         *(
             bars(
-                f"{title} by tenant",
-                f"The 15 tenants that spent the most {text}. {_EXACT_NOTE} Worry about an unusual one.",
-                YUAN,
-                {"{{tenant}}": or_zero_if_redis_up(f"topk(15, {_per_tenant(window)})", "tenant")},
+                f"{name} {title} by {by}",
+                f"What was spent {text}, by {by}: the 15 largest. {_EXACT_NOTE} Worry about an unusual one.",
+                unit,
+                {f"{{{{{by}}}}}": _spent(metric, window, by)},
+                width=THIRD,
             )
-            for title, text, window in (("Today", "today", "day"), ("This month", "this month", "month"))
+            for name, metric, unit in _SPENT_METRICS
+            for by in ("tenant", "kind")
+            for title, text, window in _SPENT_WINDOWS
         ),
     ),
 )
@@ -215,6 +236,6 @@ TENANTS = Dashboard(
     "tenants and spend",
     "Spending and limits by tenant. Tenants beyond the first 200 are combined as `other`.",
     (_QUOTA_ROW, _SPENDING_ROW, _RATES_ROW),
-    variables=(Variable("tenant", "gateway_tenant_spent_yuan", "The tenants to show."),),
+    variables=(Variable("tenant", "gateway_tasks_active", "The tenants to show."),),
     time_from="now-24h",
 )

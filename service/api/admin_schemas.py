@@ -18,10 +18,12 @@ from service.api.schemas import (
     FEN_PER_YUAN,
     Amount,
     Policy,
+    QuotaThreshold,
     Task,
     Yuan,
     render_quota,
     render_task,
+    render_threshold,
     to_datetime,
     to_yuan,
 )
@@ -40,6 +42,7 @@ from service.domain.tenants import (
     TenantStatus,
     Window,
 )
+from service.domain.thresholds import Threshold
 from service.domain.webhooks import MAX_ALLOW_ENTRIES, MAX_URL_CHARS, DeliveryState, WebhookEvent
 from service.usecases.registry_plan import DesiredAccount, DesiredRegistry, DesiredTenant
 from service.usecases.reports import QuotaReport
@@ -100,7 +103,11 @@ class Delivery(Struct, frozen=True):
 
     id: Annotated[str, Meta(description="The `webhook-id`, the same for all attempts.")]
     tenant: str | None
-    task: Annotated[str, Meta(description="The id of the task.")]
+    task: Annotated[str | None, Meta(description="The id of the task; null if it is about a limit.")]
+    threshold: Annotated[
+        str | None,
+        Meta(description="What was reached of a limit; null if it is about a task.", examples=["day-tasks 80%"]),
+    ]
     url: Annotated[str, Meta(description="Without its query.")]
     state: DeliveryState
     attempts: Annotated[int, Meta(description="Since the last redelivery.")]
@@ -134,12 +141,27 @@ def encode_task_event(task: tasks.Task) -> bytes:
     return msgspec.json.encode(event)
 
 
+class ThresholdEvent(Struct, frozen=True):
+    """Event that a tenant has reached a threshold of a limit."""
+
+    type: WebhookEvent
+    timestamp: Annotated[datetime, Meta(description="When that was noticed.")]
+    data: QuotaThreshold
+
+
+def encode_threshold_event(tenant: tenants.Tenant, threshold: Threshold, now: int) -> bytes:
+    """Return the body of a webhook."""
+    data = render_threshold(tenant.name, threshold)
+    return msgspec.json.encode(ThresholdEvent(WebhookEvent.QUOTA_THRESHOLD, to_datetime(now), data))
+
+
 def render_delivery(entry: TenantDelivery) -> Delivery:
     delivery = entry.delivery
     return Delivery(
-        id=webhooks.event_id(delivery.reservation),
+        id=webhooks.event_id(delivery.id),
         tenant=entry.tenant,
-        task=delivery.task_id,
+        task=delivery.task_id or None,
+        threshold=delivery.threshold,
         url=tenants.strip_query(delivery.url),
         state=delivery.state,
         attempts=delivery.attempts,
@@ -227,6 +249,18 @@ class Limit(Struct, frozen=True, forbid_unknown_fields=True):
     window: Window
     tasks: Count | None = None
     money: YuanInput | None = None
+    warn_at: (
+        Annotated[
+            list[Annotated[int, Meta(ge=1, le=100)]],
+            Meta(
+                max_length=10,
+                description="Percentages of the limit: the first time in a window that so much of the tasks or money "
+                "is used, the tenant's webhook receives `quota.threshold`.",
+                extra_json_schema=_UNIQUE,
+            ),
+        ]
+        | UnsetType
+    ) = UNSET
 
 
 class TenantSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -269,7 +303,10 @@ class TenantSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             if limit.tasks is None and limit.money is None:
                 errors.add(f"limits[{index}]", "must limit tasks, money or both")
             money = errors.collect(f"limits[{index}]", 0, _to_fen, "money", limit.money or 0)
-            limits.append(tenants.Limit(limit.window, limit.tasks, None if limit.money is None else money))
+            warn_at = limit.warn_at or []
+            errors.errors += _find_repeated(f"limits[{index}].warn_at", "percentage", warn_at)
+            money_fen = None if limit.money is None else money
+            limits.append(tenants.Limit(limit.window, limit.tasks, money_fen, tuple(sorted(warn_at))))
         webhook = tenants.Webhook()
         if self.webhook:
             url = errors.collect("", "", webhooks.parse_url, "webhook.url", self.webhook.url)
@@ -406,7 +443,12 @@ def tenant_spec(tenant: tenants.Tenant) -> TenantSpec:
     return TenantSpec(
         accounts=list(tenant.accounts),
         limits=[
-            Limit(limit.window, limit.tasks, None if limit.money_fen is None else to_yuan(limit.money_fen))
+            Limit(
+                limit.window,
+                limit.tasks,
+                None if limit.money_fen is None else to_yuan(limit.money_fen),
+                list(limit.warn_at) or UNSET,
+            )
             for limit in policy.limits
         ],
         max_active=policy.max_active,
@@ -493,7 +535,7 @@ def _parse_base_url(url: str | None) -> str | None:
         raise InvalidOptions([FieldError("base_url", str(error))]) from None
 
 
-def _find_repeated(field: str, noun: str, values: Sequence[str]) -> Sequence[FieldError]:
+def _find_repeated(field: str, noun: str, values: Sequence[object]) -> Sequence[FieldError]:
     return [FieldError(field, f"must name each {noun} at most once")] if len(set(values)) < len(values) else []
 
 

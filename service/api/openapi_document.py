@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
@@ -15,10 +15,10 @@ from msgspec import UNSET, Struct
 from msgspec.structs import fields
 
 from service.api import admin_schemas, health, legacy, openapi, schemas
-from service.api.admin_schemas import TaskEvent
+from service.api.admin_schemas import TaskEvent, ThresholdEvent
 from service.api.errors import MEDIA_TYPE, PROBLEMS, ProblemResponse, render
 from service.api.openapi_tasks import describe_tasks
-from service.api.schemas import Artifact, Availability, Cost, Links, Policy, Quota, Task
+from service.api.schemas import Artifact, Availability, Cost, Links, Policy, Quota, QuotaThreshold, Task
 from service.api.tasks import EVENT_STREAM_TYPE, encode_event
 from service.domain.errors import UnreachableReason
 from service.domain.media import EXTENSIONS
@@ -30,6 +30,7 @@ Node = dict[str, Any]
 _TASK_ID = "task_Zm9yIHRoZSBkb2N1bWVudCBvbmx5"
 _CREATED_AT = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
 _FINISHED_AT = datetime(2026, 1, 31, 12, 0, 21, tzinfo=UTC)
+_RESETS_AT = datetime(2026, 2, 1, tzinfo=UTC)
 _TASK = Task(
     id=_TASK_ID,
     kind=Kind.UPSCALE,
@@ -57,7 +58,7 @@ _QUOTA = Quota(
             reserved=1,
             remaining=41,
             overrun=None,
-            resets_at=datetime(2026, 2, 1, tzinfo=UTC),
+            resets_at=_RESETS_AT,
         ),
     ],
     account=Availability(can_pay=True, look_again_at=None),
@@ -79,45 +80,95 @@ _PROBLEM_EXTRAS: Mapping[str, Mapping[str, Any]] = {
 
 WEBHOOKS_TAG = "Webhooks"
 """A tag of their own, since client generators write one file for each tag."""
-_WEBHOOK_NAME = "task-ended"
-_WEBHOOK_DESCRIPTION = (
-    "Sent to your webhook address, or to the task's `webhook_url`, when the task has ended, with signatures according "
-    "to [Standard Webhooks](https://www.standardwebhooks.com/) 1.0.0: verify them with one of its libraries, your "
-    "`whsec_` secret and the exact bytes of the body. Respond with a status from 200 to 299 within 15 seconds. Other "
-    "responses are retried with backoff for a day, except 410, which disables the address. Delivery is at least once: "
-    "repetitions have the same `webhook-id`."
+_WEBHOOK_RULES = (
+    "The signatures are those of [Standard Webhooks](https://www.standardwebhooks.com/) 1.0.0: verify them with one of "
+    "its libraries, your `whsec_` secret and the exact bytes of the body. Respond with a status from 200 to 299 within "
+    "15 seconds. Other responses are retried with backoff for a day, except 410, which disables the address. Delivery "
+    "is at least once: repetitions have the same `webhook-id`."
 )
 _WEBHOOK_HEADERS = {
     "webhook-id": "The id of the event, the same for all attempts.",
     "webhook-timestamp": "Time of the attempt, in seconds since the epoch.",
     "webhook-signature": "A signature, or two separated by a space during a change of your secret.",
 }
-_EVENT_SCHEMA: Node = {
-    "type": "object",
-    "description": inspect.getdoc(TaskEvent),
-    "properties": {
-        "type": {"type": "string", "enum": list(WebhookEvent)},
-        "timestamp": {"type": "string", "format": "date-time", "description": "When the task ended."},
-        "data": {"$ref": "#/components/schemas/Task"},
-    },
-    "required": ["type", "timestamp", "data"],
-    "examples": [TaskEvent(WebhookEvent.SUCCEEDED, _FINISHED_AT, _TASK)],
+_THRESHOLD = QuotaThreshold(
+    tenant="shop",
+    policy="month-money",
+    unit="money",
+    window=Window.MONTH,
+    threshold=80,
+    limit=500,
+    used=401.5,
+    reserved=3,
+    remaining=95.5,
+    resets_at=_RESETS_AT,
+)
+
+
+def _describe_event(event: TaskEvent | ThresholdEvent, types: Sequence[WebhookEvent], timestamp: str) -> Node:
+    return {
+        "type": "object",
+        "description": inspect.getdoc(event),
+        "properties": {
+            "type": {"type": "string", "enum": list(types)},
+            "timestamp": {"type": "string", "format": "date-time", "description": timestamp},
+            "data": {"$ref": f"#/components/schemas/{type(event.data).__name__}"},
+        },
+        "required": ["type", "timestamp", "data"],
+        "examples": [event],
+    }
+
+
+def _describe_webhook(name: str, summary: str, description: str, schema: str) -> Node:
+    return {
+        "operationId": name,
+        "summary": summary,
+        "description": f"{description} {_WEBHOOK_RULES}",
+        "tags": [WEBHOOKS_TAG],
+        "security": [{}],
+        "parameters": [
+            {"name": header, "in": "header", "required": True, "description": text, "schema": {"type": "string"}}
+            for header, text in _WEBHOOK_HEADERS.items()
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
+        },
+        "responses": {"2XX": {"description": "Received."}},
+    }
+
+
+_EVENT_SCHEMAS = {
+    TaskEvent.__name__: _describe_event(
+        TaskEvent(WebhookEvent.SUCCEEDED, _FINISHED_AT, _TASK),
+        (WebhookEvent.SUCCEEDED, WebhookEvent.FAILED),
+        "When the task ended.",
+    ),
+    ThresholdEvent.__name__: _describe_event(
+        ThresholdEvent(WebhookEvent.QUOTA_THRESHOLD, _FINISHED_AT, _THRESHOLD),
+        (WebhookEvent.QUOTA_THRESHOLD,),
+        "When that was noticed.",
+    ),
 }
-_WEBHOOK: Node = {
-    "operationId": _WEBHOOK_NAME,
-    "summary": "Your task has ended",
-    "description": _WEBHOOK_DESCRIPTION,
-    "tags": [WEBHOOKS_TAG],
-    "security": [{}],
-    "parameters": [
-        {"name": name, "in": "header", "required": True, "description": text, "schema": {"type": "string"}}
-        for name, text in _WEBHOOK_HEADERS.items()
-    ],
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/TaskEvent"}}},
-    },
-    "responses": {"2XX": {"description": "Received."}},
+_WEBHOOKS = {
+    name: _describe_webhook(name, *texts)
+    for name, *texts in (
+        (
+            "task-ended",
+            "Your task has ended",
+            "Sent to your webhook address, or to the task's `webhook_url`, when the task has ended.",
+            TaskEvent.__name__,
+        ),
+        (
+            "quota-threshold",
+            "Much of a limit is used",
+            (
+                "Sent to your webhook address once for each threshold that the operators have set for a limit, in each "
+                "window."
+            ),
+            ThresholdEvent.__name__,
+        ),
+    )
 }
 
 
@@ -216,13 +267,21 @@ def build_document(app: Litestar) -> Node:
         _describe_patches(document)
     if Task.__name__ in components["schemas"]:
         # By reference: client generators would mistake an inline operation for one of the gateway.
-        document["webhooks"] = {_WEBHOOK_NAME: {"$ref": f"#/components/pathItems/{_WEBHOOK_NAME}"}}
-        components["pathItems"] = {_WEBHOOK_NAME: {"post": _WEBHOOK}}
-        components["schemas"][TaskEvent.__name__] = _EVENT_SCHEMA
+        document["webhooks"] = {name: {"$ref": f"#/components/pathItems/{name}"} for name in _WEBHOOKS}
+        components["pathItems"] = {name: {"post": webhook} for name, webhook in _WEBHOOKS.items()}
+        components["schemas"] |= _EVENT_SCHEMAS | {QuotaThreshold.__name__: _describe_threshold(components["schemas"])}
     # ECMA-262 lacks the anchors of Python; its `$` is only the end of the text.
     text = _ENCODER.encode(document).replace(rb"\\A", b"^").replace(rb"\\Z", b"$")
     # Decoded, so that no parts are shared: YAML would write anchors for them.
     return dict(msgspec.json.decode(text))
+
+
+def _describe_threshold(schemas: Node) -> Node:
+    """Return the schema of the data of an event, which no route returns."""
+    _, components = msgspec.json.schema_components([QuotaThreshold], ref_template="#/components/schemas/{name}")
+    schema: Node = components[QuotaThreshold.__name__]
+    schema["properties"]["resets_at"] = schemas[Policy.__name__]["properties"]["resets_at"]
+    return schema
 
 
 def _complete_schema(name: str, schema: Node) -> None:
@@ -368,7 +427,7 @@ def tenants_config() -> OpenAPIConfig:
             "Tasks": "Submit an image, and follow its task.",
             "Quota": "Your remaining quota.",
             "Usage": "Your spending, and the outcome of each submission.",
-            WEBHOOKS_TAG: "Requests that the gateway sends to you when a task has ended.",
+            WEBHOOKS_TAG: "Requests that the gateway sends to you: a task has ended, or much of a limit is used.",
             "Old clients": "The upstream's own protocol, for programs that were written against it: change the base "
             "address, and the `user_key` to your token. Every response is HTTP 200.",
             "Service": "State of the process.",

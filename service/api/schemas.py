@@ -14,9 +14,18 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from service.domain import ledger, tasks
 from service.domain.errors import FieldError, InvalidOptions
-from service.domain.ledger import Measure, ReservationState, Tally, count_charged_tasks, sum_charged_fen
+from service.domain.ledger import (
+    UNIT_MONEY,
+    Measure,
+    ReservationState,
+    Tally,
+    count_charged_tasks,
+    sum_charged_fen,
+    sum_charged_uses,
+)
 from service.domain.tasks import ArtifactName, CostBasis, Kind, State
 from service.domain.tenants import Window
+from service.domain.thresholds import Threshold
 from service.usecases import reports
 from service.usecases.caches import CachedTask, DurationEstimator
 from service.usecases.reports import (
@@ -129,6 +138,38 @@ class Policy(Struct, frozen=True):
     resets_at: datetime | None
 
 
+class QuotaThreshold(Struct, frozen=True):
+    """A limit of which so much was used that you are told; `resets_at` is null if it never resets."""
+
+    tenant: str
+    policy: Annotated[str, Meta(description="Its name in `/v1/quota`.")]
+    unit: Annotated[str, Meta(description="`tasks` or `money` (yuan).")]
+    window: Window
+    threshold: Annotated[int, Meta(description="The share of the limit that was reached, in percent.")]
+    limit: float
+    used: float
+    reserved: Annotated[float, Meta(description="Held for open submissions.")]
+    remaining: float
+    resets_at: datetime | None
+
+
+def render_threshold(tenant: str, threshold: Threshold) -> QuotaThreshold:
+    amounts = threshold.limit, threshold.used, threshold.reserved, threshold.remaining
+    limit, used, reserved, remaining = map(to_yuan, amounts) if threshold.unit == UNIT_MONEY else amounts
+    return QuotaThreshold(
+        tenant=tenant,
+        policy=threshold.policy,
+        unit=threshold.unit,
+        window=threshold.window,
+        threshold=threshold.percent,
+        limit=limit,
+        used=used,
+        reserved=reserved,
+        remaining=remaining,
+        resets_at=to_datetime(threshold.resets_at),
+    )
+
+
 class Availability(Struct, frozen=True):
     """Whether an upstream account of the tenant can pay now, and if not, the time of the next check."""
 
@@ -216,7 +257,7 @@ def render_quota(report: QuotaReport) -> Quota:
 
 def _render_policy(report: PolicyReport) -> Policy:
     amounts = report.limit, report.used, report.reserved, report.remaining
-    limit, used, reserved, remaining = map(to_yuan, amounts) if report.unit == "money" else amounts
+    limit, used, reserved, remaining = map(to_yuan, amounts) if report.unit == UNIT_MONEY else amounts
     return Policy(
         policy=report.policy,
         unit=report.unit,
@@ -365,9 +406,10 @@ class Outcomes(Struct, frozen=True):
 
 
 class Charged(Struct, frozen=True):
-    """Counted by the tenant's limits: spending without refunds."""
+    """Spending less refunds. The tenant's limits count the tasks and the money."""
 
     tasks: int
+    count: Uses
     money: Yuan
 
 
@@ -394,6 +436,12 @@ class Refunded(Struct, frozen=True):
     money: Yuan
 
 
+OverrunYuan = Annotated[
+    float,
+    Meta(description="Of the money spent, in yuan, what passed a limit; of several limits that passed the most."),
+]
+
+
 class UsageSum(Struct, frozen=True):
     """Totals of all submissions."""
 
@@ -401,6 +449,7 @@ class UsageSum(Struct, frozen=True):
     charged: Charged
     spent: Spending
     refunded: Refunded
+    overrun: OverrunYuan
 
 
 class UsageRow(Struct, frozen=True, kw_only=True):
@@ -420,6 +469,7 @@ class UsageRow(Struct, frozen=True, kw_only=True):
     charged: Charged
     spent: Spending
     refunded: Refunded
+    overrun: OverrunYuan
 
 
 class UnknownSubmission(Struct, frozen=True, kw_only=True):
@@ -478,9 +528,14 @@ def render_usage(report: UsageReport, *, for_operators: bool) -> Usage:
 
 def tabulate_usage(report: UsageReport, *, for_operators: bool) -> tuple[list[str], list[list[Any]]]:
     """Return the columns, named as in JSON, and the rows of a report."""
+    rows = (msgspec.to_builtins(_render_row(row, for_operators)) for row in report.rows)
+    return tabulate_items(rows, for_operators=for_operators)
+
+
+def tabulate_items(items: Iterable[Mapping[str, Any]], *, for_operators: bool) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and rows of the items of a response."""
     head = flatten(msgspec.to_builtins(_render_row(_EMPTY_ROW, for_operators)))
-    rows = [flatten(msgspec.to_builtins(_render_row(row, for_operators))) for row in report.rows]
-    return list(head), [list(row.values()) for row in rows]
+    return list(head), [list(flatten(item).values()) for item in items]
 
 
 _EMPTY_ROW = reports.UsageRow(period="", tenant=None, kind=None, tally=Tally())
@@ -520,7 +575,7 @@ def _sum_fields(tally: Tally) -> dict[str, Any]:
             refused=tally[Measure.REFUSED],
             not_sent=tally[Measure.NOT_SENT],
         ),
-        "charged": Charged(count_charged_tasks(tally), to_yuan(sum_charged_fen(tally))),
+        "charged": Charged(count_charged_tasks(tally), sum_charged_uses(tally), to_yuan(sum_charged_fen(tally))),
         "spent": Spending(
             observed=Amount(tally[Measure.OBSERVED_COUNT], to_yuan(tally[Measure.OBSERVED_MONEY])),
             estimated=Amount(tally[Measure.ESTIMATED_COUNT], to_yuan(tally[Measure.ESTIMATED_MONEY])),
@@ -529,4 +584,5 @@ def _sum_fields(tally: Tally) -> dict[str, Any]:
         "refunded": Refunded(
             tally[Measure.REFUNDED], tally[Measure.REFUNDED_COUNT], to_yuan(tally[Measure.REFUNDED_MONEY])
         ),
+        "overrun": to_yuan(tally[Measure.OVERRUN_MONEY]),
     }

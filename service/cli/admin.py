@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import click
-from msgspec.structs import asdict
+import msgspec
 
 from service.api import admin_schemas
 from service.api.admin_schemas import (
@@ -67,7 +67,13 @@ _ACCOUNT_OPTIONS = (
 _TENANT_OPTIONS = (
     _NOTE_OPTION,
     click.option("--account", "accounts", multiple=True, help="An account to use; in order of preference, repeatable."),
-    click.option("--limit", "limits", type=LIMIT, multiple=True, help="Limit of a window; repeatable."),
+    click.option(
+        "--limit",
+        "limits",
+        type=LIMIT,
+        multiple=True,
+        help="Limit of a window, whose webhook warns at percentages such as 80/95; repeatable.",
+    ),
     click.option("--max-active", type=click.IntRange(min=0), help="Maximum number of tasks at once."),
     click.option("--spending-mode", type=choice(SpendingMode), help="Prepaid uses only, or money after them."),
     click.option("--kind", "kinds", type=choice(Kind), multiple=True, help="A kind it may submit; repeatable."),
@@ -344,7 +350,8 @@ def _tenant_settings(tenant: Tenant) -> Fields:
 def _format_limit(limit: admin_schemas.Limit) -> str:
     amounts = {"tasks": limit.tasks, "yuan": limit.money}
     parts = [f"{format_value(amount)} {unit}" for unit, amount in amounts.items() if amount is not None]
-    return f"{limit.window} {' + '.join(parts)}"
+    warnings = f" (warn at {'/'.join(map(str, limit.warn_at))}%)" if limit.warn_at else ""
+    return f"{limit.window} {' + '.join(parts)}{warnings}"
 
 
 def _format_kinds(tenant: Tenant) -> object:
@@ -412,16 +419,16 @@ def update_tenant(
 ) -> None:
     """Change the tenant NAME: only what the options name.
 
-    A --limit changes the tasks, the money or both of its window; `money=none` removes the money, --no-limit the whole
-    limit. The options --account, --kind, --webhook-allow and --allow-image-url each replace the whole list. The URL of
-    a webhook enables it again after a response 410.
+    A --limit changes what it names of its window: the tasks, the money, the percentages that warn. `money=none` removes
+    the money, `warn_at=none` the warnings, --no-limit the whole limit. The options --account, --kind, --webhook-allow
+    and --allow-image-url each replace the whole list. The URL of a webhook enables it again after a response 410.
     """
     patch, changed_limits = _tenant_fields(options), named_items("--limit", limits, no_limits)
 
     def make_patch(current: Tenant) -> Mapping[str, Any]:
         if not changed_limits:
             return patch
-        merged: dict[str, Any] = {limit.window: asdict(limit) for limit in current.limits}
+        merged: dict[str, Any] = {limit.window: msgspec.to_builtins(limit) for limit in current.limits}
         for window, limit in changed_limits.items():
             merged[window] = limit and {**merged.get(window, {}), **limit}
         return patch | {"limits": [limit for limit in merged.values() if limit]}

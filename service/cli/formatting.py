@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from calendar import monthrange
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from enum import StrEnum
 from typing import Any, BinaryIO, TypeVar
 
@@ -131,6 +132,15 @@ def _parse_timestamp(text: str) -> datetime:
     raise click.BadParameter("must be a timestamp with a time zone, such as 2030-01-31T12:00:00Z")
 
 
+def _parse_month(text: str) -> tuple[date, date]:
+    """Parse a month such as `2026-11`. Return its first and last day."""
+    with suppress(ValueError):
+        if re.fullmatch(r"[0-9]{4}-[0-9]{2}", text):
+            first = date.fromisoformat(f"{text}-01")
+            return first, first.replace(day=monthrange(first.year, first.month)[1])
+    raise click.BadParameter("must be a month such as 2026-11")
+
+
 def _parse_price(text: str) -> tuple[str, float]:
     """Parse a kind of task and its maximum price in yuan, such as `upscale=0.50`."""
     kind, _, amount = text.partition("=")
@@ -142,6 +152,15 @@ def _parse_price(text: str) -> tuple[str, float]:
 _NO_LIMIT = "none"
 
 
+def _parse_percentages(text: str) -> list[int]:
+    """Parse percentages such as `80/95`, or `none`."""
+    if text == _NO_LIMIT:
+        return []
+    if not re.fullmatch(r"[1-9][0-9]{0,2}(/[1-9][0-9]{0,2})*", text):
+        raise click.BadParameter("must warn at percentages such as 80/95")
+    return [int(percent) for percent in text.split("/")]
+
+
 def _parse_limit(text: str) -> tuple[str, Mapping[str, Any]]:
     """Parse a limit such as `day:tasks=100,money=none`. Return its window, and its form in the operators' API."""
     window, _, rest = text.partition(":")
@@ -150,8 +169,11 @@ def _parse_limit(text: str) -> tuple[str, Mapping[str, Any]]:
     limit: dict[str, Any] = {"window": window}
     for part in rest.split(","):
         name, _, amount = part.partition("=")
-        if name in limit or name not in {"tasks", "money"}:
-            raise click.BadParameter(f"must be a limit such as {window}:tasks=100,money=50")
+        if name in limit or name not in {"tasks", "money", "warn_at"}:
+            raise click.BadParameter(f"must be a limit such as {window}:tasks=100,money=50,warn_at=80/95")
+        if name == "warn_at":
+            limit[name] = _parse_percentages(amount)
+            continue
         if amount == _NO_LIMIT:
             limit[name] = None
             continue
@@ -164,5 +186,6 @@ def _parse_limit(text: str) -> tuple[str, Mapping[str, Any]]:
 YUAN = OptionType("yuan", _parse_yuan)
 DURATION = OptionType("duration", _parse_duration)
 TIMESTAMP = OptionType("timestamp", _parse_timestamp)
+MONTH = OptionType("month", _parse_month)
 PRICE = OptionType("kind=yuan", _parse_price)
-LIMIT = OptionType("window:tasks=n,money=yuan", _parse_limit)
+LIMIT = OptionType("window:tasks=n,money=yuan,warn_at=percent", _parse_limit)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from msgspec import UNSET
@@ -25,10 +26,57 @@ _COLUMNS = (
     *("running", "succeeded", "failed", "unknown", "refused", "not sent"),
     *("refunded", "charged", "charged yuan", "uses", "yuan"),
 )
+_REPORT_COLUMNS = (
+    *("tasks", "uses observed", "yuan observed", "uses estimated", "yuan estimated"),
+    *("unknown outcomes", "yuan unknown", "unknown costs"),
+    *("refunds", "uses refunded", "yuan refunded", "uses charged", "yuan charged", "yuan overrun"),
+)
 
 
 def format_usage(usage: Usage, *, for_operators: bool = True) -> str:
-    parts = [f"From {usage.first} to {usage.last}, in UTC.", _format_rows(usage, for_operators)]
+    table = _format_rows(usage, for_operators)
+    return "\n\n".join([_format_period(usage), table, *_format_flagged(usage, for_operators)])
+
+
+def format_report(usage: Usage) -> str:
+    """Format the spending of tenants by kind, with a sum for each tenant that has several."""
+    names = _name_tenants(usage)
+    rows: list[Sequence[object]] = []
+    items: Sequence[UsageRow] = usage.items
+    for tenant, group in groupby(items, key=lambda item: (item.tenant, item.tenant_id)):
+        amounts = []
+        for item in group:
+            amounts.append(_list_amounts(item))
+            rows.append((names[tenant], item.kind, *amounts[-1]))
+        if len(amounts) > 1:
+            rows.append((names[tenant], "all", *map(_add_amounts, *amounts)))
+    rows.append(("total", None, *_list_amounts(usage.total)))
+    table = format_table(("tenant", "kind", *_REPORT_COLUMNS), rows)
+    return "\n\n".join([_format_period(usage), table, *_format_flagged(usage, for_operators=True)])
+
+
+def _list_amounts(row: UsageRow | UsageSum) -> Sequence[int | float]:
+    spent, refunded = row.spent, row.refunded
+    return (
+        *(row.charged.tasks, spent.observed.count, spent.observed.money),
+        *(spent.estimated.count, spent.estimated.money, row.tasks.unknown, spent.unknown.money, spent.unknown.tasks),
+        *(refunded.tasks, refunded.count, refunded.money),
+        *(row.charged.count, row.charged.money, row.overrun),
+    )
+
+
+def _add_amounts(*amounts: float) -> float:
+    # To two decimals, since sums of floats are not those of amounts in yuan.
+    return round(sum(amounts), 2)
+
+
+def _format_period(usage: Usage) -> str:
+    return f"From {usage.first} to {usage.last}, in UTC."
+
+
+def _format_flagged(usage: Usage, for_operators: bool) -> Sequence[str]:
+    """Format the submissions that a report names."""
+    parts = []
     if usage.unknown_submissions:
         rows = [(item.id, item.tenant, item.kind, item.day) for item in usage.unknown_submissions]
         parts.append(_format_owned(("unknown submission", "tenant", "kind", "day"), rows, for_operators))
@@ -39,22 +87,20 @@ def format_usage(usage: Usage, *, for_operators: bool = True) -> str:
             for item in usage.refunds
         ]
         parts.append(_format_owned(head, refunds, for_operators))
-    return "\n\n".join(parts)
+    return parts
+
+
+def _name_tenants(usage: Usage) -> Mapping[tuple[object, object], object]:
+    """Return the tenants' names by name and id; those with the same name, such as a deleted one, with their ids."""
+    tenants = {(row.tenant, row.tenant_id) for row in usage.items}
+    counts = Counter(name for name, _ in tenants)
+    return {(name, number): f"{name} ({number})" if counts[name] > 1 and name else name for name, number in tenants}
 
 
 def _format_rows(usage: Usage, for_operators: bool) -> str:
-    """Format the items and their total; tenants with the same name, such as a deleted one, get their ids."""
-    tenants = {(row.tenant, row.tenant_id) for row in usage.items}
-    names = Counter(name for name, _ in tenants)
-    rows = [
-        (
-            row.period,
-            f"{row.tenant} ({row.tenant_id})" if names[row.tenant] > 1 else row.tenant,
-            row.kind,
-            *_row_values(row),
-        )
-        for row in usage.items
-    ]
+    """Format the items and their total."""
+    names = _name_tenants(usage)
+    rows = [(row.period, names[row.tenant, row.tenant_id], row.kind, *_row_values(row)) for row in usage.items]
     total = ("total", None, None, *_row_values(usage.total))
     return _format_owned(("period", "tenant", "kind", *_COLUMNS), [*rows, total], for_operators)
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from datetime import date
+from typing import Any, BinaryIO
 
 import click
 
 from service.api.admin_schemas import Delivery, DeliveryList, NewSecret, Tenant
-from service.api.schemas import OperatorTask, OperatorTaskList, Submission, Usage
+from service.api.schemas import OperatorTask, OperatorTaskList, Submission, Usage, render_csv, tabulate_items
 from service.cli.client import AdminClient, AdminResponse, print_response, with_admin_client
 from service.cli.common import LazyCommand, json_option, named_fields
-from service.cli.formatting import DURATION, choice, format_record, format_table, format_value
-from service.cli.reports import format_cost, format_policies, format_submission, format_usage
+from service.cli.formatting import DURATION, MONTH, choice, format_record, format_table, format_value
+from service.cli.reports import format_cost, format_policies, format_report, format_submission, format_usage
 from service.domain.tasks import Kind, State
 
 _MAX_PAGE_SIZE = 100
@@ -72,6 +73,42 @@ def usage(client: AdminClient, *, as_csv: bool, as_json: bool, **options: str | 
         return
     response = client.request("GET", "usage", **query)
     click.echo(response.format_json() if as_json else format_usage(response.decode(Usage)))
+
+
+@click.command()
+@click.option("--month", type=MONTH, help="The month, in UTC: 2026-11.  [default: the current one]")
+@click.option("--tenant", help="Only this tenant.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@click.option("-o", "--output", type=click.File("wb", atomic=True), help="Write CSV to this file too.")
+@json_option
+@with_admin_client
+def report(
+    client: AdminClient,
+    *,
+    month: tuple[date, date] | None,
+    output: BinaryIO | None,
+    as_csv: bool,
+    as_json: bool,
+    **options: str | None,
+) -> None:
+    """Show what each tenant spent in a month, by kind and by basis, also deleted tenants.
+
+    A row has the submissions of the month, whenever they ended. Charged is what limits count: the uses and the yuan
+    observed and estimated, and the yuan held for submissions of unknown outcome, less what was refunded.
+    """
+    if as_csv and as_json:
+        raise click.UsageError("Use --csv or --json, not both.")
+    query = named_fields(options) | ({"from": str(month[0]), "to": str(month[1])} if month else {})
+    response = client.request("GET", "usage", interval="month", group_by="tenant,kind", **query)
+    spending = response.decode(Usage)
+    items = response.decode(dict[str, Any])["items"]  # as sent: decoded amounts are floats
+    table = render_csv(*tabulate_items(items, for_operators=True))
+    if output:
+        output.write(table)
+    if as_csv:
+        click.echo(table, nl=False)
+    else:
+        click.echo(response.format_json() if as_json else format_report(spending))
 
 
 @click.command()
@@ -145,9 +182,12 @@ def list_tasks(client: AdminClient, *, limit: int, **options: str | None) -> Adm
 
 
 def _format_deliveries(deliveries: DeliveryList) -> str:
-    head = ("id", "tenant", "state", "attempts", "status", "error", "url", "updated at")
+    head = ("id", "tenant", "state", "attempts", "status", "error", "url", "updated at", "about")
     rows = [
-        (item.id, item.tenant, item.state, item.attempts, item.status, item.error, item.url, item.updated_at)
+        (
+            *(item.id, item.tenant, item.state, item.attempts, item.status, item.error, item.url, item.updated_at),
+            item.threshold or item.task,
+        )
         for item in deliveries.items
     ]
     return format_table(head, rows)
@@ -155,7 +195,7 @@ def _format_deliveries(deliveries: DeliveryList) -> str:
 
 @click.group()
 def webhook() -> None:
-    """Manage webhooks, which report finished tasks to tenants."""
+    """Manage webhooks, which report finished tasks and used limits to tenants."""
 
 
 @webhook.command("rotate-secret")

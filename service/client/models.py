@@ -117,6 +117,22 @@ class Policy(Struct, frozen=True):
     resets_at: datetime | None
 
 
+class QuotaThreshold(Struct, frozen=True, kw_only=True):
+    """A limit of which so much was used that you are told."""
+
+    tenant: str
+    policy: str
+    unit: str
+    window: str
+    threshold: int
+    """The share of the limit that was reached, in percent."""
+    limit: Number
+    used: Number
+    reserved: Number
+    remaining: Number
+    resets_at: datetime | None
+
+
 class Availability(Struct, frozen=True):
     """Whether an account can pay now, and if not, the time of the next check."""
 
@@ -171,6 +187,15 @@ class Outcomes(Struct, frozen=True):
     not_sent: int
 
 
+class Charged(Struct, frozen=True):
+    """Spending less refunds. The limits count the tasks and the money."""
+
+    tasks: int
+    money: Number
+    count: int = 0
+    """0 also of a gateway before 0.5."""
+
+
 class TaskAmount(Struct, frozen=True):
     """A number of tasks, and yuan."""
 
@@ -194,10 +219,11 @@ class Refunded(Struct, frozen=True):
 
 class UsageSum(Struct, frozen=True):
     tasks: Outcomes
-    charged: TaskAmount
-    """Counted by the limits."""
+    charged: Charged
     spent: Spending
     refunded: Refunded
+    overrun: Number = 0
+    """Of the money spent, what passed a limit; of several limits that passed the most."""
 
 
 class UsageRow(UsageSum, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from datetime import datetime
 import msgspec
 
 from service.client.errors import InvalidWebhook
-from service.client.models import Task
+from service.client.models import QuotaThreshold, Task
 
 _SECRET_PREFIX = "whsec_"  # noqa: S105 - a public prefix
 _VERSION = "v1"
@@ -35,6 +35,14 @@ class WebhookEvent(msgspec.Struct, frozen=True, kw_only=True):
             return msgspec.json.decode(self.data, type=Task)
         except msgspec.DecodeError as error:
             raise InvalidWebhook(f"{self.type} has no task: {error}") from None
+
+    @property
+    def threshold(self) -> QuotaThreshold:
+        """The reached threshold of `quota.threshold`. Raises InvalidWebhook for an event of another type."""
+        try:
+            return msgspec.json.decode(self.data, type=QuotaThreshold)
+        except msgspec.DecodeError as error:
+            raise InvalidWebhook(f"{self.type} has no threshold: {error}") from None
 
 
 def verify_webhook(

@@ -90,7 +90,7 @@ class TenantState(Struct):
     replacement_key_seq: int = 0
 
 
-@lru_cache(16)  # a report takes the windows of all tenants at one time
+@lru_cache(32)  # a report takes the windows of all tenants at one time
 def window_bounds(window: Window, now: int) -> tuple[int, int | None]:
     """Return start and end of the calendar window (UTC) around `now`; `total` starts at 0 and has no end."""
     if window is Window.TOTAL:
@@ -120,7 +120,7 @@ def current_counter(state: TenantState, window: Window, now: int) -> WindowCount
     return current if current and current.window_start == start else WindowCounter(window_start=start)
 
 
-def _all_counters(state: TenantState, window: Window) -> list[WindowCounter]:
+def all_counters(state: TenantState, window: Window) -> list[WindowCounter]:
     current = state.windows.get(window)
     return [*state.retained_counters.get(window, []), *([current] if current else [])]
 
@@ -356,6 +356,7 @@ class Reservation(Struct):
     charge_pending            the known balance may not include its charge
     prepaid_only              it is open and must not take money
     succeeded, cost           result of its task, None until that ended
+    overrun_fen               the most by which the cost passed a limit on money
     window_starts             keys of the counters it is counted in
     money_holds               money held in each window, in fen
     """
@@ -378,6 +379,7 @@ class Reservation(Struct):
     balance_after: Balance | None = None
     cost: Cost | None = None
     succeeded: bool | None = None
+    overrun_fen: int = 0
     key_digest: str | None = None
     inferred_charge: InferredCharge | None = None
     refund: Refund | None = None
@@ -469,6 +471,8 @@ class Measure(StrEnum):
     """Ended tasks of unknown cost."""
     UNKNOWN_MONEY = "unknown-money"
     """Money charged for submissions of unknown outcome."""
+    OVERRUN_MONEY = "overrun-money"
+    """Money beyond limits, by the limit that each cost passed the most."""
     REFUNDED = "refunded"
     REFUNDED_COUNT = "refunded-count"
     REFUNDED_MONEY = "refunded-money"
@@ -485,9 +489,28 @@ class DayUsage(Struct):
     refunds: dict[str, tuple[Kind, Refund]] = field(default_factory=dict)
 
 
+SPENT_WINDOWS = (Window.DAY, Window.MONTH, Window.TOTAL)
+SpentSums = tuple[int, ...]
+"""What the usage of a tenant charges for one kind, for the metrics.
+
+Start, uses and fen of each of SPENT_WINDOWS, as it was when they last changed.
+"""
+
+
+def current_spent(sums: SpentSums, window: Window, now: int) -> tuple[int, int]:
+    """Return the uses and fen of the window around `now`."""
+    at = 3 * SPENT_WINDOWS.index(window)
+    start, uses, fen = sums[at : at + 3]
+    return (uses, fen) if start == window_bounds(window, now)[0] else (0, 0)
+
+
 def count_charged_tasks(tally: Tally) -> int:
     charged = (Measure.RUNNING, Measure.SUCCEEDED, Measure.FAILED, Measure.UNKNOWN)
     return sum(tally[measure] for measure in charged) - tally[Measure.REFUNDED]
+
+
+def sum_charged_uses(tally: Tally) -> int:
+    return tally[Measure.OBSERVED_COUNT] + tally[Measure.ESTIMATED_COUNT] - tally[Measure.REFUNDED_COUNT]
 
 
 def sum_charged_fen(tally: Tally) -> int:

@@ -136,12 +136,13 @@ class TenantStatus(StrEnum):
     """All calls are refused."""
 
 
-class Limit(Struct, frozen=True):
-    """A limit in one window; None means unlimited."""
+class Limit(Struct, frozen=True, omit_defaults=True):
+    """A limit in one window; None means unlimited. `warn_at` are percentages of it that are reported, in order."""
 
     window: Window
     tasks: int | None = None
     money_fen: int | None = None
+    warn_at: tuple[int, ...] = ()
 
 
 class TenantPolicy(Struct, frozen=True):

@@ -45,6 +45,7 @@ _BUSY_STATUSES = frozenset({429, 503})
 class WebhookEvent(StrEnum):
     SUCCEEDED = "task.succeeded"
     FAILED = "task.failed"
+    QUOTA_THRESHOLD = "quota.threshold"
 
     @classmethod
     def for_state(cls, state: State) -> WebhookEvent:
@@ -75,13 +76,13 @@ def parse_secret(text: str) -> bytes:
     return key
 
 
-def event_id(reservation: str) -> str:
-    """Return the id of a task's end, which stays the same in every attempt."""
-    return _EVENT_ID_PREFIX + reservation
+def event_id(delivery: str) -> str:
+    """Return the id of a delivery's event, which stays the same in every attempt."""
+    return _EVENT_ID_PREFIX + delivery
 
 
 def parse_event_id(event: str) -> str | None:
-    """Return the reservation of an event id; None if it is invalid."""
+    """Return the delivery of an event id; None if it is invalid."""
     match = _EVENT_ID.fullmatch(event)
     return match[1] if match else None
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from service.domain.tasks import Backlog
+from service.domain.thresholds import Threshold
 from service.storage.redis import DAY_MS, Keys, RedisScripts, overdue_ms
 from service.usecases.ports import ClaimedDelivery, Delivery, DeliveryResult
 
@@ -25,6 +26,20 @@ class RedisDeliveryQueue:
         self._scripts = scripts
         self._keys = keys
 
+    async def queue_threshold(self, name: str, tenant: int, url: str, threshold: Threshold, body: bytes) -> bool:
+        status, _ = await self._scripts.call(
+            "queue_threshold",
+            [self._keys.clock, self._keys.tenant(tenant), self._keys.webhook_queues],
+            id=name,
+            name=threshold.name,
+            window_start=threshold.window_start,
+            limit=threshold.limit,
+            # Gateways before 0.5.0 read no delivery without a task.
+            delivery={"task_id": "", "tenant": tenant, "url": url, "threshold": threshold.name, "body": body.decode()},
+            deliveries=delivery_arguments(self._keys),
+        )
+        return bool(status == b"queued")
+
     async def claim(self, limit: int) -> Sequence[ClaimedDelivery]:
         now, *rows = await self._call_script("claim_deliveries", limit=limit, lease_ms=LEASE_MS)
         return [
@@ -34,7 +49,7 @@ class RedisDeliveryQueue:
     async def record_attempt(self, claimed: ClaimedDelivery, result: DeliveryResult) -> bool:
         status, _ = await self._call_script(
             "record_delivery",
-            id=claimed.delivery.reservation,
+            id=claimed.delivery.id,
             lease_expires_at=claimed.lease_expires_at,
             state=result.state,
             attempts=int(result.attempted),
@@ -58,14 +73,12 @@ class RedisDeliveryQueue:
     async def list_failed(self, limit: int) -> Sequence[Delivery]:
         (rows,) = await self._scripts.read(("ZRANGE", self._keys.failed_deliveries, 0, limit - 1, "REV"))
         ids = [str(member, "ascii") for member in rows]
-        deliveries = await self._scripts.read(*(("GET", self._keys.delivery(reservation)) for reservation in ids))
-        return [
-            _decode_delivery(reservation, packed) for reservation, packed in zip(ids, deliveries, strict=True) if packed
-        ]
+        deliveries = await self._scripts.read(*(("GET", self._keys.delivery(name)) for name in ids))
+        return [_decode_delivery(name, packed) for name, packed in zip(ids, deliveries, strict=True) if packed]
 
-    async def redeliver(self, reservation: str) -> Delivery | None:
-        status, _, *rest = await self._call_script("redeliver", id=reservation)
-        return _decode_delivery(reservation, rest[0]) if status == b"redelivered" else None
+    async def redeliver(self, delivery: str) -> Delivery | None:
+        status, _, *rest = await self._call_script("redeliver", id=delivery)
+        return _decode_delivery(delivery, rest[0]) if status == b"redelivered" else None
 
     async def _call_script(self, script: str, **arguments: Any) -> list[Any]:
         keys = [self._keys.clock, self._keys.webhook_queues]
@@ -87,5 +100,5 @@ def delivery_arguments(keys: Keys) -> dict[str, Any]:
     }
 
 
-def _decode_delivery(reservation: str, packed: bytes) -> Delivery:
-    return msgspec.convert(msgspec.msgpack.decode(packed) | {"reservation": reservation}, Delivery)
+def _decode_delivery(name: str, packed: bytes) -> Delivery:
+    return msgspec.convert(msgspec.msgpack.decode(packed) | {"id": name}, Delivery)

@@ -26,6 +26,7 @@ from service.domain.ledger import (
     Replay,
     Reservation,
     ReservationState,
+    SpentSums,
     Tally,
     TenantState,
     Verdict,
@@ -40,13 +41,15 @@ from service.storage.redis import (
     parse_server_time,
     parse_withscores,
 )
-from service.usecases.ports import BalanceCheck, ReserveRequest, Settlement, TenantSnapshot
+from service.usecases.ports import BalanceCheck, ReserveRequest, Settlement, TenantFigures, TenantSnapshot
 
 T = TypeVar("T")
 KEEP_IDEMPOTENCY_KEY_MS = DAY_MS
 _BATCH_SIZE = 100
 KEEP_USAGE_MS = 400 * DAY_MS
 """13 months at least."""
+_MEASURES = {f"{kind} {measure}".encode(): (kind, measure) for kind in Kind for measure in Measure}
+"""The fields of a day's usage with numbers."""
 
 
 class _StoredRefund(Refund):
@@ -227,22 +230,24 @@ class RedisLedger:
             *await self._scripts.read(("HGET", self._keys.tenant(tenant), "state"), self._keys.server_time_command)
         )
 
-    async def tenant_states(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
+    async def tenant_figures(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantFigures], int]:
         (time,) = await self._scripts.read(self._keys.server_time_command)
-        states = await self._read_states([self._keys.tenant(tenant) for tenant in ids], TenantState)
-        return dict(zip(ids, states, strict=True)), parse_server_time(time)
+        fields = ("state", *(f"spent {kind}" for kind in Kind))
+        rows = await self._read_in_batches([("HMGET", self._keys.tenant(tenant), *fields) for tenant in ids])
+        figures = (TenantFigures(_decode(state, TenantState), _decode_spent(spent)) for state, *spent in rows)
+        return dict(zip(ids, figures, strict=True)), parse_server_time(time)
 
-    async def _read_states(self, keys: Sequence[str], kind: type[T]) -> list[T]:
-        """Read the state under each key, in batches, so that other calls come in between."""
-        states: list[T] = []
-        for start in range(0, len(keys), _BATCH_SIZE):
-            rows = await self._scripts.read(*(("HGET", key, "state") for key in keys[start : start + _BATCH_SIZE]))
-            states += [msgspec.msgpack.decode(packed, type=kind) if packed else kind() for packed in rows]
-        return states
+    async def _read_in_batches(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Run plain commands in batches, so that other calls come in between."""
+        answers: list[Any] = []
+        for start in range(0, len(commands), _BATCH_SIZE):
+            answers += await self._scripts.read(*commands[start : start + _BATCH_SIZE])
+        return answers
 
     async def account_states(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
         offset_ms = await self.clock_offset()
-        states = await self._read_states([self._keys.account(account) for account in ids], AccountState)
+        rows = await self._read_in_batches([("HGET", self._keys.account(account), "state") for account in ids])
+        states = [_decode(packed, AccountState) for packed in rows]
         if offset_ms:
             states = [state.to_server_time(offset_ms) for state in states]
         return dict(zip(ids, states, strict=True))
@@ -361,8 +366,15 @@ def _parse_verdict(answer: list[Any]) -> Verdict:
 
 
 def _make_snapshot(packed: bytes | None, time: Any) -> TenantSnapshot:
-    state = msgspec.msgpack.decode(packed, type=TenantState) if packed else TenantState()
-    return TenantSnapshot(state, parse_server_time(time))
+    return TenantSnapshot(_decode(packed, TenantState), parse_server_time(time))
+
+
+def _decode(packed: bytes | None, kind: type[T]) -> T:
+    return msgspec.msgpack.decode(packed, type=kind) if packed else kind()
+
+
+def _decode_spent(row: Sequence[bytes | None]) -> Mapping[Kind, SpentSums]:
+    return {kind: _decode(packed, SpentSums) for kind, packed in zip(Kind, row, strict=True) if packed}
 
 
 def _decode_reservation(packed: bytes, offset: int) -> Reservation:
@@ -372,12 +384,14 @@ def _decode_reservation(packed: bytes, offset: int) -> Reservation:
 def _parse_day_usage(fields: Mapping[bytes, bytes]) -> DayUsage:
     day = DayUsage()
     for name, value in fields.items():
+        if measured := _MEASURES.get(name):
+            kind, measure = measured
+            day.tallies.setdefault(kind, Tally())[measure] = int(value)
+            continue
         first, _, second = str(name, "ascii").partition(" ")
         if first == "unknown":
             day.unknown[second] = Kind(str(value, "ascii"))
         elif first == "refund":
             entry = msgspec.msgpack.decode(value, type=_StoredRefund)
             day.refunds[second] = entry.kind, Refund(entry.refunded_at, entry.reason, entry.count, entry.money_fen)
-        else:
-            day.tallies.setdefault(Kind(first), Tally())[Measure(second)] = int(value)
     return day

@@ -22,7 +22,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.domain.availability import EXCLUSIVE_RETRY_MS, MAX_FAILED_BALANCE_CHECKS, PROBE_INTERVAL_MS
 from service.domain.errors import LedgerUnavailable
-from service.domain.ledger import OFFSET_UNITS_PER_MS, ClockReading, LedgerClock
+from service.domain.ledger import OFFSET_UNITS_PER_MS, SPENT_WINDOWS, ClockReading, LedgerClock
 from service.domain.tenants import Window
 from service.storage.multiplexer import Multiplexer
 from service.telemetry import tracing
@@ -51,6 +51,7 @@ READ_COMMAND = "read"
 """The metrics label of plain commands, beside the names of the scripts."""
 _CONSTANTS: Mapping[str, int | Sequence[str]] = {
     "WINDOWS": tuple(Window),
+    "SPENT_WINDOWS": SPENT_WINDOWS,
     "MINUTE_MS": 60_000,
     "HOUR_MS": 3_600_000,
     "DAY_MS": DAY_MS,
@@ -121,8 +122,8 @@ class Keys:
         """The mark of a task that a caller has read lately."""
         return f"{self._root}poll:watched:{reservation}"
 
-    def delivery(self, reservation: str) -> str:
-        return f"{self._root}webhook:delivery:{reservation}"
+    def delivery(self, delivery: str) -> str:
+        return f"{self._root}webhook:delivery:{delivery}"
 
     def deliveries_due(self, queue: str) -> str:
         """The deliveries of a queue by the time when they are due."""

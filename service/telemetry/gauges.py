@@ -103,15 +103,19 @@ class AccountSample(Struct, frozen=True):
 
 
 class MetricsSnapshot(Struct, frozen=True, kw_only=True):
-    """The ledger at one moment: active tasks by tenant and kind, money spent by tenant and window.
+    """The ledger at one moment.
+
+    Thresholds by tenant, policy and percentage; active tasks by tenant and kind; uses and fen spent by tenant, kind and
+    window.
 
     `clock_offset_ms` is by how much the ledger clock is ahead of the clock of Redis.
     """
 
     tenant_count: int = 0
     quotas: Sequence[QuotaSample] = ()
+    thresholds: Mapping[tuple[str, str, str], bool] = {}
     active_tasks: Mapping[tuple[str, str], int] = {}
-    spent_fen: Mapping[tuple[str, str], int] = {}
+    spent: Mapping[tuple[str, str, str], tuple[int, int]] = {}
     accounts: Sequence[AccountSample] = ()
     poll_queue: Backlog = Backlog(0, 0)
     webhook_queue: Backlog = Backlog(0, 0)
@@ -173,6 +177,14 @@ def _tenant_metrics(snapshot: MetricsSnapshot) -> Iterable[Metric]:
         reserved.add_metric(labels, quota.reserved)
         limit.add_metric(labels, quota.limit)
     yield from (used, reserved, limit)
+    thresholds = GaugeMetricFamily(
+        "gateway_quota_threshold_reached",
+        "1 if so much of the limit is used in the current window, by tenant, policy and threshold (percent).",
+        labels=("tenant", "policy", "threshold"),
+    )
+    for threshold, is_reached in snapshot.thresholds.items():
+        thresholds.add_metric(threshold, float(is_reached))
+    yield thresholds
     running = GaugeMetricFamily(
         "gateway_tasks_active",
         "Reserved tasks that have not finished, by tenant and kind.",
@@ -181,14 +193,18 @@ def _tenant_metrics(snapshot: MetricsSnapshot) -> Iterable[Metric]:
     for tenant_kind, tasks in snapshot.active_tasks.items():
         running.add_metric(tenant_kind, tasks)
     yield running
-    money = GaugeMetricFamily(
-        "gateway_tenant_spent_yuan",
-        "Money spent in the current window (day, month, total), by tenant, less refunds.",
-        labels=("tenant", "window"),
+    uses, money = (
+        GaugeMetricFamily(
+            f"gateway_tenant_spent_{unit}",
+            f"{text} charged in the current window (day, month, total), less refunds, by tenant and kind.",
+            labels=("tenant", "kind", "window"),
+        )
+        for unit, text in (("uses", "Prepaid uses"), ("yuan", "Money"))
     )
-    for tenant_window, spent_fen in snapshot.spent_fen.items():
-        money.add_metric(tenant_window, fen_to_yuan(spent_fen))
-    yield money
+    for labels, (spent_uses, spent_fen) in snapshot.spent.items():
+        uses.add_metric(labels, spent_uses)
+        money.add_metric(labels, fen_to_yuan(spent_fen))
+    yield from (uses, money)
 
 
 def _remaining_uses(account: AccountSample) -> float | None:

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 import structlog
 
 from service.domain.errors import LedgerUnavailable
-from service.domain.ledger import UNIT_MONEY, AccountState, TenantState, current_counter
+from service.domain.ledger import SPENT_WINDOWS, UNIT_MONEY, AccountState, current_spent
 from service.domain.tasks import Kind
-from service.domain.tenants import Registry, Tenant, Window
+from service.domain.tenants import Registry, Tenant
+from service.domain.thresholds import current_thresholds
 from service.telemetry.gauges import AccountSample, MetricsSnapshot, QuotaSample
 from service.telemetry.metrics import Metrics
 from service.usecases.background import run_in_turns
 from service.usecases.caches import CachedRegistry
-from service.usecases.ports import DeliveryQueue, Ledger, TaskStore
+from service.usecases.ports import DeliveryQueue, Ledger, TaskStore, TenantFigures
 from service.usecases.reports import PolicyReport, report_policies
 
 _log = structlog.get_logger(__name__)
@@ -24,7 +25,7 @@ _log = structlog.get_logger(__name__)
 SNAPSHOT_TIMEOUT_SECONDS = 3.0
 """A scrape without the ledger is better than one that Prometheus gives up."""
 _KINDS = [(kind, kind.value) for kind in Kind]  # `.value` of an enum is computed at each access
-_REPORTED_WINDOWS = [(window, window.value) for window in (Window.DAY, Window.MONTH, Window.TOTAL)]
+_SPENT_WINDOWS = [(window, window.value) for window in SPENT_WINDOWS]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -58,17 +59,18 @@ class LedgerSnapshot:
 
     async def _read_ledger(self, registry: Registry) -> MetricsSnapshot:
         tenants = tuple(registry.tenants.values())
-        states, now = await self.ledger.tenant_states([tenant.id for tenant in tenants])
+        figures, now = await self.ledger.tenant_figures([tenant.id for tenant in tenants])
         accounts = await self.ledger.account_states([account.id for account in registry.accounts.values()])
         webhooks, failed = await self.deliveries.backlog()
         sums = _TenantSums(now)
         names = self.metrics.label_names
-        await run_in_turns(map(sums.add, map(names.of_tenant, states), tenants, states.values()))
+        await run_in_turns(map(sums.add, map(names.of_tenant, figures), tenants, figures.values()))
         return MetricsSnapshot(
             tenant_count=len(tenants),
             quotas=[_to_quota_usage(name, report) for (name, _), report in sums.reports.items()],
+            thresholds=sums.thresholds,
             active_tasks=sums.active_tasks,
-            spent_fen=sums.spent_fen,
+            spent=sums.spent,
             accounts=[
                 AccountSample(account.name, account.policy, accounts.get(account.id, AccountState()), now)
                 for account in registry.accounts.values()
@@ -85,21 +87,30 @@ class _TenantSums:
 
     def __init__(self, now: int) -> None:
         self.reports: dict[tuple[str, str], PolicyReport] = {}
+        self.thresholds: dict[tuple[str, str, str], bool] = {}
         self.active_tasks: Counter[tuple[str, str]] = Counter()
-        self.spent_fen: Counter[tuple[str, str]] = Counter()
+        self.spent: dict[tuple[str, str, str], tuple[int, int]] = {}
         self._now = now
 
-    def add(self, label: str, tenant: Tenant, state: TenantState) -> None:
+    def add(self, label: str, tenant: Tenant, figures: TenantFigures) -> None:
+        state = figures.state
         for report in report_policies(tenant, state, self._now):
             key = label, report.policy
             former = self.reports.get(key)
             if former is None or _used_ratio(report) > _used_ratio(former):
                 self.reports[key] = report
+        for threshold in current_thresholds(tenant.policy, state, self._now):
+            threshold_key = label, threshold.policy, str(threshold.percent)
+            self.thresholds[threshold_key] = threshold.is_reached or self.thresholds.get(threshold_key, False)
         for kind, name in _KINDS:
             if kind in state.active_by_kind or tenant.can_submit(kind):
                 self.active_tasks[label, name] += state.active_by_kind.get(kind, 0)
-        for window, name in _REPORTED_WINDOWS:
-            self.spent_fen[label, name] += current_counter(state, window, self._now).money_fen
+        for kind, sums in figures.spent.items():
+            for window, name in _SPENT_WINDOWS:
+                spent_key = label, kind.value, name
+                uses, fen = current_spent(sums, window, self._now)
+                former_uses, former_fen = self.spent.get(spent_key, (0, 0))
+                self.spent[spent_key] = former_uses + uses, former_fen + fen
 
 
 def _used_ratio(report: PolicyReport) -> float:

@@ -24,25 +24,30 @@ from service.domain.ledger import (
     Replay,
     Reservation,
     ReservationState,
+    SpentSums,
     TenantState,
     Verdict,
 )
 from service.domain.tasks import Artifact, ArtifactName, Backlog, Kind, Options, State, Task, TaskError
 from service.domain.tenants import Account, Registry, Tenant, Token
+from service.domain.thresholds import Threshold
 from service.domain.webhooks import DeliveryState
 
 
 class Delivery(Struct, frozen=True, kw_only=True):
-    """The end of a task, to be sent to `url`. Times are milliseconds of server time.
+    """An event to be sent to `url`. Times are milliseconds of server time.
 
-    `attempts` counts since the last (re)delivery; `status`, `error` and `response_excerpt` are those of the last
-    attempt.
+    That of a task is its end, under the id of its reservation. That of a limit has the name of the `threshold` and the
+    `body`, and no `task_id`. `attempts` counts since the last (re)delivery; `status`, `error` and `response_excerpt`
+    are those of the last attempt.
     """
 
-    reservation: str
+    id: str
     task_id: str
     tenant: int
     url: str
+    threshold: str | None = None
+    body: str | None = None
     state: DeliveryState
     created_at: int
     updated_at: int
@@ -77,6 +82,12 @@ class DeliveryResult(Struct, frozen=True, kw_only=True):
 class DeliveryQueue(Protocol):
     """Deliveries; recording the end of a task with a webhook URL creates one."""
 
+    async def queue_threshold(self, name: str, tenant: int, url: str, threshold: Threshold, body: bytes) -> bool:
+        """Create the delivery `name` of a threshold, once per window, and again after its limit was raised.
+
+        Returns False if that was done before, or the tenant was deleted.
+        """
+
     async def claim(self, limit: int) -> Sequence[ClaimedDelivery]:
         """Lease up to `limit` due deliveries.
 
@@ -93,7 +104,7 @@ class DeliveryQueue(Protocol):
     async def list_failed(self, limit: int) -> Sequence[Delivery]:
         """Return up to `limit` deliveries that failed in the last 30 days, newest first."""
 
-    async def redeliver(self, reservation: str) -> Delivery | None:
+    async def redeliver(self, delivery: str) -> Delivery | None:
         """Restart a delivery unless it is in progress; None if it is unknown."""
 
 
@@ -195,6 +206,13 @@ class TenantSnapshot(Struct, frozen=True):
     now: int
 
 
+class TenantFigures(Struct, frozen=True):
+    """A tenant's counters, and what its usage charges, for each kind that was charged for."""
+
+    state: TenantState
+    spent: Mapping[Kind, SpentSums]
+
+
 class BalanceCheck(Struct, frozen=True):
     """A claimed check of a finished task that reads the balance of its account."""
 
@@ -230,8 +248,8 @@ class Ledger(Protocol):
 
     async def tenant_snapshot(self, tenant: int) -> TenantSnapshot: ...
 
-    async def tenant_states(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantState], int]:
-        """Return the counters of tenants, and the server time."""
+    async def tenant_figures(self, ids: Sequence[int]) -> tuple[Mapping[int, TenantFigures], int]:
+        """Return the figures of tenants, and the server time."""
 
     async def account_states(self, ids: Sequence[int]) -> Mapping[int, AccountState]:
         """Return the states of accounts; times are server time."""

@@ -129,11 +129,13 @@ class WebhookDispatcher:
             return _failed_result("This address is not allowed any more.")
         if tenant.webhook.is_disabled(delivery.url):
             return DeliveryResult(state=DeliveryState.DISABLED, attempted=False, error="This address is disabled.")
-        stored = await self.tasks.get(delivery.reservation)
+        if delivery.body is not None:
+            return await self._send(delivery, tenant, delivery.body.encode())
+        stored = await self.tasks.get(delivery.id)
         if stored is None:
             return _failed_result("The task has expired.")
         task = stored[0]
-        with tracing.start_linked_span(self.tracer, "deliver webhook", task.trace_context, delivery.reservation):
+        with tracing.start_linked_span(self.tracer, "deliver webhook", task.trace_context, delivery.id):
             return await self._send(delivery, tenant, self.encode_task_event(task))
 
     async def _send(self, delivery: Delivery, tenant: Tenant, body: bytes) -> DeliveryResult:
@@ -180,7 +182,7 @@ class WebhookDispatcher:
 
 
 def _event_id(delivery: Delivery) -> str:
-    return webhooks.event_id(delivery.reservation)
+    return webhooks.event_id(delivery.id)
 
 
 def _failed_result(error: str) -> DeliveryResult:
@@ -232,8 +234,8 @@ class WebhookAdmin:
 
     async def redeliver(self, event: str) -> TenantDelivery:
         """Send an event again now. Raises NotFound."""
-        reservation = webhooks.parse_event_id(event)
-        delivery = await self.deliveries.redeliver(reservation) if reservation else None
+        name = webhooks.parse_event_id(event)
+        delivery = await self.deliveries.redeliver(name) if name else None
         if delivery is None:
             raise NotFound(f"There is no delivery {event} (any more).")
         result = self._with_tenant_name(delivery)

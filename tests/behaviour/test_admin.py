@@ -35,7 +35,10 @@ WITH_KEY = {"user_key": USER_KEY}
 """Needed for another base URL."""
 TENANT: dict[str, Any] = {
     "accounts": ["main"],
-    "limits": [{"window": "day", "tasks": 5, "money": 2.5}, {"window": "total", "tasks": None, "money": 100}],
+    "limits": [
+        {"window": "day", "tasks": 5, "money": 2.5},
+        {"window": "total", "tasks": None, "money": 100, "warn_at": [50, 95]},
+    ],
     "max_active": 3,
     "spending_mode": "count_only",
     "kinds": ["upscale"],

@@ -76,6 +76,8 @@ INVALID_TENANTS: Mapping[str, Sequence[Any]] = {
     "limits[0].window": [[{"tasks": 1}], [{"window": "week", "tasks": 1}]],
     "limits[0].tasks": [[{"window": "day", "tasks": value}] for value in COUNTS],
     "limits[0].money": [[{"window": "day", "money": value}] for value in MONEY],
+    "limits[0].warn_at": [[{"window": "day", "tasks": 1, "warn_at": value}] for value in (80, [80, 80], [1] * 11)],
+    "limits[0].warn_at[0]": [[{"window": "day", "tasks": 1, "warn_at": [value]}] for value in (0, 101, -1, 1.5)],
     "limits[0].nonsense": [[{"window": "day", "tasks": 1, "nonsense": 1}]],
     "max_active": COUNTS,
     "spending_mode": ["all", None],

@@ -10,7 +10,7 @@ from prometheus_client.samples import Sample
 
 from service.usecases import caches, ledger_snapshot
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN, RunningGateway, run_real_gateway
-from tests.behaviour.requests import expect_problem
+from tests.behaviour.requests import advance_to_next_window, expect_problem, post_refund, read_usage, run_task
 from tests.behaviour.webhook_receiver import make_secret, run_receiver
 from tests.support.traces import SPAN, TRACE, TraceCollector, run_collector
 from tests.support.valkey import Valkey, run_valkey
@@ -92,6 +92,34 @@ async def test_spent_money_is_shown_in_yuan(gateway: RunningGateway) -> None:
     assert sum_samples(scrape, "spent_yuan_total", tenant="shop", kind="face-enhance") == used
     assert sum_samples(scrape, "account_spent_yuan_total", account="main") == used
     assert sum_samples(scrape, "account_remaining_yuan", account="main") == 300 - 2 * used
+
+
+async def test_spending_is_shown_as_the_usage_has_it(gateway: RunningGateway) -> None:
+    """Uses and yuan by kind, of today, of this month and in total, less refunds; a tenant without has no series."""
+    await gateway.upstream.set_balance(2, 300)
+    days, tasks = [], []
+    for window, kinds in (
+        *(("month", ("vectorize",)), ("month", ("vectorize", "upscale"))),
+        ("day", ("upscale", "vectorize", "upscale")),
+    ):
+        days.append(await advance_to_next_window(gateway, window))
+        for kind in kinds:
+            await gateway.advance(0.001)
+            tasks.append(await run_task(gateway, kind))
+    assert (await post_refund(gateway, task=tasks[3]["id"], reason="r")).status_code == 201
+    scrape = await scrape_metrics(gateway)
+    for window, start in (("day", days[2]), ("month", days[1]), ("total", days[0])):
+        usage = await read_usage(gateway, f"from={start}&interval=total")
+        assert {item["kind"] for item in usage["items"]} >= {"upscale"}
+        for item in usage["items"]:
+            labels = {"tenant": "shop", "kind": item["kind"], "window": window}
+            shown = [sum_samples(scrape, f"tenant_spent_{unit}", **labels) for unit in ("uses", "yuan")]
+            assert shown == [item["charged"]["count"], item["charged"]["money"]], labels
+    assert sum_samples(scrape, "tenant_spent_uses", tenant="shop", window="total") == 2
+    yuan = [sum_samples(scrape, "tenant_spent_yuan", tenant="shop", window=window) for window in ("day", "month")]
+    assert yuan == [5, 8]
+    await gateway.put_tenant("idle")
+    assert sum_samples(await scrape_metrics(gateway), "tenant_spent_yuan", tenant="idle") is None
 
 
 async def test_unresponsive_store_does_not_delay_scrapes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from datetime import datetime
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
+from service.client import InvalidWebhook, verify_webhook
 from service.domain.tenants import Webhook, WebhookSecrets
 from service.usecases.admin import require
 from service.usecases.registry_plan import DesiredTenant
@@ -127,6 +130,47 @@ async def test_secret_is_shown_once_and_rotated(gateway: RunningGateway, receive
     assert (await gateway.call_admin("POST", "/tenants/unknown/webhook-secret")).status_code == 404
     await gateway.put_tenant("without")
     assert (await gateway.call_admin("POST", "/tenants/without/webhook-secret")).status_code == 409
+
+
+async def test_threshold_of_a_limit_is_signed_sent_once_and_shown(
+    gateway: RunningGateway, receiver: WebhookReceiver
+) -> None:
+    hook = {"url": receiver.url, "secret": SECRET, "allow": [receiver.network]}
+    limit = {"window": "day", "tasks": 4, "money": 100, "warn_at": [75, 50]}
+    await gateway.put_tenant(webhook=hook, limits=[limit])
+    for _ in range(2):
+        await gateway.submit()
+        await gateway.services.threshold_reporter.report_reached()
+    receiver.statuses = [500]
+    await gateway.deliver_due_webhooks()
+    await gateway.advance(5)
+    await gateway.deliver_due_webhooks()
+    failed, webhook = receiver.requests
+    assert (failed.body, failed.headers["webhook-id"]) == (webhook.body, webhook.headers["webhook-id"])
+    assert webhook.is_signed_with(SECRET)
+    event = verify_webhook(webhook.body, webhook.headers, SECRET)
+    threshold, (policy, *_) = event.threshold, expect_json(await gateway.call("GET", "/v1/quota"))["policies"]
+    assert (event.type, threshold.tenant, threshold.threshold) == ("quota.threshold", "shop", 50)
+    shown = msgspec.to_builtins(threshold, builtin_types=(datetime,))
+    assert {name: policy[name] for name in ("policy", "unit", "window", "limit", "used", "reserved", "remaining")} == {
+        name: value for name, value in shown.items() if name in policy and name != "resets_at"
+    }
+    with pytest.raises(InvalidWebhook):
+        _ = event.task
+    scrape = (await gateway.http.get(f"{gateway.ops_url}/metrics")).text
+    for policy_name, percent, is_reached in (("tasks", 50, 1), ("tasks", 75, 0), ("money", 50, 0), ("money", 75, 0)):
+        labels = f'policy="day-{policy_name}",tenant="shop",threshold="{percent}"'
+        assert f"gateway_quota_threshold_reached{{{labels}}} {is_reached}.0\n" in scrape
+    receiver.statuses = [410]
+    await gateway.submit()
+    await gateway.services.threshold_reporter.report_reached()
+    await gateway.deliver_due_webhooks()
+    (item,) = expect_json(await gateway.call_admin("GET", "/webhooks/failed"))["items"]
+    assert (item["state"], item["task"], item["threshold"]) == ("off", None, "day-tasks 75%")
+    await gateway.call_admin("PATCH", "/tenants/shop", json={"webhook": {"url": receiver.url}})
+    assert (await gateway.call_admin("POST", f"/webhooks/{item['id']}/redeliver")).status_code == 200
+    await gateway.deliver_due_webhooks()
+    assert [request.event["data"]["threshold"] for request in receiver.requests] == [50, 50, 75, 75]
 
 
 async def test_gone_url_is_disabled_until_redelivery(gateway: RunningGateway, receiver: WebhookReceiver) -> None:

@@ -164,6 +164,7 @@ class Auditor:
                 held = policy["used"] if policy["policy"] == "max-active" else policy["reserved"]
                 if held:
                     waiting.append(f"{tenant.name}: {held} of {policy['policy']}")
+            waiting += self._find_unreported(tenant, quota["policies"])
             running = (await self._get(tenant, self._usage_path))["total"]["tasks"]["running"]
             if running:
                 waiting.append(f"{tenant.name}: {running} running tasks")
@@ -400,7 +401,7 @@ class Auditor:
 
     def _find_undelivered(self) -> list[str]:
         """Return the contents of ended tasks without a confirmed event."""
-        confirmed = {item.event["data"]["id"] for item in self.receiver.confirmed}
+        confirmed = {item.event["data"].get("id") for item in self.receiver.confirmed}
         return [
             content
             for tenant in self.tenants
@@ -408,16 +409,44 @@ class Auditor:
             if task not in confirmed and not self._is_excused(content)
         ]
 
+    def _find_unreported(self, tenant: TenantCase, policies: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return the thresholds that a tenant has reached without a confirmed event."""
+        told = {key[1:] for key in self._threshold_ids() if key[0] == tenant.name}
+        percentages = {f"{limit['window']}-": limit.get("warn_at", ()) for limit in tenant.body.get("limits", ())}
+        return [
+            f"{tenant.name}: {percent}% of {policy['policy']}"
+            for policy in policies
+            for window, listed in percentages.items()
+            for percent in listed
+            if policy["policy"].startswith(window)
+            and policy["used"] * 100 >= policy["limit"] * percent
+            and (policy["policy"], percent) not in told
+        ]
+
+    def _threshold_ids(self) -> dict[tuple[str, str, int], set[str]]:
+        """Return the ids of confirmed events by tenant, policy and percentage."""
+        ids: dict[tuple[str, str, int], set[str]] = defaultdict(set)
+        for item in self.receiver.confirmed:
+            if item.event["type"] == "quota.threshold":
+                data = item.event["data"]
+                ids[data["tenant"], data["policy"], data["threshold"]].add(item.headers["webhook-id"])
+        return ids
+
     def _check_webhooks(self) -> None:
-        """Every end is delivered with a valid signature, under one id."""
+        """Every end, and every threshold of a limit in total, is delivered with a valid signature, under one id."""
+        for threshold, events in self._threshold_ids().items():
+            if len(events) > 1:
+                self._report("webhook", f"{threshold} has {len(events)} events")
         secrets = {tenant.name: tenant.webhook_secret for tenant in self.tenants}
         ids: dict[str, set[str]] = defaultdict(set)
         contents = {task: content for tenant in self.tenants for task, content in tenant.tasks.items()}
         for item in self.receiver.confirmed:
+            if not item.is_signed_with(secrets[item.path.strip("/")]):
+                self._report("webhook", f"a wrong signature of {item.headers['webhook-id']}")
+            if item.event["type"] == "quota.threshold":
+                continue
             task = item.event["data"]
             ids[task["id"]].add(item.headers["webhook-id"])
-            if not item.is_signed_with(secrets[item.path.strip("/")]):
-                self._report("webhook", f"a wrong signature of {task['id']}")
             if item.event["type"] != f"task.{task['state']}":
                 self._report("webhook", f"{item.event['type']} of {task['id']}, which is {task['state']}")
         for task, found in ids.items():

@@ -89,11 +89,13 @@ def describe_tenants() -> list[TenantCase]:
             "capped",
             {
                 "accounts": ["capped"],
-                "limits": [{"window": "minute", "tasks": 8}, {"window": "total", "tasks": 40}],
+                "limits": [{"window": "minute", "tasks": 8}, {"window": "total", "tasks": 40, "warn_at": [50]}],
                 "max_active": 2,
             },
         ),
-        TenantCase("budget", {"accounts": ["paid"], "limits": [{"window": "total", "money": 120}]}),
+        TenantCase(
+            "budget", {"accounts": ["paid"], "limits": [{"window": "total", "money": 120, "warn_at": [25, 50]}]}
+        ),
         TenantCase("prepaid", {"accounts": ["prepaid"], "limits": all_windows, "spending_mode": "count_only"}),
         TenantCase("failover", {"accounts": ["small", "unreachable", "reserve"], "limits": all_windows}),
         TenantCase("changing", {"accounts": ["shared"], "limits": all_windows}, has_constant_limits=False),

@@ -123,10 +123,13 @@ async def test_accounts_are_listed_reopened_and_deleted_under_tasks_by_force(she
     assert (await shell.run("account", "show", "main", code=1)).stderr.startswith("Not found: ")
 
 
-LIMITS = [{"window": "day", "tasks": 100, "money": 50.5}, {"window": "total", "tasks": 0, "money": None}]
+LIMITS = [
+    {"window": "day", "tasks": 100, "money": 50.5},
+    {"window": "total", "tasks": 0, "money": None, "warn_at": [80, 95]},
+]
 TENANT_OPTIONS = (
     *("--account", "spare", "--account", "main", "--max-active", "20", "--spending-mode", "count_only"),
-    *("--limit", "day:tasks=100,money=50.5", "--limit", "total:tasks=0", "--state", "read-only"),
+    *("--limit", "day:tasks=100,money=50.5", "--limit", "total:tasks=0,warn_at=95/80", "--state", "read-only"),
     *("--kind", "upscale", "--kind", "face-enhance", "--note", "Ask Li before raising a limit."),
     *("--webhook-url", "https://hooks.test/in", "--webhook-allow", "127.0.0.0/8", "--webhook-allow", "other.test"),
     *("--allow-image-url", "images.test", "--allow-image-url", "10.0.0.0/8:81"),
@@ -136,6 +139,10 @@ TENANT_UPDATES: Updates = [
     ("--account main", {"accounts": ["main"]}),
     ("--limit day:tasks=7,money=none", {"limits": [{"window": "day", "tasks": 7, "money": None}, LIMITS[1]]}),
     ("--no-limit day", {"limits": LIMITS[1:]}),
+    ("--limit total:warn_at=95", {"limits": [LIMITS[1] | {"warn_at": [95]}]}),
+    ("--limit total:tasks=1", {"limits": [LIMITS[1] | {"tasks": 1, "warn_at": [95]}]}),
+    ("--limit total:warn_at=none,tasks=0", {"limits": [{"window": "total", "tasks": 0, "money": None}]}),
+    ("--limit total:warn_at=80/95", {"limits": LIMITS[1:]}),
     ("--limit hour:money=1", {"limits": [LIMITS[1], {"window": "hour", "tasks": None, "money": 1}]}),
     ("--no-max-active", {"max_active": None}),
     ("--spending-mode count_then_money", {"spending_mode": None}),
@@ -160,11 +167,14 @@ async def test_tenant_options_set_what_they_name(shell: Shell) -> None:
     assert (stored["kinds"], stored["note"]) == (["upscale", "face-enhance"], "Ask Li before raising a limit.")
     assert await shell.run_json("tenant", "show", "other") == stored
     (_, line, _) = await shell.run_table("tenant", "list")
-    limits, kinds = "day 100 tasks + 50.5 yuan, total 0 tasks", "upscale, face-enhance"
+    limits, kinds = "day 100 tasks + 50.5 yuan, total 0 tasks (warn at 80/95%)", "upscale, face-enhance"
     assert line == ["other", "spare, main", limits, "20", "count_only", kinds, "0", "read-only"]
     await expect_updates(shell, "tenant", "other", TENANT_UPDATES)
     changed = await shell.run_table("tenant", "update", "other", "--no-limit", "hour", "--max-active", "5")
-    assert changed == [["limits:", "total 0 tasks, hour 1 yuan -> total 0 tasks"], ["max active:", "- -> 5"]]
+    assert changed == [
+        ["limits:", "total 0 tasks (warn at 80/95%), hour 1 yuan -> total 0 tasks (warn at 80/95%)"],
+        ["max active:", "- -> 5"],
+    ]
 
     before = await shell.get_admin("/registry")
     await shell.run("tenant", "create", "other", "--account", "main", "--max-active", "0", code=1)

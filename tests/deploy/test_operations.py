@@ -182,6 +182,8 @@ def test_tenants_and_tokens(here: ProcedureShell) -> None:
     printed = here.run_installed(
         *(
             *shell_blocks("Add a tenant"),
+            *shell_blocks("Warn before a limit"),
+            *shell_blocks("Report a month's spending"),
             *shell_blocks("Rotate a token"),
             "submit",
             "cp shop.second shop.token",
@@ -193,6 +195,9 @@ def test_tenants_and_tokens(here: ProcedureShell) -> None:
     assert '"limit":1000' in printed
     tenants = tomllib.loads((here.folder / "registry.toml").read_text())["tenants"]
     assert tenants.keys() == {"press", "shop"}
+    limit = {"window": "month", "tasks": 1000, "money": 500, "warn_at": [50, 80, 95]}
+    assert tenants["press"]["limits"] == [limit]
+    assert (here.folder / "spending.csv").read_text().startswith("period,tenant,tenant_id,kind,")
     tokens = [(token.get("label"), "expires_at" in token) for token in tenants["shop"]["tokens"].values()]
     assert tokens == [("web shop", True), ("web shop, second", False)]
     assert re.findall(r"^state: +(\w+)$", printed, re.MULTILINE)[-3:] == ["exhausted", "open", "open"]

@@ -6,6 +6,7 @@ The calls of the ledger, without I/O. All counters of windows and days are sums 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -42,9 +43,11 @@ from service.domain.ledger import (
     TenantState,
     Verdict,
     WindowCounter,
-    _all_counters,
+    all_counters,
     current_counter,
     policy_name,
+    sum_charged_fen,
+    sum_charged_uses,
     window_bounds,
 )
 from service.domain.tasks import Cost, CostBasis, Kind, State, Task
@@ -93,6 +96,7 @@ def usage_of(reservation: Reservation) -> Tally:
             tally[Measure.UNKNOWN_COST] = 1
     elif reservation.state is ACCEPTED:
         tally[Measure.RUNNING] = 1
+    tally[Measure.OVERRUN_MONEY] = reservation.overrun_fen
     if refund:
         tally[Measure.REFUNDED] = 1
         tally[Measure.REFUNDED_COUNT], tally[Measure.REFUNDED_MONEY] = refund.count, refund.money_fen
@@ -109,7 +113,7 @@ def roll_windows(state: TenantState, now: int) -> None:
         start, _ = window_bounds(window, now)
         if window in state.windows and state.windows[window].window_start == start:
             continue
-        counters = _all_counters(state, window)
+        counters = all_counters(state, window)
         later = [counter for counter in counters if counter.window_start > start]
         previous = max(
             (counter for counter in counters if counter.window_start < start),
@@ -134,7 +138,7 @@ def counter_key(counter: WindowCounter) -> int:
 
 def count_reservations(state: TenantState, reservations: Iterable[Reservation]) -> None:
     """Set all counters of a tenant to what its reservations count for, except the overrun."""
-    counters = {(window, counter_key(item)): item for window in Window for item in _all_counters(state, window)}
+    counters = {(window, counter_key(item)): item for window in Window for item in all_counters(state, window)}
     for counter in counters.values():
         counter.tasks = counter.tasks_reserved = counter.money_fen = counter.money_reserved_fen = 0
     state.active_by_kind = dict.fromkeys(state.active_by_kind, 0)
@@ -189,6 +193,15 @@ class LedgerModel:
                 if item.refund:
                     usage.refunds[name] = item.kind, item.refund
         return usage
+
+    def spent(self, tenant: int, window: Window) -> dict[Kind, tuple[int, int]]:
+        """Return the uses and the fen that the current window's usage charges, by kind."""
+        start, end = window_bounds(window, self.now_ms)
+        tallies: dict[Kind, Tally] = {}
+        for item in self.reservations.values():
+            if item.tenant == tenant and item.window_starts and start <= item.created_at < (end or math.inf):
+                tallies.setdefault(item.kind, Tally()).update(usage_of(item))
+        return {kind: (sum_charged_uses(tally), sum_charged_fen(tally)) for kind, tally in tallies.items()}
 
     def reserve(self, request: ReserveRequest) -> tuple[Verdict, TenantSnapshot]:
         at, tenant = self.read_clock(), self.tenant_state(request.tenant)
@@ -369,10 +382,12 @@ class LedgerModel:
             reservation.refund = replace(reservation.refund, count=cost.count, money_fen=cost.money_fen)
         tenant = self._store_tenant(reservation.tenant)
         for limit in self._tenant_policy(reservation.tenant).limits:
-            key, counters = reservation.window_starts.get(limit.window), _all_counters(tenant, limit.window)
+            key, counters = reservation.window_starts.get(limit.window), all_counters(tenant, limit.window)
             counter = next((counter for counter in counters if counter_key(counter) == key), None)
             if limit.money_fen is not None and counter and not reservation.refund:
-                counter.overrun_fen += min(max(counter.money_fen - limit.money_fen, 0), cost.money_fen)
+                overrun = min(max(counter.money_fen - limit.money_fen, 0), cost.money_fen)
+                counter.overrun_fen += overrun
+                reservation.overrun_fen = max(reservation.overrun_fen, overrun)
         self._store_inference(candidate)
         return cost
 

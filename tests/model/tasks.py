@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from service.domain.ledger import LedgerClock, ReservationState
 from service.domain.tasks import State, Task, TaskError
+from service.domain.thresholds import Threshold
 from service.domain.webhooks import DeliveryState
 from service.storage.deliveries import FAILING_MS, KEEP_MS, LEASE_MS, MAX_CONCURRENT
 from service.storage.redis import AGE_PER_CHECK_INTERVAL, MAX_CHECK_BACKOFF_MS, MAX_CHECK_INTERVAL_MS
@@ -66,6 +67,8 @@ class StoreModel(LedgerModel):
     queue_turns: dict[str, int] = field(default_factory=dict)
     failing_until: dict[str, int] = field(default_factory=dict)
     failed_at: dict[str, int] = field(default_factory=dict)
+    warned: dict[tuple[int, str], tuple[int, int]] = field(default_factory=dict)
+    """Start of the window and limit for which a threshold was queued last, by tenant and threshold."""
 
     def reset_clock(self, tenants: Sequence[int], account_ids: Sequence[int]) -> int:
         offset = self.read_clock().offset_ms
@@ -149,7 +152,7 @@ class StoreModel(LedgerModel):
             )
             if task.webhook_url is not None:
                 delivery = Delivery(
-                    reservation=name,
+                    id=name,
                     task_id=task.id,
                     tenant=task.tenant,
                     url=task.webhook_url,
@@ -194,6 +197,27 @@ class StoreModel(LedgerModel):
             return interval
         return max(min(age_ms // AGE_PER_CHECK_INTERVAL, MAX_CHECK_INTERVAL_MS), interval)
 
+    def queue_threshold(self, name: str, tenant: int, url: str, threshold: Threshold, body: bytes) -> bool:
+        now, key = self.read_clock().server_ms, (tenant, threshold.name)
+        if tenant not in self.tenant_policies:
+            return False
+        if key in self.warned and (threshold.window_start, threshold.limit) <= self.warned[key]:
+            return False
+        self.warned[key] = threshold.window_start, threshold.limit
+        delivery = Delivery(
+            id=name,
+            task_id="",
+            tenant=tenant,
+            url=url,
+            threshold=threshold.name,
+            body=body.decode(),
+            state=DeliveryState.PENDING,
+            created_at=now,
+            updated_at=now,
+        )
+        self._enqueue(delivery, 0)
+        return True
+
     def claim_deliveries(self, limit: int) -> Sequence[ClaimedDelivery]:
         now = self.read_clock().ledger_ms
         claimed: list[ClaimedDelivery] = []
@@ -212,7 +236,7 @@ class StoreModel(LedgerModel):
         return claimed
 
     def record_delivery(self, claimed: ClaimedDelivery, result: DeliveryResult) -> bool:
-        at, name = self.read_clock(), claimed.delivery.reservation
+        at, name = self.read_clock(), claimed.delivery.id
         delivery, has_succeeded = self.deliveries[name], result.state is DeliveryState.DELIVERED
         if delivery.state is not DeliveryState.PENDING:
             return False
@@ -253,7 +277,7 @@ class StoreModel(LedgerModel):
         return self.deliveries.get(name)
 
     def _enqueue(self, delivery: Delivery, delay_ms: int) -> None:
-        at, name, next_attempt_at = self.read_clock(), delivery.reservation, self.now_ms + delay_ms
+        at, name, next_attempt_at = self.read_clock(), delivery.id, self.now_ms + delay_ms
         self.deliveries[name] = replace(
             delivery, state=DeliveryState.PENDING, updated_at=at.server_ms, next_attempt_at=next_attempt_at
         )

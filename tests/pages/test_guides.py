@@ -53,6 +53,8 @@ RECEIVERS = {
     "javascript": (f"{' '.join(NODE)} receiver.mjs", "receiver.mjs"),
     "go": ("go run receiver.go", "receiver.go"),
 }
+WINDOWS = {"python": "day", "javascript": "month", "go": "total"}
+"""Of the limit of which each receiver is told, since each window is reported once."""
 UNTESTED_LANGUAGES = {"http"}
 """Of blocks that only show a request or headers."""
 
@@ -177,9 +179,11 @@ def test_webhook_receivers(gateway: GatewayProcess, tmp_path: Path, language: st
         for name in signed:
             assert send(address, EVENT, {key: value for key, value in signed.items() if key != name}) == 401
         webhook = {"url": address, "secret": SECRET, "allow": [f"127.0.0.0/8:{urlsplit(address).port}"]}
-        call_admin(gateway, "PATCH", "/tenants/demo", json={"webhook": webhook})
+        limit = {"window": WINDOWS[language], "tasks": 100, "warn_at": [1]}
+        call_admin(gateway, "PATCH", "/tenants/demo", json={"webhook": webhook, "limits": [limit]})
         task = gateway.call("POST", "/v1/tasks/face-enhance", files={"image": PHOTO}).json()["id"]
-        wait_until(lambda: f"task.succeeded {task}" in (tmp_path / "printed.txt").read_text(), "the webhook")
+        expected = {f"task.succeeded {task}", f"quota.threshold {WINDOWS[language]}-tasks"}
+        wait_until(lambda: expected <= {*(tmp_path / "printed.txt").read_text().splitlines()}, "both webhooks")
 
 
 def sign(body: str, age: int = 0) -> dict[str, str]:

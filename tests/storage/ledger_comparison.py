@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from service.domain.availability import PROBE_INTERVAL_MS
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import (
+    SPENT_WINDOWS,
     AccountState,
     AccountStatus,
     Balance,
@@ -25,11 +26,14 @@ from service.domain.ledger import (
     LedgerClock,
     Reservation,
     ReservationState,
+    SpentSums,
     TenantState,
     Verdict,
+    current_spent,
+    window_bounds,
 )
 from service.domain.tasks import Artifact, ArtifactName, CostBasis, Kind, Task, TaskError
-from service.domain.tenants import Account, AccountPolicy, Tenant, TenantPolicy
+from service.domain.tenants import Account, AccountPolicy, Tenant, TenantPolicy, Window
 from service.storage.connections import connect
 from service.storage.deliveries import RedisDeliveryQueue, _decode_delivery
 from service.storage.ledger import RedisLedger, _parse_day_usage
@@ -414,8 +418,9 @@ class LedgerComparison(RuleBasedStateMachine):
             keys.webhook_queues: model.queue_turns,
             keys.failed_deliveries: model.failed_at,
         }
-        (last, offset), listed, *rows = await self.scripts.read(
+        (last, offset), spent, listed, *rows = await self.scripts.read(
             ("MGET", keys.clock, keys.clock_offset),
+            ("HMGET", keys.tenant(TENANT), *(f"spent {kind}" for kind in Kind)),
             ("ZRANGE", keys.tenant_tasks(TENANT), 0, -1, "WITHSCORES"),
             *(("HGET", key, "state") for key in (keys.tenant(TENANT), *map(keys.account, ACCOUNTS))),
             *(("ZRANGE", key, 0, -1, "WITHSCORES") for key in times),
@@ -436,6 +441,17 @@ class LedgerComparison(RuleBasedStateMachine):
             assert dict(parse_withscores(rows.pop(0))) == expected, key
         for day in days:
             assert normalize_day(_parse_day_usage(rows.pop(0))) == normalize_day(model.usage(TENANT, day))
+        for kind, packed in zip(Kind, spent, strict=True):
+            self._compare_spent(kind, decode(packed, SpentSums))
+
+    def _compare_spent(self, kind: Kind, sums: SpentSums | None) -> None:
+        """Compare the sums for the metrics; those of a day or month are current from the first change in it on."""
+        for index, window in enumerate(SPENT_WINDOWS):
+            expected = self.model.spent(TENANT, window).get(kind, (0, 0))
+            if sums and sums[3 * index] == window_bounds(window, self.model.now_ms)[0]:
+                assert current_spent(sums, window, self.model.now_ms) == expected, window
+            else:
+                assert window is not Window.TOTAL or expected == (0, 0)
 
     async def _compare_values(self) -> None:
         model, keys = self.model, self.keys

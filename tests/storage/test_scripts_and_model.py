@@ -15,13 +15,14 @@ from service.domain.availability import PROBE_INTERVAL_MS
 from service.domain.ledger import AccountStatus, Balance, Idempotency, ReservationState
 from service.domain.tasks import Kind
 from service.domain.tenants import AccountPolicy, Limit, SpendingMode, TenantPolicy, Window
+from service.domain.thresholds import Threshold
 from service.storage.deliveries import FAILING_MS, LEASE_MS
 from service.storage.redis import DAY_MS, LATE_CHARGE_MS
 from service.usecases.ports import CheckOutcome, ClaimedDelivery, DeliveryResult
 from tests.model.ledger import is_reserved
 from tests.storage import ledger_strategies as draw
 from tests.storage.ledger_comparison import ACCOUNTS, TENANT, LedgerComparison
-from tests.storage.ledger_strategies import KINDS, SubmissionPlan, is_truthful, usual_plan
+from tests.storage.ledger_strategies import KINDS, WEBHOOKS, SubmissionPlan, is_truthful, usual_plan
 from tests.support.valkey import Valkey
 
 MIN_EXAMPLES = 50
@@ -457,10 +458,22 @@ class LedgerMachine(LedgerComparison):
     def _claim_deliveries(self, most: int) -> Any:
         return multiple(*(self.compare(self.deliveries.claim(most), self.model.claim_deliveries, most) or ()))
 
+    @rule(
+        percent=st.sampled_from([80, 95]),
+        window_start=st.sampled_from([0, 60_000, 120_000]),
+        limit=st.sampled_from([10, 20]),
+        url=st.sampled_from(list(filter(None, WEBHOOKS))),
+    )
+    def reach_threshold(self, percent: int, window_start: int, limit: int, url: str) -> None:
+        window, counts = Window.MINUTE, {"limit": limit, "used": limit, "reserved": 0}
+        threshold = Threshold("minute-tasks", "tasks", window, window_start, window_start + 60_000, percent, **counts)
+        event = threshold.event_name(TENANT), TENANT, url, threshold, b'{"type":"quota.threshold"}'
+        self.compare(self.deliveries.queue_threshold(*event), self.model.queue_threshold, *event)
+
     @rule(claimed=deliveries_in_progress, result=st.none() | draw.delivery_results)
     def record_delivery(self, claimed: ClaimedDelivery, result: DeliveryResult | None) -> None:
         """Record a result; without one, an operator sends it again."""
-        name = claimed.delivery.reservation
+        name = claimed.delivery.id
         if result:
             attempt = self.deliveries.record_attempt(claimed, result)
             self.compare(attempt, self.model.record_delivery, claimed, result)
@@ -546,6 +559,45 @@ def test_overrun_of_each_task_is_at_most_its_cost(valkey: Valkey) -> None:
             machine.record_check(due, SUCCEEDED)
         counter = machine.tenant_state().windows[Window.TOTAL]
         assert counter.overrun_fen == counter.money_fen - spent - 50 == 150
+
+
+def test_usage_counts_what_passes_several_limits_once(valkey: Valkey) -> None:
+    with run_machine(valkey) as machine:
+        machine.set_upstream(late=False, now=True, count=0, money=2_000)
+        for _ in range(2):
+            machine.run_submission(ACCOUNTS[0], usual_plan(KINDS[0]), 1)
+        name = machine.reserve(KINDS[0], ACCOUNTS[:1])
+        assert name
+        machine.settle(name, ACCEPTED)
+        spent = machine.tenant_state().windows[Window.TOTAL].money_fen
+        limits = Limit(Window.MONTH, money_fen=spent + 60), Limit(Window.TOTAL, money_fen=spent + 30)
+        machine.write_tenant_policy(TenantPolicy(limits))
+        machine.advance_clock(machine.retention.check_interval_ms)
+        for due in machine.claim_checks(9):
+            machine.record_check(due, SUCCEEDED)
+        windows = machine.tenant_state().windows
+        assert [windows[limit.window].overrun_fen for limit in limits] == [40, 70]
+        assert machine.model.reservations[name].overrun_fen == 70
+        machine.refund(TENANT, name, "")
+
+
+def test_sums_of_the_usage_are_read_from_it_if_they_are_missing(valkey: Valkey) -> None:
+    """As after an upgrade: with the next change of a kind, its uses and money of the day, the month and all days."""
+    with run_machine(valkey) as machine:
+        machine.set_upstream(late=False, now=True, count=4, money=2_000)
+        for days in (0, 1, 40, 1, 0):
+            machine.advance_clock(days * DAY_MS)
+            for kind in KINDS[:2]:
+                machine.run_submission(ACCOUNTS[0], usual_plan(kind), 1)
+        fields = [f"spent {kind}" for kind in Kind]
+        assert machine.run(machine.client.hdel(machine.keys.tenant(TENANT), *fields)) == 2
+        for number in range(2):  # the newest of each kind
+            name = machine.choose_reservation(number, lambda _: True)
+            assert name
+            machine.refund(TENANT, name, "")
+        machine.stored_data_matches()
+        sums = [machine.model.spent(TENANT, window) for window in (Window.DAY, Window.MONTH, Window.TOTAL)]
+        assert len({str(item) for item in sums}) == 3
 
 
 @pytest.mark.parametrize(

@@ -216,11 +216,11 @@ class FaultyStore:
         prefix = keys.reservation("")
         names = [key.decode().removeprefix(prefix) async for key in self.client.scan_iter(prefix + "*")]
         packed = {name: await read(keys.reservation(name)) for name in sorted(names)}
-        tenants, _ = await self.ledger.tenant_states(self.tenant_ids)
+        tenants, _ = await self.ledger.tenant_figures(self.tenant_ids)
         tasks = {name: await self.tasks.get(name) for name in names}
         return StoredState(
             {name: msgspec.msgpack.decode(item, type=Reservation) for name, item in packed.items()},
-            tenants,
+            {tenant: figures.state for tenant, figures in tenants.items()},
             await self.ledger.account_states(self.account_ids),
             {name: item[0] for name, item in tasks.items() if item},
         )

@@ -11,12 +11,12 @@ from typing import Any
 from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
-from service.api.admin_schemas import encode_task_event
+from service.api.admin_schemas import encode_task_event, encode_threshold_event
 from service.crypto import Keyring, TaskIdCodec
 from service.domain.errors import LedgerUnavailable
 from service.domain.ledger import AccountState, Balance, Reservation
 from service.domain.tasks import Artifact, ArtifactName, FaceEnhanceOptions, Options, Task
-from service.domain.tenants import Account, Tenant, TenantPolicy, Webhook, WebhookSecrets, Window
+from service.domain.tenants import Account, Limit, Tenant, TenantPolicy, Webhook, WebhookSecrets, Window
 from service.storage.connections import connect
 from service.storage.deliveries import RedisDeliveryQueue
 from service.storage.ledger import RedisLedger
@@ -36,6 +36,7 @@ from service.usecases.ports import (
     SubmitResult,
     WebhookResponse,
 )
+from service.usecases.quota_thresholds import ThresholdReporter
 from service.usecases.settlement import SettlementQueue
 from service.usecases.submit import Submission, Submitter
 from service.usecases.task_status import TaskReader
@@ -214,6 +215,8 @@ class UseCases:
             jitter=lambda: 0.0,
         )
 
+        self.reporter = self.make_reporter()
+
     async def open(self) -> None:
         await self.client.flushall()
         await set_server_time(self.client, self.keys, self.now_ms)
@@ -239,6 +242,17 @@ class UseCases:
     async def advance(self, milliseconds: int) -> None:
         self.now_ms += milliseconds
         await set_server_time(self.client, self.keys, self.now_ms)
+
+    async def set_limits(self, *limits: Limit) -> None:
+        await self.change_registry(tenants=(replace(self.tenant, policy=TenantPolicy(limits)),))
+
+    def make_reporter(self) -> ThresholdReporter:
+        return ThresholdReporter(
+            ledger=self.ledger,
+            deliveries=self.deliveries,
+            registry=self.registry,
+            encode_event=encode_threshold_event,
+        )
 
     def make_reader(self, *, interval: float) -> TaskReader:
         no_artifacts: Any = None

@@ -29,7 +29,7 @@ async def finish_task(gateway: UseCases) -> Task:
 
 async def read_delivery(gateway: UseCases, task: Task) -> Delivery:
     packed = await gateway.client.get(gateway.keys.delivery(task.reservation))
-    return msgspec.convert(msgspec.msgpack.decode(packed) | {"reservation": task.reservation}, Delivery)
+    return msgspec.convert(msgspec.msgpack.decode(packed) | {"id": task.reservation}, Delivery)
 
 
 async def add_deliveries(gateway: UseCases, task: Task, number: int, *urls: str) -> None:
@@ -69,7 +69,7 @@ async def test_fails_after_a_day(gateway: UseCases) -> None:
         await gateway.deliver(delivery.next_attempt_at - gateway.now_ms)
     assert (delivery.state, delivery.attempts, delivery.response_excerpt) == (DeliveryState.FAILED, 11, "full")
     assert 23 * 3_600_000 < gateway.now_ms - began_at <= 24 * 3_600_000
-    assert [item.reservation for item in await gateway.queue.list_failed(10)] == [task.reservation]
+    assert [item.id for item in await gateway.queue.list_failed(10)] == [task.reservation]
 
 
 @pytest.mark.parametrize("cause", ["tenant deleted", "no webhook", "other host", "task expired"])

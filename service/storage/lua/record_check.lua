@@ -68,16 +68,18 @@ if outcome == 'succeeded' or outcome == 'failed' then
       reservation.refund.count, reservation.refund.money_fen = cost.count, cost.money_fen
     end
     apply_to_windows(tenant, reservation, 1)
-    apply_to_usage(args.usage_prefix, args.reservation, reservation, old_usage, args.keep_usage_ms)
     if not reservation.refund then
       for _, limit in ipairs(tenant.policy.limits) do
         local counter = find_counter(tenant, limit.window, reservation.window_starts[limit.window])
         if limit.money_fen and counter then
-          local excess = math.max(counter.money_fen - limit.money_fen, 0)
-          counter.overrun_fen = counter.overrun_fen + math.min(excess, cost.money_fen)
+          local overrun = math.min(math.max(counter.money_fen - limit.money_fen, 0), cost.money_fen)
+          counter.overrun_fen = counter.overrun_fen + overrun
+          -- Of several limits, that which is passed the most: the usage counts each fen once.
+          reservation.overrun_fen = overrun > (reservation.overrun_fen or 0) and overrun or reservation.overrun_fen
         end
       end
     end
+    apply_to_usage(tenant, args.usage_prefix, args.reservation, reservation, old_usage, args.keep_usage_ms, wall)
     store_inference(account, args.reservation_prefix)
     save_state(tenant)
     save_state(account)

@@ -32,7 +32,7 @@ roll_windows(tenant, wall)
 apply_to_windows(tenant, reservation, -1)
 reservation.refund = refund
 apply_to_windows(tenant, reservation, 1)
-apply_to_usage(args.usage_prefix, args.reservation, reservation, old_usage, args.keep_usage_ms)
+apply_to_usage(tenant, args.usage_prefix, args.reservation, reservation, old_usage, args.keep_usage_ms, wall)
 save_state(tenant)
 save_reservation(KEYS[3], reservation)
 return {'refunded', redis.call('GET', KEYS[3]), now - wall}

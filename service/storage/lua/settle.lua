@@ -27,7 +27,7 @@ local function recreate_reservation()
   roll_windows(tenant, math.max(wall, args.created_at))
   apply_to_windows(tenant, reservation, 1)
   roll_windows(tenant, wall)
-  apply_to_usage(args.usage_prefix, args.reservation, reservation, {}, args.keep_usage_ms)
+  apply_to_usage(tenant, args.usage_prefix, args.reservation, reservation, {}, args.keep_usage_ms, wall)
   account.state.unknown_outcomes = account.state.unknown_outcomes + 1
   local expected = account.state.expected_drop
   expected.charges, expected.unpriced = expected.charges + 1, expected.unpriced + 1
@@ -111,7 +111,7 @@ else
   end
 end
 apply_to_windows(tenant, reservation, 1)
-apply_to_usage(args.usage_prefix, args.reservation, reservation, old_usage, args.keep_usage_ms)
+apply_to_usage(tenant, args.usage_prefix, args.reservation, reservation, old_usage, args.keep_usage_ms, wall)
 observe(account, args.balance, 'submit', reservation.dispatched_at, now, reservation.kind)
 if outcome == 'accepted' then
   learn_charge_timing(state, reservation, args.balance)

@@ -60,11 +60,11 @@ local function load_account(key, id)
   return {key = key, id = id, policy = policy or default_policy, state = state, is_registered = policy ~= nil}
 end
 
--- Returns the state as it is stored. That of a deleted tenant or account is kept only for as long as its last tasks may need
--- it.
+-- Stores the state, and what else has changed of its owner: `changes` has names and values. Returns the state as it is
+-- stored. That of a deleted tenant or account is kept only for as long as its last tasks may need it.
 local function save_state(owner)
   local packed = cmsgpack.pack(owner.state)
-  redis.call('HSET', owner.key, 'state', packed)
+  redis.call('HSET', owner.key, 'state', packed, unpack(owner.changes or {}))
   if not owner.is_registered then
     redis.call('PEXPIRE', owner.key, KEEP_DELETED_MS)
   end

@@ -145,23 +145,68 @@ local function usage_of(reservation)
   elseif state ~= 'reserved' then
     usage[state] = 1
   end
+  usage['overrun-money'] = reservation.overrun_fen
   if refund then
     usage['refunded'], usage['refunded-count'], usage['refunded-money'] = 1, refund.count, refund.money_fen
   end
   return usage
 end
 
+-- Returns the uses and the money that the usage charges for a kind on a range of days. `prefix` is that of their keys.
+local function sum_days(prefix, kind, first, last)
+  local uses, fen = 0, 0
+  for day = first, last do
+    local row = redis.call(
+      'HMGET', string.format('%s%d', prefix, day), kind .. ' observed-count', kind .. ' estimated-count',
+      kind .. ' refunded-count', kind .. ' observed-money', kind .. ' estimated-money', kind .. ' unknown-money',
+      kind .. ' refunded-money'
+    )
+    uses = uses + tonumber(row[1] or 0) + tonumber(row[2] or 0) - tonumber(row[3] or 0)
+    fen = fen + tonumber(row[4] or 0) + tonumber(row[5] or 0) + tonumber(row[6] or 0) - tonumber(row[7] or 0)
+  end
+  return uses, fen
+end
+
+-- Adds to a tenant's sums for the metrics how what its usage charges for a kind has changed on a day: start, uses and money
+-- of each of SPENT_WINDOWS. Those of a new period, and of a kind that has none yet, are read from the usage. They are
+-- stored with the tenant's state.
+local function apply_to_spent(tenant, prefix, kind, day, changes, keep_ms, wall)
+  local uses = (changes['observed-count'] or 0) + (changes['estimated-count'] or 0) - (changes['refunded-count'] or 0)
+  local fen = (changes['observed-money'] or 0) + (changes['estimated-money'] or 0) + (changes['unknown-money'] or 0)
+    - (changes['refunded-money'] or 0)
+  if uses == 0 and fen == 0 then
+    return
+  end
+  local field, today = 'spent ' .. kind, math.floor(wall / DAY_MS)
+  local sums = decode(tenant.changes and tenant.changes[2] or redis.call('HGET', tenant.key, field)) or {}
+  for index, window in ipairs(SPENT_WINDOWS) do
+    local at, start = 3 * index, tenant.state.windows[window].window_start
+    if sums[at - 2] ~= start then
+      local first, last = today - math.ceil(keep_ms / DAY_MS), math.max(today, day)
+      if window ~= 'total' then
+        first, last = start / DAY_MS, window_end(window, wall) / DAY_MS - 1
+      end
+      sums[at - 2], sums[at - 1], sums[at] = start, sum_days(prefix, kind, first, last)
+    elseif day == today or window_start(window, day * DAY_MS) == start then
+      sums[at - 1], sums[at] = sums[at - 1] + uses, sums[at] + fen
+    end
+  end
+  tenant.changes = {field, cmsgpack.pack(sums)}
+end
+
 -- Writes to the usage of a reservation's day how its measures differ from those of `before`, and lists it there while its
 -- outcome is unknown or it is refunded. `prefix` is that of the keys of the tenant's days.
-local function apply_to_usage(prefix, id, reservation, before, keep_ms)
-  local key = string.format('%s%d', prefix, math.floor(reservation.created_at / DAY_MS))
+local function apply_to_usage(tenant, prefix, id, reservation, before, keep_ms, wall)
+  local day = math.floor(reservation.created_at / DAY_MS)
+  local key = string.format('%s%d', prefix, day)
   local changes = usage_of(reservation)
   for measure, value in pairs(before) do
     changes[measure] = (changes[measure] or 0) - value
   end
+  local is_new = false
   for measure, change in pairs(changes) do
-    if change ~= 0 then
-      redis.call('HINCRBY', key, reservation.kind .. ' ' .. measure, change)
+    if change ~= 0 and redis.call('HINCRBY', key, reservation.kind .. ' ' .. measure, change) == change then
+      is_new = true
     end
   end
   if reservation.state == 'unknown' then
@@ -178,5 +223,8 @@ local function apply_to_usage(prefix, id, reservation, before, keep_ms)
   elseif before['refunded'] then
     redis.call('HDEL', key, 'refund ' .. id)
   end
-  redis.call('PEXPIRE', key, keep_ms)
+  if is_new then
+    redis.call('PEXPIRE', key, keep_ms)
+  end
+  apply_to_spent(tenant, prefix, reservation.kind, day, changes, keep_ms, wall)
 end
