@@ -46,8 +46,6 @@ from service.usecases.ports import BalanceCheck, ReserveRequest, Settlement, Ten
 T = TypeVar("T")
 KEEP_IDEMPOTENCY_KEY_MS = DAY_MS
 _BATCH_SIZE = 100
-KEEP_USAGE_MS = 400 * DAY_MS
-"""13 months at least."""
 _MEASURES = {f"{kind} {measure}".encode(): (kind, measure) for kind in Kind for measure in Measure}
 """The fields of a day's usage with numbers."""
 
@@ -157,7 +155,6 @@ class RedisLedger:
             keep_ms=self._retention.keep_ms,
             is_late=settlement.is_late,
             usage_prefix=keys.usage(settlement.tenant, ""),
-            keep_usage_ms=KEEP_USAGE_MS,
             reservation_prefix=keys.reservation(""),
             idempotency_prefix=keys.idempotency(settlement.tenant, ""),
             idempotency=self._idempotency_argument(settlement.tenant, settlement.idempotency),
@@ -316,7 +313,6 @@ class RedisLedger:
             tenant=tenant,
             reason=reason,
             usage_prefix=keys.usage(tenant, ""),
-            keep_usage_ms=KEEP_USAGE_MS,
         )
         if status == b"not-found":
             return None
@@ -325,6 +321,16 @@ class RedisLedger:
     async def get_usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
         rows = await self._scripts.read(*(("HGETALL", self._keys.usage(tenant, day)) for day in days))
         return [_parse_day_usage(fields) for fields in rows]
+
+    async def sum_usage(self, tenant: int, first: int, last: int) -> Mapping[int, DayUsage]:
+        keys = self._keys
+        sums, *named = await self._scripts.call(
+            "sum_usage", [keys.tenant(tenant)], usage_prefix=keys.usage(tenant, ""), first=first, last=last
+        )
+        fields: dict[int, dict[bytes, Any]] = {first: dict(zip(sums[::2], sums[1::2], strict=True))}
+        for day, field, value in named:
+            fields.setdefault(day, {})[field] = value
+        return {day: _parse_day_usage(values) for day, values in fields.items()}
 
     async def current_day(self) -> int:
         (time,) = await self._scripts.read(self._keys.server_time_command)
@@ -381,7 +387,7 @@ def _decode_reservation(packed: bytes, offset: int) -> Reservation:
     return msgspec.msgpack.decode(packed, type=Reservation).to_server_time(offset)
 
 
-def _parse_day_usage(fields: Mapping[bytes, bytes]) -> DayUsage:
+def _parse_day_usage(fields: Mapping[bytes, Any]) -> DayUsage:
     day = DayUsage()
     for name, value in fields.items():
         if measured := _MEASURES.get(name):

@@ -35,6 +35,8 @@ DATA_VERSION = 4
 """Rises with every change after which an older gateway could misread the data, or this one the older data."""
 UPGRADABLE_VERSION = 3
 """The data version that the first process of this one converts in place."""
+KEEP_USAGE_MS = 400 * DAY_MS
+"""13 months at least."""
 LATE_CHARGE_MS = 600_000
 """A submission may still be charged this long after its outcome became unknown."""
 MAX_CHECK_INTERVAL_MS = 30_000
@@ -60,6 +62,7 @@ _CONSTANTS: Mapping[str, int | Sequence[str]] = {
     "MAX_FAILED_BALANCE_CHECKS": MAX_FAILED_BALANCE_CHECKS,
     "EXCLUSIVE_RETRY_MS": EXCLUSIVE_RETRY_MS,
     "LATE_CHARGE_MS": LATE_CHARGE_MS,
+    "KEEP_USAGE_MS": KEEP_USAGE_MS,
     "MAX_CHECK_INTERVAL_MS": MAX_CHECK_INTERVAL_MS,
     "MAX_CHECK_BACKOFF_MS": MAX_CHECK_BACKOFF_MS,
     "AGE_PER_CHECK_INTERVAL": AGE_PER_CHECK_INTERVAL,

@@ -13,7 +13,7 @@ from msgspec import MsgspecError, Struct
 from service.domain.errors import MalformedRequest
 from service.domain.tasks import Artifact, Backlog, Cost, CostBasis, Kind, State, Task, TaskError
 from service.storage.deliveries import delivery_arguments
-from service.storage.ledger import KEEP_USAGE_MS, Retention
+from service.storage.ledger import Retention
 from service.storage.redis import Keys, RedisScripts, overdue_ms, parse_server_time
 from service.usecases.caches import TaskCache
 from service.usecases.ports import CheckOutcome, CheckResult, ClaimedCheck, TaskPage
@@ -24,9 +24,12 @@ _FILTERED_BATCH_SIZE = 100
 _MAX_SCANNED = 800
 """The tasks that one request reads at most: 2 ms of a process's CPU."""
 _UNRESOLVED_OUTCOMES = frozenset({CheckOutcome.NOT_FOUND, CheckOutcome.INVALID})
-_LOST_ERROR = TaskError("task-lost", "The upstream no longer knows this task. It may have been charged.")
-_UNUSABLE_ERROR = TaskError(
-    "result-unusable", "The upstream returned no usable status of this task. It may have been charged."
+_LOST_ERROR, _UNUSABLE_ERROR = (
+    msgspec.json.encode(error).decode()
+    for error in (
+        TaskError("task-lost", "The upstream no longer knows this task. It may have been charged."),
+        TaskError("result-unusable", "The upstream returned no usable status of this task. It may have been charged."),
+    )
 )
 
 
@@ -169,9 +172,7 @@ class RedisTaskStore:
         return Backlog(waiting + claimed, overdue_ms(first, *time))
 
     async def record_check(self, claimed: ClaimedCheck, result: CheckResult) -> tuple[Task, int] | None:
-        task, keys = claimed.task, self._keys
-        # The longer texts are only passed where the script uses them: it decodes all arguments at every call.
-        is_unresolved = result.outcome in _UNRESOLVED_OUTCOMES
+        task, keys, retention = claimed.task, self._keys, self._retention
         status, now, *rest = await self._scripts.call(
             "record_check",
             [
@@ -190,19 +191,22 @@ class RedisTaskStore:
             outcome=result.outcome,
             artifacts=msgspec.json.encode(result.artifacts).decode(),
             error=msgspec.json.encode(result.error).decode() if result.error else None,
-            lost_error=msgspec.json.encode(_LOST_ERROR).decode() if is_unresolved else None,
-            unusable_error=msgspec.json.encode(_UNUSABLE_ERROR).decode() if is_unresolved else None,
             balance=result.balance,
-            check_interval_ms=self._retention.check_interval_ms,
-            lost_after_ms=self._retention.lost_after_ms,
-            unusable_after_ms=self._retention.unusable_after_ms,
-            keep_reservation_ms=self._retention.keep_ms,
-            keep_running_ms=self._retention.keep_ms,
-            keep_finished_ms=self._retention.keep_finished_ms,
+            check_interval_ms=retention.check_interval_ms,
+            keep_ms=retention.keep_ms,
+            keep_finished_ms=retention.keep_finished_ms,
             usage_prefix=keys.usage(task.tenant, ""),
-            keep_usage_ms=KEEP_USAGE_MS,
             reservation_prefix=keys.reservation(""),
             channel=keys.task_events_channel,
+            # Only passed where the script uses them: it decodes all arguments at every call.
+            unresolved={
+                "lost_after_ms": retention.lost_after_ms,
+                "lost_error": _LOST_ERROR,
+                "unusable_after_ms": retention.unusable_after_ms,
+                "unusable_error": _UNUSABLE_ERROR,
+            }
+            if result.outcome in _UNRESOLVED_OUTCOMES
+            else None,
             deliveries=delivery_arguments(keys) if task.webhook_url else None,
         )
         return (_decode_task(task.reservation, rest[0]), now) if status == b"recorded" else None

@@ -280,6 +280,12 @@ class Ledger(Protocol):
     async def get_usage(self, tenant: int, days: Sequence[int]) -> Sequence[DayUsage]:
         """Return the usage of a tenant on days since the epoch, for the last 13 months."""
 
+    async def sum_usage(self, tenant: int, first: int, last: int) -> Mapping[int, DayUsage]:
+        """Sum the usage from one day since the epoch to another, at most a month.
+
+        Returns all tallies for `first`, and the named submissions for their own days.
+        """
+
     async def current_day(self) -> int:
         """Return the current day since the epoch, by server time."""
 

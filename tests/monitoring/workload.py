@@ -208,7 +208,8 @@ def create_tenants(gateway: MonitoredGateway) -> None:
     gateway.create_account("unknown", 5, 5)
     gateway.create_account("blind", 5, 5, max_price={})
     gateway.create_account("away", 5, 5, base_url=gateway.unreachable_url)
-    gateway.create_tenant("steady", "main", limits=[{"window": item, "tasks": 500, "money": 500} for item in WINDOWS])
+    limits = [{"window": item, "tasks": 500, "money": 500, "warn_at": [1]} for item in WINDOWS]
+    gateway.create_tenant("steady", "main", limits=limits)
     ports = [urlsplit(url).port for url in (gateway.receiver_url, gateway.unreachable_url)]
     gateway.create_tenant("fetching", "main", allow_image_url=[f"127.0.0.0/8:{port}" for port in ports])
     for name in ("money", "leaky", "unknown", "blind", "away"):

@@ -27,6 +27,7 @@ from service.domain.ledger import (
     Reservation,
     ReservationState,
     SpentSums,
+    Tally,
     TenantState,
     Verdict,
     current_spent,
@@ -441,6 +442,16 @@ class LedgerComparison(RuleBasedStateMachine):
             assert dict(parse_withscores(rows.pop(0))) == expected, key
         for day in days:
             assert normalize_day(_parse_day_usage(rows.pop(0))) == normalize_day(model.usage(TENANT, day))
+        first = max(days[-1] - 400, days[0]) if days else 0
+        for day, usage in (await self.ledger.sum_usage(TENANT, first, days[-1]) if days else {}).items():
+            of_days = [model.usage(TENANT, other) for other in days if other >= first]
+            total = DayUsage()
+            for other in of_days if day == first else ():
+                for kind, tally in other.tallies.items():
+                    total.tallies.setdefault(kind, Tally()).update(tally)
+            listed = model.usage(TENANT, day)
+            expected_usage = DayUsage(total.tallies, listed.unknown, listed.refunds)
+            assert normalize_day(usage) == normalize_day(expected_usage)
         for kind, packed in zip(Kind, spent, strict=True):
             self._compare_spent(kind, decode(packed, SpentSums))
 

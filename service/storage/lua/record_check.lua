@@ -1,11 +1,11 @@
 -- Records a check of a task and schedules the next one. The end of a task is recorded once, with its cost.
 -- USES: store, windows, account, deliveries, checks
 -- KEYS     clock, tenant, reservation, account, task, poll:due, poll:claimed, poll:watched:reservation
--- ARGV     MessagePack {reservation, account, claimed_at, outcome, artifacts, error, lost_error, unusable_error, balance,
---          check_interval_ms, lost_after_ms, unusable_after_ms, keep_reservation_ms, keep_running_ms, keep_finished_ms,
---          usage_prefix, keep_usage_ms, reservation_prefix, channel, deliveries}; usage_prefix is that of the keys of the
---          tenant's days, channel is where changes of tasks are published, deliveries as in shared/deliveries.lua; it is nil
---          without a webhook, and lost_error and unusable_error are nil unless the outcome is not_found or invalid
+-- ARGV     MessagePack {reservation, account, claimed_at, outcome, artifacts, error, balance, check_interval_ms, keep_ms,
+--          keep_finished_ms, usage_prefix, reservation_prefix, channel, unresolved, deliveries}; usage_prefix is that of the
+--          keys of the tenant's days, channel is where changes of tasks are published; unresolved {lost_after_ms, lost_error,
+--          unusable_after_ms, unusable_error} is nil unless the outcome is not_found or invalid, and deliveries, as in
+--          shared/deliveries.lua, without a webhook
 -- RETURNS  {'recorded', wall, the task}, {'already-finished', wall}, or {'not-found', wall} if there is no such task
 
 local args = cmsgpack.unpack(ARGV[1])
@@ -29,10 +29,11 @@ if outcome == 'not_found' or outcome == 'invalid' then
   else
     task.not_found_at = nil
   end
-  if outcome == 'not_found' and task.not_found_ms >= args.lost_after_ms then
-    outcome, failure = 'failed', args.lost_error
-  elseif task.unresolved_ms >= args.unusable_after_ms then
-    outcome, failure = 'failed', args.unusable_error
+  local limits = args.unresolved
+  if outcome == 'not_found' and task.not_found_ms >= limits.lost_after_ms then
+    outcome, failure = 'failed', limits.lost_error
+  elseif task.unresolved_ms >= limits.unusable_after_ms then
+    outcome, failure = 'failed', limits.unusable_error
   end
 elseif outcome == 'no_response' then
   task.not_found_at, task.unresolved_at = nil, nil
@@ -40,12 +41,12 @@ else
   task.not_found_ms, task.not_found_at, task.unresolved_ms, task.unresolved_at = nil, nil, nil, nil
 end
 
-local keep_ms, old_version = args.keep_running_ms, task.version
+local keep_ms, old_version = args.keep_ms, task.version
 if outcome == 'succeeded' or outcome == 'failed' then
   local cost = {count = 0, money_fen = 0, basis = 'unknown'}
   local reservation = load_reservation(KEYS[3])
   if reservation and reservation.state == 'accepted' and not reservation.cost then
-    local tenant, account = load_tenant(KEYS[2]), load_account(KEYS[4], args.account)
+    local tenant, account = load_tenant(KEYS[2], reservation.kind), load_account(KEYS[4], args.account)
     local state, balance, succeeded = account.state, args.balance, outcome == 'succeeded'
     local old_usage = usage_of(reservation)
     roll_windows(tenant, wall)
@@ -79,11 +80,11 @@ if outcome == 'succeeded' or outcome == 'failed' then
         end
       end
     end
-    apply_to_usage(tenant, args.usage_prefix, args.reservation, reservation, old_usage, args.keep_usage_ms, wall)
+    apply_to_usage(tenant, args.usage_prefix, args.reservation, reservation, old_usage, wall)
     store_inference(account, args.reservation_prefix)
     save_state(tenant)
     save_state(account)
-    save_reservation(KEYS[3], reservation, args.keep_reservation_ms)
+    save_reservation(KEYS[3], reservation, args.keep_ms)
   end
   task.state, task.updated_at, task.finished_at, task.last_checked_at = outcome, wall, wall, wall
   task.artifacts, task.error, task.cost, task.version = args.artifacts, failure, cost, task.version + 1

@@ -2,7 +2,7 @@
 -- whatever a late outcome makes of it.
 -- USES: store, windows
 -- KEYS     clock, tenant, reservation
--- ARGV     MessagePack {reservation, tenant, reason, usage_prefix, keep_usage_ms}; usage_prefix is that of the keys of the
+-- ARGV     MessagePack {reservation, tenant, reason, usage_prefix}; usage_prefix is that of the keys of the
 --          tenant's days, which share the hash tag of KEYS
 -- RETURNS  {status, the reservation, offset}, where status is 'refunded', or 'already-refunded', 'nothing-charged' or
 --          'running' if nothing changed, and offset is by how much the ledger's time is ahead; or {'not-found'} if the
@@ -27,12 +27,12 @@ else
   local cost = reservation.cost
   refund = {refunded_at = wall, reason = args.reason, count = cost.count, money_fen = cost.money_fen}
 end
-local tenant, old_usage = load_tenant(KEYS[2]), usage_of(reservation)
+local tenant, old_usage = load_tenant(KEYS[2], reservation.kind), usage_of(reservation)
 roll_windows(tenant, wall)
 apply_to_windows(tenant, reservation, -1)
 reservation.refund = refund
 apply_to_windows(tenant, reservation, 1)
-apply_to_usage(tenant, args.usage_prefix, args.reservation, reservation, old_usage, args.keep_usage_ms, wall)
+apply_to_usage(tenant, args.usage_prefix, args.reservation, reservation, old_usage, wall)
 save_state(tenant)
 save_reservation(KEYS[3], reservation)
 return {'refunded', redis.call('GET', KEYS[3]), now - wall}

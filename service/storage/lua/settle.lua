@@ -2,7 +2,7 @@
 -- USES: store, windows, account
 -- KEYS     clock, tenant, reservation, leases, account, task, index of the tenant's tasks, poll:due
 -- ARGV     MessagePack {reservation, tenant, account, kind, created_at, outcome, balance, account_status, keep_ms, is_late,
---          new_task, usage_prefix, keep_usage_ms, reservation_prefix, idempotency_prefix, idempotency}, new_task {id,
+--          new_task, usage_prefix, reservation_prefix, idempotency_prefix, idempotency}, new_task {id,
 --          options, metadata, check_interval_ms, webhook_url, trace_context}; the prefixes are those of the keys of the
 --          tenant's days, of reservations, and of the tenant's idempotency keys; idempotency {key_digest, digests, keep_ms}
 --          is stored even if the reservation was lost
@@ -27,7 +27,7 @@ local function recreate_reservation()
   roll_windows(tenant, math.max(wall, args.created_at))
   apply_to_windows(tenant, reservation, 1)
   roll_windows(tenant, wall)
-  apply_to_usage(tenant, args.usage_prefix, args.reservation, reservation, {}, args.keep_usage_ms, wall)
+  apply_to_usage(tenant, args.usage_prefix, args.reservation, reservation, {}, wall)
   account.state.unknown_outcomes = account.state.unknown_outcomes + 1
   local expected = account.state.expected_drop
   expected.charges, expected.unpriced = expected.charges + 1, expected.unpriced + 1
@@ -111,7 +111,7 @@ else
   end
 end
 apply_to_windows(tenant, reservation, 1)
-apply_to_usage(tenant, args.usage_prefix, args.reservation, reservation, old_usage, args.keep_usage_ms, wall)
+apply_to_usage(tenant, args.usage_prefix, args.reservation, reservation, old_usage, wall)
 observe(account, args.balance, 'submit', reservation.dispatched_at, now, reservation.kind)
 if outcome == 'accepted' then
   learn_charge_timing(state, reservation, args.balance)

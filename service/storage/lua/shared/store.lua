@@ -38,11 +38,17 @@ local function decode(text)
   return text and cmsgpack.unpack(text) or nil
 end
 
-local function load_tenant(key)
-  local stored = redis.call('HMGET', key, 'policy', 'state')
+-- With a kind, its sums for the metrics are loaded too (shared/windows.lua).
+local function load_tenant(key, kind)
+  local stored
+  if kind then
+    stored = redis.call('HMGET', key, 'policy', 'state', 'spent ' .. kind)
+  else
+    stored = redis.call('HMGET', key, 'policy', 'state')
+  end
   local policy, state = decode(stored[1]), decode(stored[2]) or {active_tasks = 0}
   state.windows = state.windows or {}
-  return {key = key, policy = policy or {limits = {}}, state = state, is_registered = policy ~= nil}
+  return {key = key, policy = policy or {limits = {}}, state = state, is_registered = policy ~= nil, spent = stored[3]}
 end
 
 local function load_account(key, id)

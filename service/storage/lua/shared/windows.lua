@@ -170,7 +170,7 @@ end
 -- Adds to a tenant's sums for the metrics how what its usage charges for a kind has changed on a day: start, uses and money
 -- of each of SPENT_WINDOWS. Those of a new period, and of a kind that has none yet, are read from the usage. They are
 -- stored with the tenant's state.
-local function apply_to_spent(tenant, prefix, kind, day, changes, keep_ms, wall)
+local function apply_to_spent(tenant, prefix, kind, day, changes, wall)
   local uses = (changes['observed-count'] or 0) + (changes['estimated-count'] or 0) - (changes['refunded-count'] or 0)
   local fen = (changes['observed-money'] or 0) + (changes['estimated-money'] or 0) + (changes['unknown-money'] or 0)
     - (changes['refunded-money'] or 0)
@@ -178,11 +178,15 @@ local function apply_to_spent(tenant, prefix, kind, day, changes, keep_ms, wall)
     return
   end
   local field, today = 'spent ' .. kind, math.floor(wall / DAY_MS)
-  local sums = decode(tenant.changes and tenant.changes[2] or redis.call('HGET', tenant.key, field)) or {}
+  local packed = tenant.spent
+  if packed == nil then
+    packed = redis.call('HGET', tenant.key, field)
+  end
+  local sums = decode(packed) or {}
   for index, window in ipairs(SPENT_WINDOWS) do
     local at, start = 3 * index, tenant.state.windows[window].window_start
     if sums[at - 2] ~= start then
-      local first, last = today - math.ceil(keep_ms / DAY_MS), math.max(today, day)
+      local first, last = today - KEEP_USAGE_MS / DAY_MS, math.max(today, day)
       if window ~= 'total' then
         first, last = start / DAY_MS, window_end(window, wall) / DAY_MS - 1
       end
@@ -191,12 +195,13 @@ local function apply_to_spent(tenant, prefix, kind, day, changes, keep_ms, wall)
       sums[at - 1], sums[at] = sums[at - 1] + uses, sums[at] + fen
     end
   end
-  tenant.changes = {field, cmsgpack.pack(sums)}
+  tenant.spent = cmsgpack.pack(sums)
+  tenant.changes = {field, tenant.spent}
 end
 
 -- Writes to the usage of a reservation's day how its measures differ from those of `before`, and lists it there while its
 -- outcome is unknown or it is refunded. `prefix` is that of the keys of the tenant's days.
-local function apply_to_usage(tenant, prefix, id, reservation, before, keep_ms, wall)
+local function apply_to_usage(tenant, prefix, id, reservation, before, wall)
   local day = math.floor(reservation.created_at / DAY_MS)
   local key = string.format('%s%d', prefix, day)
   local changes = usage_of(reservation)
@@ -224,7 +229,7 @@ local function apply_to_usage(tenant, prefix, id, reservation, before, keep_ms, 
     redis.call('HDEL', key, 'refund ' .. id)
   end
   if is_new then
-    redis.call('PEXPIRE', key, keep_ms)
+    redis.call('PEXPIRE', key, KEEP_USAGE_MS)
   end
-  apply_to_spent(tenant, prefix, reservation.kind, day, changes, keep_ms, wall)
+  apply_to_spent(tenant, prefix, reservation.kind, day, changes, wall)
 end
