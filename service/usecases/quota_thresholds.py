@@ -14,6 +14,7 @@ import structlog
 from service.domain.errors import LedgerUnavailable
 from service.domain.tenants import Tenant, strip_query
 from service.domain.thresholds import Threshold, reached_thresholds
+from service.usecases.background import run_in_turns
 from service.usecases.caches import CachedRegistry
 from service.usecases.ports import DeliveryQueue, Ledger
 
@@ -57,10 +58,11 @@ class ThresholdReporter:
         if not tenants:
             return
         figures, now = await self.ledger.tenant_figures([tenant.id for tenant in tenants])
+        found = await run_in_turns(
+            (tenant, list(reached_thresholds(tenant.policy, figures[tenant.id].state, now))) for tenant in tenants
+        )
         reached = {
-            threshold.event_name(tenant.id): (tenant, threshold)
-            for tenant in tenants
-            for threshold in reached_thresholds(tenant.policy, figures[tenant.id].state, now)
+            threshold.event_name(tenant.id): (tenant, threshold) for tenant, items in found for threshold in items
         }
         self._reported &= reached.keys()
         for name, (tenant, threshold) in reached.items():

@@ -199,11 +199,12 @@ class StoreModel(LedgerModel):
 
     def queue_threshold(self, name: str, tenant: int, url: str, threshold: Threshold, body: bytes) -> bool:
         now, key = self.read_clock().server_ms, (tenant, threshold.name)
-        if tenant not in self.tenant_policies:
+        start, limit = threshold.window_start, threshold.limit
+        last_start, last_limit = self.warned.get(key, (-1, 0))
+        is_known = limit <= last_limit if start == last_start else start < last_start and name in self.deliveries
+        if is_known or tenant not in self.tenant_policies:
             return False
-        if key in self.warned and (threshold.window_start, threshold.limit) <= self.warned[key]:
-            return False
-        self.warned[key] = threshold.window_start, threshold.limit
+        self.warned[key] = max(self.warned.get(key, (-1, 0)), (start, limit))
         delivery = Delivery(
             id=name,
             task_id="",

@@ -155,6 +155,21 @@ async def test_window_is_reported_after_its_end(gateway: UseCases) -> None:
     assert len(await report(gateway)) == 1
 
 
+async def test_window_that_is_reached_after_the_next_is_reported_once(gateway: UseCases) -> None:
+    """The server's clock may step back, and tasks of a window may end after the next was reported."""
+    await gateway.advance(TO_MIDNIGHT_MS)
+    await submit(gateway, 2)
+    assert len(await report(gateway)) == 1
+    await gateway.advance(-1_000)
+    await submit(gateway, 2)
+    for reporter in (gateway.reporter, gateway.make_reporter()):
+        gateway.reporter = reporter
+        assert sorted(data["resets_at"][:10] for data in await report(gateway)) == ["2026-09-22", "2026-09-23"]
+    await gateway.advance(1_000)
+    gateway.reporter = gateway.make_reporter()
+    assert len(await report(gateway)) == 2
+
+
 async def test_only_tenants_with_an_address_are_told(gateway: UseCases) -> None:
     await gateway.set_webhook(url=None)
     await submit(gateway, 2)

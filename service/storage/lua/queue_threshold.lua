@@ -10,12 +10,21 @@ local now, wall = advance_clock(KEYS[1])
 local stored = redis.call('HMGET', KEYS[2], 'policy', 'warned')
 local warned = decode(stored[2]) or {}
 local last = warned[args.name]
-local is_later = not last or args.window_start > last[1] or (args.window_start == last[1] and args.limit > last[2])
-if not stored[1] or not is_later then
+local is_known
+if last and args.window_start == last[1] then
+  is_known = args.limit <= last[2]
+elseif last and args.window_start < last[1] then
+  -- The tasks of an earlier window may end later, or the server's clock has stepped back. Its event is kept for longer than
+  -- its window is reported.
+  is_known = redis.call('EXISTS', args.deliveries.delivery_prefix .. args.id) == 1
+end
+if not stored[1] or is_known then
   return {'known', now}
 end
-warned[args.name] = {args.window_start, args.limit}
-redis.call('HSET', KEYS[2], 'warned', cmsgpack.pack(warned))
+if not last or args.window_start >= last[1] then
+  warned[args.name] = {args.window_start, args.limit}
+  redis.call('HSET', KEYS[2], 'warned', cmsgpack.pack(warned))
+end
 args.delivery.created_at, args.delivery.attempts = wall, 0
 enqueue_delivery(args.deliveries, args.id, args.delivery, 0, now, wall)
 return {'queued', now}
