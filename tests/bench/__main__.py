@@ -7,6 +7,7 @@ peers/            the vendor's stub, the references, and processes pinned to a C
 load.py, wrk.lua  requests, PNGs of random pixels, and the load generators
 report.py         tables, JSON, the results file and the plot
 results/          the results of a run
+scaling.py        a run of its own: costs against tenants and tasks, of a store that seeding.py fills; scaling_report.py
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ OTHER = "other"
 ALONE = "alone"
 """The rate of the same requests without what goes on beside them."""
 _UNLIMITED = 10**9
-_TENANT = {
+TENANT = {
     "accounts": ["main"],
     "limits": [{"window": "day", "tasks": _UNLIMITED}, {"window": "month", "tasks": _UNLIMITED}],
     "max_active": _UNLIMITED,
@@ -121,7 +121,7 @@ def _make_tenant(env: Environment, ops_url: str) -> str:
     """Create an account, and a tenant with limits that are counted but never reached; returns its token."""
     with env.open_admin(ops_url) as http:
         http.put("/accounts/main", json={"user_key": USER_KEY}).raise_for_status()
-        http.put("/tenants/shop", json=_TENANT).raise_for_status()
+        http.put("/tenants/shop", json=TENANT).raise_for_status()
         return str(http.post("/tenants/shop/tokens", json={}).raise_for_status().json()["token"])
 
 

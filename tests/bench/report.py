@@ -28,8 +28,7 @@ _PAGE = """# Benchmark results
 
 Written by `make bench` on {date}, of commit `{commit}`{other}.
 
-- machine: {cpu}, {cores} cores, {memory_gib} GiB, Linux {kernel}
-- versions: {versions}, and those of the commit's `uv.lock`
+{machine}
 
 The server under test is pinned to one CPU; the load generator, the vendor's stand-in and Valkey (with an append-only
 file) share another. Servers alternate and restart in each round, and the figures are medians of {rounds} rounds of
@@ -106,16 +105,24 @@ def format_tables(results: Sequence[Result], titles: Mapping[str, str]) -> str:
     rows: dict[str, list[Result]] = {}
     for result in results:
         rows.setdefault(result.row, []).append(result)
-    tables = [f"### Targets\n\n{_format_lines(compare_targets(results))}"]
+    tables = [f"### Targets\n\n{format_lines(compare_targets(results))}"]
     tables += [f"### {row}\n\n{titles[row]}\n\n{_format_table(found)}" for row, found in rows.items()]
     return "\n".join(tables)
 
 
 def format_page(facts: Mapping[str, Any], tables: str) -> str:
     """Format the results as a page in Markdown."""
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     other = f", compared with commit `{facts[OTHER]}` as *({OTHER})*" if OTHER in facts else ""
-    return _PAGE.format(**{**facts, "versions": versions, "other": other}) + tables
+    return _PAGE.format(**facts, machine=describe_machine(facts), other=other) + tables
+
+
+def describe_machine(facts: Mapping[str, Any]) -> str:
+    """Return the machine and the versions of a run as a list in Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return (
+        f"- machine: {facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB, Linux {facts['kernel']}\n"
+        f"- versions: {versions}, and those of the commit's `uv.lock`"
+    )
 
 
 def format_json(facts: Mapping[str, Any], results: Sequence[Result]) -> str:
@@ -130,10 +137,10 @@ def _format_table(results: Sequence[Result]) -> str:
         figures = [format_number(item.figures.get(name, math.nan)) for name in names]
         errors = ", ".join(f"{count} {what}" for what, count in item.errors.items())
         lines.append([item.server, str(item.connections or ""), *figures, errors])
-    return _format_lines(lines)
+    return format_lines(lines)
 
 
-def _format_lines(lines: Sequence[Sequence[str]]) -> str:
+def format_lines(lines: Sequence[Sequence[str]]) -> str:
     """Format lines of cells, the first of them headings, without empty columns."""
     columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
     aligned = []

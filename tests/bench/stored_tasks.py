@@ -59,16 +59,16 @@ def poller(comparison: Comparison) -> None:
         with candidate.start_reader(env) as reader, candidate.start(env) as server:
             errors = _read_all_once(reader, task_ids)
             time.sleep(_SETTLING_SECONDS)
-            checks, started_at, used = _count_checks(env.stub), time.monotonic(), server.cpu_seconds()
+            checks, started_at, used = count_checks(env.stub), time.monotonic(), server.cpu_seconds()
             time.sleep(_MEASURED_SECONDS)
-            checks, used = _count_checks(env.stub) - checks, server.cpu_seconds() - used
+            checks, used = count_checks(env.stub) - checks, server.cpu_seconds() - used
             seconds = time.monotonic() - started_at
         figures = {"interval_ms": len(task_ids) * seconds * 1000 / max(checks, 1)}
         figures |= {"cpu_ms": used * 1000 / max(checks, 1), "cpu_percent": used / seconds * 100}
         comparison.add(POLLER, candidate.name, figures, errors)
 
 
-def _count_checks(stub: Server) -> int:
+def count_checks(stub: Server) -> int:
     return int(httpx2.get(f"{stub.url}/stats", trust_env=False).json()["checks"])
 
 
@@ -121,12 +121,12 @@ def beside_running(comparison: Comparison) -> None:
         env, task_ids = _seed(comparison, candidate)
         with comparison.copy(env) as copy, candidate.start_reader(copy) as reader, candidate.start(copy) as server:
             errors = _read_all_once(reader, task_ids)
-            checks, started_at = _count_checks(copy.stub), time.monotonic()
+            checks, started_at = count_checks(copy.stub), time.monotonic()
             requests = server.read_request(task_ids[0]), server.submit_request(random_png(SMALL))
             for row, request, rate in zip((READ_BESIDE, SUBMIT_BESIDE), requests, alone, strict=True):
                 seconds = comparison.seconds
                 comparison.measure(row, candidate, server, request, seconds=seconds, alone_per_second=rate)
-            checks, lasted = _count_checks(copy.stub) - checks, time.monotonic() - started_at
+            checks, lasted = count_checks(copy.stub) - checks, time.monotonic() - started_at
             figures = {"interval_ms": len(task_ids) * lasted * 1000 / max(checks, 1)}
             comparison.add(CHECKS_BESIDE, candidate.name, figures, errors)
 
