@@ -23,8 +23,9 @@ from service.domain import tenants
 from service.domain.errors import ErrorCollector, FieldError, InvalidOptions, VersionConflict, field_path
 from service.domain.tenants import NAME_RULE, strip_query
 from service.usecases.admin import RegistryAdmin, require
+from service.usecases.background import run_in_turns
 from service.usecases.registry_plan import DesiredAccount, DesiredTenant, RegistryPlan
-from service.usecases.reports import QuotaReports
+from service.usecases.reports import PolicyReport, QuotaReports
 from service.usecases.webhook_delivery import WebhookAdmin
 
 _NAME_PATTERN = r"\A[a-z0-9][a-z0-9._-]{0,62}\Z"
@@ -203,11 +204,12 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
 
 
 def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequence[HTTPRouteHandler]:
-    async def render(tenant: tenants.Tenant, secret: str | None = None) -> schemas.Tenant:
-        return schemas.render_tenant(tenant, registry_admin.list_tokens(tenant), await quota.for_tenant(tenant), secret)
+    def render(tenant: tenants.Tenant, policies: Sequence[PolicyReport], secret: str | None = None) -> schemas.Tenant:
+        return schemas.render_tenant(tenant, registry_admin.list_tokens(tenant), policies, secret)
 
     async def respond(tenant: tenants.Tenant, secret: str | None = None) -> Response[schemas.Tenant]:
-        return Response(await render(tenant, secret), headers={"ETag": _entry_etag(tenant)})
+        (policies,) = await quota.list_policies([tenant])
+        return Response(render(tenant, policies, secret), headers={"ETag": _entry_etag(tenant)})
 
     @put(
         "/tenants/{name:str}",
@@ -251,7 +253,8 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
         responses=openapi.operator_problems("ledger-unavailable"),
     )
     async def list_tenants() -> schemas.TenantList:
-        return schemas.TenantList([await render(tenant) for tenant in await registry_admin.list_tenants()])
+        listed = await registry_admin.list_tenants()
+        return schemas.TenantList(await run_in_turns(map(render, listed, await quota.list_policies(listed))))
 
     @get(
         "/tenants/{name:str}",

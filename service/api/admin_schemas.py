@@ -21,7 +21,7 @@ from service.api.schemas import (
     QuotaThreshold,
     Task,
     Yuan,
-    render_quota,
+    render_policies,
     render_task,
     render_threshold,
     to_datetime,
@@ -45,7 +45,7 @@ from service.domain.tenants import (
 from service.domain.thresholds import Threshold
 from service.domain.webhooks import MAX_ALLOW_ENTRIES, MAX_URL_CHARS, DeliveryState, WebhookEvent
 from service.usecases.registry_plan import DesiredAccount, DesiredRegistry, DesiredTenant
-from service.usecases.reports import QuotaReport
+from service.usecases.reports import PolicyReport
 from service.usecases.webhook_delivery import TenantDelivery
 
 _URI = {"format": "uri"}
@@ -487,7 +487,7 @@ def render_account(account: tenants.Account, state: AccountState) -> Account:
 
 
 def render_tenant(
-    tenant: tenants.Tenant, tokens: tuple[tenants.Token, ...], report: QuotaReport, secret: str | None = None
+    tenant: tenants.Tenant, tokens: Sequence[tenants.Token], policies: Sequence[PolicyReport], secret: str | None = None
 ) -> Tenant:
     """Render a tenant, with the secret of its webhook if that was just generated."""
     fields = asdict(tenant_spec(tenant))
@@ -497,7 +497,7 @@ def render_tenant(
     return Tenant(
         **fields,
         name=tenant.name,
-        policies=render_quota(report).policies,
+        policies=render_policies(policies),
         tokens=[
             Token(token.id, token.label, seconds_to_datetime(token.created_at), token_expires_at(token))
             for token in tokens

@@ -250,9 +250,13 @@ def task_headers(cached: CachedTask, estimator: DurationEstimator) -> dict[str, 
 
 def render_quota(report: QuotaReport) -> Quota:
     return Quota(
-        policies=[_render_policy(policy) for policy in report.policies],
+        policies=render_policies(report.policies),
         account=Availability(report.can_pay, to_datetime(report.next_check_at)),
     )
+
+
+def render_policies(reports: Sequence[PolicyReport]) -> list[Policy]:
+    return list(map(_render_policy, reports))
 
 
 def _render_policy(report: PolicyReport) -> Policy:

@@ -263,6 +263,9 @@ class Registry(Struct, eq=False, dict=True):
         self._tenants_by_id = {tenant.id: tenant for tenant in self.tenants.values()}
         self._accounts_by_id = {account.id: account for account in self.accounts.values()}
         self._tokens_by_digest = {token.digest: token for token in self.tokens.values()}
+        self._tokens_by_tenant: dict[int, list[Token]] = {}
+        for token in self.tokens.values():
+            self._tokens_by_tenant.setdefault(token.tenant, []).append(token)
 
     def tenant_by_token(self, digest: bytes) -> tuple[Tenant, Token] | None:
         """Find a token by its hash, expired ones too."""
@@ -292,9 +295,5 @@ class Registry(Struct, eq=False, dict=True):
 
     def tokens_of(self, tenant: Tenant) -> tuple[Token, ...]:
         """Return the tokens of a tenant, oldest first."""
-        return tuple(
-            sorted(
-                (token for token in self.tokens.values() if token.tenant == tenant.id),
-                key=lambda token: (token.created_at, token.id),
-            )
-        )
+        tokens = self._tokens_by_tenant.get(tenant.id, ())
+        return tuple(sorted(tokens, key=lambda token: (token.created_at, token.id)))

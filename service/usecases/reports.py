@@ -37,6 +37,7 @@ from service.domain.ledger import (
 from service.domain.tasks import Cost, CostBasis, Kind, State, Task
 from service.domain.tenants import Tenant, Window
 from service.telemetry.logging import fen_to_yuan
+from service.usecases.background import run_in_turns
 from service.usecases.caches import CachedRegistry
 from service.usecases.ports import Ledger, TaskStore
 
@@ -106,6 +107,11 @@ class QuotaReports:
             can_pay=can_pay,
             next_check_at=None if can_pay else min(retry_times, default=None),
         )
+
+    async def list_policies(self, tenants: Sequence[Tenant]) -> Sequence[tuple[PolicyReport, ...]]:
+        """Report on the policies of each of many tenants. Raises LedgerUnavailable."""
+        states, now = await self.ledger.tenant_states([tenant.id for tenant in tenants])
+        return await run_in_turns(report_policies(tenant, states[tenant.id], now) for tenant in tenants)
 
     async def remaining(self, tenant: Tenant) -> RemainingQuota:
         """Return the least that a policy leaves, or the accounts' balance without one. Raises LedgerUnavailable."""

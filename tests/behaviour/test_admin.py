@@ -10,6 +10,7 @@ import pytest
 
 from service.crypto import generate_secret_key
 from service.devstack import ensure_demo_token
+from service.storage.redis import READ_COMMAND
 from tests.behaviour import gateway_fixture
 from tests.behaviour.clients import LegacyClient
 from tests.behaviour.gateway_fixture import ADMIN_TOKEN, USER_KEY, RunningGateway, run_real_gateway
@@ -272,6 +273,24 @@ async def test_states_of_a_tenant(gateway: RunningGateway) -> None:
 
 
 @pytest.mark.smoke
+async def test_list_of_many_tenants_reads_the_store_in_batches(gateway: RunningGateway) -> None:
+    tenant = {"accounts": ["main"], "limits": [{"window": "day", "tasks": 5}]}
+    names = [f"tenant-{number:03}" for number in range(150)]
+    expect_json(await gateway.call_admin("PUT", "/registry", json={"tenants": dict.fromkeys(names, tenant)}))
+    token = await gateway.new_token(names[-1])
+    await run_task(gateway, token=token)
+    metrics = gateway.services.metrics.registry
+    labels = {"command": READ_COMMAND, "outcome": "ok"}
+    before = metrics.get_sample_value("gateway_redis_calls_total", labels) or 0
+
+    shop, *listed = (await get_json(gateway, "/tenants"))["items"]
+
+    assert (metrics.get_sample_value("gateway_redis_calls_total", labels) or 0) - before <= 10
+    assert [item["name"] for item in (shop, *listed)] == ["shop", *names]
+    assert [item["policies"][0]["used"] for item in listed] == [0] * 149 + [1]
+    assert [len(item["tokens"]) for item in (shop, *listed)] == [1] + [0] * 149 + [1]
+
+
 async def test_tokens_are_shown_once_and_revoked(gateway: RunningGateway) -> None:
     made = await create_token(gateway, label="生产", expires_at="2999-12-31T23:30:00+08:00")
     assert made["expires_at"] == "2999-12-31T15:30:00Z"
