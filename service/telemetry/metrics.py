@@ -469,12 +469,13 @@ class LabelNames:
         self._metrics = metrics
         self._max_named_tenants = max_named_tenants
         self._current: Registry | None = None
-        self._tenants: Mapping[int, str] = {}
+        self._tenants: Mapping[int, Tenant] = {}
         self._accounts: Mapping[int, str] = {}
 
     def of_tenant(self, tenant_id: int) -> str:
         self.refresh()
-        return self._tenants.get(tenant_id, OTHER_LABEL)
+        tenant = self._tenants.get(tenant_id)
+        return tenant.name if tenant else OTHER_LABEL
 
     def of_account(self, account_id: int) -> str | None:
         self.refresh()
@@ -487,17 +488,19 @@ class LabelNames:
             return
         oldest = sorted(registry.tenants.values(), key=lambda tenant: tenant.id)[: self._max_named_tenants]
         self._current = registry
-        former_tenants, self._tenants = self._tenants, {tenant.id: tenant.name for tenant in oldest}
+        former_tenants, self._tenants = self._tenants, {tenant.id: tenant for tenant in oldest}
         former_accounts, self._accounts = self._accounts, {item.id: item.name for item in registry.accounts.values()}
-        self._remove_series("tenant", former_tenants, self._tenants)
-        self._remove_series("account", former_accounts, self._accounts)
+        former_names, names = ({item.name for item in items.values()} for items in (former_tenants, self._tenants))
+        self._remove_series("tenant", former_names - names)
+        self._remove_series("account", {*former_accounts.values()} - {*self._accounts.values()})
         for tenant in oldest:
-            self._preregister_tenant(tenant)
+            if former_tenants.get(tenant.id) != tenant:  # the series of the others began before
+                self._preregister_tenant(tenant)
         for counter in (self._metrics.account_spent_uses, self._metrics.account_spent_yuan):
             preregister(counter, self._accounts.values())
 
-    def _remove_series(self, label: str, former: Mapping[int, str], current: Mapping[int, str]) -> None:
-        for name in set(former.values()) - set(current.values()):
+    def _remove_series(self, label: str, names: Iterable[str]) -> None:
+        for name in names:
             for family in self._metrics.families_by_label[label]:
                 family.remove_by_labels({label: name})
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from litestar import Litestar, Request, Response, get
 from litestar.exceptions import ImproperlyConfiguredException, PermissionDeniedException
 from litestar.params import FromPath
+from msgspec.structs import replace
 from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.exposition import generate_latest
@@ -395,6 +396,22 @@ def test_tenants_beyond_the_cap_share_a_label_and_deleted_ones_lose_it() -> None
 
     assert count_tasks({"third": 9, "first": 3, "second": 5}, 3, 5, 9, 77) == [1, 1, None, 2]
     assert count_tasks({"third": 9, "second": 5}, 3, 5, 9) == [None, 2, 1, 3]
+
+
+def test_series_of_changed_and_recreated_tenants(metrics: Metrics) -> None:
+    def read(tenant: Tenant) -> list[float | None]:
+        registry = Registry(tenants={tenant.name: tenant})
+        metrics.label_names.read_registry = lambda: registry
+        metrics.label_names.refresh()
+        policies = ("day-tasks", "max-active")
+        return [read_sample(metrics, "quota_denials_total", tenant="shop", policy=policy) for policy in policies]
+
+    assert read(Tenant(3, "shop", ())) == [None, None]
+    limited = Tenant(3, "shop", (), TenantPolicy((Limit(Window.DAY, tasks=5),)))
+    assert read(limited) == [0, None]
+    metrics.quota_denials.labels("shop", "day-tasks").inc()
+    assert read(replace(limited, note="changed")) == [1, None]
+    assert read(Tenant(4, "shop", (), TenantPolicy(max_active=1))) == [1, 0]
 
 
 def test_account_shows_only_known_balances(metrics: Metrics) -> None:
