@@ -110,8 +110,8 @@ class QuotaReports:
 
     async def list_policies(self, tenants: Sequence[Tenant]) -> Sequence[tuple[PolicyReport, ...]]:
         """Report on the policies of each of many tenants. Raises LedgerUnavailable."""
-        states, now = await self.ledger.tenant_states([tenant.id for tenant in tenants])
-        return await run_in_turns(report_policies(tenant, states[tenant.id], now) for tenant in tenants)
+        figures, now = await self.ledger.tenant_figures([tenant.id for tenant in tenants])
+        return await run_in_turns(report_policies(tenant, figures[tenant.id].state, now) for tenant in tenants)
 
     async def remaining(self, tenant: Tenant) -> RemainingQuota:
         """Return the least that a policy leaves, or the accounts' balance without one. Raises LedgerUnavailable."""

@@ -149,6 +149,8 @@ class Comparison:
     rounds: int
     seconds: int
     quick: bool
+    store_preload: str = ""
+    """A library that the store loads first."""
     server_cpu: int = 0
     load_cpu: int = 0
     title: str = ""
@@ -188,7 +190,7 @@ class Comparison:
 
     @contextmanager
     def _open_store(self) -> Iterator[str]:
-        with run_valkey("--appendonly", "yes") as store:
+        with run_valkey("--appendonly", "yes", preload=self.store_preload) as store:
             for thread in Path(f"/proc/{store.process.pid}/task").iterdir():
                 os.sched_setaffinity(int(thread.name), {self.load_cpu})
             yield store.url

@@ -89,8 +89,8 @@ class GrowingStore:
     @staticmethod
     def _submit(tenant: GatewayClient) -> Any:
         """Submit a task with typical options."""
-        options = {"scale": 2, "prompt": "a lighthouse at dusk, film grain"}
-        return tenant.submit("upscale", make_png(), metadata={"order": "2026-004217"}, **options)
+        prompt, metadata = "a lighthouse at dusk, film grain", {"order": "2026-004217"}
+        return tenant.submit("upscale", make_png(), metadata=metadata, scale=2, prompt=prompt)
 
     def add_tenants(self, server: Server, number: int) -> int:
         """Apply a registry with more tenants, until there are so many; return how many were added."""
@@ -103,10 +103,11 @@ class GrowingStore:
             entries = http.get("/registry").raise_for_status().json()["tenants"]
         former, self._tenant_ids = self._tenant_ids, {name: entry["id"] for name, entry in entries.items()}
         today, owner = int(time.time() * 1000) // DAY_MS, self._tenant_ids[_OWNER]
-        state = self._client.hget(self._keys.tenant(owner), "state")
+        counters = self._client.hgetall(self._keys.tenant(owner))
+        del counters[b"policy"]
         pipeline, added = self._client.pipeline(transaction=False), self._tenant_ids.keys() - former.keys()
         for tenant in (self._tenant_ids[name] for name in added):
-            pipeline.hset(self._keys.tenant(tenant), "state", state)
+            pipeline.hset(self._keys.tenant(tenant), mapping=counters)
             for day in range(today - USAGE_DAYS + 1, today + 1):
                 if (tenant, day) != (owner, today):
                     pipeline.copy(self._keys.usage(owner, today), self._keys.usage(tenant, day))

@@ -5,6 +5,7 @@ That server keeps its data between tests: call `FLUSHALL` first or use separate 
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -54,10 +55,11 @@ class Valkey:
 
 
 @contextmanager
-def run_valkey(*options: str, port: int = 0, config: str = "") -> Iterator[Valkey]:
+def run_valkey(*options: str, port: int = 0, config: str = "", preload: str = "") -> Iterator[Valkey]:
     """Run a server without persistence on a Unix socket, and on a TCP port of 127.0.0.1 if given.
 
-    `options` are appended to the command line; `config` is the content of a file that it may rewrite, as Sentinel does.
+    `options` are appended to the command line; `config` is the content of a file that it may rewrite, as Sentinel does;
+    `preload` is a library that replaces functions of the system's.
     """
     folder = Path(tempfile.mkdtemp(prefix="valkey-"))
     command = [str(find_server_binary())]
@@ -67,7 +69,8 @@ def run_valkey(*options: str, port: int = 0, config: str = "") -> Iterator[Valke
     command += ["--port", str(port), "--bind", "127.0.0.1", "--unixsocket", str(folder / "s"), "--dir", str(folder)]
     command += ["--save", "", "--appendonly", "no", *options]
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        environ = os.environ | ({"LD_PRELOAD": preload} if preload else {})
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ)
     try:
         _wait_until_ready(process, folder)
         yield Valkey(folder / "s", port, process)
