@@ -242,24 +242,19 @@ class CachedRegistry:
         self.current = Registry()
         self.on_change: list[Callable[[], None]] = []
         self._lock = asyncio.Lock()
-        self._loading = asyncio.Lock()
 
     async def refresh(self) -> None:
         """Load the newest version. Raises LedgerUnavailable."""
-        held, version = self.current, 0
         if self.is_ready:
-            version = await self.store.read_version()
+            held, version = self.current, await self.store.read_version()
             if version == held.version:
                 return
             if version < held.version:
                 await self._restore(held)
-        async with self._loading:
-            if self.current is not held and self.current.version >= version:  # a concurrent call has loaded it
-                return
-            loaded = await self.store.load()
-            if self.is_ready and loaded.version <= self.current.version:  # the store has lost it meanwhile
-                return
-            self.current, self.is_ready = loaded, True
+        loaded = await self.store.load()
+        if self.is_ready and loaded.version <= self.current.version:  # a concurrent call has loaded a later one
+            return
+        self.current, self.is_ready = loaded, True
         for notify in self.on_change:
             notify()
 

@@ -20,7 +20,6 @@ from service.settings import Settings
 from service.storage.redis import Keys, RedisScripts
 from service.storage.registry import RedisRegistry
 from service.usecases.admin import RegistryAdmin, SavedTenant
-from service.usecases.caches import CachedRegistry
 from service.usecases.ports import RegistryChange
 from service.usecases.registry_plan import DesiredTenant
 from tests.behaviour.clients import open_event_stream, start_waiting_read
@@ -82,27 +81,6 @@ async def test_concurrent_changes_are_all_kept(gateway: RunningGateway, reader: 
     await other.delete_tenant(names[0], force=False)
     with pytest.raises(NotFound):
         await one.get_tenant(names[0])
-
-
-async def test_concurrent_refreshes_load_the_registry_once(
-    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, loaded = gateway.services.registry.store, list[int]()
-    registry, load = CachedRegistry(store), store.load
-
-    async def record_load() -> Registry:
-        result = await load()
-        loaded.append(result.version)
-        return result
-
-    monkeypatch.setattr(store, "load", record_load)
-    await asyncio.gather(*(registry.refresh() for _ in range(5)))
-    assert loaded == [registry.current.version]
-    await save_tenant(gateway.services.registry_admin, "new")
-    loaded.clear()
-    await asyncio.gather(*(registry.refresh() for _ in range(5)))
-    assert "new" in registry.current.tenants
-    assert loaded == [registry.current.version]
 
 
 async def test_tenant_recreated_meanwhile_is_not_deleted(
