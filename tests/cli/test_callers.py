@@ -308,7 +308,7 @@ async def test_interrupted_on_a_terminal(shell: Shell) -> None:
     os.close(theirs)
     output = b""
     try:
-        while b"queued" not in output:
+        while b"queued" not in output and b"running" not in output:
             output += await asyncio.to_thread(os.read, ours, 1_000)
         process.send_signal(signal.SIGINT)
         await process.wait()
