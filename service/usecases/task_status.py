@@ -184,6 +184,8 @@ class TaskReader:
         `read` and FetchArtifact do.
         """
         cached = await self.read(tenant, task_id)
+        if not cached.task.state.is_final:  # another process, which told the client, may know its end before this one
+            cached = await self._read_stored(self.decode_id(tenant, task_id), task_id)
         task = cached.task
         artifact = _find_artifact(task, name)
         account = self.registry.current.account_by_id(task.account)
@@ -230,8 +232,9 @@ class TaskReader:
                     del self._subscribed[reservation]
 
     async def _read_task(self, reference: TaskReference, task_id: str) -> CachedTask:
-        if cached := self._find_fresh(reference, task_id):
-            return cached
+        return self._find_fresh(reference, task_id) or await self._read_stored(reference, task_id)
+
+    async def _read_stored(self, reference: TaskReference, task_id: str) -> CachedTask:
         can_recreate = True
         try:
             stored = await self._touch_shared(reference.reservation)
