@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ import httpx2
 
 from tests.chaos.gateways import Gateway, Gateways
 from tests.chaos.history import Attempt, History
+from tests.chaos.servers import wait_for
 from tests.chaos.vendor import KINDS, PRICES, Vendor, VendorAccount
 from tests.support.images import draw_image, encode_image
 
@@ -132,6 +134,13 @@ class Traffic:
             tenant.body["webhook"] = webhook
             token = await self.gateways.call_admin("POST", f"/tenants/{tenant.name}/tokens")
             tenant.token = token.json()["token"]
+        for gateway in self.gateways.members:
+            if gateway.serves:
+                await wait_for(partial(self._has_tokens, gateway.url), "news of the tokens")
+
+    async def _has_tokens(self, url: str) -> bool:
+        headers = {"Authorization": f"Bearer {self.tenants[-1].token}"}
+        return (await self.client.get(f"{url}/v1/quota", headers=headers)).is_success
 
     async def run(self, phase: int) -> None:
         async with asyncio.TaskGroup() as group:

@@ -179,8 +179,9 @@ def test_webhook_receivers(gateway: GatewayProcess, tmp_path: Path, language: st
         for name in signed:
             assert send(address, EVENT, {key: value for key, value in signed.items() if key != name}) == 401
         webhook = {"url": address, "secret": SECRET, "allow": [f"127.0.0.0/8:{urlsplit(address).port}"]}
-        limit = {"window": WINDOWS[language], "tasks": 100, "warn_at": [1]}
-        call_admin(gateway, "PATCH", "/tenants/demo", json={"webhook": webhook, "limits": [limit]})
+        limits = {"day": {"window": "day", "tasks": 100}}  # the README shows it
+        limits[WINDOWS[language]] = {"window": WINDOWS[language], "tasks": 100, "warn_at": [1]}
+        call_admin(gateway, "PATCH", "/tenants/demo", json={"webhook": webhook, "limits": [*limits.values()]})
         task = gateway.call("POST", "/v1/tasks/face-enhance", files={"image": PHOTO}).json()["id"]
         expected = {f"task.succeeded {task}", f"quota.threshold {WINDOWS[language]}-tasks"}
         wait_until(lambda: expected <= {*(tmp_path / "printed.txt").read_text().splitlines()}, "both webhooks")
