@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Generator
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +19,9 @@ _Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
 settings.register_profile("short", deadline=None, max_examples=20, stateful_step_count=20)
 settings.register_profile("long", deadline=None, max_examples=100, stateful_step_count=40)
 settings.load_profile("short")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; processes of tests inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _SLOW_FOLDERS = {"chaos", "clients", "deploy", "monitoring", "pages", "process"}
 
