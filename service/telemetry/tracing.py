@@ -60,7 +60,7 @@ def record_request_end(
     if tenant:
         span.set_attribute("gateway.tenant", tenant)
     if error_type := _error_type(status, outcome):
-        _set_error(span, error_type)
+        record_error(span, error_type)
 
 
 def start_linked_span(tracer: Tracer, name: str, cause: str | None, reservation: str) -> AbstractContextManager[Span]:
@@ -101,12 +101,13 @@ def record_status(span: Span, status: int) -> None:
     """Record the status that another server responded with."""
     span.set_attribute("http.response.status_code", status)
     if status >= 400:
-        _set_error(span, str(status))
+        record_error(span, str(status))
 
 
 def record_error(span: Span, error_type: str) -> None:
-    """Record the type of the error for which there is no response."""
-    _set_error(span, error_type)
+    """Record that the work of a span failed, and the type of the error or the status."""
+    span.set_attribute("error.type", error_type)
+    span.set_status(StatusCode.ERROR)
 
 
 def start_redis_span(
@@ -146,13 +147,8 @@ def _record(span: Span) -> Iterator[Span]:
             yield span
         except BaseException as error:
             kind = type(error)
-            _set_error(span, f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins."))
+            record_error(span, f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins."))
             raise
-
-
-def _set_error(span: Span, error_type: str) -> None:
-    span.set_attribute("error.type", error_type)
-    span.set_status(StatusCode.ERROR)
 
 
 def _is_recorded() -> bool:
