@@ -15,6 +15,10 @@ from multipart import MultipartError, MultipartSegment, PushMultipartParser
 from service.domain.errors import FieldError, ImageTooLarge, InvalidOptions, MalformedRequest, check_json
 from service.domain.image_urls import IMAGE_URL_FIELD
 
+MAX_FORM_BYTES = 64 * 1024
+"""Of a form without a file."""
+MAX_JSON_BYTES = 8 * 1024 * 1024
+"""Of a JSON body. Up to three copies are in memory, and its parser keeps the event loop for some 30 ms."""
 MAX_FIELDS = 64
 MAX_NAME_CHARS = 128
 MAX_FIELD_BYTES = 64 * 1024
@@ -234,12 +238,6 @@ class _PaddingTolerantParser(PushMultipartParser):  # type: ignore[misc]
                 yield from self.parse(delimiter + rest)
             else:
                 self._buffer = delimiter + padded[1]
-
-
-MAX_FORM_BYTES = 64 * 1024
-"""Of a form without a file."""
-MAX_JSON_BYTES = 8 * 1024 * 1024
-"""Of a JSON body. Up to three copies are in memory, and its parser keeps the event loop for some 30 ms."""
 
 
 class UrlencodedForm:

@@ -193,7 +193,7 @@ class Charged(Struct, frozen=True):
     tasks: int
     money: Number
     count: int = 0
-    """0 also of a gateway before 0.5."""
+    """Prepaid uses; 0 if the gateway is older than 0.5 and does not report them."""
 
 
 class TaskAmount(Struct, frozen=True):
