@@ -190,5 +190,6 @@ async def test_job_survives_outages_and_errors(gateway: UseCases, monkeypatch: p
     gateway.faults.before["tenant_figures"] = [UNAVAILABLE, INTERNAL_ERROR]
     async with run_job(gateway.reporter.run()):
         await wait_until(lambda: not gateway.faults.before["tenant_figures"])
-        await wait_until(lambda: any(name == "queue_threshold" for name, _ in gateway.faults.calls))
+        await wait_until(lambda: "queue_threshold" in [name for name, _ in gateway.faults.calls])
+        await wait_until(lambda: gateway.faults.calls[-1][0] == "tenant_figures")  # the next check
     assert len(await received(gateway)) == 1

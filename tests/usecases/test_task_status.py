@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,8 @@ from service.domain.errors import NotFound, UpstreamUnavailable
 from service.domain.ledger import ReservationState
 from service.domain.tasks import State, Task
 from service.usecases import caches, task_status
-from service.usecases.ports import CheckOutcome
+from service.usecases.caches import DurationEstimator, TaskCache
+from service.usecases.ports import CheckOutcome, RangeRequest
 from service.usecases.task_status import MAX_RECREATE_AGE_SECONDS, NEW_TASK_SECONDS, TaskReader
 from tests.behaviour.gateway_fixture import RunningGateway, run_real_gateway
 from tests.support.valkey import Valkey
@@ -52,6 +54,21 @@ async def test_one_query_per_interval_is_shared_and_outlives_its_caller(gateway:
         assert item.task.metadata == task.metadata  # which a task's id does not contain
     await reader.read(gateway.tenant, task.id)
     assert len(gateway.upstream.checks) == 1
+
+
+async def test_results_are_found_that_another_process_recorded(
+    gateway: UseCases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caches, "RUNNING_TTL_SECONDS", LONG_SECONDS)
+    task, reader = await gateway.submit_task(), gateway.make_reader(interval=LONG_SECONDS)
+    no_bytes: Any = nullcontext()
+    reader.fetch_artifact = lambda *_: no_bytes
+    await reader.read(gateway.tenant, task.id)
+    gateway.poller.cache = TaskCache(DurationEstimator(2.5))
+    await gateway.poll()
+    assert (await reader.read(gateway.tenant, task.id)).task.state is State.QUEUED
+    async with reader.open_artifact(gateway.tenant, task.id, "image", RangeRequest()) as (ended, _):
+        assert ended.state is State.SUCCEEDED
 
 
 async def test_unavailable_ledger_and_upstream_is_503(gateway: UseCases) -> None:
