@@ -205,7 +205,8 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
 
 def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequence[HTTPRouteHandler]:
     def render(tenant: tenants.Tenant, policies: Sequence[PolicyReport], secret: str | None = None) -> schemas.Tenant:
-        return schemas.render_tenant(tenant, registry_admin.list_tokens(tenant), policies, secret)
+        tokens, warnings = registry_admin.list_tokens(tenant), registry_admin.registry.current.limit_warnings(tenant)
+        return schemas.render_tenant(tenant, tokens, policies, warnings, secret)
 
     async def respond(tenant: tenants.Tenant, secret: str | None = None) -> Response[schemas.Tenant]:
         (policies,) = await quota.list_policies([tenant])
@@ -422,6 +423,11 @@ def registry_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
             differences=diff_registry(plan, registry_admin.now()),
             unmanaged=list(plan.unmanaged),
             generated_secrets=dict(plan.generated_secrets) if is_applied else {},
+            warnings=[
+                f"{field_path('tenants', name, 'limits')} {warning}"
+                for name, tenant in sorted(plan.after.tenants.items())
+                for warning in plan.after.limit_warnings(tenant)
+            ],
         )
         version = plan.after.version if is_applied else plan.before.version
         return Response(result, headers={"ETag": _registry_etag(version)})

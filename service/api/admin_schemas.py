@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
@@ -419,6 +419,7 @@ class Tenant(TenantSpec, frozen=True, kw_only=True, forbid_unknown_fields=False)
     webhook: Webhook | None
     policies: list[Policy]
     tokens: list[Token]
+    warnings: Annotated[list[str], Meta(description="Questionable settings, such as a limit on money without prices.")]
 
 
 class TenantList(Struct, frozen=True):
@@ -487,7 +488,11 @@ def render_account(account: tenants.Account, state: AccountState) -> Account:
 
 
 def render_tenant(
-    tenant: tenants.Tenant, tokens: Sequence[tenants.Token], policies: Sequence[PolicyReport], secret: str | None = None
+    tenant: tenants.Tenant,
+    tokens: Sequence[tenants.Token],
+    policies: Sequence[PolicyReport],
+    warnings: Iterable[str],
+    secret: str | None = None,
 ) -> Tenant:
     """Render a tenant, with the secret of its webhook if that was just generated."""
     fields = asdict(tenant_spec(tenant))
@@ -502,6 +507,7 @@ def render_tenant(
             Token(token.id, token.label, seconds_to_datetime(token.created_at), token_expires_at(token))
             for token in tokens
         ],
+        warnings=[f"limits {warning}" for warning in warnings],
     )
 
 
@@ -697,6 +703,7 @@ class ApplyResult(Struct, frozen=True):
     generated_secrets: Annotated[
         dict[str, str], Meta(description="Generated webhook secrets by tenant, shown only once.")
     ]
+    warnings: Annotated[list[str], Meta(description="Questionable settings of tenants.")]
 
 
 class ReencryptResult(Struct, frozen=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -30,6 +30,7 @@ from service.cli.common import (
     json_option,
     named_fields,
     named_items,
+    print_errors,
     removed_set,
 )
 from service.cli.formatting import (
@@ -326,7 +327,12 @@ def revoke_token(client: AdminClient, *, tenant: str, token_id: str, grace: floa
 
 def _format_tenant(tenant: Tenant) -> str:
     record = format_record(("name", tenant.name), *_tenant_settings(tenant))
-    return "\n\n".join([record, format_policies(tenant.policies), _format_tokens(tenant.tokens)])
+    parts = [record, format_policies(tenant.policies), _format_tokens(tenant.tokens)]
+    return "\n\n".join([*parts, *_format_warnings(tenant)])
+
+
+def _format_warnings(tenant: Tenant) -> Iterator[str]:
+    return (f"warning: {warning}" for warning in tenant.warnings)
 
 
 def _tenant_settings(tenant: Tenant) -> Fields:
@@ -433,7 +439,9 @@ def update_tenant(
             merged[window] = limit and {**merged.get(window, {}), **limit}
         return patch | {"limits": [limit for limit in merged.values() if limit]}
 
-    change_entry(client, ("tenants", name), (Tenant, _tenant_settings), make_patch, as_json=as_json)
+    changed = change_entry(client, ("tenants", name), (Tenant, _tenant_settings), make_patch, as_json=as_json)
+    if not as_json:
+        print_errors(_format_warnings(changed))
 
 
 @tenant.command("disable")

@@ -210,6 +210,8 @@ def _registry_errors(registry: Registry, settings: Settings, *, is_former_versio
 
 
 def _registry_warnings(registry: Registry, settings: Settings) -> Iterator[str]:
+    for name, tenant in sorted(registry.tenants.items()):
+        yield from (f"{field_path('tenants', name, 'limits')} {text}" for text in registry.limit_warnings(tenant))
     if not settings.is_production:
         return
     for name, account in sorted(registry.accounts.items()):

@@ -128,8 +128,8 @@ def change_entry(
     make_patch: Callable[[T], Mapping[str, Any]],
     *,
     as_json: bool,
-) -> None:
-    """Send the patch of an entry, and print what changed. Raises CommandError."""
+) -> T:
+    """Send the patch of an entry, and print what changed. Return the entry. Raises CommandError."""
     schema, list_settings = entry
     before, patch, response = _patch_current(client, path, schema, make_patch)
     secrets = {"user key": patch.get("user_key"), "webhook secret": (patch.get("webhook") or {}).get("secret")}
@@ -144,7 +144,9 @@ def change_entry(
         changes += [(label, "changed") for label, secret in secrets.items() if secret]
         return format_record(*changes) if changes else "Nothing changed."
 
-    click.echo(response.format_json() if as_json else format_changes(response.decode(schema)))
+    after = response.decode(schema)
+    click.echo(response.format_json() if as_json else format_changes(after))
+    return after
 
 
 def _patch_current(

@@ -24,7 +24,7 @@ from service.api.admin_schemas import (
     rename_old_fields,
 )
 from service.cli.client import AdminClient, with_admin_client
-from service.cli.common import CommandError, DetailedExitCommand, get_environment, json_option
+from service.cli.common import CommandError, DetailedExitCommand, get_environment, json_option, print_errors
 from service.cli.formatting import MAX_SECRET_BYTES, format_number
 from service.client import single_line
 from service.domain.errors import ErrorCollector, field_path, suggest, validate_tree
@@ -254,6 +254,7 @@ def _print_diff(plan: ApplyResult) -> None:
         click.echo(line)
     if plan.unmanaged:
         click.echo(f"Not in the file, and kept without --prune: {single_line(', '.join(plan.unmanaged))}")
+    print_errors(f"warning: {warning}" for warning in plan.warnings)
     if not plan.differences:
         click.echo("The registry matches the file: nothing to change.")
 

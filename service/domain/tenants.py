@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import secrets
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated
 
@@ -292,6 +292,21 @@ class Registry(Struct, eq=False, dict=True):
     def accounts_of(self, tenant: Tenant) -> tuple[Account, ...]:
         """Return the accounts of a tenant in order, without deleted ones."""
         return tuple(self.accounts[name] for name in tenant.accounts if name in self.accounts)
+
+    def limit_warnings(self, tenant: Tenant) -> Iterator[str]:
+        """Yield what is questionable about the limits of a tenant."""
+        limits = tenant.policy.limits
+        may_spend = tenant.policy.spending_mode is SpendingMode.COUNT_THEN_MONEY
+        if may_spend and any(limit.money_fen is not None for limit in limits):
+            for account in self.accounts_of(tenant):
+                missing = [kind for kind in Kind if tenant.can_submit(kind) and kind not in account.policy.max_price]
+                if missing:
+                    yield (
+                        f"have money, but account {account.name} has no max_price of {', '.join(missing)}: while no "
+                        "price of a kind is known, one task holds the rest of the limit"
+                    )
+        if tenant.webhook.url is None and any(limit.warn_at for limit in limits):
+            yield "have warn_at, but the tenant has no webhook: only a metric and an alert tell of it"
 
     def tokens_of(self, tenant: Tenant) -> tuple[Token, ...]:
         """Return the tokens of a tenant, oldest first."""

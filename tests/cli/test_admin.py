@@ -157,6 +157,27 @@ TENANT_UPDATES: Updates = [
 ]
 
 
+PRICES = ("--max-price", "upscale=3", "--max-price", "vectorize=2", "--max-price", "seamless=1")
+
+
+async def test_limits_that_do_not_work_as_meant_are_warned_of(shell: Shell) -> None:
+    """A limit on money without prices may be held by one task; nobody is told of thresholds without a webhook."""
+    created = await shell.run("tenant", "create", "other", "--account", "main", "--limit", "day:money=5,warn_at=80")
+    assert created.stdout.count("\nwarning: limits ") == 2
+    for options, named in (
+        (("--limit", "day:money=6"), ["upscale, vectorize, face-enhance, seamless", "warn_at"]),
+        (("--kind", "upscale", "--kind", "face-enhance"), ["upscale, face-enhance", "warn_at"]),
+        (("--webhook-url", "https://hooks.test/"), ["upscale, face-enhance"]),
+    ):
+        lines = (await shell.run("tenant", "update", "other", *options)).stderr.splitlines()
+        assert [name in line for name, line in zip(named, lines, strict=True)] == [True] * len(named)
+    await shell.run("account", "update", "main", *PRICES)
+    (warning,) = (await shell.run_json("tenant", "show", "other"))["warnings"]
+    assert warning.startswith("limits have money, but account main has no max_price of face-enhance: ")
+    for options in (("--spending-mode", "count_only"), ("--spending-mode", "count_then_money", "--kind", "upscale")):
+        assert (await shell.run("tenant", "update", "other", *options)).stderr == ""
+
+
 async def test_tenant_options_set_what_they_name(shell: Shell) -> None:
     await shell.run("account", "create", "spare", "--user-key-file", "-", stdin="spare-key")
     await shell.run("tenant", "create", "other", *TENANT_OPTIONS)

@@ -379,6 +379,7 @@ async def test_questionable_accounts_and_webhooks_are_reported_in_production(val
     }
     warned = ["tenants.lost.webhook.url", "tenants.plain.webhook.url", *["tenants.wide.webhook.allow"] * 2]
     warned += ["tenants.wide.allow_image_url"] * 2
+    limits = "tenants.unpriced.limits"
     async with run_server(never_reply) as peer:
         places = {"GATEWAY_SECRET_KEYS": generate_secret_key(), "GATEWAY_UPSTREAM_URL": peer.url}
         async with run_real_gateway(valkey, None, **places) as gateway:
@@ -387,15 +388,17 @@ async def test_questionable_accounts_and_webhooks_are_reported_in_production(val
                 (await gateway.call_admin("PUT", f"/accounts/{name}", json=body)).raise_for_status()
             for name, webhook in webhooks.items():
                 await gateway.put_tenant(name, webhook=webhook, allow_image_url=webhook.get("allow", []))
+            await gateway.put_tenant("unpriced", limits=[{"window": "day", "money": 5}])
         environ = PRODUCTION | places | {"GATEWAY_REDIS_URL": valkey.url}
         for cleartext, code, reported in (
-            ("refuse", 1, [*warned, "accounts.plain.base_url"]),
-            ("allow", 0, ["accounts.plain.base_url", *warned]),
+            ("refuse", 1, [limits, *warned, "accounts.plain.base_url"]),
+            ("allow", 0, [limits, "accounts.plain.base_url", *warned]),
         ):
             lines = (await connect(environ | {"GATEWAY_UPSTREAM_CLEARTEXT": cleartext}, code=code)).stderr.splitlines()
             named = [line.removeprefix("gateway: ").removeprefix("warning: ").split()[0] for line in lines]
             assert [name for name in named if not name.startswith("GATEWAY_")] == reported
-        assert "tenants." not in (await connect(environ | {"GATEWAY_ENV": "development"})).stderr
+        lines = (await connect(environ | {"GATEWAY_ENV": "development"})).stderr.splitlines()
+        assert [limits in line for line in lines if "tenants." in line] == [True]
 
 
 @pytest.mark.parametrize("run_store", [run_with_sentinel, run_cluster], ids=lambda made: made.__name__)

@@ -75,6 +75,17 @@ async def test_apply_prints_and_makes_differences_once_and_prunes_by_force(shell
     assert shell.gateway.services.registry.current.accounts == {}
 
 
+async def test_limits_that_do_not_work_as_meant_are_warned_of(shell: Shell, file: Path) -> None:
+    file.write_text('tenants."press.de" = { accounts = ["main"], limits = [{ window = "day", money = 5 }] }')
+    warning = 'tenants."press.de".limits have money, but account main has no max_price of '
+    for options, code in ((["--dry-run"], 2), ([], 0), ([], 0)):
+        result = await shell.run("apply", str(file), *options, code=code)
+        assert result.stderr.startswith(f"gateway: warning: {warning}"), options
+        assert result.stderr.count("\n") == 1
+    (reported,) = (await shell.run_json("apply", str(file)))["warnings"]
+    assert reported.startswith(warning)
+
+
 async def test_dry_run_changes_nothing_and_shows_no_secret(shell: Shell, file: Path) -> None:
     shell.environ["OTHER_KEY"] = "another-key"
     text = (await shell.run("export")).stdout + '\n[accounts.main.user_key]\nenv = "OTHER_KEY"\n'
