@@ -14,7 +14,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from service.api.compression import CompressionMiddleware
 from service.api.openapi import UNREADABLE_REQUEST
-from service.telemetry.metrics import Metrics, format_exposition
+from service.telemetry.exposition import format_exposition
+from service.telemetry.metrics import Metrics
 from service.usecases.background import run_in_turns
 from service.usecases.ledger_snapshot import LedgerSnapshot
 

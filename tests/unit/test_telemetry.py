@@ -32,8 +32,9 @@ from service.domain.ledger import AccountState, BalanceReading, ReadingSource
 from service.domain.tasks import Kind
 from service.domain.tenants import Account, AccountPolicy, Limit, Registry, Tenant, TenantPolicy, Window
 from service.telemetry import tracing, tracing_otel
+from service.telemetry.exposition import FormattedCounter, format_exposition
 from service.telemetry.gauges import AccountSample, MetricsSnapshot, QuotaSample
-from service.telemetry.metrics import FormattedCounter, Metrics, Port, RedisOutcome, format_exposition, preregister
+from service.telemetry.metrics import Metrics, Port, RedisOutcome, preregister
 from service.telemetry.tracing import NOOP_TRACER
 from tests.process.gateway import wait_until
 from tests.support.network import reserve_port
