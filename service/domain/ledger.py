@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
+from operator import mul
 
 import msgspec
 from msgspec import Struct, field
@@ -497,11 +498,18 @@ Start, uses and fen of each of SPENT_WINDOWS, as it was when they last changed.
 """
 
 
-def current_spent(sums: SpentSums, window: Window, now: int) -> tuple[int, int]:
-    """Return the uses and fen of the window around `now`."""
-    at = 3 * SPENT_WINDOWS.index(window)
-    start, uses, fen = sums[at : at + 3]
-    return (uses, fen) if start == window_bounds(window, now)[0] else (0, 0)
+def spent_starts(now: int) -> Sequence[int]:
+    """Return the starts of SPENT_WINDOWS around `now`."""
+    return [window_bounds(window, now)[0] for window in SPENT_WINDOWS]
+
+
+def current_spent(sums: SpentSums, starts: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the uses, and the fen, of those of SPENT_WINDOWS that begin at `starts`."""
+    uses, fen = sums[1::3], sums[2::3]
+    if sums[0] == starts[0]:  # all changed last on this day
+        return uses, fen
+    factors = [int(start == changed_in) for start, changed_in in zip(starts, sums[::3], strict=True)]
+    return [*map(mul, uses, factors)], [*map(mul, fen, factors)]
 
 
 def count_charged_tasks(tally: Tally) -> int:

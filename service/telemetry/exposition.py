@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
@@ -28,7 +28,7 @@ def format_exposition(registry: CollectorRegistry) -> Iterator[str]:
         documentation = metric.documentation.replace("\\", r"\\").replace("\n", r"\n")
         yield f"# HELP {name} {documentation}\n# TYPE {name} {_TEXT_TYPES.get(metric.type, metric.type)}\n"
         samples = metric.samples
-        yield from samples.lines() if isinstance(samples, _CounterSamples) else _format_samples(samples, escaped)
+        yield from samples.lines() if isinstance(samples, _LazySamples) else _format_samples(samples, escaped)
 
 
 def _format_samples(samples: Iterable[Sample], escaped: Mapping[str, str]) -> Iterator[str]:
@@ -70,7 +70,8 @@ class FormattedCounter(Counter):
 
     def collect(self) -> Iterable[Metric]:
         metric = Metric(self._name, self._documentation, self._type)
-        metric.samples = _CounterSamples(super().collect, self.lines)
+        collect = super().collect
+        metric.samples = _LazySamples(lambda: (sample for family in collect() for sample in family.samples), self.lines)
         return [metric]
 
     def lines(self) -> Iterator[str]:
@@ -83,12 +84,35 @@ class FormattedCounter(Counter):
         return f"{self._line_start}{_format_number(self._value.get())}\n"
 
 
-class _CounterSamples(list[Sample]):
-    """The samples of a counter, or their lines, read when they are iterated over."""
+class FormattedGauges(GaugeMetricFamily):
+    """A family with labels that keeps rows, of which lines are made in half the time of samples."""
 
-    def __init__(self, collect: Callable[[], Iterable[Metric]], lines: Callable[[], Iterator[str]]) -> None:
-        self._collect = collect
+    def __init__(self, name: str, documentation: str, labels: Sequence[str]) -> None:
+        super().__init__(name, documentation, labels=labels)
+        self._rows: list[tuple[Sequence[str], float]] = []
+        self.samples = _LazySamples(self._make_samples, self._lines)
+
+    def add_metric(self, labels: Sequence[str], value: float, timestamp: object = None) -> None:
+        del timestamp
+        self._rows.append((labels, value))
+
+    def _make_samples(self) -> Iterator[Sample]:
+        return (Sample(self.name, dict(zip(self._labelnames, row, strict=True)), value) for row, value in self._rows)
+
+    def _lines(self) -> Iterator[str]:
+        escaped = _EscapedLabels()
+        order = sorted(range(len(self._labelnames)), key=self._labelnames.__getitem__)
+        line = _format_start(self.name, {self._labelnames[index]: "%s" for index in order}) + "%s\n"
+        for labels, value in self._rows:
+            yield line % (*[escaped[labels[index]] for index in order], _format_number(value))
+
+
+class _LazySamples(list[Sample]):
+    """The samples of a family, or their lines, made when they are iterated over."""
+
+    def __init__(self, make_samples: Callable[[], Iterator[Sample]], lines: Callable[[], Iterator[str]]) -> None:
+        self._make_samples = make_samples
         self.lines = lines
 
     def __iter__(self) -> Iterator[Sample]:
-        return (sample for metric in self._collect() for sample in metric.samples)
+        return self._make_samples()

@@ -9,10 +9,13 @@ from msgspec import Struct
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from service.domain.ledger import AccountState, AccountStatus
-from service.domain.tasks import Backlog
+from service.domain.ledger import SPENT_WINDOWS, AccountState, AccountStatus
+from service.domain.tasks import Backlog, Kind
 from service.domain.tenants import AccountPolicy
+from service.telemetry.exposition import FormattedGauges
 from service.telemetry.logging import fen_to_yuan
+
+_SPENT_WINDOWS = [window.value for window in SPENT_WINDOWS]
 
 
 class GaugeSpec(Struct, frozen=True):
@@ -105,8 +108,8 @@ class AccountSample(Struct, frozen=True):
 class MetricsSnapshot(Struct, frozen=True, kw_only=True):
     """The ledger at one moment.
 
-    Thresholds by tenant, policy and percentage; active tasks by tenant and kind; uses and fen spent by tenant, kind and
-    window.
+    Thresholds by tenant, policy and percentage; active tasks by tenant and kind; uses and fen spent in each of
+    SPENT_WINDOWS by tenant and kind.
 
     `clock_offset_ms` is by how much the ledger clock is ahead of the clock of Redis.
     """
@@ -115,7 +118,7 @@ class MetricsSnapshot(Struct, frozen=True, kw_only=True):
     quotas: Sequence[QuotaSample] = ()
     thresholds: Mapping[tuple[str, str, str], bool] = {}
     active_tasks: Mapping[tuple[str, str], int] = {}
-    spent: Mapping[tuple[str, str, str], tuple[int, int]] = {}
+    spent: Mapping[tuple[str, Kind], tuple[Sequence[int], Sequence[int]]] = {}
     accounts: Sequence[AccountSample] = ()
     poll_queue: Backlog = Backlog(0, 0)
     webhook_queue: Backlog = Backlog(0, 0)
@@ -160,24 +163,24 @@ def _create_metrics(snapshot: MetricsSnapshot | None) -> Iterable[Metric]:
 def _tenant_metrics(snapshot: MetricsSnapshot) -> Iterable[Metric]:
     yield GaugeMetricFamily("gateway_tenants", "Tenants of the gateway.", value=snapshot.tenant_count)
     policy = ("tenant", "policy", "unit")
-    used = GaugeMetricFamily(
+    used = FormattedGauges(
         "gateway_quota_used",
         "Used part of a limit, by tenant, policy and unit (tasks, yuan, active).",
         labels=policy,
     )
-    reserved = GaugeMetricFamily(
+    reserved = FormattedGauges(
         "gateway_quota_reserved",
         "Part of a limit reserved for running tasks, by tenant, policy and unit.",
         labels=policy,
     )
-    limit = GaugeMetricFamily("gateway_quota_limit", "The limits, by tenant, policy and unit.", labels=policy)
+    limit = FormattedGauges("gateway_quota_limit", "The limits, by tenant, policy and unit.", labels=policy)
     for quota in snapshot.quotas:
         labels = (quota.tenant, quota.policy, quota.unit)
         used.add_metric(labels, quota.used)
         reserved.add_metric(labels, quota.reserved)
         limit.add_metric(labels, quota.limit)
     yield from (used, reserved, limit)
-    thresholds = GaugeMetricFamily(
+    thresholds = FormattedGauges(
         "gateway_quota_threshold_reached",
         "1 if so much of the limit is used in the current window, by tenant, policy and threshold (percent).",
         labels=("tenant", "policy", "threshold"),
@@ -185,7 +188,7 @@ def _tenant_metrics(snapshot: MetricsSnapshot) -> Iterable[Metric]:
     for threshold, is_reached in snapshot.thresholds.items():
         thresholds.add_metric(threshold, float(is_reached))
     yield thresholds
-    running = GaugeMetricFamily(
+    running = FormattedGauges(
         "gateway_tasks_active",
         "Reserved tasks that have not finished, by tenant and kind.",
         labels=("tenant", "kind"),
@@ -194,16 +197,18 @@ def _tenant_metrics(snapshot: MetricsSnapshot) -> Iterable[Metric]:
         running.add_metric(tenant_kind, tasks)
     yield running
     uses, money = (
-        GaugeMetricFamily(
+        FormattedGauges(
             f"gateway_tenant_spent_{unit}",
             f"{text} charged in the current window (day, month, total), less refunds, by tenant and kind.",
             labels=("tenant", "kind", "window"),
         )
         for unit, text in (("uses", "Prepaid uses"), ("yuan", "Money"))
     )
-    for labels, (spent_uses, spent_fen) in snapshot.spent.items():
-        uses.add_metric(labels, spent_uses)
-        money.add_metric(labels, fen_to_yuan(spent_fen))
+    for (tenant, kind), amounts in snapshot.spent.items():
+        for window, spent_uses, spent_fen in zip(_SPENT_WINDOWS, *amounts, strict=True):
+            labels = tenant, kind.value, window
+            uses.add_metric(labels, spent_uses)
+            money.add_metric(labels, fen_to_yuan(spent_fen))
     yield from (uses, money)
 
 

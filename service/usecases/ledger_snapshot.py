@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import add
 
 import structlog
 
 from service.domain.errors import LedgerUnavailable
-from service.domain.ledger import SPENT_WINDOWS, UNIT_MONEY, AccountState, current_spent
+from service.domain.ledger import UNIT_MONEY, AccountState, current_spent, spent_starts
 from service.domain.tasks import Kind
 from service.domain.tenants import Registry, Tenant
 from service.domain.thresholds import current_thresholds
@@ -25,7 +27,6 @@ _log = structlog.get_logger(__name__)
 SNAPSHOT_TIMEOUT_SECONDS = 3.0
 """A scrape without the ledger is better than one that Prometheus gives up."""
 _KINDS = [(kind, kind.value) for kind in Kind]  # `.value` of an enum is computed at each access
-_SPENT_WINDOWS = [(window, window.value) for window in SPENT_WINDOWS]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -89,8 +90,8 @@ class _TenantSums:
         self.reports: dict[tuple[str, str], PolicyReport] = {}
         self.thresholds: dict[tuple[str, str, str], bool] = {}
         self.active_tasks: Counter[tuple[str, str]] = Counter()
-        self.spent: dict[tuple[str, str, str], tuple[int, int]] = {}
-        self._now = now
+        self.spent: dict[tuple[str, Kind], tuple[Sequence[int], Sequence[int]]] = {}
+        self._now, self._spent_starts = now, spent_starts(now)
 
     def add(self, label: str, tenant: Tenant, figures: TenantFigures) -> None:
         state = figures.state
@@ -106,11 +107,10 @@ class _TenantSums:
             if kind in state.active_by_kind or tenant.can_submit(kind):
                 self.active_tasks[label, name] += state.active_by_kind.get(kind, 0)
         for kind, sums in figures.spent.items():
-            for window, name in _SPENT_WINDOWS:
-                spent_key = label, kind.value, name
-                uses, fen = current_spent(sums, window, self._now)
-                former_uses, former_fen = self.spent.get(spent_key, (0, 0))
-                self.spent[spent_key] = former_uses + uses, former_fen + fen
+            spent_key, (uses, fen) = (label, kind), current_spent(sums, self._spent_starts)
+            if others := self.spent.get(spent_key):
+                uses, fen = [*map(add, uses, others[0])], [*map(add, fen, others[1])]
+            self.spent[spent_key] = uses, fen
 
 
 def _used_ratio(report: PolicyReport) -> float:

@@ -122,6 +122,20 @@ async def test_spending_is_shown_as_the_usage_has_it(gateway: RunningGateway) ->
     assert sum_samples(await scrape_metrics(gateway), "tenant_spent_yuan", tenant="idle") is None
 
 
+async def test_spending_of_unnamed_tenants_is_added_up(valkey: Valkey) -> None:
+    async with run_real_gateway(valkey, GATEWAY_METRICS_TENANTS="1") as gateway:
+        await gateway.upstream.set_balance(10, 300)
+        await advance_to_next_window(gateway, "month")
+        for name in ("press", "web"):
+            await gateway.put_tenant(name)
+            await run_task(gateway, token=await gateway.new_token(name))
+        for shown in ([2, 2, 2], [0, 2, 2], [0, 0, 2]):
+            scrape = await scrape_metrics(gateway)
+            windows = ("day", "month", "total")
+            assert shown == [sum_samples(scrape, "tenant_spent_uses", tenant="other", window=name) for name in windows]
+            await advance_to_next_window(gateway, "day" if shown == [2, 2, 2] else "month")
+
+
 async def test_unresponsive_store_does_not_delay_scrapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_snapshot, "SNAPSHOT_TIMEOUT_SECONDS", 0.2)
     with run_valkey() as store:

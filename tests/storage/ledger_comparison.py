@@ -31,7 +31,7 @@ from service.domain.ledger import (
     TenantState,
     Verdict,
     current_spent,
-    window_bounds,
+    spent_starts,
 )
 from service.domain.tasks import Artifact, ArtifactName, CostBasis, Kind, Task, TaskError
 from service.domain.tenants import Account, AccountPolicy, Tenant, TenantPolicy, Window
@@ -457,11 +457,14 @@ class LedgerComparison(RuleBasedStateMachine):
 
     def _compare_spent(self, kind: Kind, sums: SpentSums | None) -> None:
         """Compare the sums for the metrics; those of a day or month are current from the first change in it on."""
-        for index, window in enumerate(SPENT_WINDOWS):
+        starts = spent_starts(self.model.now_ms)
+        shown = zip(*current_spent(sums, starts), strict=True) if sums else [(0, 0)] * len(SPENT_WINDOWS)
+        for index, (window, amounts) in enumerate(zip(SPENT_WINDOWS, shown, strict=True)):
             expected = self.model.spent(TENANT, window).get(kind, (0, 0))
-            if sums and sums[3 * index] == window_bounds(window, self.model.now_ms)[0]:
-                assert current_spent(sums, window, self.model.now_ms) == expected, window
+            if sums and sums[3 * index] == starts[index]:
+                assert amounts == expected, window
             else:
+                assert amounts == (0, 0)
                 assert window is not Window.TOTAL or expected == (0, 0)
 
     async def _compare_values(self) -> None:

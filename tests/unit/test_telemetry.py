@@ -32,7 +32,7 @@ from service.domain.ledger import AccountState, BalanceReading, ReadingSource
 from service.domain.tasks import Kind
 from service.domain.tenants import Account, AccountPolicy, Limit, Registry, Tenant, TenantPolicy, Window
 from service.telemetry import tracing, tracing_otel
-from service.telemetry.exposition import FormattedCounter, format_exposition
+from service.telemetry.exposition import FormattedCounter, FormattedGauges, format_exposition
 from service.telemetry.gauges import AccountSample, MetricsSnapshot, QuotaSample
 from service.telemetry.metrics import Metrics, Port, RedisOutcome, preregister
 from service.telemetry.tracing import NOOP_TRACER
@@ -442,6 +442,10 @@ def test_text_format_is_that_of_the_library(documentation: str, label: str, numb
     registry = CollectorRegistry()
     Gauge("gateway_a", documentation, ("one", "two"), registry=registry).labels(label, "x").set(number)
     FormattedCounter("gateway_b", documentation, ("two", "one"), registry=registry).labels(label, "x").inc(abs(number))
+    gauges = FormattedGauges("gateway_c", documentation, labels=("two", "one"))
+    gauges.add_metric((label, "x"), number)
+    collector: Any = type("Gauges", (), {"collect": lambda _: [gauges]})()
+    registry.register(collector)
     assert "".join(format_exposition(registry)).encode() == generate_latest(registry)
 
 
