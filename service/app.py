@@ -17,7 +17,7 @@ from litestar.response import Redirect
 from litestar.routes import HTTPRoute
 from litestar.types import ControllerRouterHandler
 
-from service.api import admin, artifacts, legacy, openapi, tasks, usage
+from service.api import admin, artifacts, legacy, openapi, registry, tasks, usage
 from service.api.asgi import HeadMiddleware, RequestMiddleware
 from service.api.auth import FailureLimiter, metrics_guard
 from service.api.compression import CompressionMiddleware, static_compression
@@ -160,7 +160,7 @@ def operators_app(container: Container) -> Litestar:
 
     registry_routes = [
         *admin.resource_routes(registry_admin=container.registry_admin, quota=container.quota),
-        *admin.registry_routes(container.registry_admin),
+        *registry.registry_routes(container.registry_admin),
     ]
     usage_routes = [
         *usage.operator_usage_routes(container.usage),

@@ -1,10 +1,10 @@
-"""Routes for accounts, tenants, tokens, webhooks, the registry and the clock."""
+"""Routes for accounts, tenants, tokens, webhooks and the clock."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -16,15 +16,14 @@ from msgspec.structs import replace
 
 from service.api import admin_schemas as schemas
 from service.api import openapi
-from service.api.admin_schemas import Difference, DifferenceKind
 from service.api.errors import find_body_errors
 from service.api.params import JsonRequest
 from service.domain import tenants
-from service.domain.errors import ErrorCollector, FieldError, InvalidOptions, VersionConflict, field_path
-from service.domain.tenants import NAME_RULE, strip_query
+from service.domain.errors import ErrorCollector, FieldError, InvalidOptions, VersionConflict
+from service.domain.tenants import NAME_RULE
 from service.usecases.admin import RegistryAdmin, require
 from service.usecases.background import run_in_turns
-from service.usecases.registry_plan import DesiredAccount, DesiredTenant, RegistryPlan
+from service.usecases.registry_plan import DesiredAccount, DesiredTenant
 from service.usecases.reports import PolicyReport, QuotaReports
 from service.usecases.webhook_delivery import WebhookAdmin
 
@@ -35,7 +34,7 @@ ForceDelete = Annotated[bool, QueryParameter(description="Even if tasks run or o
 TokenGrace = Annotated[float, QueryParameter(ge=0, le=31_536_000, description="Seconds for which it stays valid.")]
 _PUT_DESCRIPTION = "Omitted fields get their defaults, only secrets are kept. Its `id` stays the same."
 _PATCH_DESCRIPTION = "Changes the fields that are in the body, and keeps the others."
-_CHANGE_PROBLEMS = ("forbidden", "ledger-unavailable", "overloaded")
+CHANGE_PROBLEMS = ("forbidden", "ledger-unavailable", "overloaded")
 
 
 class TenantRequest(JsonRequest):
@@ -135,7 +134,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         summary="Make or replace an account",
         description=_PUT_DESCRIPTION,
         response_headers=openapi.response_headers("ETag"),
-        responses=openapi.operator_problems("malformed-request", "outdated", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems("malformed-request", "outdated", *CHANGE_PROBLEMS),
     )
     async def put_account(
         name: NewName, data: JSONBody[schemas.AccountBody], if_match: IfMatch = None, if_none_match: IfNoneMatch = None
@@ -151,7 +150,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         summary="Change some settings of an account",
         description=_PATCH_DESCRIPTION,
         response_headers=openapi.response_headers("ETag"),
-        responses=openapi.operator_problems(404, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems(404, "malformed-request", "outdated", *CHANGE_PROBLEMS),
     )
     async def patch_account(name: TenantName, data: MergePatch, if_match: IfMatch = None) -> Response[schemas.Account]:
         def desire(before: tenants.Account | None) -> DesiredAccount:
@@ -185,7 +184,7 @@ def _account_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]
         "/accounts/{name:str}",
         summary="Delete an account",
         description="Refused while its tasks run or a tenant uses it. `force` removes it from its tenants.",
-        responses=openapi.operator_problems(404, "conflict", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems(404, "conflict", *CHANGE_PROBLEMS),
     )
     async def delete_account(name: TenantName, force: ForceDelete = False) -> None:
         await registry_admin.delete_account(name, force=force)
@@ -218,7 +217,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
         description=_PUT_DESCRIPTION,
         request_class=TenantRequest,
         response_headers=openapi.response_headers("ETag"),
-        responses=openapi.operator_problems("malformed-request", "outdated", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems("malformed-request", "outdated", *CHANGE_PROBLEMS),
     )
     async def put_tenant(
         name: NewName, data: JSONBody[schemas.TenantBody], if_match: IfMatch = None, if_none_match: IfNoneMatch = None
@@ -236,7 +235,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
         description=_PATCH_DESCRIPTION,
         request_class=TenantRequest,
         response_headers=openapi.response_headers("ETag"),
-        responses=openapi.operator_problems(404, "malformed-request", "outdated", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems(404, "malformed-request", "outdated", *CHANGE_PROBLEMS),
     )
     async def patch_tenant(name: TenantName, data: MergePatch, if_match: IfMatch = None) -> Response[schemas.Tenant]:
         def desire(before: tenants.Tenant | None) -> DesiredTenant:
@@ -270,7 +269,7 @@ def _tenant_routes(registry_admin: RegistryAdmin, quota: QuotaReports) -> Sequen
         "/tenants/{name:str}",
         summary="Delete a tenant and its tokens",
         description="Refused while its tasks run, unless `force` is set. Its usage is kept.",
-        responses=openapi.operator_problems(404, "conflict", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems(404, "conflict", *CHANGE_PROBLEMS),
     )
     async def delete_tenant(name: TenantName, force: ForceDelete = False) -> None:
         await registry_admin.delete_tenant(name, force=force)
@@ -283,7 +282,7 @@ def _token_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
         "/tenants/{name:str}/tokens",
         summary="Make a token for a tenant, shown only once",
         description="The gateway stores a hash of it. A tenant may have several, for example during a rotation.",
-        responses=openapi.operator_problems(404, "malformed-request", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems(404, "malformed-request", *CHANGE_PROBLEMS),
     )
     async def create_token(name: TenantName, data: JSONBody[schemas.TokenBody | None] = None) -> schemas.NewToken:
         body = data or schemas.TokenBody()
@@ -294,7 +293,7 @@ def _token_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
         "/tenants/{name:str}/tokens/{token_id:str}",
         summary="Revoke a token, at once or after a grace period",
         description="Streams, waits and downloads with it end too.",
-        responses=openapi.operator_problems(404, *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems(404, *CHANGE_PROBLEMS),
     )
     async def revoke_token(name: TenantName, token_id: FromPath[str], grace: TokenGrace = 0) -> None:
         await registry_admin.revoke_token(name, token_id, grace)
@@ -319,138 +318,6 @@ def validate_name(name: str) -> str:
     return name
 
 
-_KEY_PATH, _SECRET_PATH, _URL_PATH = ("user_key", "value"), ("webhook", "secret", "value"), ("webhook", "url")
-
-
-def diff_registry(plan: RegistryPlan, now: float) -> list[Difference]:
-    """Return what a plan changes, at `now` (seconds since the epoch). Secrets are not shown."""
-    before, after = (
-        _to_plain(schemas.render_registry(version, now), plan.assigned_ids) for version in (plan.before, plan.after)
-    )
-    keys = plan.changed_keys & plan.before.accounts.keys()
-    secrets = plan.changed_secrets & plan.before.tenants.keys()
-    differences = [
-        *_diff_mappings(before, after),
-        *(Difference(field_path("accounts", name, *_KEY_PATH), DifferenceKind.CHANGED) for name in keys),
-        *(Difference(field_path("tenants", name, *_SECRET_PATH), DifferenceKind.CHANGED) for name in secrets),
-        *(
-            Difference(field_path("tenants", name, *_SECRET_PATH), DifferenceKind.ADDED)
-            for name in plan.generated_secrets
-        ),
-    ]
-    return sorted(differences, key=lambda difference: difference.path)
-
-
-def _to_plain(body: schemas.RegistryBody, assigned_ids: Collection[int]) -> dict[str, Any]:
-    # Without the ids that the gateway assigns: a dry run can't know them.
-    plain: dict[str, Any] = {"accounts": {}, "tenants": {}} | msgspec.to_builtins(body)
-    for entries in plain.values():
-        for entry in entries.values():
-            if entry["id"] in assigned_ids:
-                del entry["id"]
-    return plain
-
-
-def _diff_mappings(before: Mapping[str, Any], after: Mapping[str, Any], *parent: str) -> Iterator[Difference]:
-    for key in sorted({*before, *after}):
-        old, new, path = before.get(key), after.get(key), (*parent, key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _diff_mappings(old, new, *path)
-            continue
-        name, old, new = field_path(*path), _redact_urls(old, *path), _redact_urls(new, *path)
-        if key not in before:
-            yield Difference(name, DifferenceKind.ADDED, after=new)
-        elif key not in after:
-            yield Difference(name, DifferenceKind.REMOVED, before=old)
-        elif before[key] != after[key]:
-            yield Difference(name, DifferenceKind.CHANGED, old, new)
-
-
-def _redact_urls(value: Any, *path: str) -> Any:
-    """Remove the queries of webhook URLs: the differences may be logged where the registry is applied."""
-    if isinstance(value, dict):
-        return {key: _redact_urls(item, *path, key) for key, item in value.items()}
-    if path[-2:] == _URL_PATH and value is not None and strip_query(value) != value:
-        return f"{strip_query(value)}?…"
-    return value
-
-
-_MAX_REGISTRY_BYTES = 32_000_000
-ForceApply = Annotated[bool, QueryParameter(description="Remove also entries with running tasks, even all entries.")]
-Prune = Annotated[bool, QueryParameter(description="Remove accounts, tenants and tokens not in the request.")]
-DryRun = Annotated[bool, QueryParameter(description="Change nothing, only return the differences.")]
-
-
-def registry_routes(registry_admin: RegistryAdmin) -> Sequence[HTTPRouteHandler]:
-    @get(
-        "/registry",
-        summary="Read the whole registry, for example to keep it in a file",
-        description="With the hashes of tokens and the sources of secrets, without secrets.",
-        response_headers=openapi.response_headers("ETag"),
-        responses=openapi.operator_problems("ledger-unavailable"),
-    )
-    async def read_registry() -> Response[schemas.RegistryBody]:
-        current = await registry_admin.load_registry()
-        return Response(
-            schemas.render_registry(current, registry_admin.now()), headers={"ETag": _registry_etag(current.version)}
-        )
-
-    @put(
-        "/registry",
-        summary="Apply a whole registry, completely or not at all",
-        description="Entries replace those of the same name: omitted fields get their defaults, only ids and secrets "
-        "are kept. Other entries stay, unless `prune` is set. A repetition changes nothing.",
-        response_headers=openapi.response_headers("ETag"),
-        responses=openapi.operator_problems("malformed-request", "conflict", "outdated", *_CHANGE_PROBLEMS),
-        request_class=TenantRequest,
-        request_max_body_size=_MAX_REGISTRY_BYTES,
-    )
-    async def put_registry(
-        data: JSONBody[schemas.RegistryBody],
-        if_match: IfMatch = None,
-        dry_run: DryRun = False,
-        prune: Prune = False,
-        force: ForceApply = False,
-    ) -> Response[schemas.ApplyResult]:
-        def version_matches(version: int) -> bool:
-            return if_match is None or etag_matches(if_match, _registry_etag(version))
-
-        desired = data.to_desired(prune=prune)
-        plan = await registry_admin.apply(desired, force=force, dry_run=dry_run, version_matches=version_matches)
-        is_applied = plan.change is not None and not dry_run
-        result = schemas.ApplyResult(
-            applied=is_applied,
-            differences=diff_registry(plan, registry_admin.now()),
-            unmanaged=list(plan.unmanaged),
-            generated_secrets=dict(plan.generated_secrets) if is_applied else {},
-            warnings=[
-                f"{field_path('tenants', name, 'limits')} {warning}"
-                for name, tenant in sorted(plan.after.tenants.items())
-                for warning in plan.after.limit_warnings(tenant)
-            ],
-        )
-        version = plan.after.version if is_applied else plan.before.version
-        return Response(result, headers={"ETag": _registry_etag(version)})
-
-    @post(
-        "/registry/rotate-keys",
-        summary="Encrypt all secrets with the first of the secret keys",
-        description="Afterwards the other keys can be removed. All processes must already have the first key. The "
-        "secrets themselves stay the same; a repetition changes nothing.",
-        responses=openapi.operator_problems("forbidden", "ledger-unavailable", "overloaded"),
-        status_code=200,
-    )
-    async def rotate_keys() -> schemas.ReencryptResult:
-        secrets = await registry_admin.reencrypt_secrets()
-        return schemas.ReencryptResult(list(secrets.accounts), list(secrets.tenants), list(secrets.undecryptable))
-
-    return [read_registry, put_registry, rotate_keys]
-
-
-def _registry_etag(version: int) -> str:
-    return f'"{version}"'
-
-
 _MAX_LISTED = 1_000
 SecretGrace = Annotated[
     float, QueryParameter(ge=0, le=31_536_000, description="Seconds for which the previous secret also signs.")
@@ -464,7 +331,7 @@ def webhook_routes(webhooks: WebhookAdmin) -> Sequence[HTTPRouteHandler]:
         "/tenants/{name:str}/webhook-secret",
         summary="Make a new webhook secret for a tenant, shown only once",
         description="During the grace period both secrets sign, so that the receiver can change over.",
-        responses=openapi.operator_problems(404, "conflict", *_CHANGE_PROBLEMS),
+        responses=openapi.operator_problems(404, "conflict", *CHANGE_PROBLEMS),
     )
     async def rotate_webhook_secret(name: TenantName, grace: SecretGrace = 0) -> schemas.NewSecret:
         generated = await webhooks.rotate_secret(name, grace)

@@ -14,7 +14,7 @@ from litestar.openapi.config import OpenAPIConfig
 from msgspec import UNSET, Struct
 from msgspec.structs import fields
 
-from service.api import admin_schemas, health, legacy, openapi, schemas
+from service.api import admin_schemas, health, legacy, openapi, registry_schemas, schemas
 from service.api.admin_schemas import TaskEvent, ThresholdEvent
 from service.api.errors import MEDIA_TYPE, PROBLEMS, ProblemResponse, render
 from service.api.openapi_tasks import describe_tasks
@@ -239,7 +239,7 @@ _DEFAULT_PROBLEM: Node = {
 }
 _STRUCTS: Mapping[str, type[Struct]] = {
     name: value
-    for module in (admin_schemas, health, legacy, openapi, schemas)
+    for module in (admin_schemas, health, legacy, openapi, registry_schemas, schemas)
     for name, value in vars(module).items()
     if isinstance(value, type) and issubclass(value, Struct) and value.__module__ == module.__name__
 }

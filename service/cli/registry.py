@@ -12,7 +12,8 @@ import click
 import msgspec
 import tomli_w
 
-from service.api.admin_schemas import (
+from service.api.admin_schemas import rename_old_fields
+from service.api.registry_schemas import (
     AccountEntry,
     ApplyResult,
     Difference,
@@ -21,7 +22,6 @@ from service.api.admin_schemas import (
     RegistryBody,
     SecretEntry,
     TenantEntry,
-    rename_old_fields,
 )
 from service.cli.client import AdminClient, with_admin_client
 from service.cli.common import CommandError, DetailedExitCommand, get_environment, json_option, print_errors

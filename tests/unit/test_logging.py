@@ -23,8 +23,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from prometheus_client import CollectorRegistry
 from structlog.typing import FilteringBoundLogger
 
-from service.api.admin_schemas import AccountEntry, SecretEntry
 from service.api.asgi import RequestMiddleware
+from service.api.registry_schemas import AccountEntry, SecretEntry
 from service.domain.tasks import Kind
 from service.domain.tenants import generate_token
 from service.domain.webhooks import generate_secret

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from service.api.admin import diff_registry
-from service.api.admin_schemas import (
+from service.api.admin_schemas import Limit
+from service.api.registry import diff_registry
+from service.api.registry_schemas import (
     AccountEntry,
-    Limit,
     RegistryBody,
     SecretEntry,
     TenantEntry,
