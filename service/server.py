@@ -14,7 +14,7 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import formatdate
 from heapq import nsmallest
 from typing import Any, cast
@@ -92,6 +92,19 @@ class Limits:
     reader_bytes_per_second: int = 32 * 1024
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
+class ServerContext:
+    """What the connections of a server share."""
+
+    config: Config
+    limits: Limits
+    build_refusal: BuildRefusal
+    on_connection_lost: Callable[[], None]
+    state: ServerState = field(default_factory=ServerState)
+    is_stopping: bool = False
+    closes_idle: bool = False
+
+
 def build_text_refusal(_status: int, detail: str, _client: str) -> tuple[Iterable[tuple[bytes, bytes]], bytes]:
     return [(b"content-type", b"text/plain; charset=utf-8")], f"{detail}\n".encode()
 
@@ -145,9 +158,7 @@ class HttpServer:
         build_refusal: BuildRefusal = build_text_refusal,
         protocol: type[HttpProtocol] | None = None,
     ) -> None:
-        self.limits = limits
-        self.build_refusal = build_refusal
-        self.config = Config(
+        config = Config(
             cast("Any", app),
             interface="asgi3",
             lifespan="off",
@@ -157,10 +168,12 @@ class HttpServer:
             proxy_headers=False,
             reset_contextvars=True,  # a pipelined request starts within the response to the one before it
         )
-        self.config.load()
-        self.state = ServerState()
-        self.is_stopping = False
-        self.closes_idle = False
+        config.load()
+        self._limits = limits
+        self._context = ServerContext(
+            config=config, limits=limits, build_refusal=build_refusal, on_connection_lost=self._on_connection_lost
+        )
+        self._state = self._context.state
         self._protocol = protocol or HttpProtocol
         self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None
@@ -171,7 +184,7 @@ class HttpServer:
 
     @property
     def connections(self) -> set[HttpProtocol]:
-        return cast("set[HttpProtocol]", self.state.connections)
+        return cast("set[HttpProtocol]", self._state.connections)
 
     def start(self, listener: socket.socket) -> None:
         """Serve on a listening socket and take ownership of it."""
@@ -182,7 +195,7 @@ class HttpServer:
 
     async def stop(self, grace_seconds: float = 0) -> None:
         """Stop listening, finish the requests that clients have sent, and cut off those left after the grace period."""
-        self.is_stopping = True
+        self._context.is_stopping = True
         for connection in list(self.connections):
             connection.end_after_response()
         if self._listener:
@@ -193,7 +206,7 @@ class HttpServer:
             self._stop_accepting()
             self._listener.close()
             self._listener = None
-        idle_timer = self._loop.call_later(min(grace_seconds, self.limits.last_request_seconds), self._close_idle)
+        idle_timer = self._loop.call_later(min(grace_seconds, self._limits.last_request_seconds), self._close_idle)
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_seconds):
                 await self._wait_closed()
@@ -204,14 +217,14 @@ class HttpServer:
         with suppress(TimeoutError):
             async with asyncio.timeout(_CANCEL_SECONDS):
                 await self._wait_closed()
-        for task in self.state.tasks:
+        for task in self._state.tasks:
             task.cancel()
         await self._wait_closed()
         if self._sweeper:
             self._sweeper.cancel()
 
     def _close_idle(self) -> None:
-        self.closes_idle = True
+        self._context.closes_idle = True
         for connection in list(self.connections):
             connection.close_if_idle()
 
@@ -221,12 +234,12 @@ class HttpServer:
         while self.connections:
             self._connection_lost.clear()
             await self._connection_lost.wait()
-        while self.state.tasks:
-            await asyncio.wait(self.state.tasks)
+        while self._state.tasks:
+            await asyncio.wait(self._state.tasks)
 
-    def on_connection_lost(self) -> None:
+    def _on_connection_lost(self) -> None:
         self._connection_lost.set()
-        if not self.is_stopping:
+        if not self._context.is_stopping:
             self._start_accepting()
 
     def _start_accepting(self) -> None:
@@ -245,7 +258,7 @@ class HttpServer:
         Return whether the next iteration has to continue.
         """
         for accepted_before in range(_MAX_ACCEPTS_PER_ITERATION):
-            if len(self.connections) + len(self._opening_tasks) >= self.limits.connections:
+            if len(self.connections) + len(self._opening_tasks) >= self._limits.connections:
                 if accepted_before:
                     return True
                 if not self._close_longest_idle():
@@ -270,7 +283,7 @@ class HttpServer:
 
     async def _open_connection(self, accepted: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(lambda: self._protocol(self), accepted)
+            await self._loop.connect_accepted_socket(lambda: self._protocol(self._context), accepted)
         except OSError:  # the client has disconnected
             accepted.close()
 
@@ -281,7 +294,7 @@ class HttpServer:
         last, and are cut off: closed after it, they would keep their descriptors beside those that replace them.
         """
         idle = nsmallest(
-            max(self.limits.connections // _CLOSED_SHARE, 1),
+            max(self._limits.connections // _CLOSED_SHARE, 1),
             (connection for connection in self.connections if connection.is_idle),
             key=lambda connection: (connection.has_unread_data, connection.deadline),
         )
@@ -292,14 +305,14 @@ class HttpServer:
     def _sweep(self) -> None:
         """Expire connections once a second, so that a request needs no timer."""
         self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
-        self.state.default_headers[:] = [(b"date", formatdate(usegmt=True).encode())]  # also of open responses
+        self._state.default_headers[:] = [(b"date", formatdate(usegmt=True).encode())]  # also of open responses
         now = self._loop.time()
         for connection in list(self.connections):
             if connection.deadline <= now:
                 connection.expire()
             if connection.read_deadline <= now:
                 connection.drop_slow_reader()
-        if not self.is_stopping:
+        if not self._context.is_stopping:
             self._start_accepting()
 
 
@@ -361,12 +374,12 @@ class HttpProtocol(HttpToolsProtocol):
 
     cycle: _Cycle
 
-    def __init__(self, server: HttpServer) -> None:
-        super().__init__(server.config, server.state, {})
+    def __init__(self, context: ServerContext) -> None:
+        super().__init__(context.config, context.state, {})
         self.access_log = False
         self.deadline = self.read_deadline = float("inf")  # expiry in seconds of the loop's clock
-        self._server = server
-        self._limits = server.limits
+        self._context = context
+        self._limits = context.limits
         self._active_cycle: _Cycle | None = None
         self._has_had_request = False
         self._is_in_head = False
@@ -377,7 +390,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_bytes = self._head_fields = 0
         self._framing_bytes = 0  # received since the last head or part of a body
         self._pending_refusal: tuple[int, str] | None = None  # sent after the responses in progress
-        self._reader_seconds = server.limits.reader_seconds  # what is left of them
+        self._reader_seconds = context.limits.reader_seconds  # what is left of them
 
     @property
     def is_idle(self) -> bool:
@@ -397,7 +410,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.write = transport.write
         self.deadline = self.loop.time() + self._limits.head_seconds
-        if self._server.closes_idle:
+        if self._context.closes_idle:
             transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -407,7 +420,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._active_cycle.disconnected = True
             self._active_cycle.message_event.set()
         self.cycle = self._active_cycle = None  # type: ignore[assignment] # break the reference cycle
-        self._server.on_connection_lost()
+        self._context.on_connection_lost()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -503,7 +516,7 @@ class HttpProtocol(HttpToolsProtocol):
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
             expect_100_continue=self.expect_100_continue,
-            keep_alive=version != "1.0" and self.parser.should_keep_alive() and not self._server.is_stopping,
+            keep_alive=version != "1.0" and self.parser.should_keep_alive() and not self._context.is_stopping,
             on_response=self.on_response_complete,
         )
         if self._active_cycle:
@@ -591,7 +604,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _wait_for_client(self) -> None:
         """Set a deadline for the client's next data while no response is in progress."""
         now = self.loop.time()
-        if self._server.closes_idle:
+        if self._context.closes_idle:
             self.close_if_idle()
         if self._is_in_head:
             self.deadline = now + self._limits.head_seconds
@@ -677,7 +690,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._send_refusal(status, detail)
 
     def _send_refusal(self, status: int, detail: str, *, linger: bool = True) -> None:
-        fields, body = self._server.build_refusal(status, detail, self.client[0] if self.client else "")
+        fields, body = self._context.build_refusal(status, detail, self.client[0] if self.client else "")
         length = (b"content-length", str(len(body)).encode())
         head = [*self.server_state.default_headers, *fields, length, (b"connection", b"close")]
         self.transport.write(b"".join([STATUS_LINE[status], *(b"%s: %s\r\n" % field for field in head), b"\r\n", body]))
