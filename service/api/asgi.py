@@ -23,7 +23,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from service.api import errors
 from service.domain.errors import GatewayError
 from service.domain.hosts import IpNetwork
-from service.server import CLIENT_TOO_SLOW
+from service.http_protocol import CLIENT_TOO_SLOW
 from service.telemetry import logging, tracing
 from service.telemetry.logging import OUTCOME_ANSWERED
 from service.telemetry.metrics import OTHER_LABEL, UNMATCHED_ROUTE, Metrics, Port

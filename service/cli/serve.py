@@ -27,8 +27,9 @@ from service.container import Container, open_container
 from service.crypto import SecretFileError
 from service.devstack import DevServiceError, ensure_demo_token, start_dev_services
 from service.domain.errors import Unavailable
+from service.http_protocol import Limits
 from service.memory import release_free_memory
-from service.server import HttpServer, Limits, base_url, listen, raise_descriptor_limit
+from service.server import HttpServer, base_url, listen, raise_descriptor_limit
 from service.settings import Environment, Role, Settings
 from service.storage.connections import parse_redis_url
 from service.storage.redis import DataVersionError

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 
+from service.http_protocol import HttpProtocol
 from service.sandbox.faults import Behaviour, FaultInjector, RequestLog, RequestRecord
 from service.sandbox.http import (
     JSON_TYPE,
@@ -28,7 +29,7 @@ from service.sandbox.http import (
 from service.sandbox.store import AccountBalance, Store
 from service.sandbox.vendor_api import CALL_PATHS, FILES_PATH, VendorApi
 from service.sandbox.worker import Worker
-from service.server import HttpProtocol, HttpServer, base_url, listen
+from service.server import HttpServer, base_url, listen
 
 CONTROL_PATH: Final = "/_control/"
 _Routes: TypeAlias = Mapping[str, tuple[set[str], Callable[[Exchange], Awaitable[None]]]]

@@ -20,7 +20,7 @@ from service.app import create_app
 from service.clients.artifacts import ArtifactClient
 from service.domain.tasks import Artifact
 from service.domain.tenants import Account
-from service.server import Limits
+from service.http_protocol import Limits
 from service.usecases.ports import ArtifactStream, RangeRequest
 from tests.behaviour.gateway_fixture import RunningGateway
 from tests.behaviour.requests import expect_problem

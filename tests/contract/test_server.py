@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from service import server
-from service.server import CLIENT_TOO_SLOW, HttpServer, Limits, base_url, listen
+from service import http_protocol, server
+from service.http_protocol import CLIENT_TOO_SLOW, Limits
+from service.server import HttpServer, base_url, listen
 from tests.contract.scripted_server import chunked_body
 from tests.support.network import serve_app
 from tests.unit.asgi_client import open_raw_connection
@@ -537,7 +538,7 @@ async def test_a_refused_body_neither_stays_in_memory_nor_delays_the_stop() -> N
 
 
 async def test_the_rest_of_a_refused_body_is_left_to_a_client_that_closes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_DISCARD_DELAY_SECONDS", 60)
+    monkeypatch.setattr(http_protocol, "_DISCARD_DELAY_SECONDS", 60)
     async with run_http_server(Application()) as (running, url), open_connection(url) as (reader, writer):
         head = build_request("/refuse", f"Content-Length: {LARGE_BYTES}", "Connection: close", method="POST")
         writer.write(head + bytes(LARGE_BYTES))

@@ -21,7 +21,7 @@ from redis import Redis
 from deploy import healthcheck
 from service.clients.breaker import BREAKER_THRESHOLD
 from service.crypto import generate_secret_key
-from service.server import Limits
+from service.http_protocol import Limits
 from service.storage.redis import DATA_VERSION, Keys
 from tests.behaviour.requests import KEY, UNREACHABLE_LIMITS, make_jpeg
 from tests.cli.conftest import run_command

@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from service.server import App, BuildRefusal, HttpServer, Limits, base_url, build_text_refusal, listen
+from service.http_protocol import App, BuildRefusal, Limits, build_text_refusal
+from service.server import HttpServer, base_url, listen
 
 _DAY = dt.timedelta(days=1)
 _RESERVATIONS: deque[int] = deque()
