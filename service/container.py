@@ -27,7 +27,8 @@ from service.clients.upstream import UpstreamClient
 from service.clients.webhooks import WebhookClient
 from service.crypto import Keyring, TaskIdCodec, UserKeyCipher
 from service.domain.tasks import Kind
-from service.settings import Role, Settings, Switch
+from service.setting_types import Role, Switch
+from service.settings import Settings
 from service.storage.connections import connect
 from service.storage.deliveries import RedisDeliveryQueue
 from service.storage.ledger import RedisLedger, Retention

@@ -1,7 +1,6 @@
-"""The settings, each declared once: parsing, production checks and descriptions.
+"""The settings, each declared once, with parser and description.
 
-The field `port` is the variable `GATEWAY_PORT`, or `GATEWAY_PORT_FILE` with the name of a file. Parsers raise
-ValueError with the expected format, never with the text, which may be a secret.
+The field `port` is the variable `GATEWAY_PORT`, or `GATEWAY_PORT_FILE` with the name of a file.
 """
 
 from __future__ import annotations
@@ -17,28 +16,42 @@ from typing import Any, Self
 
 from msgspec import Struct
 
-from service.crypto import parse_secret_key
 from service.domain.hosts import (
     DEFAULT_PRIVATE_DOMAINS,
     IpNetwork,
-    is_cleartext,
-    is_private_host,
-    is_public,
     parse_base_url,
-    parse_ip,
-    parse_network,
 )
 from service.domain.tasks import DEFAULT_CATALOGUE, Catalogue
 from service.domain.tenants import Operator, OperatorRole, hash_token
-from service.storage.connections import RedisAddress, parse_redis_url
+from service.production_checks import MIN_TOKEN_LENGTH, cleartext_error, cleartext_warning, has_admin, production_errors
+from service.setting_types import (
+    ADMIN,
+    Cleartext,
+    Environment,
+    LogLevel,
+    Role,
+    Switch,
+    parse_catalogue,
+    parse_choice,
+    parse_domains,
+    parse_float,
+    parse_folder,
+    parse_host,
+    parse_int,
+    parse_key_prefix,
+    parse_networks,
+    parse_operators,
+    parse_printable,
+    parse_secret_keys,
+    parse_size,
+)
+from service.storage.connections import parse_redis_url
 
 PREFIX, FILE_SUFFIX = "GATEWAY_", "_FILE"
 _CALLER_VARIABLES = ("URL", "TOKEN", "TOKEN_FILE")
 """Of the callers' commands, which may share a shell with those of operators."""
 _MAX_FILE_BYTES = 65_536
 _SERVICE_LINK = re.compile(r"SERVICE_(HOST|PORT)\w*|PORT_\d+_\w+")
-_SIZE = re.compile(r"(\d{1,12}) ?(?:([KMG])iB)?")
-_SIZE_SHIFTS = {None: 0, "K": 10, "M": 20, "G": 30}
 
 
 def read_variable(environ: Mapping[str, str], name: str) -> str | None:
@@ -81,124 +94,6 @@ def _find_unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
         yield f"{name} is not a setting{hint}"
 
 
-def parse_choice(options: type[StrEnum]) -> Callable[[str], StrEnum]:
-    def parse(text: str) -> StrEnum:
-        try:
-            return options(text)
-        except ValueError:
-            raise ValueError(f"must be {' or '.join(options)}") from None
-
-    return parse
-
-
-def parse_int(minimum: int, maximum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,12}", text) or not minimum <= int(text) <= maximum:
-            raise ValueError(f"must be a whole number from {minimum} to {maximum}")
-        return int(text)
-
-    return parse
-
-
-def parse_float(minimum: float, maximum: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not minimum <= value <= maximum:
-            raise ValueError(f"must be a number from {minimum:g} to {maximum:g}")
-        return value
-
-    return parse
-
-
-def parse_size(text: str) -> int:
-    match = _SIZE.fullmatch(text)
-    value = int(match[1]) << _SIZE_SHIFTS[match[2]] if match else 0
-    if not 1 << 10 <= value <= 1 << 30:
-        raise ValueError("must be a number of bytes, such as 33554432 or 32 MiB, from 1 KiB to 1 GiB")
-    return value
-
-
-def parse_folder(text: str) -> Path:
-    if "\0" in text:
-        raise ValueError("must be the path of a folder")
-    return Path(text)
-
-
-def parse_pattern(pattern: str, expected: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"must be {expected}")
-        return text
-
-    return parse
-
-
-parse_host = parse_pattern(r"[A-Za-z0-9_.:-]+", "a host name or an IP address to listen on")
-parse_key_prefix = parse_pattern(r"[A-Za-z0-9._-]{1,32}", "1 to 32 letters, digits, dots, dashes or underscores")
-parse_printable = parse_pattern(r"[!-~]+", "printable ASCII without spaces")
-
-
-def parse_secret_keys(text: str) -> tuple[bytes, ...]:
-    keys = []
-    for position, key in enumerate(re.findall(r"[^\s,]+", text), start=1):
-        try:
-            keys.append(parse_secret_key(key))
-        except ValueError as error:
-            raise ValueError(
-                f"must be base64 of 32 bytes each, separated by commas: number {position} {error}"
-            ) from None
-    return tuple(keys)
-
-
-_ADMIN = "admin"
-"""The name of the operator with the admin token."""
-_OPERATOR = re.compile(rf"([a-z0-9][a-z0-9._-]{{0,62}}):({'|'.join(OperatorRole)}):([0-9A-Fa-f]{{64}})")
-
-
-def parse_operators(text: str) -> tuple[Operator, ...]:
-    operators: dict[bytes, Operator] = {}
-    for position, entry in enumerate(text.split(","), start=1):
-        match = _OPERATOR.fullmatch(entry.strip())
-        digest = bytes.fromhex(match[3]) if match else b""
-        if not match or match[1] == _ADMIN or digest in operators:
-            raise ValueError(
-                "must be name:role:hash of each token, separated by commas, with the role admin or read-only and the "
-                f"SHA-256 in hex: number {position} is wrong, repeats a token, or has the name {_ADMIN}"
-            )
-        operators[digest] = Operator(match[1], OperatorRole(match[2]), digest)
-    return tuple(operators.values())
-
-
-def parse_networks(text: str) -> tuple[IpNetwork, ...]:
-    networks = [parse_network(entry.strip()) for entry in text.split(",")]
-    known = tuple(network for network in networks if network and network.prefixlen)
-    if len(known) < len(networks):
-        raise ValueError("must be addresses and networks such as 10.1.2.3,fd00::/8, and not all addresses")
-    return known
-
-
-def parse_domains(text: str) -> tuple[str, ...]:
-    domains = tuple(domain.strip().lower() for domain in text.split(","))
-    if not all(re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", domain) for domain in domains):
-        raise ValueError("must be domains such as internal,corp.example")
-    return domains
-
-
-def parse_catalogue(text: str) -> Mapping[str, str]:
-    catalogue: dict[str, str] = {}
-    for pair in text.split(","):
-        name, _, word = (part.strip() for part in pair.partition("="))
-        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) or not word or name in catalogue:
-            raise ValueError("must be pairs such as general=通用模型,anime=…, each name once and in lower case")
-        catalogue[name] = word
-    if "general" not in catalogue:
-        raise ValueError("must have a pair for general, the default of a task")
-    return catalogue
-
-
 class Scope(StrEnum):
     """Where a setting has an effect; it may be set anywhere."""
 
@@ -232,178 +127,12 @@ class Setting(Struct, frozen=True, kw_only=True):
         raise TypeError(f"{self.name} accepts anything")
 
 
-MIN_TOKEN_LENGTH = 32
-_MIN_GUESSES = 10**26
-"""The least estimate of 4,400 for 32 random hexadecimal digits was 10^26.5; that for phrases is mostly below 10^26."""
-_MAX_ESTIMATED_CHARACTERS = 72
-_LIKELY_WORDS = ("imaging", "gateway", "admin", "operator", "production", "secret", "token")
-_REQUIRED_IN_PRODUCTION = {
-    "redis_url": "the embedded server is for development",
-    "upstream_url": "the sandbox is for development",
-    "secret_keys": "generated keys are for development",
-}
-_WILDCARDS = frozenset({"0.0.0.0", "::", "0"})
-_CLEARTEXT_HINT = "if the upstream has no TLS, GATEWAY_UPSTREAM_CLEARTEXT=allow takes the risk"
-_NEW_KEY_HINT = "`openssl rand -base64 32` makes one"
-_NEW_TOKEN_HINT = "`openssl rand -hex 32` makes one"  # noqa: S105 - a command, not a token
-
-
-class Cleartext(StrEnum):
-    """Whether production may call an upstream in another network without TLS."""
-
-    REFUSE = "refuse"
-    ALLOW = "allow"
-
-
-def production_errors(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the fields that are unfit for production, each with an error without any secret.
-
-    An invalid field is absent from `values`, a missing one is None.
-    """
-    for field, reason in _REQUIRED_IN_PRODUCTION.items():
-        if values.get(field, "faulty") is None:
-            yield field, f"must be given in production: {reason}"
-    if not _has_admin(values):
-        yield "admin_token", "must be given in production, or an admin in GATEWAY_OPERATORS"
-    for field in ("admin_token", "metrics_token"):
-        if token := values.get(field):
-            yield from ((field, error) for error in _token_errors(token))
-    for position, key in enumerate(values.get("secret_keys") or (), start=1):
-        if _is_text(key) or _is_guessable(key.decode("latin-1")):
-            yield "secret_keys", f"must be random bytes in production, which number {position} is not: {_NEW_KEY_HINT}"
-    if (url := values.get("upstream_url")) and (error := _cleartext_error(values, url)):
-        yield "upstream_url", error
-    if url := values.get("redis_url"):
-        yield from _redis_errors(parse_redis_url(url))
-
-
-def production_warnings(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield fields with questionable values, each with a warning."""
-    if values["log_level"] == "debug":
-        yield "log_level", "is debug: many lines per request, useful only while debugging"
-    if warning := _cleartext_warning(values, values["upstream_url"]):
-        yield "upstream_url", warning
-    address = parse_redis_url(values["redis_url"])
-    if not address.path and not all(is_private_host(host, values["private_domains"]) for host, _ in address.hosts):
-        if address.tls_options is None:
-            yield "redis_url", "has no TLS, which is acceptable only in a private network: use rediss://"
-        if _has_no_authentication(address):
-            yield "redis_url", "has no password, which is acceptable only in a private network"
-    if address.tls_options and address.tls_options.get("ssl_cert_reqs") in {"none", "optional"}:
-        yield "redis_url", "does not check the server's certificate: leave ssl_cert_reqs out"
-    if (url := values["traces_url"]) and _is_cleartext(values, url):
-        yield "traces_url", "has no TLS: anyone on the network path can read the traces and the collector's credentials"
-    yield from _listener_warnings(values)
-
-
-def _listener_warnings(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if values["role"] is Role.WORKER:  # which takes no tokens
-        return
-    if {values["host"], values["ops_host"]} <= _WILDCARDS:
-        yield "ops_host", "is every address, as GATEWAY_HOST: only a firewall can keep tenants off the operators' port"
-    if values.get("trusted_proxies"):
-        return
-    for field in ("host", "ops_host"):
-        if not _is_loopback(values[field]):
-            yield (
-                field,
-                "is open to the network without TLS: let a proxy end TLS, and name it in GATEWAY_TRUSTED_PROXIES",
-            )
-            return
-
-
-def _is_loopback(host: str) -> bool:
-    ip = parse_ip(host)
-    return host == "localhost" or (ip is not None and ip.is_loopback)
-
-
-def _has_admin(values: Mapping[str, Any]) -> bool:
-    """Return whether an operator can make changes, none is needed, or a setting that may name one is invalid."""
-    if values.get("role") is Role.WORKER or values.get("admin_token", "faulty") or "operators" not in values:
-        return True
-    return any(operator.role is OperatorRole.ADMIN for operator in values["operators"] or ())
-
-
-def _is_cleartext(values: Mapping[str, Any], url: str) -> bool:
-    return is_cleartext(url, values.get("private_domains", DEFAULT_PRIVATE_DOMAINS))
-
-
-def _cleartext_error(values: Mapping[str, Any], url: str) -> str | None:
-    """Return why production does not call an upstream at a base URL, None if it does."""
-    if values.get("upstream_cleartext") is not Cleartext.REFUSE or not _is_cleartext(values, url):
-        return None
-    return f"must be https:// in production, since every call carries a user_key: {_CLEARTEXT_HINT}"
-
-
-def _cleartext_warning(values: Mapping[str, Any], url: str) -> str | None:
-    """Return what production risks with a base URL that is called without TLS, None if it is not."""
-    if values["upstream_cleartext"] is not Cleartext.ALLOW or not _is_cleartext(values, url):
-        return None
-    return "has no TLS: anyone on the network path can read the user_keys and spend with them"
-
-
-def _token_errors(token: str) -> Iterator[str]:
-    if len(token) < MIN_TOKEN_LENGTH:
-        yield f"must have at least {MIN_TOKEN_LENGTH} characters in production"
-    elif _is_guessable(token):
-        yield f"must not be one that can be guessed in production: {_NEW_TOKEN_HINT}"
-
-
-def _redis_errors(address: RedisAddress) -> Iterator[tuple[str, str]]:
-    # Only for literal addresses: the public name of a managed store often has a private address.
-    if any(ip is not None and is_public(ip) for ip in (parse_ip(host) for host, _ in address.hosts)):
-        if address.tls_options is None:
-            yield "redis_url", "must be rediss:// in production, since its address is public"
-        if _has_no_authentication(address):
-            yield "redis_url", "must have a password in production, since its address is public"
-
-
-def _has_no_authentication(address: RedisAddress) -> bool:
-    return not address.credentials.password and not (address.tls_options and "ssl_certfile" in address.tls_options)
-
-
-def _is_text(key: bytes) -> bool:
-    """Return whether a key is text, which random bytes never are."""
-    return key.isascii() and key.decode().isprintable()
-
-
-def _is_guessable(secret: str) -> bool:
-    """Return whether a secret is found with fewer guesses of words, patterns and characters than the minimum."""
-    from zxcvbn import zxcvbn  # noqa: PLC0415 - loading its lists of words takes 0.1 s, in production only
-
-    estimate = zxcvbn(secret[:_MAX_ESTIMATED_CHARACTERS], user_inputs=_LIKELY_WORDS)
-    return bool(estimate["guesses"] < _MIN_GUESSES)
-
-
 class SettingsError(Exception):
     """The settings are invalid; `errors` lists every error, without any secret."""
 
     def __init__(self, errors: Sequence[str]) -> None:
         super().__init__("\n".join(errors))
         self.errors = tuple(errors)
-
-
-class Environment(StrEnum):
-    DEVELOPMENT = "development"
-    PRODUCTION = "production"
-
-
-class Role(StrEnum):
-    ALL = "all"
-    API = "api"
-    WORKER = "worker"
-
-
-class Switch(StrEnum):
-    ON = "on"
-    OFF = "off"
-
-
-class LogLevel(StrEnum):
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
 
 
 def _parse_redis_url(url: str) -> str:
@@ -601,22 +330,22 @@ class Settings:
 
     def base_url_error(self, url: str) -> str | None:
         """Return why an account may not have a base URL, None if it may."""
-        return _cleartext_error(vars(self), url) if self.is_production else None
+        return cleartext_error(vars(self), url) if self.is_production else None
 
     def base_url_warning(self, url: str) -> str | None:
         """Return the risk of an account's base URL in production, None without."""
-        return _cleartext_warning(vars(self), url)
+        return cleartext_warning(vars(self), url)
 
     @property
     def has_admin(self) -> bool:
         """Whether an operator can make changes, or none is needed."""
-        return _has_admin(vars(self))
+        return has_admin(vars(self))
 
     @property
     def all_operators(self) -> tuple[Operator, ...]:
         """The operators, first that of the admin token: if another has the same token, it counts."""
         digests = [hash_token(self.admin_token)] if self.admin_token else []
-        return (*(Operator(_ADMIN, OperatorRole.ADMIN, digest) for digest in digests), *self.operators)
+        return (*(Operator(ADMIN, OperatorRole.ADMIN, digest) for digest in digests), *self.operators)
 
     def __repr__(self) -> str:
         values = {setting.field: getattr(self, setting.field) for setting in SETTINGS}

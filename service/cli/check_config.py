@@ -20,6 +20,7 @@ from service.domain.errors import LedgerUnavailable, field_path
 from service.domain.hosts import wide_network_warnings
 from service.domain.tenants import Registry
 from service.domain.webhooks import webhook_warnings
+from service.production_checks import production_warnings
 from service.settings import (
     FILE_SUFFIX,
     PREFIX,
@@ -28,7 +29,6 @@ from service.settings import (
     Setting,
     Settings,
     SettingsError,
-    production_warnings,
     variable_source,
 )
 from service.storage.connections import check_server, describe_os_error, redact_url

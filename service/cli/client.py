@@ -15,7 +15,8 @@ from service.cli.common import CommandError, json_option, load_settings
 from service.cli.formatting import Fields, format_record, format_value
 from service.client import Problem, single_line
 from service.domain.hosts import parse_base_url
-from service.settings import Settings, parse_printable
+from service.setting_types import parse_printable
+from service.settings import Settings
 
 T = TypeVar("T")
 _OUTDATED = 412

@@ -30,7 +30,8 @@ from service.domain.errors import Unavailable
 from service.http_protocol import Limits
 from service.memory import release_free_memory
 from service.server import HttpServer, base_url, listen, raise_descriptor_limit
-from service.settings import Environment, Role, Settings
+from service.setting_types import Environment, Role
+from service.settings import Settings
 from service.storage.connections import parse_redis_url
 from service.storage.redis import DataVersionError
 from service.telemetry import logging

@@ -13,7 +13,8 @@ import yaml
 
 from service.crypto import generate_secret_key
 from service.devstack import SANDBOX_USER_KEY
-from service.settings import Role, Settings
+from service.setting_types import Role
+from service.settings import Settings
 from service.storage.connections import check_server
 from tests.deploy.queries import ALERTS, DEPLOY
 from tests.support.valkey import run_valkey

@@ -14,7 +14,9 @@ from msgspec.structs import replace
 
 from service.devstack import start_dev_services
 from service.domain.tenants import Operator, OperatorRole
-from service.settings import LogLevel, Role, Settings, SettingsError, Switch, production_warnings
+from service.production_checks import production_warnings
+from service.setting_types import LogLevel, Role, Switch
+from service.settings import Settings, SettingsError
 from service.storage.connections import (
     Credentials,
     InvalidRedisUrl,

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from deploy.helm.chart import CHART, EXAMPLES, helm
-from service.settings import Role, Settings
+from service.setting_types import Role
+from service.settings import Settings
 from tests.cli.conftest import Shell, shell
 from tests.deploy.kubernetes.release import (
     REDIS_URL,
