@@ -26,7 +26,7 @@ _COMPARED_FIGURES = ("per_second", "p99_ms", "cpu_ms", "peak_mb")
 """Figures shown as a ratio to the other checkout."""
 _PAGE = """# Benchmark results
 
-Written by `make bench` on {date}, of commit `{commit}`{other}.
+Written by `make bench` on {date}, of commit `{commit}`{compared}.
 
 {machine}
 
@@ -113,7 +113,7 @@ def format_tables(results: Sequence[Result], titles: Mapping[str, str]) -> str:
 def format_page(facts: Mapping[str, Any], tables: str) -> str:
     """Format the results as a page in Markdown."""
     other = f", compared with commit `{facts[OTHER]}` as *({OTHER})*" if OTHER in facts else ""
-    return _PAGE.format(**facts, machine=describe_machine(facts), other=other) + tables
+    return _PAGE.format_map({**facts, "machine": describe_machine(facts), "compared": other}) + tables
 
 
 def describe_machine(facts: Mapping[str, Any]) -> str:

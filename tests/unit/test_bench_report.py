@@ -6,7 +6,7 @@ from click.testing import CliRunner
 
 from tests.bench.__main__ import main
 from tests.bench.comparison import API, LUA, OTHER, Result
-from tests.bench.report import add_ratios, format_tables
+from tests.bench.report import add_ratios, format_page, format_tables
 from tests.bench.workloads import READ, WORKLOADS
 
 
@@ -27,3 +27,12 @@ def test_the_command_offers_every_workload() -> None:
     usage = CliRunner().invoke(main, ["--help"]).output
 
     assert not [name for name in WORKLOADS if name not in usage]
+
+
+def test_page_names_both_commits() -> None:
+    facts = {"commit": "c0ffee", "date": "2026-11-29", "rounds": 3, "seconds": 3}
+    facts |= {"cpu": "A", "cores": 2, "memory_gib": 4, "kernel": "6.1", "versions": {"python": "3.11"}}
+    assert "of commit `c0ffee`." in format_page(facts, "")
+    page = format_page(facts | {OTHER: "beef"}, "| read |")
+    assert "`c0ffee`, compared with commit `beef` as" in page
+    assert page.endswith("| read |")
