@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from service.domain.hosts import (
-    DEFAULT_PRIVATE_DOMAINS,
-    is_cleartext,
-    is_private_host,
-    is_public,
-    parse_ip,
-)
+from service.domain.hosts import DEFAULT_PRIVATE_DOMAINS, is_cleartext, is_private_host, is_public, parse_ip
 from service.domain.tenants import OperatorRole
 from service.setting_types import Cleartext, Role
 from service.storage.connections import RedisAddress, parse_redis_url

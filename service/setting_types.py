@@ -11,10 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from service.crypto import parse_secret_key
-from service.domain.hosts import (
-    IpNetwork,
-    parse_network,
-)
+from service.domain.hosts import IpNetwork, parse_network
 from service.domain.tenants import Operator, OperatorRole
 
 _SIZE = re.compile(r"(\d{1,12}) ?(?:([KMG])iB)?")

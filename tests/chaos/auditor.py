@@ -128,7 +128,7 @@ class Auditor:
             await self._check_listed(tenant)
         await self._read_tasks()  # which makes an emptied store know them again
         await self.process_faults.advance_clock(LEASE_SECONDS + 20)
-        await self._read_tasks()  # before its lease ends, a read does not settle what a killed process left
+        await self._read_tasks()  # settles what killed processes left: a read does so only after the lease
         await self._wait_until_settled()
         for content, items in grouped.items():
             self._check_receipts(content, items)

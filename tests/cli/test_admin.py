@@ -161,7 +161,7 @@ PRICES = ("--max-price", "upscale=3", "--max-price", "vectorize=2", "--max-price
 
 
 async def test_limits_that_do_not_work_as_meant_are_warned_of(shell: Shell) -> None:
-    """A limit on money without prices may be held by one task; nobody is told of thresholds without a webhook."""
+    """A limit on money without prices may be held by one task; thresholds without a webhook reach no tenant."""
     created = await shell.run("tenant", "create", "other", "--account", "main", "--limit", "day:money=5,warn_at=80")
     assert created.stdout.count("\nwarning: limits ") == 2
     for options, named in (
